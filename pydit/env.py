@@ -1,0 +1,64 @@
+"""Every environment variable the package reads, in one table.
+
+The same table stands in ``docs/environment.md``; a test compares the two. Nothing else under ``pydit/`` reads
+``os.environ``. Build-time variables are read by CMake and listed here so that there is one place to look.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pydit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, default, allowed values, when it is read, and what it does."""
+
+    name: str
+    default: str
+    values: tuple[str, ...]  # empty: free text
+    read: str  # "run" or "build"
+    effect: str
+
+
+VARIABLES = (
+    Variable("PYDIT_BACKEND", "auto", ("auto", "reference", "sim"), "run",
+             "auto: CUDA tensors run CUDA kernels, CPU tensors run the torch reference. "
+             "reference: torch everywhere. sim: CPU tensors run the CUDA kernels in the simulator."),
+    Variable("PYDIT_SIM_SEED", "0", (), "run", "Seed of the order in which the simulator resumes warps."),
+    Variable("PYDIT_SIM_THREADS", "0", (), "run", "Host threads of the simulator; 0 means one per core."),
+    Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),
+    Variable("PYDIT_CUDA", "auto", ("auto", "on", "off"), "build",
+             "auto: build CUDA kernels when nvcc is found. on: fail without nvcc. off: leave them out."),
+    Variable("PYDIT_SIM", "on", ("on", "off"), "build", "off: leave the simulator out of the extension."),
+    Variable("PYDIT_CUDA_ARCHS", "80;90", (), "build",
+             "Semicolon-separated compute capabilities to build machine code for; PTX of the lowest is added."),
+)
+_BY_NAME = {v.name: v for v in VARIABLES}
+
+
+def get(name: str) -> str:
+    """The value of a declared variable, lower-cased and checked against its allowed values.
+
+    Raises
+    ------
+    KeyError
+        ``name`` is not in :data:`VARIABLES`.
+    UserError
+        The environment holds a value that is not allowed.
+    """
+    variable = _BY_NAME[name]
+    value = os.environ.get(name, "").strip().lower() or variable.default
+    if variable.values and value not in variable.values:
+        raise UserError(f"{name}: expected one of {', '.join(variable.values)}, got {value!r}")
+    return value
+
+
+def get_int(name: str) -> int:
+    """Like :func:`get`, for a non-negative integer."""
+    value = get(name)
+    if not value.isdigit():
+        raise UserError(f"{name}: expected a non-negative integer, got {value!r}")
+    return int(value)

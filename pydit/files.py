@@ -1,0 +1,153 @@
+"""Files the package reads and writes: JSON and safetensors, written atomically, read with care.
+
+A write goes to a temporary sibling, is flushed to disk and renamed over the target, so that a kill or a full disk
+leaves the previous file. Pickles are refused: loading one runs code chosen by whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydit.errors import FormatError, UserError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+
+
+def refuse_pickle(path: str | os.PathLike, *, what: str) -> None:
+    """Raise FormatError when ``path`` looks like a pickle, by its name or by its first bytes."""
+    path = Path(path)
+    magic = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+    if path.suffix.lower() in PICKLE_SUFFIXES or magic.startswith(_PICKLE_MAGIC):
+        raise FormatError(f"{what}: expected a safetensors or JSON file, got a pickle ({path}); "
+                          "loading a pickle runs code from whoever wrote it, so it is refused")
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write ``obj`` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with _replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike, *, what: str) -> Any:
+    """Read a JSON file; ``what`` names the argument in errors (FormatError)."""
+    path = _existing_file(path, what=what, expected="a JSON file")
+    refuse_pickle(path, what=what)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{what}: expected JSON in {path}, got something else ({error})") from None
+
+
+def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors (name -> torch.Tensor, any device) as one safetensors file, atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replace_file(path) as temporary:
+        try:
+            save_file(tensors, str(temporary), metadata=metadata)
+        except SafetensorError as error:  # wraps I/O errors such as a full disk
+            raise OSError(f"could not write {path}: {error}") from None
+
+
+def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu") -> tuple[dict, dict[str, str]]:
+    """Read a safetensors file -> (tensors, metadata); ``what`` names the argument in errors (FormatError)."""
+    from safetensors import SafetensorError, safe_open
+
+    path = _existing_file(path, what=what, expected="a safetensors file")
+    refuse_pickle(path, what=what)
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {error})") from None
+
+
+@contextlib.contextmanager
+def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty temporary sibling of ``path`` that takes its place on success and vanishes on failure.
+
+    An existing directory is replaced only if this package could have written it: it must hold a
+    ``model_index.json`` or ``config.json``, or be empty; anything else raises UserError rather than being deleted.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"out: expected a directory or a new path, got the file {path}")
+    if path.is_dir() and any(path.iterdir()) and not any(
+            (path / name).is_file() for name in ("model_index.json", "config.json")):
+        raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    os.chmod(temporary, 0o777 & ~_umask())
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        if path.exists():  # a directory cannot be renamed over a non-empty one
+            previous = temporary.with_suffix(".old")
+            os.rename(path, previous)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                os.rename(previous, path)
+                raise
+            shutil.rmtree(previous)
+        else:
+            os.rename(temporary, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _replace_file(path: str | os.PathLike) -> Iterator[Path]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        os.chmod(temporary, 0o666 & ~_umask())
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FormatError(f"{what}: expected {expected}, got a path that does not exist ({path})")
+    if not path.is_file():
+        raise FormatError(f"{what}: expected {expected}, got a directory ({path})")
+    return path
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
