@@ -1,0 +1,134 @@
+// pydit._C: the only file that knows Python. It includes no torch header; tensors come as Python objects and are read
+// through data_ptr() and stride(), so one build serves every torch version. Shapes, dtypes and devices were checked
+// by pydit/ops before a call arrives here; outputs were allocated there too.
+#include <pybind11/pybind11.h>
+
+#include <climits>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "pydit/pydit.h"
+
+#ifdef PYDIT_WITH_SIM
+#include "sim/control.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+int64_t stride(const py::tuple& strides, int dim) { return strides[dim].cast<int64_t>(); }
+
+void* data(py::handle tensor) { return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()); }
+
+void* data_or_null(py::handle tensor) { return tensor.is_none() ? nullptr : data(tensor); }
+
+pydit_tokens tokens(py::handle tensor) {  // [B, S, C]
+  const py::tuple strides = tensor.attr("stride")();
+  return {data(tensor), stride(strides, 0), stride(strides, 1)};
+}
+
+pydit_modulation modulation(py::handle tensor) {  // [B, R, C]
+  const py::tuple strides = tensor.attr("stride")();
+  return {data(tensor), stride(strides, 0), stride(strides, 1)};
+}
+
+pydit_heads heads(py::handle tensor) {  // [B, S, H, D]
+  const py::tuple strides = tensor.attr("stride")();
+  return {data(tensor), stride(strides, 0), stride(strides, 1), stride(strides, 2)};
+}
+
+template <typename Params>
+void set_token_shape(Params& p, py::handle x, int64_t split) {
+  const py::tuple shape = x.attr("shape");
+  p.batch = stride(shape, 0), p.tokens = stride(shape, 1), p.channels = stride(shape, 2);
+  p.split = split < 0 ? INT64_MAX : split;  // -1: one modulation row
+}
+
+// The ops of one backend, as functions of a submodule: _C.cuda.ada_layer_norm(...), _C.sim.ada_layer_norm(...).
+struct Backend {
+  const char* (*last_error)();
+  int (*ada_layer_norm)(const pydit_ada_layer_norm_params*);
+  int (*gated_residual)(const pydit_gated_residual_params*);
+  int (*gated_residual_ada_layer_norm)(const pydit_gated_residual_ada_layer_norm_params*);
+  int (*qk_norm_rope)(const pydit_qk_norm_rope_params*);
+};
+
+template <typename Params>
+void call(const Backend& backend, int (*op)(const Params*), const Params& params) {
+  int status;
+  {
+    py::gil_scoped_release unlocked;
+    status = op(&params);
+  }
+  if (status != 0) throw std::runtime_error(backend.last_error());
+}
+
+void define_ops(py::module_ m, const Backend& backend) {
+  using Tensor = py::handle;
+  m.def("ada_layer_norm",
+        [backend](Tensor x, Tensor scale, Tensor shift, Tensor out, double eps, int64_t split, int dtype,
+                  uintptr_t stream) {
+          pydit_ada_layer_norm_params p = {};
+          p.x = tokens(x), p.scale = modulation(scale), p.shift = modulation(shift), p.out = tokens(out);
+          set_token_shape(p, x, split);
+          p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+          call(backend, backend.ada_layer_norm, p);
+        });
+  m.def("gated_residual", [backend](Tensor x, Tensor y, Tensor gate, Tensor out, int64_t split, int dtype,
+                                    uintptr_t stream) {
+    pydit_gated_residual_params p = {};
+    p.x = tokens(x), p.y = tokens(y), p.gate = modulation(gate), p.out = tokens(out);
+    set_token_shape(p, x, split);
+    p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    call(backend, backend.gated_residual, p);
+  });
+  m.def("gated_residual_ada_layer_norm",
+        [backend](Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, Tensor residual, Tensor out, double eps,
+                  int64_t split, int dtype, uintptr_t stream) {
+          pydit_gated_residual_ada_layer_norm_params p = {};
+          p.x = tokens(x), p.y = tokens(y), p.gate = modulation(gate);
+          p.scale = modulation(scale), p.shift = modulation(shift);
+          p.residual = tokens(residual), p.out = tokens(out);
+          set_token_shape(p, x, split);
+          p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+          call(backend, backend.gated_residual_ada_layer_norm, p);
+        });
+  m.def("qk_norm_rope", [backend](Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+                                  Tensor q_out, Tensor k_out, double eps, int dtype, uintptr_t stream) {
+    pydit_qk_norm_rope_params p = {};
+    p.q = heads(q), p.k = heads(k), p.q_out = heads(q_out), p.k_out = heads(k_out);
+    p.q_weight = data_or_null(q_weight), p.k_weight = data_or_null(k_weight);
+    p.cos = static_cast<const float*>(data_or_null(cos)), p.sin = static_cast<const float*>(data_or_null(sin));
+    const py::tuple shape = q.attr("shape");
+    p.batch = stride(shape, 0), p.tokens = stride(shape, 1);
+    p.heads = shape[2].cast<int32_t>(), p.head_dim = shape[3].cast<int32_t>();
+    p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    call(backend, backend.qk_norm_rope, p);
+  });
+}
+
+#define PYDIT_BACKEND_TABLE(name)                                                           \
+  Backend{pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual, \
+          pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pydit. Use pydit.ops; nothing here checks its arguments.";
+  m.attr("version") = PYDIT_VERSION;
+  m.attr("cuda_archs") = PYDIT_CUDA_ARCHS;  // "" when built without nvcc
+  m.attr("cuda_version") = PYDIT_CUDA_VERSION;
+#ifdef PYDIT_WITH_CUDA
+  define_ops(m.def_submodule("cuda", "Kernels on the GPU."), PYDIT_BACKEND_TABLE(cuda));
+#endif
+#ifdef PYDIT_WITH_SIM
+  py::module_ sim = m.def_submodule("sim", "The same kernels in the SIMT simulator, on host memory.");
+  define_ops(sim, PYDIT_BACKEND_TABLE(sim));
+  sim.def("set_seed", &pydit_sim_set_seed);
+  sim.def("set_threads", &pydit_sim_set_threads);
+  sim.def("launch_count", &pydit_sim_launch_count);
+  sim.def("last_report", [] { return std::string(pydit_sim_last_error()); });
+#endif
+}

@@ -1,0 +1,36 @@
+// Vector I/O: kWidth neighbouring elements move as one access and are worked on as fp32.
+#pragma once
+
+#include "device/platform.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+template <typename T>
+constexpr int kElementsIn16Bytes = 16 / sizeof(T);
+
+// kWidth elements in registers, loaded and stored as one access of up to 16 bytes.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T value[kWidth];
+
+  __device__ __forceinline__ float operator[](int i) const { return to_float(value[i]); }
+  __device__ __forceinline__ void set(int i, float x) { value[i] = from_float<T>(x); }
+
+  static __device__ __forceinline__ Pack load(const T* pointer) { return *reinterpret_cast<const Pack*>(pointer); }
+  __device__ __forceinline__ void store(T* pointer) const { *reinterpret_cast<Pack*>(pointer) = *this; }
+};
+
+}  // namespace pydit::PYDIT_BACKEND

@@ -1,0 +1,125 @@
+/* pydit C API: one plain struct and one entry point per op. C99, no torch, no Python.
+ *
+ * Every entry point exists once per backend that was built:
+ *   pydit_cuda_<op>   launches on params->stream and returns without waiting
+ *   pydit_sim_<op>    runs the same kernel on host memory in the SIMT simulator and returns when it is done
+ * Both return 0, or a non-zero status with the reason in pydit_<backend>_last_error() (per host thread).
+ *
+ * Common rules
+ *   - B batch, S tokens, H heads, D head dim, C channels. Strides count elements; the last dimension is contiguous.
+ *   - Any alignment is accepted. When every pointer and stride is a multiple of 16 bytes and C (or D) a multiple of
+ *     the elements in 16 bytes, the 16-byte path runs; otherwise an element-wise path gives the same result.
+ *   - An empty problem (B, S or H of 0) returns 0 without a launch; its pointers may be NULL.
+ *   - The library never allocates: the caller owns outputs. Outputs may alias an input exactly (same pointer and
+ *     strides) where an op says so, never partially.
+ *   - All arithmetic is fp32; each output is rounded once, to nearest even.
+ */
+#ifndef PYDIT_PYDIT_H_
+#define PYDIT_PYDIT_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { PYDIT_FLOAT32 = 0, PYDIT_FLOAT16 = 1, PYDIT_BFLOAT16 = 2 } pydit_dtype;
+
+/* A [B, S, C] activation. */
+typedef struct {
+  void* data;
+  int64_t stride_b, stride_s;
+} pydit_tokens;
+
+/* A modulation vector per sample, [B, R, C] with R in {1, 2}: row 0 for tokens < split, row 1 for the rest. */
+typedef struct {
+  const void* data;
+  int64_t stride_b, stride_r;
+} pydit_modulation;
+
+/* A [B, S, H, D] projection. */
+typedef struct {
+  void* data;
+  int64_t stride_b, stride_s, stride_h;
+} pydit_heads;
+
+/* out = LN(x) * (1 + scale) + shift,   LN(x) = (x - mean(x)) / sqrt(var(x) + eps) over C, biased variance, no affine.
+ * x, out [B, S, C]; scale, shift [B, R, C]; all of `dtype`. 1 <= C <= 8192. out may alias x.
+ * Bytes moved: 2 B S C elements (+ scale and shift, which stay in cache). */
+typedef struct {
+  pydit_tokens x;           /* [B, S, C] in  */
+  pydit_modulation scale;   /* [B, R, C] in  */
+  pydit_modulation shift;   /* [B, R, C] in  */
+  pydit_tokens out;         /* [B, S, C] out */
+  int64_t batch, tokens, channels;
+  int64_t split;            /* first token of row 1; >= tokens (or INT64_MAX) when R is 1 */
+  float eps;
+  int32_t dtype;            /* pydit_dtype */
+  void* stream;             /* cudaStream_t; ignored by the simulator */
+} pydit_ada_layer_norm_params;
+
+/* out = x + gate * y.   x, y, out [B, S, C]; gate [B, R, C]. 1 <= C <= 8192. out may alias x or y.
+ * Bytes moved: 3 B S C elements. */
+typedef struct {
+  pydit_tokens x;           /* [B, S, C] in  */
+  pydit_tokens y;           /* [B, S, C] in  */
+  pydit_modulation gate;    /* [B, R, C] in  */
+  pydit_tokens out;         /* [B, S, C] out */
+  int64_t batch, tokens, channels;
+  int64_t split;
+  int32_t dtype;
+  void* stream;
+} pydit_gated_residual_params;
+
+/* residual = x + gate * y;   out = LN(residual) * (1 + scale) + shift, LN of the fp32 sum before it is rounded.
+ * x, y, residual, out [B, S, C]; gate, scale, shift [B, R, C]. 1 <= C <= 8192. residual may alias x or y.
+ * Bytes moved: 4 B S C elements. */
+typedef struct {
+  pydit_tokens x;           /* [B, S, C] in  */
+  pydit_tokens y;           /* [B, S, C] in  */
+  pydit_modulation gate;    /* [B, R, C] in  */
+  pydit_modulation scale;   /* [B, R, C] in  */
+  pydit_modulation shift;   /* [B, R, C] in  */
+  pydit_tokens residual;    /* [B, S, C] out */
+  pydit_tokens out;         /* [B, S, C] out */
+  int64_t batch, tokens, channels;
+  int64_t split;
+  float eps;
+  int32_t dtype;
+  void* stream;
+} pydit_gated_residual_ada_layer_norm_params;
+
+/* n = q / sqrt(mean(q^2) + eps) * q_weight over D, then each interleaved pair (n[2i], n[2i+1]) is rotated by the
+ * angle whose cosine and sine are cos[s, i], sin[s, i]; k likewise.
+ * q, k and outputs [B, S, H, D]; weights [D] of `dtype` or NULL (ones); cos, sin fp32 [S, D/2] contiguous, or both
+ * NULL (no rotation). D even, 2 <= D <= 256. Outputs may alias their inputs.
+ * Bytes moved: 4 B S H D elements + 4 S D. */
+typedef struct {
+  pydit_heads q, k;         /* [B, S, H, D] in  */
+  pydit_heads q_out, k_out; /* [B, S, H, D] out */
+  const void* q_weight;     /* [D] or NULL */
+  const void* k_weight;     /* [D] or NULL */
+  const float* cos;         /* [S, D/2] or NULL */
+  const float* sin;         /* [S, D/2] or NULL */
+  int64_t batch, tokens;
+  int32_t heads, head_dim;
+  float eps;
+  int32_t dtype;
+  void* stream;
+} pydit_qk_norm_rope_params;
+
+#define PYDIT_DECLARE_BACKEND(backend)                                                                             \
+  const char* pydit_##backend##_last_error(void);                                                                  \
+  int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                                        \
+  int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                                        \
+  int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*);          \
+  int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);
+
+PYDIT_DECLARE_BACKEND(cuda)
+PYDIT_DECLARE_BACKEND(sim)
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PYDIT_PYDIT_H_ */

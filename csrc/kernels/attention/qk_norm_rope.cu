@@ -1,0 +1,172 @@
+// qk_norm_rope: RMSNorm over the head dimension of q and k, then rotary embedding of interleaved pairs, in one launch.
+//
+//   n = x * rsqrt(mean(x^2) + eps) * weight
+//   out[2i]     = n[2i] * cos[s, i] - n[2i + 1] * sin[s, i]
+//   out[2i + 1] = n[2i] * sin[s, i] + n[2i + 1] * cos[s, i]
+//
+// Bound by memory: q and k are read and written once. A head vector is held by a group of kLanes lanes (D = 128 in
+// bf16: 16 lanes of 16 bytes), so its sum of squares is a few shuffles. A block takes one or more tokens; the groups
+// of a token walk over its 2H head vectors (q heads, then k heads), so the token's cos and sin are read once per
+// thread. Every thread keeps taking part in the shuffles, with or without a vector of its own.
+//
+// Floor: 4 B S H D accesses of sizeof(T) + the cos/sin table.
+
+#include "device/check.h"
+#include "device/dispatch.h"
+#include "device/reduce.cuh"
+#include "device/vector.cuh"
+#include "pydit/pydit.h"
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxHeadDim = 256;
+
+template <typename T>
+__device__ __forceinline__ T* head_vector(const pydit_heads& t, int64_t b, int64_t s, int64_t h) {
+  return static_cast<T*>(t.data) + b * t.stride_b + s * t.stride_s + h * t.stride_h;
+}
+
+// Lane l of a group holds the kWidth elements from (i * kLanes + l) * kWidth for i < kVectors; kWidth is even, so a
+// pair never crosses lanes. kWide: whole 16-byte accesses; otherwise element by element.
+template <typename T, int kWidth, int kLanes, int kVectors, bool kWide>
+__global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const pydit_qk_norm_rope_params p) {
+  using Vec = Pack<T, kWide ? kWidth : 1>;
+  constexpr int kGroups = kThreads / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int group = threadIdx.x / kLanes;
+  const int vectors_per_token = 2 * p.heads;
+  const int groups_per_token = vectors_per_token < kGroups ? vectors_per_token : kGroups;
+  const int tokens_per_block = kGroups / groups_per_token;
+  const int token_in_block = group / groups_per_token;
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * tokens_per_block + token_in_block;
+  const int64_t b = blockIdx.y;
+  const bool has_token = token_in_block < tokens_per_block && s < p.tokens;
+
+  float cosine[kVectors][kWidth / 2], sine[kVectors][kWidth / 2];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int j = 0; j < kWidth / 2; ++j) {
+      const int pair = ((i * kLanes + lane) * kWidth) / 2 + j;
+      const bool rotate = p.cos != nullptr && has_token && 2 * pair < p.head_dim;
+      cosine[i][j] = rotate ? p.cos[s * (p.head_dim / 2) + pair] : 1.f;
+      sine[i][j] = rotate ? p.sin[s * (p.head_dim / 2) + pair] : 0.f;
+    }
+  }
+
+  // The trip count is the same for all threads, so that all meet in the shuffles.
+  for (int first = 0; first < vectors_per_token; first += groups_per_token) {
+    const int vector = first + group % groups_per_token;
+    const bool active = has_token && vector < vectors_per_token;
+    const bool is_q = vector < p.heads;
+    const int head = is_q ? vector : vector - p.heads;
+
+    float value[kVectors][kWidth];
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int d = (i * kLanes + lane) * kWidth;
+      const bool inside = active && d < p.head_dim;
+      const T* source = inside ? head_vector<T>(is_q ? p.q : p.k, b, s, head) + d : nullptr;
+      if constexpr (kWide) {
+        Vec packed = {};
+        if (inside) packed = Vec::load(source);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) value[i][j] = inside ? packed[j] : 0.f;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) value[i][j] = inside ? to_float(source[j]) : 0.f;
+      }
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) squares = fmaf(value[i][j], value[i][j], squares);
+    }
+    const float mean_square = lane_group_sum<kLanes>(squares) / static_cast<float>(p.head_dim);
+    const float rrms = rsqrtf(mean_square + p.eps);
+
+    if (!active) continue;
+    const T* weight = static_cast<const T*>(is_q ? p.q_weight : p.k_weight);
+    T* out = head_vector<T>(is_q ? p.q_out : p.k_out, b, s, head);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int d = (i * kLanes + lane) * kWidth;
+      if (d >= p.head_dim) continue;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) value[i][j] *= rrms;
+      if (weight != nullptr) {
+        if constexpr (kWide) {
+          const Vec w = Vec::load(weight + d);
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) value[i][j] *= w[j];
+        } else {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) value[i][j] *= to_float(weight[d + j]);
+        }
+      }
+      float rotated[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; j += 2) {
+        const float even = value[i][j], odd = value[i][j + 1];
+        rotated[j] = even * cosine[i][j / 2] - odd * sine[i][j / 2];
+        rotated[j + 1] = even * sine[i][j / 2] + odd * cosine[i][j / 2];
+      }
+      if constexpr (kWide) {
+        Vec packed;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) packed.set(j, rotated[j]);
+        packed.store(out + d);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) out[d + j] = from_float<T>(rotated[j]);
+      }
+    }
+  }
+}
+
+template <typename T, int kWidth, int kLanes, int kVectors, bool kWide>
+int launch_groups(const pydit_qk_norm_rope_params& p) {
+  constexpr int kGroups = kThreads / kLanes;
+  const int groups_per_token = 2 * p.heads < kGroups ? 2 * p.heads : kGroups;
+  const int tokens_per_block = kGroups / groups_per_token;
+  const auto blocks = static_cast<unsigned>((p.tokens + tokens_per_block - 1) / tokens_per_block);
+  return launch_status("qk_norm_rope", PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide>),
+                                                    dim3(blocks, static_cast<unsigned>(p.batch)), dim3(kThreads), 0,
+                                                    static_cast<cudaStream_t>(p.stream), p));
+}
+
+template <typename T>
+bool vectorizable(const pydit_heads& t) {
+  constexpr int kWidth = kElementsIn16Bytes<T>;
+  return aligned16(t.data) && t.stride_b % kWidth == 0 && t.stride_s % kWidth == 0 && t.stride_h % kWidth == 0;
+}
+
+template <typename T>
+int launch(const pydit_qk_norm_rope_params& p) {
+  constexpr int kWidth = kElementsIn16Bytes<T>;
+  const bool wide = vectorizable<T>(p.q) && vectorizable<T>(p.k) && vectorizable<T>(p.q_out) &&
+                    vectorizable<T>(p.k_out) && aligned16(p.q_weight) && aligned16(p.k_weight);
+  if (wide && p.head_dim == 32) return launch_groups<T, kWidth, 32 / kWidth, 1, true>(p);
+  if (wide && p.head_dim == 64) return launch_groups<T, kWidth, 64 / kWidth, 1, true>(p);
+  if (wide && p.head_dim == 128) return launch_groups<T, kWidth, 128 / kWidth, 1, true>(p);
+  return launch_groups<T, 2, 32, kMaxHeadDim / 64, false>(p);
+}
+
+}  // namespace
+}  // namespace pydit::PYDIT_BACKEND
+
+using namespace pydit::PYDIT_BACKEND;
+
+extern "C" int PYDIT_ENTRY(qk_norm_rope)(const pydit_qk_norm_rope_params* p) {
+  if (p->head_dim < 2 || p->head_dim > kMaxHeadDim || p->head_dim % 2 != 0)
+    return bad_argument("qk_norm_rope: head_dim: expected an even number from 2 to %d, got %d", kMaxHeadDim,
+                        p->head_dim);
+  if (p->batch < 0 || p->batch > 65535)
+    return bad_argument("qk_norm_rope: batch: expected 0 to 65535, got %lld", static_cast<long long>(p->batch));
+  if (p->tokens < 0 || p->tokens > INT32_MAX)
+    return bad_argument("qk_norm_rope: tokens: expected 0 to 2^31 - 1, got %lld", static_cast<long long>(p->tokens));
+  if ((p->cos == nullptr) != (p->sin == nullptr))
+    return bad_argument("qk_norm_rope: cos, sin: expected both or neither, got one");
+  if (p->batch == 0 || p->tokens == 0 || p->heads == 0) return kOk;
+  return dispatch_dtype("qk_norm_rope", p->dtype, [&](auto tag) { return launch<typename decltype(tag)::type>(*p); });
+}

@@ -1,0 +1,48 @@
+"""pydit: fused CUDA kernels for diffusion transformers, and the pruning and distillation built on them.
+
+Importing the package imports torch and nothing else of weight: no GPU, driver, diffusers or compiled extension is
+needed until something is used that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pydit.errors import FormatError, UserError
+from pydit.version import __version__
+
+if TYPE_CHECKING:
+    from pydit import analysis, distill, inference, models, ops, stats
+    from pydit.backend import info as backend_info
+    from pydit.backend import report
+    from pydit.inference.pipeline import load_pipeline, save_pipeline
+    from pydit.plan import PruningPlan
+    from pydit.pruning import prune
+
+_MODULES = ("analysis", "distill", "inference", "models", "ops", "stats")
+_NAMES = {
+    "PruningPlan": ("pydit.plan", "PruningPlan"),
+    "prune": ("pydit.pruning", "prune"),
+    "backend_info": ("pydit.backend", "info"),
+    "report": ("pydit.backend", "report"),
+    "save_pipeline": ("pydit.inference.pipeline", "save_pipeline"),
+    "load_pipeline": ("pydit.inference.pipeline", "load_pipeline"),
+}
+
+__all__ = ["FormatError", "UserError", "__version__", *_MODULES, *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pydit.{name}")
+    if name in _NAMES:
+        module, attribute = _NAMES[name]
+        value = getattr(importlib.import_module(module), attribute)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pydit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,124 @@
+"""Which kernels exist here and which one an op takes.
+
+Every op asks :func:`choose` once per call. What it answered, and why nothing faster was possible, is kept per op and
+shown by ``pydit.report()``: a fallback is never silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pydit import env
+from pydit.version import __version__
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h
+
+
+@dataclass(frozen=True)
+class Path:
+    """One choice: the kernel module (None: the torch reference), its name, and the reason."""
+
+    kernels: ModuleType | None
+    name: str  # "cuda", "sim" or "reference"
+    reason: str  # "" when nothing faster exists for these tensors
+
+
+_taken: dict[str, dict[str, Any]] = {}
+
+
+@functools.cache
+def extension() -> tuple[ModuleType | None, str | None]:
+    """The compiled module and None, or None and why it could not be imported."""
+    try:
+        module = importlib.import_module("pydit._C")
+    except ImportError as error:
+        return None, str(error)
+    if hasattr(module, "sim"):
+        module.sim.set_seed(env.get_int("PYDIT_SIM_SEED"))
+        module.sim.set_threads(env.get_int("PYDIT_SIM_THREADS"))
+    return module, None
+
+
+def info() -> dict[str, Any]:
+    """What was built and which path tensors take by default.
+
+    Returns
+    -------
+    dict
+        ``version``; ``extension`` (bool) and ``extension_error`` (str or None); ``cuda_archs`` (list of str, empty
+        without CUDA kernels) and ``cuda_version``; ``sim`` (bool); ``default_backend`` {"cpu", "cuda"}.
+    """
+    module, error = extension()
+    archs = [a for a in module.cuda_archs.split(";") if a] if module else []
+    mode = env.get("PYDIT_BACKEND")
+    return {
+        "version": __version__,
+        "extension": module is not None,
+        "extension_error": error,
+        "cuda_archs": archs,
+        "cuda_version": module.cuda_version if module else "",
+        "sim": hasattr(module, "sim"),
+        "default_backend": {"cpu": "sim" if mode == "sim" else "reference",
+                            "cuda": "cuda" if archs and mode != "reference" else "reference"},
+    }
+
+
+def choose(op: str, tensor: torch.Tensor) -> Path:
+    """The path ``op`` takes for ``tensor`` (its device and dtype decide), recorded for :func:`report`.
+
+    Raises
+    ------
+    RuntimeError
+        The environment demands the simulator and it was not built.
+    TypeError
+        A kernel was chosen and the dtype is not float32, float16 or bfloat16.
+    """
+    mode = env.get("PYDIT_BACKEND")
+    module, error = extension()
+    if tensor.is_cuda:
+        kernels = getattr(module, "cuda", None)
+        if mode == "reference":
+            path = Path(None, "reference", "PYDIT_BACKEND=reference")
+        elif kernels is None:
+            path = Path(None, "reference",
+                        f"pydit._C could not be imported: {error}" if module is None else "built without nvcc")
+        else:
+            path = Path(kernels, "cuda", "")
+    elif mode == "sim":
+        kernels = getattr(module, "sim", None)
+        if kernels is None:
+            raise RuntimeError("PYDIT_BACKEND=sim: expected pydit._C with the simulator, got "
+                               + (f"no extension ({error})" if module is None else "a build with PYDIT_SIM=off"))
+        path = Path(kernels, "sim", "PYDIT_BACKEND=sim: the CUDA kernel, simulated")
+    else:
+        path = Path(None, "reference", "the tensors are on the CPU")
+    if path.kernels is not None and tensor.dtype not in DTYPE_CODES:
+        raise TypeError(f"{op}: expected float32, float16 or bfloat16 on the {path.name} backend, got {tensor.dtype}")
+    entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
+    entry["path"], entry["reason"] = path.name, path.reason
+    entry["calls"] += 1
+    return path
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The raw CUDA stream that torch currently uses on the tensor's device; 0 for a CPU tensor."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A context in which the tensor's GPU is the current one; free for a CPU tensor or the current GPU."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """Per op: the path its latest call took, the reason, and the number of calls so far in this process."""
+    return {op: dict(entry) for op, entry in sorted(_taken.items())}

@@ -1,0 +1,11 @@
+"""Fused ops for (pruned) DiT blocks. Each is one torch.library op: traceable, differentiable, checked.
+
+CUDA tensors run the CUDA kernel, CPU tensors the formula in :mod:`pydit.ops.reference`, or with ``PYDIT_BACKEND=sim``
+the CUDA kernel in the simulator. ``pydit.report()`` says which path each op took and why.
+"""
+
+from pydit.ops import reference
+from pydit.ops.block import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
+from pydit.ops.qk_norm_rope import qk_norm_rope
+
+__all__ = ["ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope", "reference"]

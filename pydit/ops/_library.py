@@ -1,0 +1,91 @@
+"""Registration of ops with torch.library, and the argument checks they share.
+
+An op is defined once by its schema and gets four things: an implementation (one function for CPU and CUDA; the
+backend is chosen inside), a fake for tracing, and a backward. ``Library.impl`` costs about 3 us per call where
+``custom_op`` costs over 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("pydit", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Register ``pydit::<schema>`` with one implementation for CPU and CUDA and its fake."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CPU")
+    _library.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"pydit::{name}", fake, lib=_library)
+
+
+def define_backward(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Register the backward of ``pydit::<name>``."""
+    torch.library.register_autograd(f"pydit::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def check_tokens(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    """x must be a floating [B, S, C] tensor with a contiguous last dimension (shape, dtype, device of ``like``)."""
+    _check_tensor(op, name, x, like)
+    if x.ndim != 3:
+        raise ValueError(f"{op}: {name}: expected shape [B, S, C], got {list(x.shape)}")
+    if not 1 <= x.shape[2] <= 8192:
+        raise ValueError(f"{op}: {name}: expected 1 to 8192 channels, got {x.shape[2]}")
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{op}: {name}: expected shape {list(like.shape)} like x, got {list(x.shape)}")
+    _check_last_dim(op, name, x)
+
+
+def modulation_rows(op: str, name: str, row: torch.Tensor, x: torch.Tensor, split: int | None) -> torch.Tensor:
+    """Check a modulation vector against x [B, S, C] and return it as [B, R, C]."""
+    _check_tensor(op, name, row, x)
+    batch, _, channels = x.shape
+    if split is None:
+        if tuple(row.shape) == (batch, channels):
+            row = row[:, None]
+        elif tuple(row.shape) != (batch, 1, channels):
+            raise ValueError(f"{op}: {name}: expected shape [{batch}, {channels}] or [{batch}, 1, {channels}], "
+                             f"got {list(row.shape)}")
+    elif tuple(row.shape) != (batch, 2, channels):
+        raise ValueError(f"{op}: {name}: expected shape [{batch}, 2, {channels}] with split={split}, "
+                         f"got {list(row.shape)}")
+    _check_last_dim(op, name, row)
+    return row
+
+
+def check_split(op: str, split: int | None) -> None:
+    """split is None or a token index >= 0."""
+    if split is None or torch.compiler.is_compiling():
+        return
+    if not isinstance(split, int) or isinstance(split, bool):
+        raise TypeError(f"{op}: split: expected an int or None, got {type(split).__name__}")
+    if split < 0:
+        raise ValueError(f"{op}: split: expected 0 or more, got {split}")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """eps is a finite number >= 0."""
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"{op}: eps: expected a float, got {type(eps).__name__}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps: expected a finite number of 0 or more, got {eps}")
+
+
+def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name}: expected a floating-point tensor, got {x.dtype}")
+    if like is not None and x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name}: expected {like.dtype} like the first argument, got {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device} like the first argument, got {x.device}")
+
+
+def _check_last_dim(op: str, name: str, x: torch.Tensor) -> None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel() > 0:
+        raise ValueError(f"{op}: {name}: expected a contiguous last dimension, got stride {x.stride(-1)}")

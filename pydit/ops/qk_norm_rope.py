@@ -1,0 +1,168 @@
+"""Per-head RMSNorm of queries and keys with rotary position embedding.
+
+Notation: B batch, S tokens, H heads, D head dim (even, 2 to 256).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pydit import backend
+from pydit.ops import reference
+from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, define, define_backward
+
+_OP = "qk_norm_rope"
+
+
+def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
+    """RMSNorm over D of q and k, then rotation of interleaved pairs, in one pass over memory.
+
+    Parameters
+    ----------
+    q, k : torch.Tensor, shape (B, S, H, D). Any strides with a contiguous last dimension (views of packed QKV).
+        float32, float16 or bfloat16 (float64 on the reference backend).
+    q_weight, k_weight : torch.Tensor of shape (D,) and dtype of q, or None for weights of one.
+    freqs : (cos, sin), float32 tensors of shape (S, D/2), contiguous, or None for no rotation. Pair i of a head is
+        elements 2i and 2i + 1, as in Qwen-Image and FLUX.1.
+    eps : float, added to the mean square.
+    out : (torch.Tensor, torch.Tensor), optional. Where to write, shaped like q and k; ``out=(q, k)`` works in place.
+        Not differentiable.
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor), each (B, S, H, D): new contiguous tensors, or ``out``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, device, shape or stride; the message names the argument, what was expected, what came.
+
+    Notes
+    -----
+    RMSNorm: Zhang & Sennrich 2019; RoPE: Su et al. 2021. Differentiable in q, k and the weights.
+    """
+    _check_heads("q", q, None)
+    _check_heads("k", k, q)
+    check_eps(_OP, eps)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        _check_weight(name, weight, q)
+    cos, sin = _check_freqs(freqs, q)
+    if out is None:
+        return torch.ops.pydit.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"{_OP}: out: expected a pair of tensors, got {type(out).__name__}")
+    _check_heads("out[0]", out[0], q)
+    _check_heads("out[1]", out[1], q)
+    needs_grad = [t for t in (q, k, q_weight, k_weight, *out) if t is not None and t.requires_grad]
+    if needs_grad and torch.is_grad_enabled():
+        raise ValueError(f"{_OP}: out: expected tensors that need no gradient (or torch.no_grad()), got one that does")
+    torch.ops.pydit.qk_norm_rope_out(q, k, q_weight, k_weight, cos, sin, eps, out[0], out[1])
+    return out[0], out[1]
+
+
+def _check_heads(name, x, like):
+    _check_tensor(_OP, name, x, like)
+    if x.ndim != 4:
+        raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
+    if x.shape[3] % 2 or not 2 <= x.shape[3] <= 256:
+        raise ValueError(f"{_OP}: {name}: expected an even head dim from 2 to 256, got {x.shape[3]}")
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{_OP}: {name}: expected shape {list(like.shape)} like q, got {list(x.shape)}")
+    _check_last_dim(_OP, name, x)
+
+
+def _check_weight(name, weight, q):
+    if weight is None:
+        return
+    _check_tensor(_OP, name, weight, q)
+    if tuple(weight.shape) != (q.shape[3],):
+        raise ValueError(f"{_OP}: {name}: expected shape [{q.shape[3]}], got {list(weight.shape)}")
+    _check_last_dim(_OP, name, weight)
+
+
+def _check_freqs(freqs, q):
+    if freqs is None:
+        return None, None
+    if not isinstance(freqs, (tuple, list)) or len(freqs) != 2:
+        raise TypeError(f"{_OP}: freqs: expected a pair (cos, sin) or None, got {type(freqs).__name__}")
+    for name, table in zip(("freqs cos", "freqs sin"), freqs, strict=True):
+        if not isinstance(table, torch.Tensor):
+            raise TypeError(f"{_OP}: {name}: expected a torch.Tensor, got {type(table).__name__}")
+        if table.dtype != torch.float32 and not (table.dtype == q.dtype == torch.float64):
+            raise TypeError(f"{_OP}: {name}: expected torch.float32, got {table.dtype}")
+        if table.device != q.device:
+            raise ValueError(f"{_OP}: {name}: expected device {q.device} like q, got {table.device}")
+        if tuple(table.shape) != (q.shape[1], q.shape[3] // 2):
+            raise ValueError(f"{_OP}: {name}: expected shape [{q.shape[1]}, {q.shape[3] // 2}], got {list(table.shape)}")
+        if not table.is_contiguous():
+            raise ValueError(f"{_OP}: {name}: expected a contiguous tensor, got strides {list(table.stride())}")
+    return freqs[0], freqs[1]
+
+
+def _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
+    path = backend.choose(_OP, q)
+    if path.kernels is None:
+        freqs = None if cos is None else (cos, sin)
+        q_new, k_new = reference.qk_norm_rope(q, k, q_weight, k_weight, freqs, eps=eps)
+        if q_out is None:
+            return q_new.contiguous(), k_new.contiguous()
+        q_out.copy_(q_new)
+        k_out.copy_(k_new)
+        return q_out, k_out
+    if q_out is None:
+        q_out, k_out = _like(q), _like(k)
+    with backend.device_of(q):
+        path.kernels.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps, backend.DTYPE_CODES[q.dtype],
+                                  backend.stream_of(q))
+    return q_out, k_out
+
+
+def _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps):
+    return _run(q, k, q_weight, k_weight, cos, sin, eps, None, None)
+
+
+def _qk_norm_rope_out(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
+    _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out)
+
+
+def _like(x):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+define("qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps) "
+       "-> (Tensor, Tensor)", _qk_norm_rope, lambda q, k, *_: (_like(q), _like(k)))
+define("qk_norm_rope_out(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
+       "Tensor(a!) q_out, Tensor(b!) k_out) -> ()", _qk_norm_rope_out, lambda *_: None)
+
+
+# Backward: rotate the gradient back, then the RMSNorm formula; fp32 inside (float64 for float64). -----------------
+
+
+def _one_backward(x, weight, grad, cos, sin, eps):
+    wide = (lambda t: t) if x.dtype == torch.float64 else torch.Tensor.float
+    value, grad = wide(x), wide(grad)
+    if cos is not None:
+        grad = reference.rotate(grad, cos, -sin)
+    rrms = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    normed = value * rrms
+    d_weight = None
+    if weight is not None:
+        d_weight = (grad * normed).sum((0, 1, 2)).to(weight.dtype)
+        grad = grad * wide(weight)
+    d_x = rrms * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    return d_x.to(x.dtype), d_weight
+
+
+def _setup(ctx, inputs, output):
+    q, k, q_weight, k_weight, cos, sin, ctx.eps = inputs
+    ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+
+
+def _backward(ctx, grad_q, grad_k):
+    q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    d_q, d_q_weight = _one_backward(q, q_weight, grad_q, cos, sin, ctx.eps)
+    d_k, d_k_weight = _one_backward(k, k_weight, grad_k, cos, sin, ctx.eps)
+    return d_q, d_k, d_q_weight, d_k_weight, None, None, None
+
+
+define_backward(_OP, _backward, _setup)
