@@ -56,7 +56,7 @@ def info() -> dict[str, Any]:
         without CUDA kernels) and ``cuda_version``; ``sim`` (bool); ``default_backend`` {"cpu", "cuda"}.
     """
     module, error = extension()
-    archs = [a for a in module.cuda_archs.split(";") if a] if module else []
+    archs = [a for a in module.cuda_archs.split(",") if a] if module else []
     mode = env.get("PYDIT_BACKEND")
     return {
         "version": __version__,

@@ -112,7 +112,7 @@ def _row_split(split):
 def _ada_layer_norm(x, scale, shift, eps, split=None):
     path = backend.choose("ada_layer_norm", x)
     if path.kernels is None:
-        return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split)
+        return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with backend.device_of(x):
         path.kernels.ada_layer_norm(x, scale, shift, out, eps, _row_split(split), backend.DTYPE_CODES[x.dtype],
@@ -123,7 +123,7 @@ def _ada_layer_norm(x, scale, shift, eps, split=None):
 def _gated_residual(x, y, gate, split=None):
     path = backend.choose("gated_residual", x)
     if path.kernels is None:
-        return reference.gated_residual(x, y, gate, split=split)
+        return reference.gated_residual(x, y, gate, split=split).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with backend.device_of(x):
         path.kernels.gated_residual(x, y, gate, out, _row_split(split), backend.DTYPE_CODES[x.dtype],
@@ -134,7 +134,8 @@ def _gated_residual(x, y, gate, split=None):
 def _gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps, split=None):
     path = backend.choose("gated_residual_ada_layer_norm", x)
     if path.kernels is None:
-        return reference.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=eps, split=split)
+        residual, out = reference.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=eps, split=split)
+        return residual.contiguous(), out.contiguous()
     residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty_like(residual)
     with backend.device_of(x):
@@ -171,6 +172,7 @@ def _sum_rows(grad, split, dtype):
 def _norm_backward(value, grad, scale, eps, split):
     """Gradient of LN(value) * (1 + scale) + shift -> (d value, d scale and d shift per token)."""
     centred = value - value.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     normed = centred * rstd
     inner = grad * (1 + reference.per_token(scale, value, split))

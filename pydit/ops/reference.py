@@ -53,6 +53,7 @@ def rotate(value, cos, sin):
 def normalize(value, eps):
     """(value - mean) / sqrt(variance + eps) over the last dimension, biased variance."""
     centred = value - value.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)  # what rounding left of a mean much larger than the deviation
     return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
 
 
