@@ -15,19 +15,21 @@ __device__ __forceinline__ float lane_group_sum(float x) {
   return x;
 }
 
-// Group of one or more whole warps. For more than one warp the group is the block, `scratch` holds kThreads / 32
-// floats of shared memory, and a second call needs no barrier of its own: it uses the other half (`phase` 0 or 1).
+// Sums of two terms over a group of one or more whole warps. For more than one warp the group is the block and
+// `scratch` is kThreads / 32 slots of shared memory that no other call of the kernel uses.
 template <int kThreads>
-__device__ __forceinline__ float group_sum(float x, float* scratch, int phase) {
-  x = lane_group_sum<32>(x);
+__device__ __forceinline__ float2 group_sum(float2 x, float2* scratch) {
+  x.x = lane_group_sum<32>(x.x);
+  x.y = lane_group_sum<32>(x.y);
   if constexpr (kThreads > 32) {
-    constexpr int kWarps = kThreads / 32;
-    float* slots = scratch + phase * kWarps;
-    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
-    x = 0.f;
+    x = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) x += slots[warp];
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      x.x += scratch[warp].x;
+      x.y += scratch[warp].y;
+    }
   }
   return x;
 }

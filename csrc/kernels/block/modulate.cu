@@ -4,7 +4,8 @@
 //   out = (r - mean(r)) * rstd(r) * (1 + scale) + shift   (kNorm; otherwise r itself is the output)
 //
 // All three are one pass over rows of C channels, bound by memory: a row is read once into registers as fp32, reduced
-// there (mean, then the centred sum of squares: no cancellation), and written once. A warp owns a row while the row
+// there, and written once. The variance comes from centred values, and their own sum (0 but for rounding) corrects the
+// mean, so that an offset of 1e4 standard deviations costs no accuracy. A warp owns a row while the row
 // fits its registers, so that no barrier is needed; longer rows are shared by a block. gate, scale and shift are one
 // row per sample and stay in L1.
 //
@@ -50,7 +51,8 @@ template <typename T, int kWidth, int kThreads, int kVectors, bool kGate, bool k
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThreads)
     modulate_kernel(const ModulateParams p) {
   using Vec = Pack<T, kWidth>;
-  __shared__ float scratch[2 * (kThreads / 32)];
+  constexpr int kWarps = kThreads / 32;
+  __shared__ float2 scratch[2][kWarps];
   const int thread = threadIdx.x % kThreads;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kThreads) + threadIdx.x / kThreads;
   if (row >= p.batch * p.tokens) return;  // whole warps only: a block that shares a row has no spare rows
@@ -121,20 +123,23 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
         for (int j = 0; j < kWidth; ++j) sum += value[i][j];
       }
     }
-    const float mean = group_sum<kThreads>(sum, scratch, 0) / static_cast<float>(channels);
-    float squares = 0.f;
+    const float inverse = 1.f / static_cast<float>(channels);
+    const float pilot = group_sum<kThreads>(make_float2(sum, 0.f), scratch[0]).x * inverse;
+    float2 moments = make_float2(0.f, 0.f);  // of the deviations from the pilot mean: sum, sum of squares
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if ((i * kThreads + thread) * kWidth < channels) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          const float d = value[i][j] - mean;
-          squares = fmaf(d, d, squares);
+          value[i][j] -= pilot;
+          moments.x += value[i][j];
+          moments.y = fmaf(value[i][j], value[i][j], moments.y);
         }
       }
     }
-    const float variance = group_sum<kThreads>(squares, scratch, 1) / static_cast<float>(channels);
-    const float rstd = rsqrtf(variance + p.eps);
+    moments = group_sum<kThreads>(moments, scratch[1]);
+    const float mean = moments.x * inverse;
+    const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, moments.y * inverse), 0.f) + p.eps);
 
     const T* scale = modulation_row<T>(p.scale, b, r);
     const T* shift = modulation_row<T>(p.shift, b, r);
