@@ -1,0 +1,22 @@
+// What the host side can set and ask. Plain C; every function may be called from any thread.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Seed of the order in which blocks, warps and lanes run; the same seed gives the same order. Default 0.
+void pydit_sim_set_seed(uint64_t seed);
+// OS threads that run the blocks of a launch; 0 (the default) means one per core. With 1 a launch is deterministic
+// even where blocks meet in atomics.
+void pydit_sim_set_threads(int threads);
+// Why this host thread's last failed launch failed: kernel, block, thread, reason. "" when none has.
+const char* pydit_sim_last_report(void);
+// Launches since the process started, failed ones included.
+uint64_t pydit_sim_launch_count(void);
+
+#ifdef __cplusplus
+}
+#endif

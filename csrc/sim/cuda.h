@@ -1,0 +1,60 @@
+// The SIMT simulator: what a kernel file sees of CUDA when g++ compiles it with -DPYDIT_SIM.
+//
+// The same .cu files that nvcc builds run here on the CPU, unchanged, so that every kernel can be tested on a machine
+// with a C++ compiler and nothing else. How a launch runs, and where to read about each part:
+//
+//   launch.h     PYDIT_LAUNCH checks the configuration and deals the blocks of the grid out to OS threads, in an order
+//                drawn from the seed. One OS thread runs one block at a time, to its end.
+//   fiber.h      Every CUDA thread of a block is a fiber: a stack of its own and a ten-instruction context switch.
+//   scheduler.h  A fiber runs until it has to wait (a barrier, a warp collective) and then switches straight to another
+//                that can run: warps and lanes in seeded random order, so that code that is right only in one order
+//                fails for some seed. When none can run and some are left, the block is deadlocked: the launch ends
+//                with a report of who waits where.
+//   warp.h       Warp collectives: each lane deposits its operand, the last to arrive computes for all.
+//   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.
+//   control.h    C functions of the host side: seed, number of OS threads, last report, launch counter.
+//
+// Shared memory: a static __shared__ variable is thread-local to the OS thread, hence one per running block; dynamic
+// shared memory is an arena filled with 0xFF (NaN) before every block. Neither is zero for a block to rely on.
+//
+// A kernel that throws, traps, touches memory it cannot, deadlocks or misuses a collective makes the launch return
+// cudaErrorLaunchFailure; the reason is in pydit_sim_last_report(), and the next launch works.
+//
+// Not modelled: timing, memory ordering weaker than the host's, bank conflicts. Compile with -ffp-contract=off (a
+// multiply and an add fuse only where the kernel says fmaf) and -fno-strict-aliasing (as nvcc does).
+#pragma once
+
+// Qualifiers. All code is host code here; __shared__ works at block scope, where CUDA allows it too.
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __shared__ static thread_local
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+#include "sim/types.h"
+
+#include "sim/half.h"
+#include "sim/intrinsics.h"
+#include "sim/launch.h"
+#include "sim/runtime.h"
+#include "sim/scheduler.h"
+#include "sim/warp.h"
+
+// Built-in variables of the running thread.
+#define threadIdx (::simt::thread_index())
+#define blockIdx (::simt::block_index())
+#define blockDim (::simt::block_dim())
+#define gridDim (::simt::grid_dim())
+constexpr int warpSize = 32;
+
+// The two pieces of CUDA syntax that are not C++; their CUDA versions are in device/platform.cuh.
+// PYDIT_LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...) is a cudaError_t; a template instantiation with
+// commas goes in parentheses: PYDIT_LAUNCH((scale_kernel<float, 4>), ...). The stream opens `...` here because a macro
+// of C++17 cannot drop the comma before an empty argument list.
+#define PYDIT_LAUNCH(kernel, grid, block, smem_bytes, ...) \
+  (::simt::launch(#kernel, kernel, grid, block, smem_bytes, __VA_ARGS__), cudaGetLastError())
+#define PYDIT_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::simt::dynamic_shared())

@@ -1,0 +1,144 @@
+#include "sim/fiber.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMT_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SIMT_ASAN 1
+#endif
+#endif
+#ifdef SIMT_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace simt {
+namespace {
+
+#ifdef SIMT_ASAN
+constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are several times as large
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+constexpr size_t kGuardBytes = 4096;
+constexpr size_t kStride = kGuardBytes + kStackBytes;
+
+// Stacks that all start at the same offset in a page would compete for the same cache sets. Each starts a few lines
+// from its neighbour instead.
+constexpr size_t stack_colour(size_t index) { return index * 17 % 64 * 64; }
+
+#ifndef PYDIT_SIM_UCONTEXT
+// void exchange(void** save, void* load): pushes the callee-saved registers, stores the stack pointer in *save, takes
+// `load` as the stack pointer and pops the registers of that context.
+__attribute__((naked, noinline)) void exchange(void** /*rdi*/, void* /*rsi*/) {
+  asm("pushq %rbp\n\t"
+      "pushq %rbx\n\t"
+      "pushq %r12\n\t"
+      "pushq %r13\n\t"
+      "pushq %r14\n\t"
+      "pushq %r15\n\t"
+      "movq %rsp, (%rdi)\n\t"
+      "movq %rsi, %rsp\n\t"
+      "popq %r15\n\t"
+      "popq %r14\n\t"
+      "popq %r13\n\t"
+      "popq %r12\n\t"
+      "popq %rbx\n\t"
+      "popq %rbp\n\t"
+      "ret");
+}
+#endif
+
+}  // namespace
+
+Stacks::~Stacks() {
+  for (char* slab : slabs_) {
+    if (slab != nullptr) munmap(slab, kPerSlab * kStride);
+  }
+}
+
+void Stacks::reserve(size_t count) {
+  while (count_ < count) {
+    void* memory = mmap(nullptr, kPerSlab * kStride, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    char* slab = static_cast<char*>(memory);
+    for (size_t i = 0; i < kPerSlab; ++i) mprotect(slab + i * kStride, kGuardBytes, PROT_NONE);
+    slabs_[count_ / kPerSlab] = slab;
+    count_ += kPerSlab;
+  }
+}
+
+void Stacks::prepare(Context& context, size_t index, void (*entry)()) {
+  char* bottom = slabs_[index / kPerSlab] + index % kPerSlab * kStride + kGuardBytes;
+  const size_t bytes = kStackBytes - stack_colour(index);  // a multiple of 64
+  context.stack_bottom = bottom;
+  context.stack_bytes = bytes;
+  context.fake_stack = nullptr;
+#ifdef PYDIT_SIM_UCONTEXT
+  getcontext(&context.registers);
+  context.registers.uc_stack.ss_sp = bottom;
+  context.registers.uc_stack.ss_size = bytes;
+  context.registers.uc_link = nullptr;
+  makecontext(&context.registers, entry, 0);
+#else
+  // What exchange() pops: six registers and the address to return to. One more word puts the stack pointer where it
+  // stands after a call (8 bytes off a multiple of 16), and a null return address ends stack traces.
+  void** top = reinterpret_cast<void**>(bottom + bytes);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  top -= 6;
+  memset(top, 0, 6 * sizeof(void*));
+  context.stack_pointer = top;
+#endif
+}
+
+void Stacks::forget_abandoned() {
+#ifdef SIMT_ASAN
+  for (size_t i = 0; i < count_; ++i) {
+    __asan_unpoison_memory_region(slabs_[i / kPerSlab] + i % kPerSlab * kStride + kGuardBytes, kStackBytes);
+  }
+#endif
+}
+
+bool Stacks::is_guard(const void* address) const {
+  const auto wanted = reinterpret_cast<uintptr_t>(address);
+  for (size_t i = 0; i < count_; ++i) {
+    const auto guard = reinterpret_cast<uintptr_t>(slabs_[i / kPerSlab] + i % kPerSlab * kStride);
+    if (wanted >= guard && wanted < guard + kGuardBytes) return true;
+  }
+  return false;
+}
+
+void switch_context(Context& from, Context& to) {
+#ifdef SIMT_ASAN
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
+#endif
+#ifdef PYDIT_SIM_UCONTEXT
+  swapcontext(&from.registers, &to.registers);
+#else
+  exchange(&from.stack_pointer, to.stack_pointer);
+#endif
+#ifdef SIMT_ASAN
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void enter([[maybe_unused]] Context& resumer) {
+#ifdef SIMT_ASAN
+  const void* bottom;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+  // The OS thread's own stack is known only from here; a fiber's is already in its context and is the same.
+  resumer.stack_bottom = bottom;
+  resumer.stack_bytes = bytes;
+#endif
+}
+
+}  // namespace simt

@@ -1,0 +1,60 @@
+// Fibers: several stacks on one OS thread, and a switch between them.
+//
+// On x86-64 a switch saves the six callee-saved registers on the old stack, exchanges the stack pointers and restores
+// them from the new one (about 3 ns). Elsewhere, or with PYDIT_SIM_UCONTEXT defined, POSIX ucontext does it (slower: a
+// system call per switch).
+#pragma once
+
+#include <cstddef>
+
+#if !defined(__x86_64__) && !defined(PYDIT_SIM_UCONTEXT)
+#define PYDIT_SIM_UCONTEXT
+#endif
+#ifdef PYDIT_SIM_UCONTEXT
+#include <ucontext.h>
+#endif
+
+namespace simt {
+
+// A point of execution that can be resumed.
+struct Context {
+#ifdef PYDIT_SIM_UCONTEXT
+  ucontext_t registers;
+#else
+  void* stack_pointer = nullptr;
+#endif
+  const void* stack_bottom = nullptr;  // for AddressSanitizer, which wants to know of every switch
+  size_t stack_bytes = 0;
+  void* fake_stack = nullptr;
+};
+
+// Fiber stacks of one worker, allocated as needed and kept. A guard page below each turns an overflow into a fault.
+class Stacks {
+ public:
+  Stacks() = default;
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+  ~Stacks();
+
+  // Makes at least `count` stacks; throws std::bad_alloc when the system gives no memory.
+  void reserve(size_t count);
+  // Points `context` at the start of `entry` on stack `index`. `entry` must call enter() first and never return.
+  void prepare(Context& context, size_t index, void (*entry)());
+  // After fibers were abandoned half-way: lets AddressSanitizer forget what it knew of their stacks.
+  void forget_abandoned();
+  // Whether `address` lies in the guard page of a stack.
+  bool is_guard(const void* address) const;
+
+ private:
+  static constexpr size_t kPerSlab = 32;
+  static constexpr size_t kMaxSlabs = 32;  // 1024 threads per block
+  char* slabs_[kMaxSlabs] = {};
+  size_t count_ = 0;
+};
+
+// Suspends the running context into `from` and resumes `to`. Returns when something switches back to `from`.
+void switch_context(Context& from, Context& to);
+// First statement of a fiber's entry function; `resumer` is the context that switched to it.
+void enter(Context& resumer);
+
+}  // namespace simt

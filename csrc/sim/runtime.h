@@ -1,0 +1,64 @@
+// The few calls of the CUDA runtime that launchers make. One device, launches finish before they return.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
+};
+using cudaError = cudaError_t;
+
+struct CUstream_st;  // never defined: a stream is only a handle here
+using cudaStream_t = CUstream_st*;
+
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+
+enum cudaDeviceAttr {
+  cudaDevAttrMaxThreadsPerBlock = 1,
+  cudaDevAttrMaxSharedMemoryPerBlock = 8,
+  cudaDevAttrWarpSize = 10,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+// The last error of this host thread; the first call clears it, the second does not.
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+// For cudaErrorLaunchFailure and a refused configuration: the report of this host thread's last failed launch.
+const char* cudaGetErrorString(cudaError_t error);
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+namespace simt {
+
+cudaError_t set_function_attribute(const void* function, cudaFuncAttribute attribute, int value);
+// Dynamic shared memory that `function` may ask for, in bytes.
+size_t shared_limit(const void* function);
+// Sets the last error of this host thread, and its report.
+[[gnu::format(printf, 2, 3)]] void set_error(cudaError_t error, const char* format, ...);
+const char* last_report();
+
+}  // namespace simt
+
+template <typename Function>
+cudaError_t cudaFuncSetAttribute(Function* function, cudaFuncAttribute attribute, int value) {
+  return simt::set_function_attribute(reinterpret_cast<const void*>(function), attribute, value);
+}
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

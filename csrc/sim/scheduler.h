@@ -1,0 +1,153 @@
+// One block of a grid: its threads, who can run, who waits for what.
+//
+// The state is bit masks: per warp, the lanes that have not exited, those that can run, those that wait in a warp
+// collective and those that wait at each barrier. A thread that has to wait picks the next one and switches to it; the
+// OS thread's own context gets control back when none can run: all have exited, or the block is deadlocked.
+//
+// Threads that have exited are not waited for, by __syncthreads() and by collectives alike, as on the GPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "sim/fiber.h"
+#include "sim/types.h"
+
+namespace simt {
+
+constexpr int kLanes = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / kLanes;
+constexpr int kBarriers = 16;
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // with cudaFuncAttributeMaxDynamicSharedMemorySize
+constexpr size_t kReportBytes = 4096;
+
+// A launch, as every worker sees it.
+struct Kernel {
+  const char* name;  // as written in PYDIT_LAUNCH
+  void (*invoke)(const void* arguments);
+  const void* arguments;
+  dim3 grid, block;
+  size_t shared_bytes;
+  uint64_t seed;
+};
+
+// What a lane brings to a warp collective. It lies on the lane's own stack while the lane waits.
+struct Deposit {
+  const char* name;                                              // "__shfl_sync"
+  uint32_t mask;                                                 // the lanes that must come
+  void (*finish)(Deposit* const* lanes, uint32_t participants);  // computes the results of all participants
+};
+
+struct Warp {
+  uint32_t alive = 0;                  // not exited
+  uint32_t ready = 0;                  // can run
+  uint32_t collecting = 0;             // waiting in a collective
+  uint32_t at_barrier[kBarriers] = {};  // waiting at a barrier
+  Deposit* deposit[kLanes] = {};       // of the lanes in `collecting`
+};
+
+struct Barrier {
+  const char* name = nullptr;  // of the call that the threads wait in; null while nobody waits
+  int needed = 0;              // threads it waits for; 0: all that have not exited
+  int arrived = 0;
+  int votes = 0;   // of the arrived threads, those with a true predicate
+  int result = 0;  // votes of the last completed round
+};
+
+class Block;
+
+struct Fiber {
+  Context context;
+  Block* block = nullptr;
+  uint3 thread = {};  // threadIdx
+  int warp = 0, lane = 0;
+};
+
+class Block {
+ public:
+  Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  // Runs block number `linear` of the grid (x fastest). False when it failed; report() then says why.
+  bool run(const Kernel& kernel, uint64_t linear);
+  const char* report() const { return report_; }
+
+  // The rest is called by the block's own threads.
+  const Kernel& kernel() const { return *kernel_; }
+  uint3 index() const { return index_; }
+  void* shared() { return shared_; }
+  // Waits at barrier `id` until `needed` threads (0: all that have not exited) have come; returns how many of them
+  // brought a true `vote`.
+  int barrier(int id, int needed, const char* name, bool vote);
+  // Waits until all lanes in mine.mask have come with a deposit of the same name and mask.
+  void collective(Deposit& mine);
+  // Lets others run; the caller stays able to run.
+  void yield();
+  // Lanes of the running warp that have not exited.
+  uint32_t alive_lanes() const;
+
+ private:
+  static void thread_main();
+  void start(const Kernel& kernel, uint64_t linear);
+  void exit_thread();
+  bool finish_if_complete(Warp& warp, Deposit& deposit, int warp_index);
+  void release(Barrier& barrier, int id);
+  void make_ready(int warp_index, uint32_t lanes);
+  void wait();
+  Fiber& next();
+  uint64_t random();
+  void report_error(const Fiber& fiber, const char* reason);
+  void report_deadlock();
+
+  const Kernel* kernel_ = nullptr;
+  uint3 index_ = {};
+  int threads_ = 0, alive_ = 0;
+  uint32_t ready_warps_ = 0;       // warps with a ready lane
+  uint32_t pending_barriers_ = 0;  // barriers somebody waits at
+  int running_warp_ = 0;
+  int first_lane_ = 0;         // where the search for the warp's next lane starts,
+  bool descending_ = false;    // and in which direction it goes
+  bool leave_warp_ = false;    // choose a warp anew at the next switch
+  bool failed_ = false;
+  uint64_t random_ = 1;
+  Warp warps_[kMaxWarps];
+  Barrier barriers_[kBarriers];
+  Fiber main_;  // the OS thread's own context
+  std::unique_ptr<Fiber[]> fibers_;
+  dim3 shape_ = dim3(0, 0, 0);  // the block shape that fibers_ is numbered for
+  Stacks stacks_;
+  std::unique_ptr<unsigned char[]> arena_;
+  unsigned char* shared_ = nullptr;  // in arena_, aligned to 1024 bytes
+  char report_[kReportBytes] = "";
+};
+
+// The running thread; null outside a kernel. (Initial-exec: one instruction to read, also in a shared library.)
+extern __thread Fiber* current __attribute__((tls_model("initial-exec")));
+
+// Stops the kernel with a report: throws, and the launch returns cudaErrorLaunchFailure.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+
+inline const uint3& thread_index() { return current->thread; }
+inline uint3 block_index() { return current->block->index(); }
+inline dim3 block_dim() { return current->block->kernel().block; }
+inline dim3 grid_dim() { return current->block->kernel().grid; }
+inline void* dynamic_shared() { return current->block->shared(); }
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::current->block->barrier(0, 0, "__syncthreads", false); }
+inline int __syncthreads_count(int vote) {
+  return simt::current->block->barrier(0, 0, "__syncthreads_count", vote != 0);
+}
+inline int __syncthreads_or(int vote) {
+  return simt::current->block->barrier(0, 0, "__syncthreads_or", vote != 0) != 0;
+}
+inline int __syncthreads_and(int vote) {
+  return simt::current->block->barrier(0, 0, "__syncthreads_and", vote == 0) == 0;
+}
+// A thread that polls memory must let the others run.
+inline void __nanosleep(unsigned) { simt::current->block->yield(); }
+[[noreturn]] inline void __trap() { simt::fail("__trap()"); }
