@@ -124,8 +124,9 @@ class Block {
   char report_[kReportBytes] = "";
 };
 
-// The running thread; null outside a kernel. (Initial-exec: one instruction to read, also in a shared library.)
-extern __thread Fiber* current __attribute__((tls_model("initial-exec")));
+// The running thread; null outside a kernel. (Not initial-exec: a module with large __shared__ arrays could then not be
+// loaded, as its whole thread-local storage would have to fit what the C library keeps free.)
+extern __thread Fiber* current;
 
 // Stops the kernel with a report: throws, and the launch returns cudaErrorLaunchFailure.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
