@@ -129,6 +129,6 @@ PYBIND11_MODULE(_C, m) {
   sim.def("set_seed", &pydit_sim_set_seed);
   sim.def("set_threads", &pydit_sim_set_threads);
   sim.def("launch_count", &pydit_sim_launch_count);
-  sim.def("last_report", [] { return std::string(pydit_sim_last_error()); });
+  sim.def("last_report", &pydit_sim_last_report);
 #endif
 }

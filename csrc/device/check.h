@@ -8,14 +8,18 @@
 
 #include "device/platform.cuh"
 
+#ifdef PYDIT_SIM
+#include "sim/control.h"
+#endif
+
 namespace pydit::PYDIT_BACKEND {
 
 constexpr int kOk = 0;
 constexpr int kBadArgument = 1;
 constexpr int kLaunchFailed = 2;
 
-char* error_buffer();  // 512 bytes, thread-local
-constexpr int kErrorBytes = 512;
+char* error_buffer();  // kErrorBytes, thread-local
+constexpr int kErrorBytes = 2048;
 
 [[gnu::format(printf, 1, 2)]] inline int bad_argument(const char* format, ...) {
   va_list args;
@@ -27,7 +31,12 @@ constexpr int kErrorBytes = 512;
 
 inline int launch_status(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return kOk;
-  snprintf(error_buffer(), kErrorBytes, "%s: launch failed: %s", op, cudaGetErrorString(error));
+#ifdef PYDIT_SIM
+  const char* reason = pydit_sim_last_report();  // kernel, block, thread and what happened
+#else
+  const char* reason = cudaGetErrorString(error);
+#endif
+  snprintf(error_buffer(), kErrorBytes, "%s: launch failed: %s", op, reason);
   return kLaunchFailed;
 }
 
