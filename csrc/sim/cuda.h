@@ -11,6 +11,7 @@
 //                fails for some seed. When none can run and some are left, the block is deadlocked: the launch ends
 //                with a report of who waits where.
 //   warp.h       Warp collectives: each lane deposits its operand, the last to arrive computes for all.
+//   fault.h      A wild pointer or a stack overflow of a kernel ends the launch, not the process.
 //   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.
 //   control.h    C functions of the host side: seed, number of OS threads, last report, launch counter.
 //

@@ -7,6 +7,14 @@
 
 #include <cstddef>
 
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMT_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SIMT_ASAN 1
+#endif
+#endif
+
 #if !defined(__x86_64__) && !defined(PYDIT_SIM_UCONTEXT)
 #define PYDIT_SIM_UCONTEXT
 #endif

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "sim/control.h"
+#include "sim/fault.h"
 
 namespace simt {
 namespace {
@@ -53,8 +54,8 @@ BlockPool& pool() {
 class Order {
  public:
   Order(uint64_t blocks, uint64_t seed) : blocks_(blocks) {
-    start_ = (seed * 0x9e3779b97f4a7c15u >> 20) % blocks;
-    step_ = 1 + (seed * 0xd1342543de82ef95u >> 20) % (blocks < 65536 ? blocks : 65536);  // no product reaches 2^64
+    start_ = mix(seed) % blocks;
+    step_ = 1 + mix(~seed) % (blocks < 65536 ? blocks : 65536);  // small enough that no product reaches 2^64
     while (std::gcd(step_, blocks) != 1) ++step_;
   }
   uint64_t operator[](uint64_t i) const {
@@ -72,6 +73,7 @@ class Grid {
 
   void work() {
     try {
+      const FaultGuard faults;
       std::unique_ptr<Block> block = pool().take();
       while (!failed_.load(std::memory_order_relaxed)) {
         const uint64_t i = next_.fetch_add(1, std::memory_order_relaxed);

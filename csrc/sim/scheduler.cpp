@@ -19,13 +19,6 @@ struct KernelError {
   char reason[kReportBytes / 2];
 };
 
-uint64_t mix(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
-}
-
 uint32_t rotate_right(uint32_t x, int by) { return x >> by | x << (-by & 31); }
 
 // A set bit of non-empty `mask`: the first from `start` on, going round.
@@ -87,7 +80,7 @@ void Block::start(const Kernel& kernel, uint64_t linear) {
   ready_warps_ = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
   leave_warp_ = true;
   failed_ = false;
-  random_ = mix(kernel.seed ^ mix(linear)) | 1;
+  random_ = mix(kernel.seed + mix(linear)) | 1;
   memset(shared_, 0xFF, kernel.shared_bytes + kCanaryBytes);
 }
 
@@ -106,7 +99,7 @@ bool Block::run(const Kernel& kernel, uint64_t linear) {
   for (size_t i = 0; i < kCanaryBytes; ++i) {
     if (shared_[kernel.shared_bytes + i] != 0xFF) {
       char reason[160];
-      snprintf(reason, sizeof reason, "byte %zu of the dynamic shared memory was written; the launch asked for %zu bytes",
+      snprintf(reason, sizeof reason, "byte %zu of the dynamic shared memory was written; the launch gave it %zu bytes",
                kernel.shared_bytes + i, kernel.shared_bytes);
       report_error(fibers_[0], reason);
       return false;
@@ -146,6 +139,11 @@ void Block::exit_thread() {
     const int id = __builtin_ctz(left);
     if (barriers_[id].needed == 0 && barriers_[id].arrived == alive_) release(barriers_[id], id);
   }
+}
+
+void Block::fault_exit() {
+  current->block->wait();  // the block has failed, so this goes to the OS thread's context
+  __builtin_unreachable();
 }
 
 // Scheduling -----------------------------------------------------------------------------------------------------
@@ -262,90 +260,6 @@ void Block::collective(Deposit& mine) {
   warp.collecting |= bit;
   finish_if_complete(warp, mine, me.warp);
   wait();
-}
-
-// Reports --------------------------------------------------------------------------------------------------------
-
-namespace {
-
-// snprintf that appends, and stops quietly at the end of the buffer.
-[[gnu::format(printf, 2, 3)]] void append(char (&text)[kReportBytes], const char* format, ...) {
-  const size_t used = strlen(text);
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(text + used, sizeof text - used, format, arguments);
-  va_end(arguments);
-}
-
-// "lanes 0-3, 7"
-void append_lanes(char (&text)[kReportBytes], uint32_t lanes) {
-  if (lanes == ~0u) return append(text, "all lanes");
-  const char* separator = (lanes & (lanes - 1)) == 0 ? "lane " : "lanes ";
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if ((lanes >> lane & 1) == 0) continue;
-    int last = lane;
-    while (last + 1 < kLanes && (lanes >> (last + 1) & 1) != 0) ++last;
-    append(text, last > lane ? "%s%d-%d" : "%s%d", separator, lane, last);
-    separator = ", ";
-    lane = last;
-  }
-}
-
-void begin_report(char (&text)[kReportBytes], const Kernel& kernel, uint3 block) {
-  // A kernel in parentheses is named without them.
-  const size_t length = strlen(kernel.name);
-  const bool parentheses = length > 2 && kernel.name[0] == '(' && kernel.name[length - 1] == ')';
-  text[0] = '\0';
-  append(text, "kernel %.*s, grid (%u, %u, %u), block shape (%u, %u, %u), seed %llu: block (%u, %u, %u)",
-         static_cast<int>(parentheses ? length - 2 : length), kernel.name + parentheses, kernel.grid.x, kernel.grid.y,
-         kernel.grid.z, kernel.block.x, kernel.block.y, kernel.block.z, static_cast<unsigned long long>(kernel.seed),
-         block.x, block.y, block.z);
-}
-
-}  // namespace
-
-void Block::report_error(const Fiber& fiber, const char* reason) {
-  begin_report(report_, *kernel_, index_);
-  append(report_, ", thread (%u, %u, %u) [warp %d, lane %d]: %s", fiber.thread.x, fiber.thread.y, fiber.thread.z,
-         fiber.warp, fiber.lane, reason);
-  failed_ = true;
-}
-
-void Block::report_deadlock() {
-  begin_report(report_, *kernel_, index_);
-  append(report_, ": deadlock, no thread can run; %d of %d threads have exited", threads_ - alive_, threads_);
-  for (int id = 0; id < kBarriers; ++id) {
-    const Barrier& barrier = barriers_[id];
-    if (barrier.arrived == 0) continue;
-    append(report_, "\n  %d threads wait in %s", barrier.arrived, barrier.name);
-    if (id > 0) append(report_, " at barrier %d", id);
-    if (barrier.needed == 0) append(report_, " for all %d that have not exited:", alive_);
-    else append(report_, " for %d to come:", barrier.needed);
-    const char* separator = " ";
-    for (int w = 0; w * kLanes < threads_; ++w) {
-      const uint32_t lanes = warps_[w].at_barrier[id];
-      if (lanes == 0) continue;
-      append(report_, "%swarp %d ", separator, w);
-      append_lanes(report_, lanes);
-      separator = "; ";
-    }
-  }
-  for (int w = 0; w * kLanes < threads_; ++w) {
-    const Warp& warp = warps_[w];
-    for (uint32_t left = warp.collecting; left != 0;) {
-      // One line for the lanes that wait in the same collective.
-      const Deposit& deposit = *warp.deposit[__builtin_ctz(left)];
-      uint32_t same = 0;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if ((left >> lane & 1) != 0 && warp.deposit[lane]->mask == deposit.mask) same |= 1u << lane;
-      }
-      append(report_, "\n  warp %d ", w);
-      append_lanes(report_, same);
-      append(report_, " wait in %s, mask 0x%08x, for ", deposit.name, deposit.mask);
-      append_lanes(report_, deposit.mask & warp.alive & ~same);
-      left &= ~same;
-    }
-  }
 }
 
 }  // namespace simt

@@ -33,6 +33,13 @@ struct Kernel {
   uint64_t seed;
 };
 
+inline uint64_t mix(uint64_t x) {  // splitmix64: neighbouring seeds give unrelated numbers
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
 // What a lane brings to a warp collective. It lies on the lane's own stack while the lane waits.
 struct Deposit {
   const char* name;                                              // "__shfl_sync"
@@ -88,6 +95,9 @@ class Block {
   void yield();
   // Lanes of the running warp that have not exited.
   uint32_t alive_lanes() const;
+  // Of the signal handler (fault.h): what the running thread did, and the end of that thread and its block.
+  void describe_fault(int signal, const void* address);
+  [[noreturn]] static void fault_exit();
 
  private:
   static void thread_main();
