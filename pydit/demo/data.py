@@ -1,0 +1,133 @@
+"""Prompts and images of the demo world as inputs of its pipeline: embeddings, training batches, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from pydit.demo import world
+from pydit.demo.render import SIZE
+
+GRID = 6  # latent tokens per side: 48 pixels, VAE factor 4, 2x2 packing
+IMG_SHAPES = [(1, GRID, GRID)]
+
+
+@torch.no_grad()
+def encode_prompts(pipe, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Text embeddings as the pipeline computes them.
+
+    Returns
+    -------
+    (embeds float [B, S, J], mask bool [B, S] or None when no row is padded)
+    """
+    embeds, mask = pipe.encode_prompt(prompt=list(texts), device=pipe.transformer.device)
+    return embeds, None if mask is None or bool(mask.all()) else mask.bool()
+
+
+@torch.no_grad()
+def encode_images(pipe, images: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, 48, 48] in [-1, 1] -> latent tokens [N, 36, 4 * latent channels], packed as the pipeline packs."""
+    mean = pipe.vae.encode(images[:, :, None].to(pipe.vae.dtype)).latent_dist.mean[:, :, 0]
+    return pack(mean)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[N, Z, 12, 12] -> tokens [N, 36, 4 Z] (channel-major 2x2 patches, as QwenImagePipeline._pack_latents)."""
+    n, z, height, width = latents.shape
+    patches = latents.view(n, z, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(n, height * width // 4, 4 * z)
+
+
+def unpack(tokens: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`pack`."""
+    n, _, channels = tokens.shape
+    return (tokens.view(n, GRID, GRID, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+            .reshape(n, channels // 4, 2 * GRID, 2 * GRID))
+
+
+def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_size: int, seed: int,
+                 start_step: int = 0) -> Iterator[tuple[dict, torch.Tensor]]:
+    """An infinite stream of inputs for ``transformer.forward`` with their flow-matching targets.
+
+    Rendered images are encoded, noised to a random sigma (uniform in (0, 1)) and paired with their prompt.
+
+    Parameters
+    ----------
+    pipe : the demo's pipeline.
+    prompts : prompts to draw from uniformly; None draws training prompts, balanced over categories.
+    batch_size, seed : batch b of a seed is always the same, so ``start_step`` resumes a stream exactly.
+
+    Yields
+    ------
+    (batch, target) : keyword arguments of the transformer, and the velocity ``noise - x0`` [B, 36, 4 Z].
+    """
+    device = pipe.transformer.device
+    table: dict[str, torch.Tensor] = {}
+    choices = None if prompts is None else torch.tensor([world.all_prompts().index(p) for p in prompts])
+    step = start_step
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        if choices is None:
+            indices = world.sample_indices(batch_size, split="train", generator=generator)
+        else:
+            indices = choices[torch.randint(len(choices), (batch_size,), generator=generator)]
+        clean = encode_images(pipe, world.sample_images(indices, generator).to(device))
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        sigma = torch.rand(batch_size, generator=generator).clamp(1e-3).to(clean)
+        embeds, mask = _lookup(pipe, table, [world.all_prompts()[i].text for i in indices.tolist()])
+        batch = {
+            "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
+            "timestep": sigma,
+            "encoder_hidden_states": embeds,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [IMG_SHAPES] * batch_size,
+        }
+        yield batch, noise - clean
+        step += 1
+
+
+def _lookup(pipe, table: dict[str, torch.Tensor], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings of ``texts``, padded to the longest; each distinct prompt goes through the text encoder once."""
+    missing = sorted(set(texts) - table.keys())
+    if missing:
+        embeds, mask = encode_prompts(pipe, missing)
+        lengths = [embeds.shape[1]] * len(missing) if mask is None else mask.sum(1).tolist()
+        table.update({text: row[:length] for text, row, length in zip(missing, embeds, lengths, strict=True)})
+    rows = [table[text] for text in texts]
+    embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
+    mask = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
+    return embeds, None if bool(mask.all()) else mask
+
+
+def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int = 12, guidance: float = 1.0,
+             batch_size: int = 50, progress: bool = True) -> list[np.ndarray]:
+    """Images of prompts through the stock pipeline.
+
+    Parameters
+    ----------
+    prompts, seeds : one seed per prompt; an image depends on its prompt and seed, not on its batch.
+    steps : denoising steps. guidance : classifier-free guidance scale; 1 runs one forward per step instead of two.
+
+    Returns
+    -------
+    list of uint8 arrays [48, 48, 3]
+    """
+    from tqdm import tqdm
+
+    pipe.set_progress_bar_config(disable=True)
+    images: list[np.ndarray] = []
+    bar = tqdm(total=len(prompts), desc="generate", unit="image", disable=not progress)
+    for start in range(0, len(prompts), batch_size):
+        chosen = list(prompts[start:start + batch_size])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start:start + batch_size]]
+        with torch.inference_mode():
+            result = pipe(prompt=chosen, negative_prompt=[""] * len(chosen) if guidance > 1 else None,
+                          true_cfg_scale=guidance, height=SIZE, width=SIZE, num_inference_steps=steps,
+                          generator=generators, output_type="np").images
+        images += list((result * 255).round().astype(np.uint8))
+        bar.update(len(chosen))
+    bar.close()
+    return images
