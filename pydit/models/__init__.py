@@ -1,0 +1,8 @@
+"""One adapter per model family, and the pruned model classes.
+
+Importing this package does not import diffusers; asking for an adapter does.
+"""
+
+from pydit.models.adapter import BlockIO, Capture, ModelAdapter, get_adapter
+
+__all__ = ["BlockIO", "Capture", "ModelAdapter", "get_adapter"]

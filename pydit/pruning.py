@@ -1,0 +1,153 @@
+"""Plan x model -> pruned model. Pure surgery on copies: the teacher passed in is only read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pydit.errors import UserError
+from pydit.models import ModelAdapter, get_adapter
+from pydit.plan import PruningPlan
+from pydit.stats.ridge import gated_ridge
+
+INITS = ("first", "middle", "average", "probe")
+
+
+def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
+          batches: Iterable[Mapping[str, Any]] | None = None, ridge: float = 1e-4, tokens_per_batch: int = 1024,
+          seed: int = 0, dry_run: bool = False) -> nn.Module | str:
+    """Build a pruned copy of a transformer in which one block stands for each interval of the plan.
+
+    Parameters
+    ----------
+    transformer : diffusers transformer of a known family, not itself pruned. It is not changed.
+    plan : PruningPlan for its family and depth.
+    init : what the block that stands for layers ``start..end`` begins as:
+
+        - ``"first"``: a copy of layer ``start`` (the paper), ``"middle"``: of layer ``(start + end) // 2`` (the
+          authors' script), ``"average"``: the mean of the parameters of all its layers;
+        - ``"probe"``: a copy of layer ``start`` whose last linear layer, in each stream, is refitted so that the
+          block's output comes closest to the output of layer ``end`` on ``batches``. A block adds
+          ``gate * (W a + b)`` to a stream last, so with everything before held fixed, W and b are the solution of a
+          least-squares problem (solved to rounding by conjugate gradients, with a ridge that pulls to the copied
+          weights). Everything else an interval does, such as changing the attention, is beyond it: it is a starting
+          point for distillation. A text output that the model does not read is left alone.
+    batches : keyword-argument dicts for ``transformer.forward``; only for ``init="probe"``. They are kept in a list.
+    ridge : relative strength of the ridge of ``init="probe"``.
+    tokens_per_batch : tokens per stream and batch that ``init="probe"`` fits to. The layer that is fitted has 4 C
+        inputs, so aim for more tokens than that in total.
+    seed : of the choice of those tokens.
+    dry_run : return what would be done as text instead; nothing is built.
+
+    Returns
+    -------
+    nn.Module
+        A diffusers ModelMixin on the device and in the dtype of ``transformer``, all parameters trainable, with
+        ``plan``, ``source``, ``replaced``, ``set_active`` (see
+        :class:`pydit.models.qwen_image.PrunedQwenImageTransformer2DModel`).
+
+    Raises
+    ------
+    UserError
+        An unknown family or init, a plan for another family or depth, a model that is already pruned or carries
+        LoRA layers, or ``init="probe"`` without batches.
+    """
+    adapter = get_adapter(transformer)
+    if not isinstance(plan, PruningPlan):
+        raise UserError(f"plan: expected a PruningPlan, got {type(plan).__name__}")
+    if init not in INITS:
+        raise UserError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+    if isinstance(transformer, adapter.pruned_class()):
+        raise UserError("transformer: expected an unpruned model, got a pruned one; prune its to_stock()")
+    if getattr(transformer, "peft_config", None):
+        raise UserError("transformer: expected plain weights, got a model with LoRA layers; fuse or unload them first")
+    plan.require_match(transformer)
+    if init == "probe" and batches is None:
+        raise UserError('batches: expected calibration batches for init="probe", got none')
+    if dry_run:
+        return f"{plan.describe(transformer.config)}\ninit: {init}"
+
+    layers = adapter.blocks(transformer)
+    blocks = [_initial_block([layers[k] for k in source], init) for source in plan.source]
+    if init == "probe":
+        _refit(adapter, transformer, plan, blocks, list(batches), ridge, tokens_per_batch, seed)
+    block_list = adapter.block_list
+    others = {name: copy.deepcopy(child) for name, child in transformer.named_children() if name != block_list}
+    student = adapter.pruned_class().from_teacher(transformer, plan, blocks, others)
+    return student.requires_grad_(True)
+
+
+def _initial_block(layers: list[nn.Module], init: str) -> nn.Module:
+    if init == "middle":
+        return copy.deepcopy(layers[(len(layers) - 1) // 2])
+    block = copy.deepcopy(layers[0])
+    if init == "average" and len(layers) > 1:
+        states = [layer.state_dict() for layer in layers]
+        block.load_state_dict({
+            name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
+            if tensor.is_floating_point() else tensor
+            for name, tensor in states[0].items()})
+    return block
+
+
+def _refit(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan, blocks: list[nn.Module],
+           batches: list[Mapping[str, Any]], ridge: float, tokens_per_batch: int, seed: int) -> None:
+    """Refit the last linear layers of every interval's block, one interval at a time to bound memory."""
+    if not batches:
+        raise UserError('batches: expected at least one calibration batch for init="probe", got none')
+    for index, start, end in plan.replaced:
+        generator = torch.Generator().manual_seed(seed)
+        rows: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {"image": [], "text": []}
+        for batch in batches:
+            capture = adapter.capture(teacher, batch, (start, end + 1))
+            observed = _observe(adapter, blocks[index], *capture.states[start], capture.kwargs)
+            mask = adapter.text_mask(capture.kwargs)
+            for stream, target in zip(("image", "text"), capture.states[end + 1], strict=True):
+                inputs, gate, output, last = observed[stream]
+                wanted = target.float() - (output - gate * last)  # what gate * (W a + b) has to be
+                keep = torch.arange(target[..., 0].numel()) if stream == "image" or mask is None else \
+                    mask.bool().flatten().nonzero().flatten().cpu()
+                keep = keep[torch.randperm(len(keep), generator=generator)[:tokens_per_batch]].to(target.device)
+                rows[stream].append(tuple(t.flatten(0, 1)[keep] for t in (inputs, gate, wanted)))
+        linears = adapter.last_linears(blocks[index])
+        if end == plan.num_layers - 1 and not adapter.last_text_used:
+            del linears["text"]
+        for stream, linear in linears.items():
+            inputs, gate, wanted = (torch.cat(parts) for parts in zip(*rows[stream], strict=True))
+            if len(inputs):
+                weight, bias = gated_ridge(inputs, gate, wanted, linear.weight, linear.bias, ridge=ridge)
+                with torch.no_grad():
+                    linear.weight.copy_(weight)
+                    linear.bias.copy_(bias)
+
+
+def _observe(adapter: ModelAdapter, block: nn.Module, image: torch.Tensor, text: torch.Tensor,
+             kwargs: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Run a block -> per stream (input of its last linear, gate, output of the block, output of the last linear).
+
+    All float32, [B, S, F] or [B, S, C]. The gate is the derivative of the block's output by the linear's output,
+    which needs to know nothing about how the family computes it.
+    """
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def watch(stream: str):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            seen[stream] = args[0].detach(), output.detach().requires_grad_(True)
+            return seen[stream][1]
+        return hook
+
+    handles = [linear.register_forward_hook(watch(stream)) for stream, linear in adapter.last_linears(block).items()]
+    try:
+        with torch.enable_grad():
+            outputs = dict(zip(("image", "text"), adapter.call_block(block, image, text, kwargs), strict=True))
+            gates = {stream: torch.autograd.grad(output.sum(), seen[stream][1], retain_graph=True)[0]
+                     for stream, output in outputs.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {stream: tuple(t.detach().float() for t in (seen[stream][0], gates[stream], outputs[stream],
+                                                       seen[stream][1])) for stream in outputs}

@@ -1,0 +1,195 @@
+"""Debiased linear CKA, averaged over batches, with bootstrap intervals.
+
+With K = X X^T of one batch (n >= 4 rows) and U(K) its U-centred form (Szekely and Rizzo 2014), the unbiased HSIC of
+Song et al. (2012) is HSIC_1(K, L) = <U(K), U(L)> / (n (n - 3)). Self-HSIC is then a sum of squares, so it is never
+negative and CKA is never NaN, and |CKA| <= 1. HSIC values are averaged over batches, never CKA values
+(Nguyen, Raghu and Kornblith 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from pydit.errors import UserError
+
+_MAX_GRAM_ROWS = 2048  # beyond this many rows an [n, n] Gram matrix costs more memory than the feature form
+
+
+def u_centred_gram(x: torch.Tensor) -> torch.Tensor:
+    """U-centred Gram matrices, float64 [..., n, n], of features [..., n, d], any float dtype, n >= 4."""
+    n = x.shape[-2]
+    if n < 4:
+        raise UserError(f"x: expected at least 4 rows for the unbiased HSIC, got {n}")
+    # HSIC_1 does not change under translation; removing the mean first saves the digits an offset would cost.
+    x = centred(x)
+    gram = x @ x.mT
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = gram.sum(-1) / (n - 2)
+    rows = rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))
+    gram = gram - rows.unsqueeze(-1) - rows.unsqueeze(-2)
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    return gram
+
+
+def centred(x: torch.Tensor) -> torch.Tensor:
+    """Features [..., n, d] minus their column means, float64; exactly 0 where they are constant up to rounding."""
+    x = x.double()
+    out = x - x.mean(-2, keepdim=True)
+    scale = x.abs().amax((-2, -1), keepdim=True)
+    return torch.where(out.abs().amax((-2, -1), keepdim=True) <= 1e-13 * scale, 0.0, out)
+
+
+def normalise(cross: torch.Tensor, self_x: torch.Tensor, self_y: torch.Tensor) -> torch.Tensor:
+    """cross / sqrt(self_x self_y), elementwise; 0 where a feature set is constant (CKA is undefined there)."""
+    scale = self_x.clamp_min(0).sqrt() * self_y.clamp_min(0).sqrt()
+    return torch.where(scale > 0, cross / torch.where(scale > 0, scale, 1.0), 0.0)
+
+
+def bootstrap_weights(batches: int, resamples: int, seed: int) -> torch.Tensor:
+    """Weights [resamples, batches], float64, rows summing to 1: batches drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(batches, (resamples, batches), generator=generator)
+    weights = torch.zeros(resamples, batches, dtype=torch.float64)
+    weights.scatter_add_(1, draws, torch.full_like(weights, 1 / batches))
+    return weights
+
+
+class CKA:
+    """Debiased linear CKA between every pair of L layers, over batches of paired rows.
+
+    Keeps one L x L matrix of HSIC_1 values per batch, float64, and no activations. Every batch counts equally,
+    whatever its number of rows.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise UserError(f"num_layers: expected a positive integer, got {num_layers!r}")
+        self.num_layers = num_layers
+        self._hsic: list[torch.Tensor] = []
+
+    def update(self, features: Sequence[torch.Tensor]) -> CKA:
+        """Add one batch: ``features[l]`` is [n, d_l], any float dtype, the same n >= 4 rows in every layer.
+
+        Raises
+        ------
+        UserError
+            Another number of layers, rows that differ or are fewer than 4, or values that are not finite.
+        """
+        if len(features) != self.num_layers:
+            raise UserError(f"features: expected {self.num_layers} layers, got {len(features)}")
+        shapes = [tuple(x.shape) for x in features]
+        if any(x.ndim != 2 or not x.is_floating_point() or len(x) != len(features[0]) for x in features):
+            raise UserError(f"features: expected float [n, d] tensors with one n, got {shapes}")
+        n = len(features[0])
+        grams = torch.stack([u_centred_gram(x.detach()).flatten() for x in features])
+        hsic = (grams @ grams.T / (n * (n - 3))).cpu()
+        if not bool(torch.isfinite(hsic).all()):
+            raise UserError("features: expected finite values, got NaN or infinity")
+        self._hsic.append(hsic)
+        return self
+
+    @property
+    def batches(self) -> int:
+        """Batches seen."""
+        return len(self._hsic)
+
+    def merge(self, other: CKA) -> CKA:
+        """Add the batches that ``other`` has seen. Returns self."""
+        if other.num_layers != self.num_layers:
+            raise UserError(f"other: expected {self.num_layers} layers, got {other.num_layers}")
+        self._hsic.extend(other._hsic)
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> CKA:
+        """Give every rank the batches of all ranks. Call once. Returns self."""
+        gathered: list[list[torch.Tensor]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, self._hsic, group=group)
+        self._hsic = [hsic for part in gathered for hsic in part]
+        return self
+
+    def matrix(self) -> torch.Tensor:
+        """CKA of every pair of layers, float64 [L, L]; 0 where a layer is constant."""
+        return _cka_of(self._stacked(1).mean(0))
+
+    def interval(self, level: float = 0.95, *, resamples: int = 1000,
+                 seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Percentile bootstrap over batches -> (low, high), float64 [L, L] each.
+
+        The resampled batches are the same for all pairs (paired), so differences between entries may be judged
+        against the width. Needs at least 2 batches; fewer than about 20 make it narrow.
+        """
+        if not 0 < level < 1:
+            raise UserError(f"level: expected a number between 0 and 1, got {level!r}")
+        hsic = self._stacked(2)
+        means = bootstrap_weights(len(hsic), resamples, seed) @ hsic.flatten(1)
+        values = _cka_of(means.unflatten(1, (self.num_layers, self.num_layers)))
+        low, high = torch.quantile(values.flatten(1).T, torch.tensor([(1 - level) / 2, (1 + level) / 2],
+                                                                     dtype=torch.float64), dim=1)
+        return low.view(self.num_layers, -1), high.view(self.num_layers, -1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """{"hsic": float64 [batches, L, L]}."""
+        shape = (0, self.num_layers, self.num_layers)
+        return {"hsic": torch.stack(self._hsic) if self._hsic else torch.zeros(shape, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a state saved by :meth:`state_dict`. Raises UserError when it does not fit."""
+        hsic = state.get("hsic")
+        if hsic is None or hsic.ndim != 3 or tuple(hsic.shape[1:]) != (self.num_layers, self.num_layers):
+            raise UserError(f"state: expected hsic [batches, {self.num_layers}, {self.num_layers}], "
+                            f"got {None if hsic is None else list(hsic.shape)}")
+        self._hsic = [batch.clone() for batch in hsic.double().cpu()]
+
+    def _stacked(self, least: int) -> torch.Tensor:
+        if len(self._hsic) < least:
+            raise UserError(f"CKA: expected at least {least} {'batch' if least == 1 else 'batches'}, "
+                            f"got {len(self._hsic)}")
+        return torch.stack(self._hsic)
+
+
+def linear_cka(x: torch.Tensor, y: torch.Tensor, *, debiased: bool = True) -> float:
+    """Linear CKA of features x [n, p] and y [n, q] of the same n rows, computed in float64.
+
+    Parameters
+    ----------
+    debiased : bool
+        True: from unbiased HSIC (n >= 4; may be slightly negative for unrelated features). False: the plain
+        formula, which tends to 1 for unrelated features when n is small against p (n >= 2).
+
+    Raises
+    ------
+    UserError
+        Shapes that do not pair up, or too few rows.
+    """
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise UserError(f"{name}: expected a float [n, d] tensor, got {tensor.dtype} {list(tensor.shape)}")
+    least = 4 if debiased else 2
+    if len(x) != len(y) or len(x) < least:
+        raise UserError(f"x, y: expected the same number of rows, at least {least}, got {len(x)} and {len(y)}")
+    if debiased and len(x) <= _MAX_GRAM_ROWS:
+        u, v = u_centred_gram(x), u_centred_gram(y)
+        return float(normalise((u * v).sum(), (u * u).sum(), (v * v).sum()))
+    hsic = debiased_hsic_features if debiased else _biased_hsic_features
+    x, y = centred(x), centred(y)
+    return float(normalise(hsic(x, y), hsic(x, x), hsic(y, y)))
+
+
+def debiased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """n (n - 3) HSIC_1 of column-centred features [n, p], [n, q] without any n x n matrix."""
+    n = len(x)
+    a, b = x.square().sum(1), y.square().sum(1)
+    return (y.T @ x).square().sum() - n / (n - 2) * (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
+
+
+def _biased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (y.T @ x).square().sum()
+
+
+def _cka_of(hsic: torch.Tensor) -> torch.Tensor:
+    """CKA [..., L, L] from averaged HSIC [..., L, L]."""
+    diagonal = hsic.diagonal(dim1=-2, dim2=-1)
+    return normalise(hsic, diagonal.unsqueeze(-1), diagonal.unsqueeze(-2))

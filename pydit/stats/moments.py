@@ -1,0 +1,159 @@
+"""Mean and centred second moments of streamed rows, in float64, mergeable in any order.
+
+State and merge follow Chan, Golub and LeVeque (1979): with counts n_a, n_b and means a, b,
+
+    M = M_a + M_b + (n_a n_b / n) (b - a)(b' - a')^T        mean = a + (b - a) n_b / n
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from pydit.errors import UserError
+
+
+def _second_moments(x: torch.Tensor, y: torch.Tensor, shift_x: torch.Tensor,
+                    shift_y: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+                                                    torch.Tensor]:
+    """Sums over rows of the shifted values u = x - shift_x, v = y - shift_y: n, sum u, sum v, u^T u, u^T v, sum v^2."""
+    u, v = x.double() - shift_x, y.double() - shift_y
+    return len(u), u.sum(0), v.sum(0), u.T @ u, u.T @ v, v.square().sum(0)
+
+
+class Moments:
+    """Count, means and centred second moments of rows x (and y), accumulated in float64.
+
+    Rows are shifted by the mean of the first batch before products are formed, so a large common offset, as the
+    massive activations of diffusion transformers have, costs no digits.
+
+    Parameters
+    ----------
+    dim_x : int
+        Channels d of x.
+    dim_y : int, optional
+        Channels e of y; None accumulates x alone.
+    device : optional
+        Where the state lives. Batches are moved there.
+
+    Attributes
+    ----------
+    count : int, rows seen
+    mean_x, mean_y : float64 [d], [e]
+    m_xx, m_xy : float64 [d, d], [d, e], centred sums sum (x - mean_x)(y - mean_y)^T, not divided by anything
+    s_yy : float64 [e], centred sum of squares of every channel of y
+    """
+
+    _FIELDS = ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy", "shift_x", "shift_y")
+
+    def __init__(self, dim_x: int, dim_y: int | None = None, *, device: torch.device | str | None = None) -> None:
+        for name, dim in (("dim_x", dim_x), ("dim_y", dim_y)):
+            if not (isinstance(dim, int) and dim >= 1) and not (name == "dim_y" and dim is None):
+                raise UserError(f"{name}: expected a positive integer, got {dim!r}")
+        self.dim_x, self.dim_y = dim_x, dim_y
+        e = dim_y or 0
+        self.count = 0
+        self.mean_x, self.mean_y, self.m_xx, self.m_xy, self.s_yy, self.shift_x, self.shift_y = (
+            torch.zeros(shape, dtype=torch.float64, device=device)
+            for shape in ((dim_x,), (e,), (dim_x, dim_x), (dim_x, e), (e,), (dim_x,), (e,)))
+
+    def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
+        """Add rows x [n, d] and y [n, e], any float dtype; n may be 0. Returns self.
+
+        Raises
+        ------
+        UserError
+            Wrong shape or dtype, a y that is missing or unexpected, or values that are not finite.
+        """
+        self._check("x", x, self.dim_x)
+        if (y is None) != (self.dim_y is None):
+            raise UserError(f"y: expected {'no y' if self.dim_y is None else f'[n, {self.dim_y}]'}, "
+                            f"got {'none' if y is None else list(y.shape)}")
+        if y is None:
+            y = x.new_zeros(len(x), 0)
+        else:
+            self._check("y", y, self.dim_y)
+        if len(x) != len(y):
+            raise UserError(f"y: expected as many rows as x ({len(x)}), got {len(y)}")
+        if len(x) == 0:
+            return self
+        x, y = x.detach().to(self.m_xx.device), y.detach().to(self.m_xx.device)
+        if self.count == 0:
+            self.shift_x, self.shift_y = x.double().mean(0), y.double().mean(0)
+        n, sum_x, sum_y, xx, xy, yy = _second_moments(x, y, self.shift_x, self.shift_y)
+        if not bool(torch.isfinite(sum_x.sum() + sum_y.sum() + xx.diagonal().sum() + yy.sum())):
+            raise UserError("x, y: expected finite values, got NaN or infinity")
+        self._merge(n, self.shift_x + sum_x / n, self.shift_y + sum_y / n, xx - torch.outer(sum_x, sum_x) / n,
+                    xy - torch.outer(sum_x, sum_y) / n, yy - sum_y.square() / n)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the rows that ``other`` has seen; ``other`` is unchanged. Returns self."""
+        if (self.dim_x, self.dim_y) != (other.dim_x, other.dim_y):
+            raise UserError(f"other: expected dimensions {(self.dim_x, self.dim_y)}, got {(other.dim_x, other.dim_y)}")
+        if other.count:
+            if self.count == 0:
+                self.shift_x, self.shift_y = other.shift_x.to(self.shift_x), other.shift_y.to(self.shift_y)
+            self._merge(other.count, *(getattr(other, name).to(self.m_xx)
+                                       for name in ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy")))
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
+        """Replace the state on every rank by that of all ranks' rows together. Call once. Returns self."""
+        count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.m_xx.device)
+        sum_x, sum_y = self.mean_x * self.count, self.mean_y * self.count
+        for tensor in (count, sum_x, sum_y):
+            dist.all_reduce(tensor, group=group)
+        total = int(count.item())
+        if total == 0:
+            return self
+        # Move every rank's moments to the common mean; they then add up.
+        mean_x, mean_y = sum_x / total, sum_y / total
+        dx, dy = self.mean_x - mean_x, self.mean_y - mean_y
+        self.m_xx = self.m_xx + self.count * torch.outer(dx, dx)
+        self.m_xy = self.m_xy + self.count * torch.outer(dx, dy)
+        self.s_yy = self.s_yy + self.count * dy.square()
+        for tensor in (self.m_xx, self.m_xy, self.s_yy):
+            dist.all_reduce(tensor, group=group)
+        if self.count == 0:
+            self.shift_x, self.shift_y = mean_x.clone(), mean_y.clone()
+        self.count, self.mean_x, self.mean_y = total, mean_x, mean_y
+        return self
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor, for saving; continue with :meth:`load_state_dict`."""
+        return {"count": torch.tensor(self.count), **{name: getattr(self, name).clone() for name in self._FIELDS}}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a state saved by :meth:`state_dict`. Raises UserError when names or shapes differ."""
+        missing = {"count", *self._FIELDS} ^ set(state)
+        if missing:
+            raise UserError(f"state: expected {', '.join(('count', *self._FIELDS))}; {', '.join(sorted(missing))} "
+                            "is missing or unknown")
+        for name in self._FIELDS:
+            if state[name].shape != getattr(self, name).shape:
+                raise UserError(f"state: expected {name} {list(getattr(self, name).shape)}, "
+                                f"got {list(state[name].shape)}")
+        self.count = int(state["count"])
+        for name in self._FIELDS:
+            setattr(self, name, state[name].detach().to(getattr(self, name)).clone())
+
+    def _merge(self, n: int, mean_x: torch.Tensor, mean_y: torch.Tensor, m_xx: torch.Tensor, m_xy: torch.Tensor,
+               s_yy: torch.Tensor) -> None:
+        total = self.count + n
+        dx, dy = mean_x - self.mean_x, mean_y - self.mean_y
+        weight = self.count * n / total
+        self.m_xx = self.m_xx + m_xx + weight * torch.outer(dx, dx)
+        self.m_xy = self.m_xy + m_xy + weight * torch.outer(dx, dy)
+        self.s_yy = self.s_yy + s_yy + weight * dy.square()
+        self.mean_x = self.mean_x + dx * (n / total)
+        self.mean_y = self.mean_y + dy * (n / total)
+        self.count = total
+
+    @staticmethod
+    def _check(name: str, tensor: torch.Tensor, dim: int) -> None:
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise UserError(f"{name}: expected a float tensor, got {got}")
+        if tensor.ndim != 2 or tensor.shape[1] != dim:
+            raise UserError(f"{name}: expected [n, {dim}], got {list(tensor.shape)}")
