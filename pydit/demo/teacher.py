@@ -66,8 +66,8 @@ def build_text_encoder(vocabulary_size: int, seed: int = 0):
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
                          tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
                          rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}),
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=TEXT_WIDTH,
-                           patch_size=14, fullatt_block_indexes=[0]),
+        vision_config=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=TEXT_WIDTH,
+                           patch_size=2, fullatt_block_indexes=[0]),
         tie_word_embeddings=True)
     torch.manual_seed(seed)
     encoder = Qwen2_5_VLForConditionalGeneration(config).eval().requires_grad_(False)
