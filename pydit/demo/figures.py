@@ -1,0 +1,306 @@
+"""Figures of the demo report and of ``pydit analyze --plot``, drawn with matplotlib without a display.
+
+The three models keep one colour each throughout; the colours are from the Okabe-Ito palette, which stays apart for
+colour-blind readers, and no figure relies on colour alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pydit.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"teacher": "#3f4854", "pruned": "#d55e00", "distilled": "#0072b2"}
+NAMES = {"teacher": "teacher", "pruned": "pruned, not trained", "distilled": "pruned and distilled"}
+INK, FAINT, GRID = "#20262e", "#68717d", "#e3e6ea"
+STREAMS = {"image": "#0072b2", "text": "#009e73"}
+PASS, FAIL = "#00795a", "#b3470a"
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlepad": 10, "axes.labelsize": 9.5, "axes.labelcolor": INK,
+    "axes.edgecolor": "#b8bec6", "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.axisbelow": True, "axes.titlecolor": INK, "text.color": INK, "xtick.color": FAINT, "ytick.color": FAINT,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.8,
+    "legend.frameon": False, "legend.fontsize": 9, "figure.facecolor": "white", "savefig.facecolor": "white",
+}
+DPI = 160
+
+
+CATEGORY_NAMES = {"single_object": "single object", "two_object": "two objects", "colors": "colours",
+                  "color_attr": "colour binding", "glyph": "glyphs"}  # categories keep GenEval's spelling in the code
+
+
+def category_name(category: str) -> str:
+    """A category as a reader would write it."""
+    return CATEGORY_NAMES.get(category, category.replace("_", " "))
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Run a drawing function in the house style; UserError where matplotlib is missing."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: Any, **kwargs: Any) -> Figure:
+        try:
+            from matplotlib import rc_context
+        except ImportError:
+            raise UserError("matplotlib: expected for figures, got an environment without it; "
+                            "pip install 'pydit[report]'") from None
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def _figure(width: float, height: float, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure in inches and its axes; no global state, no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(**kwargs)
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG: under a temporary name first, so that no half picture is left behind."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with rc_context(_STYLE):
+            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@_styled
+def cka_maps(matrices: dict[str, np.ndarray], intervals: Sequence[tuple[int, int]] = ()) -> Figure:
+    """Heat-maps of the similarity between the outputs of all blocks, one panel per stream.
+
+    Parameters
+    ----------
+    matrices : stream name -> [L, L] CKA.
+    intervals : [s, e] inclusive, outlined along the diagonal.
+    """
+    from matplotlib.patches import Rectangle
+
+    size = len(next(iter(matrices.values())))
+    lowest = min(float(np.nanmin(matrix)) for matrix in matrices.values())
+    low = max(0.0, np.floor(lowest * 10) / 10)
+    figure, axes = _figure(4.6 * len(matrices) + 0.6, 4.7, ncols=len(matrices), squeeze=False)
+    for ax, (stream, matrix) in zip(axes[0], matrices.items(), strict=True):
+        shown = ax.imshow(matrix, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
+        for start, end in intervals:
+            length = end - start + 1
+            ax.add_patch(Rectangle((start - 0.5, start - 0.5), length, length, fill=False, edgecolor="white", linewidth=3))
+            ax.add_patch(Rectangle((start - 0.5, start - 0.5), length, length, fill=False, edgecolor=COLOURS["pruned"],
+                                   linewidth=1.8))
+        ticks = _depth_ticks(size)
+        ax.set_xticks(ticks)
+        ax.set_yticks(ticks)
+        ax.tick_params(length=0)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        ax.set_title(f"{stream} stream")
+        ax.set_xlabel("output of block")
+    axes[0][0].set_ylabel("output of block")
+    bar = figure.colorbar(shown, ax=axes, shrink=0.82, aspect=28, pad=0.02)
+    bar.set_label("CKA, debiased (1 = same up to rotation and scale)")
+    bar.outline.set_visible(False)
+    return figure
+
+
+@_styled
+def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[str, Sequence[float]]) -> Figure:
+    """How well a linear map predicts each block, and below it which blocks the plan replaces.
+
+    Parameters
+    ----------
+    num_layers : L of the teacher.
+    intervals : [s, e] inclusive: one student block for the teacher's blocks s..e.
+    r2 : stream name -> share of the block's change of its stream that a linear map explains, L values.
+    """
+    from matplotlib.patches import FancyBboxPatch
+
+    figure, (top, strip) = _figure(9.8, 4.2, nrows=2, sharex=True, height_ratios=[2.6, 1])
+    depth = np.arange(num_layers)
+    for (stream, values), marker in zip(r2.items(), ("o", "s", "^"), strict=False):
+        top.plot(depth, values, marker=marker, markersize=4.5, linewidth=1.6, color=STREAMS.get(stream, INK),
+                 label=f"{stream} stream")
+    for start, end in intervals:
+        top.axvspan(start - 0.5, end + 0.5, color=COLOURS["pruned"], alpha=0.10, linewidth=0)
+    top.set_ylabel("R$^2$ of a linear map\nfrom input to output")
+    top.set_title("How linear is each block?")
+    top.grid(axis="y")
+    top.tick_params(axis="x", length=0, labelbottom=False)
+    if r2:
+        top.legend(loc="lower center", ncols=len(r2), bbox_to_anchor=(0.86, 1.0), borderaxespad=0)
+
+    owner = {i: k for k, (start, end) in enumerate(intervals) for i in range(start, end + 1)}
+    for i in range(num_layers):
+        inside = i in owner
+        strip.add_patch(FancyBboxPatch(
+            (i - 0.36, 1.0), 0.72, 0.8, boxstyle="round,pad=0,rounding_size=0.10",
+            facecolor="#fbe3d3" if inside else "#e8ebef", edgecolor=COLOURS["pruned"] if inside else "#b8bec6", linewidth=1))
+        strip.text(i, 1.4, str(i), ha="center", va="center", fontsize=8.5 if num_layers <= 24 else 5.5)
+    for start, end in intervals:
+        strip.add_patch(FancyBboxPatch(
+            (start - 0.36, -0.25), end - start + 0.72, 0.7, boxstyle="round,pad=0,rounding_size=0.10",
+            facecolor=COLOURS["distilled"], edgecolor="none"))
+        strip.text((start + end) / 2, 0.1, "1 block", ha="center", va="center", color="white", fontsize=8)
+        strip.plot([start - 0.36, start - 0.36], [0.5, 0.95], color=COLOURS["pruned"], linewidth=1)
+        strip.plot([end + 0.36, end + 0.36], [0.5, 0.95], color=COLOURS["pruned"], linewidth=1)
+    removed = sum(end - start for start, end in intervals)
+    strip.text(0, 1.02, f"teacher's {num_layers} blocks (upper row); one trained block takes the place of each group (lower "
+               f"row): {num_layers - removed} blocks remain", transform=strip.transAxes, fontsize=9, color=FAINT, va="bottom")
+    strip.set_ylim(-0.35, 2.0)
+    strip.set_xlim(-0.7, num_layers - 0.3)
+    strip.set_axis_off()
+    return figure
+
+
+@_styled
+def losses(phases: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Loss against step, one panel per phase of the distillation: every step faintly, a running mean on top.
+
+    Parameters
+    ----------
+    phases : title -> (steps, losses).
+    """
+    phases = {title: values for title, values in phases.items() if len(values[0])}
+    figure, axes = _figure(4.9 * max(1, len(phases)), 3.3, ncols=max(1, len(phases)), squeeze=False)
+    for ax, (title, (steps, values)) in zip(axes[0], phases.items(), strict=False):
+        steps, values = np.asarray(steps, float), np.asarray(values, float)
+        ax.plot(steps, values, color=COLOURS["distilled"], alpha=0.25, linewidth=0.9)
+        ax.plot(steps, _running_mean(values), color=COLOURS["distilled"], linewidth=2)
+        if (values > 0).all() and values.max() > 3 * values.min():
+            ax.set_yscale("log")
+            _plain_log_ticks(ax)
+        ax.set_title(title)
+        ax.set_xlabel("step")
+        ax.grid(axis="y", which="both")
+        ax.margins(x=0.01)
+        final = float(_running_mean(values)[-1])
+        ax.annotate(f"{final:.3g}", (steps[-1], final), xytext=(-4, 9), textcoords="offset points", ha="right",
+                    color=COLOURS["distilled"], fontweight="bold")
+    axes[0][0].set_ylabel("loss")
+    return figure
+
+
+@_styled
+def category_bars(results: dict[str, dict[str, Any]]) -> Figure:
+    """Share of prompts met per category, three bars each, with Wilson 95 % intervals.
+
+    Parameters
+    ----------
+    results : model name -> {"overall", "per_category", "interval_per_category"}.
+    """
+    categories = list(next(iter(results.values()))["per_category"])
+    groups = ["mean over\ncategories", *(category_name(name).replace(" ", "\n") for name in categories)]
+    figure, ax = _figure(9.8, 3.9)
+    width = 0.8 / len(results)
+    centres = np.arange(len(groups)) + np.array([0.0] + [0.35] * len(categories))
+    for k, (model, figures) in enumerate(results.items()):
+        x = centres + (k - (len(results) - 1) / 2) * width
+        y = np.array([figures["overall"], *(figures["per_category"][c] for c in categories)])
+        ax.bar(x, y, width * 0.92, color=COLOURS[model], label=NAMES[model], hatch="///" if model == "pruned" else None,
+               edgecolor="white", linewidth=0)
+        bounds = np.array([figures["interval_per_category"][c] for c in categories]).T
+        ax.errorbar(x[1:], y[1:], yerr=np.abs(bounds - y[1:]), fmt="none", ecolor=INK, elinewidth=0.8, capsize=2, alpha=0.65)
+        for where, value in zip(x, y, strict=True):
+            ax.text(where, -0.015, f"{100 * value:.0f}", ha="center", va="top", fontsize=7.5, color=COLOURS[model])
+    ax.axvline((centres[0] + centres[1]) / 2, color=GRID, linewidth=1.2)
+    ax.set_xticks(centres, groups)
+    ax.tick_params(axis="x", length=0, pad=12)
+    ax.set_ylim(0, 1.0)
+    ax.set_yticks(np.linspace(0, 1, 6), [f"{p} %" for p in range(0, 101, 20)])
+    ax.set_ylabel("prompts met")
+    ax.grid(axis="y")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(results), borderaxespad=0.2, handlelength=1.2)
+    return figure
+
+
+@_styled
+def image_grid(gallery: Sequence[dict[str, Any]], models: Sequence[str] = tuple(COLOURS)) -> Figure:
+    """The same prompts and seeds drawn by each model, with the verifier's verdict.
+
+    Parameters
+    ----------
+    gallery : entries with "prompt" (str), "images" {model: uint8 [H, W, 3]} and "passed" {model: bool}.
+    models : rows, from the top.
+    """
+    columns = min(7, len(gallery))
+    bands = -(-len(gallery) // columns)
+    figure, axes = _figure(1.5 * columns + 0.9, bands * (1.42 * len(models) + 0.55), nrows=bands * len(models),
+                           ncols=columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, entry in enumerate(gallery):
+        band, column = divmod(i, columns)
+        for row, model in enumerate(models):
+            ax = axes[band * len(models) + row][column]
+            ax.set_axis_on()
+            ax.imshow(entry["images"][model], interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            passed = entry["passed"][model]
+            for spine in ax.spines.values():
+                spine.set(visible=True, color=PASS if passed else FAIL, linewidth=1.6)
+            _verdict(ax, passed)
+            if row == 0:
+                ax.set_title("\n".join(textwrap.wrap(entry["prompt"], 17)), fontsize=8.5, fontweight="normal", loc="center",
+                             pad=5)
+            if column == 0:
+                ax.set_ylabel(NAMES[model].replace(", ", ",\n").replace(" and ", "\nand "), fontsize=9, color=COLOURS[model],
+                              fontweight="bold")
+    return figure
+
+
+def _verdict(ax: Axes, passed: bool) -> None:
+    """A check or a cross on the upper right corner, drawn rather than typed so that no font is needed."""
+    from matplotlib.patches import Circle
+
+    ax.add_patch(Circle((0.975, 0.975), 0.095, transform=ax.transAxes, facecolor=PASS if passed else FAIL,
+                        edgecolor="white", linewidth=1.2, zorder=5, clip_on=False))
+    strokes = [((0.93, 0.963, 1.02), (0.975, 0.938, 1.015))] if passed else \
+        [((0.94, 1.01), (0.94, 1.01)), ((0.94, 1.01), (1.01, 0.94))]
+    for x, y in strokes:
+        ax.plot(x, y, transform=ax.transAxes, color="white", linewidth=1.6, solid_capstyle="round", zorder=6, clip_on=False)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a trailing window of a fifteenth of the steps, shorter at the start; same length."""
+    window = max(1, len(values) // 15)
+    total = np.concatenate(([0.0], np.cumsum(values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _plain_log_ticks(ax: Axes) -> None:
+    """0.2 rather than 2 x 10^-1 on a logarithmic axis that spans one or two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _depth_ticks(size: int) -> np.ndarray:
+    return np.arange(0, size, 1 if size <= 16 else 2 if size <= 32 else 5)

@@ -1,0 +1,244 @@
+"""Pipeline directories with a pruned transformer, readable by stock diffusers.
+
+A depth-pruned transformer is a shorter transformer of the stock class, so it is stored as one: stock diffusers loads
+and runs the directory without pydit. ``pydit_plan.json`` beside ``model_index.json`` keeps the plan and which teacher
+blocks each remaining block stands for; with it :func:`load_pipeline` restores the pruned class.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydit.errors import FormatError, UserError
+from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+PLAN_FILE = "pydit_plan.json"
+FORMAT = "pydit-pruned-pipeline"
+VERSION = 1
+
+
+def save_pipeline(pipe, path: str | os.PathLike) -> Path:
+    """Write a diffusers pipeline as a directory that stock diffusers loads, atomically.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+        Its transformer may be a pruned one (:func:`pydit.prune`) or a stock one.
+    path : directory to create, or an earlier model directory to replace.
+
+    Raises
+    ------
+    UserError
+        ``path`` is a file, or a directory that holds something else than a model.
+    OSError
+        The disk is full or not writable. Nothing half-written remains, and an earlier directory stays.
+    """
+    from safetensors import SafetensorError
+
+    _need_diffusers()
+    student = getattr(pipe, "transformer", None)
+    pruned = hasattr(student, "plan") and hasattr(student, "to_stock")
+    with replace_directory(path) as new:
+        try:
+            if pruned:
+                pipe.register_modules(transformer=student.to_stock())
+            pipe.save_pretrained(new, safe_serialization=True)
+        except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
+            full = "space" in str(error).lower() or "os error 28" in str(error).lower()
+            raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}", str(path)) from None
+        finally:
+            if pruned:
+                pipe.register_modules(transformer=student)
+        if pruned:
+            write_json(new / PLAN_FILE, {"format": FORMAT, "version": VERSION, "plan": student.plan.to_dict(),
+                                         "source": [list(layers) for layers in student.source]})
+    return Path(path)
+
+
+def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+    """Load a pipeline directory; a transformer that pydit pruned comes back as the pruned class.
+
+    Parameters
+    ----------
+    path : local directory written by :func:`save_pipeline` or by diffusers. Nothing is downloaded.
+    dtype : of all weights; None keeps diffusers' default (float32).
+    device : where the pipeline goes.
+
+    Returns
+    -------
+    diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    FormatError
+        The directory, a file in it or a tensor is missing, truncated, of another shape, or a pickle.
+    UserError
+        diffusers or transformers is not installed.
+    """
+    _need_diffusers()
+    path = Path(path)
+    index = check_pipeline(path)
+    from diffusers import DiffusionPipeline
+
+    models = _load_models(path, index, dtype)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models)
+    except Exception as error:  # diffusers and transformers raise many kinds for a directory they cannot read
+        raise FormatError(f"pipeline: expected a directory that diffusers can load, got {path}: {_line(error)}") from error
+    if (path / PLAN_FILE).exists():
+        pipe.register_modules(transformer=_restore(pipe.transformer, path / PLAN_FILE))
+    return pipe.to(device)
+
+
+def check_pipeline(path: str | os.PathLike) -> dict[str, Any]:
+    """Check a pipeline directory without loading weights, and return its ``model_index.json``.
+
+    Every component must be there, its weights as safetensors files of the length their header announces.
+
+    Raises
+    ------
+    FormatError
+        Something is missing, truncated or a pickle; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        got = "a file" if path.exists() else "a path that does not exist"
+        raise FormatError(f"pipeline: expected a pipeline directory, got {got} ({path})")
+    if not (path / "model_index.json").is_file():
+        raise FormatError(f"pipeline: expected a directory with model_index.json, got one without it ({path})")
+    index = read_json(path / "model_index.json", what="pipeline")
+    if not isinstance(index, dict):
+        raise FormatError(f"pipeline: expected an object in {path / 'model_index.json'}, got {type(index).__name__}")
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        folder = path / name
+        if not folder.is_dir():
+            raise FormatError(f"pipeline: expected the component {name} in {folder}, got no such directory")
+        _check_component(folder, name)
+    return index
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """A hash of every file of a directory, names included: two directories with one hash hold the same pipeline."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _check_component(folder: Path, name: str) -> None:
+    files = [p for p in folder.iterdir() if p.is_file()]
+    weights = [p for p in files if p.suffix == ".safetensors"]
+    pickles = [p for p in files if p.suffix.lower() in PICKLE_SUFFIXES]
+    if pickles and not weights:
+        raise FormatError(f"pipeline: expected {name} as safetensors, got a pickle ({pickles[0]}); loading a pickle runs "
+                          "code from whoever wrote it, so it is refused")
+    for file in files:
+        if file.name.endswith(".index.json"):
+            shards = read_json(file, what="pipeline").get("weight_map", {}).values()
+            for shard in sorted(set(shards)):
+                if not (folder / shard).is_file():
+                    raise FormatError(f"pipeline: expected the weight file {folder / shard}, got no such file")
+        elif file.suffix == ".json":
+            read_json(file, what="pipeline")
+    for file in weights:
+        _check_length(file)
+
+
+def _check_length(file: Path) -> None:
+    """A safetensors file is 8 bytes of header length, the header, and as many bytes as the header's last tensor ends at."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise FormatError(f"pipeline: expected a complete safetensors file, got a broken one ({file}: {size} bytes, "
+                              "shorter than its header)")
+        try:
+            header = json.loads(stream.read(length))
+            end = max((int(t["data_offsets"][1]) for k, t in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            raise FormatError(f"pipeline: expected a complete safetensors file, got a broken one ({file}: unreadable "
+                              "header)") from None
+    if size != 8 + length + end:
+        raise FormatError(f"pipeline: expected a complete safetensors file, got a broken one ({file}: {size} bytes instead "
+                          f"of {8 + length + end})")
+
+
+def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The diffusers models of a pipeline, every tensor accounted for: diffusers itself only warns of missing ones."""
+    import diffusers
+
+    models = {}
+    for name, entry in index.items():
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        kind = getattr(diffusers, class_name, None) if library == "diffusers" else None
+        if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
+            continue
+        try:
+            model, report = kind.from_pretrained(path, subfolder=name, torch_dtype=dtype, use_safetensors=True,
+                                                 local_files_only=True, output_loading_info=True)
+        except Exception as error:  # see load_pipeline
+            raise FormatError(f"pipeline: expected a model that diffusers can load, got {path / name}: "
+                              f"{_line(error)}") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if report.get(problem):
+                first = sorted(map(str, report[problem]))[0]
+                raise FormatError(f"pipeline: expected weights that match the config in {path / name}, got "
+                                  f"{len(report[problem])} {problem.replace('_', ' ')} (first: {first})")
+        models[name] = model
+    return models
+
+
+def _restore(transformer, file: Path):
+    """The stock transformer as the pruned class, with its plan."""
+    import torch
+
+    from pydit.models.qwen_image import PrunedQwenImageTransformer2DModel
+    from pydit.models.routing import RoutedBlocks
+    from pydit.plan import PruningPlan
+
+    data = read_json(file, what="pipeline")
+    if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+        raise FormatError(f"pipeline: expected format {FORMAT}, version {VERSION} in {file}, got something else")
+    try:
+        plan, source = PruningPlan.from_dict(data["plan"]), data["source"]
+        depth = len(source)
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"pipeline: expected a plan and its source map in {file}, got {error!r}") from None
+    if depth != transformer.config.num_layers:
+        raise FormatError(f"pipeline: expected a plan that leaves {transformer.config.num_layers} blocks, as the stored "
+                          f"transformer has, got one that leaves {depth} ({file})")
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        student = PrunedQwenImageTransformer2DModel(**config, pydit={"plan": plan.to_dict()})
+    for name, module in transformer.named_children():
+        setattr(student, name, module)
+    student.transformer_blocks = RoutedBlocks(list(transformer.transformer_blocks), plan.source)
+    return student.train(transformer.training)
+
+
+def _need_diffusers() -> None:
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"diffusers: expected for pipelines, got an environment without it ({error}); "
+                        "pip install diffusers") from None
+
+
+def _line(error: Exception) -> str:
+    """An error of another library on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
