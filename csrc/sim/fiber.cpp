@@ -1,3 +1,4 @@
+// Stacks, and the two ways of switching between them.
 #include "sim/fiber.h"
 
 #include <sys/mman.h>
@@ -19,36 +20,42 @@ constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are several t
 #else
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
-constexpr size_t kGuardBytes = 4096;
+constexpr size_t kGuardBytes = 4096;  // where pages are larger, mprotect refuses and there is no guard
 constexpr size_t kStride = kGuardBytes + kStackBytes;
 
 // Stacks that all start at the same offset in a page would compete for the same cache sets. Each starts a few lines
 // from its neighbour instead.
 constexpr size_t stack_colour(size_t index) { return index * 17 % 64 * 64; }
 
-#ifndef PYDIT_SIM_UCONTEXT
-// void exchange(void** save, void* load): pushes the callee-saved registers, stores the stack pointer in *save, takes
-// `load` as the stack pointer and pops the registers of that context.
-__attribute__((naked, noinline)) void exchange(void** /*rdi*/, void* /*rsi*/) {
-  asm("pushq %rbp\n\t"
-      "pushq %rbx\n\t"
-      "pushq %r12\n\t"
-      "pushq %r13\n\t"
-      "pushq %r14\n\t"
-      "pushq %r15\n\t"
-      "movq %rsp, (%rdi)\n\t"
-      "movq %rsi, %rsp\n\t"
-      "popq %r15\n\t"
-      "popq %r14\n\t"
-      "popq %r13\n\t"
-      "popq %r12\n\t"
-      "popq %rbx\n\t"
-      "popq %rbp\n\t"
-      "ret");
-}
-#endif
-
 }  // namespace
+
+#ifndef PYDIT_SIM_UCONTEXT
+// Outside any C++ function, so that no coverage or sanitizer build puts instructions of its own in between.
+asm(R"(
+  .pushsection .text
+  .globl pydit_sim_exchange_stacks
+  .hidden pydit_sim_exchange_stacks
+  .type pydit_sim_exchange_stacks, @function
+pydit_sim_exchange_stacks:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size pydit_sim_exchange_stacks, . - pydit_sim_exchange_stacks
+  .popsection
+)");
+#endif
 
 Stacks::~Stacks() {
   for (char* slab : slabs_) {
@@ -81,8 +88,8 @@ void Stacks::prepare(Context& context, size_t index, void (*entry)()) {
   context.registers.uc_link = nullptr;
   makecontext(&context.registers, entry, 0);
 #else
-  // What exchange() pops: six registers and the address to return to. One more word puts the stack pointer where it
-  // stands after a call (8 bytes off a multiple of 16), and a null return address ends stack traces.
+  // What pydit_sim_exchange_stacks pops: six registers and the address to return to. One more word puts the stack
+  // pointer where it stands after a call (8 bytes off a multiple of 16); being null, it also ends stack traces.
   void** top = reinterpret_cast<void**>(bottom + bytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
@@ -109,6 +116,7 @@ bool Stacks::is_guard(const void* address) const {
   return false;
 }
 
+#if defined(SIMT_ASAN) || defined(PYDIT_SIM_UCONTEXT)
 void switch_context(Context& from, Context& to) {
 #ifdef SIMT_ASAN
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
@@ -116,12 +124,13 @@ void switch_context(Context& from, Context& to) {
 #ifdef PYDIT_SIM_UCONTEXT
   swapcontext(&from.registers, &to.registers);
 #else
-  exchange(&from.stack_pointer, to.stack_pointer);
+  pydit_sim_exchange_stacks(&from.stack_pointer, to.stack_pointer);
 #endif
 #ifdef SIMT_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
+#endif
 
 void enter([[maybe_unused]] Context& resumer) {
 #ifdef SIMT_ASAN

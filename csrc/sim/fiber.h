@@ -22,6 +22,10 @@
 #include <ucontext.h>
 #endif
 
+// Pushes the callee-saved registers, stores the stack pointer in *save, takes `load` as the stack pointer and pops the
+// registers found there.
+extern "C" void pydit_sim_exchange_stacks(void** save, void* load);
+
 namespace simt {
 
 // A point of execution that can be resumed.
@@ -60,8 +64,14 @@ class Stacks {
   size_t count_ = 0;
 };
 
-// Suspends the running context into `from` and resumes `to`. Returns when something switches back to `from`.
+#if defined(SIMT_ASAN) || defined(PYDIT_SIM_UCONTEXT)
 void switch_context(Context& from, Context& to);
+#else
+// Suspends the running context into `from` and resumes `to`. Returns when something switches back to `from`.
+inline void switch_context(Context& from, Context& to) {
+  pydit_sim_exchange_stacks(&from.stack_pointer, to.stack_pointer);
+}
+#endif
 // First statement of a fiber's entry function; `resumer` is the context that switched to it.
 void enter(Context& resumer);
 

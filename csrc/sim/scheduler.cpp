@@ -148,19 +148,19 @@ void Block::fault_exit() {
 
 // Scheduling -----------------------------------------------------------------------------------------------------
 
-uint64_t Block::random() {  // xorshift64
+inline uint64_t Block::random() {  // xorshift64
   random_ ^= random_ << 13;
   random_ ^= random_ >> 7;
   random_ ^= random_ << 17;
   return random_;
 }
 
-void Block::make_ready(int warp_index, uint32_t lanes) {
+inline void Block::make_ready(int warp_index, uint32_t lanes) {
   warps_[warp_index].ready |= lanes;
   ready_warps_ |= 1u << warp_index;
 }
 
-Fiber& Block::next() {
+inline Fiber& Block::next() {
   if (failed_ || ready_warps_ == 0) return main_;
   if (leave_warp_ || warps_[running_warp_].ready == 0) {
     const uint64_t r = random();
@@ -176,7 +176,7 @@ Fiber& Block::next() {
   return fibers_[running_warp_ * kLanes + lane];
 }
 
-void Block::wait() {
+inline void Block::wait() {
   Fiber& me = *current;
   Fiber& other = next();
   if (&other == &me) return;
@@ -228,16 +228,23 @@ void Block::release(Barrier& barrier, int id) {
 
 uint32_t Block::alive_lanes() const { return warps_[current->warp].alive; }
 
+// Whether two deposits of the same mask belong together; the same text may stand at several addresses.
+bool Block::same_collective(const Deposit& a, const Deposit& b) {
+  return a.finish == b.finish && (a.name == b.name || strcmp(a.name, b.name) == 0);
+}
+
 // Computes `deposit`'s collective and makes its lanes ready when all of them have come.
-bool Block::finish_if_complete(Warp& warp, Deposit& deposit, int warp_index) {
+inline bool Block::finish_if_complete(Warp& warp, Deposit& deposit, int warp_index) {
   const uint32_t participants = deposit.mask & warp.alive;
   if ((participants & ~warp.collecting) != 0) return false;
-  for (uint32_t left = participants; left != 0; left &= left - 1) {
-    const Deposit& other = *warp.deposit[__builtin_ctz(left)];
-    if (other.mask != deposit.mask) return false;  // in another collective first; it may still come here
-    if (other.finish != deposit.finish || strcmp(other.name, deposit.name) != 0) {
-      fail("divergent warp collective, mask 0x%08x: lane %d is in %s, others are in %s", deposit.mask,
-           __builtin_ctz(left), other.name, deposit.name);
+  if (!warp.uniform) {
+    for (uint32_t left = participants; left != 0; left &= left - 1) {
+      const Deposit& other = *warp.deposit[__builtin_ctz(left)];
+      if (other.mask != deposit.mask) return false;  // in another collective first; it may still come here
+      if (!same_collective(other, deposit)) {
+        fail("divergent warp collective, mask 0x%08x: lane %d is in %s, others are in %s", deposit.mask,
+             __builtin_ctz(left), other.name, deposit.name);
+      }
     }
   }
   deposit.finish(warp.deposit, participants);
@@ -256,6 +263,12 @@ void Block::collective(Deposit& mine) {
   Warp& warp = warps_[me.warp];
   const uint32_t bit = 1u << me.lane;
   if ((mine.mask & bit) == 0) fail("%s: lane %d is not in its own mask 0x%08x", mine.name, me.lane, mine.mask);
+  if (warp.collecting == 0) {
+    warp.uniform = true;
+  } else if (warp.uniform) {
+    const Deposit& other = *warp.deposit[__builtin_ctz(warp.collecting)];
+    warp.uniform = other.mask == mine.mask && same_collective(other, mine);
+  }
   warp.deposit[me.lane] = &mine;
   warp.collecting |= bit;
   finish_if_complete(warp, mine, me.warp);

@@ -51,6 +51,7 @@ struct Warp {
   uint32_t alive = 0;                  // not exited
   uint32_t ready = 0;                  // can run
   uint32_t collecting = 0;             // waiting in a collective
+  bool uniform = true;                 // all of `collecting` wait in the same one
   uint32_t at_barrier[kBarriers] = {};  // waiting at a barrier
   Deposit* deposit[kLanes] = {};       // of the lanes in `collecting`
 };
@@ -104,6 +105,7 @@ class Block {
   void start(const Kernel& kernel, uint64_t linear);
   void exit_thread();
   bool finish_if_complete(Warp& warp, Deposit& deposit, int warp_index);
+  static bool same_collective(const Deposit& a, const Deposit& b);
   void release(Barrier& barrier, int id);
   void make_ready(int warp_index, uint32_t lanes);
   void wait();
