@@ -1,0 +1,11 @@
+"""Distillation of a pruned model: teacher-fed layer training, then optional end-to-end training, resumable.
+
+>>> config = DistillConfig(layers_steps=2000, layers_lr=1e-3, checkpoint_dir="run", save_every=200, resume="auto")
+>>> result = distill(teacher, student, batches, config)         # doctest: +SKIP
+"""
+
+from pydit.distill.config import DistillConfig
+from pydit.distill.losses import LOSSES
+from pydit.distill.trainer import DistillResult, NonFiniteLossError, distill
+
+__all__ = ["LOSSES", "DistillConfig", "DistillResult", "NonFiniteLossError", "distill"]

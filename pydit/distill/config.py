@@ -1,0 +1,175 @@
+"""What a distillation run does, as one frozen record that is checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydit.distill.losses import LOSSES
+from pydit.distill.schedule import MAX_EMA_WIDTH
+from pydit.errors import UserError
+
+#: Fields that say where and how often a run reports, not what it computes; a resumed run may change them.
+BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Settings of :func:`pydit.distill.distill`.
+
+    Attributes
+    ----------
+    layers_steps
+        Optimiser steps of the teacher-fed layer phase. 0 leaves the phase out; None lets ``max_minutes`` end it.
+    layers_lr
+        Peak learning rate of that phase. The default is that of the public PPCL code for a 20 B teacher; a model of
+        a few million parameters learns at about 1e-3.
+    output_steps, output_lr
+        The same for the end-to-end phase, which is off by default.
+    max_minutes
+        Wall-clock budget of the whole run, checkpoints and earlier parts of a resumed run included. A phase ends
+        when its steps or its minutes are used up, whichever comes first, and the learning rate follows the larger of
+        the two fractions, so that a slow machine ends annealed too. At most one step runs over.
+    output_share
+        Part of ``max_minutes`` kept for the output phase. What the layer phase leaves unused is added to it.
+    loss
+        Name in :data:`pydit.distill.LOSSES`, applied to each stream of each interval.
+    magnitude
+        Weight of the squared difference of log norms, added per token to ``loss``.
+    output_trainable
+        ``"replaced"``: only the replacement blocks move. ``"all"``: every parameter of the student does.
+    boundary_weight
+        Output phase: weight of ``loss`` between student and teacher at the end of every interval, with the student
+        fed by itself.
+    flow_weight
+        Output phase: weight of the squared error against the true velocity, the second item of ``(batch, target)``.
+    warmup
+        Fraction of a phase's budget during which its learning rate rises linearly.
+    final_lr
+        Learning rate at the end of the cosine, as a fraction of the peak.
+    betas, weight_decay, eps
+        AdamW; defaults as reported for PPCL. Vectors (biases, norm gains) are not decayed.
+    clip
+        Largest gradient norm, per interval in the layer phase and over all parameters in the output phase; 0 is off.
+    ema
+        Relative width of the weight average, whose window grows with the run (:func:`pydit.distill.schedule.ema_decay`);
+        the student ends each phase with the averaged weights. 0 is off.
+    gradient_checkpointing
+        Recompute the student's blocks in the backward pass instead of keeping their activations.
+    log_every
+        Steps per history row; a row holds means over those steps.
+    checkpoint_dir, save_every, save_every_seconds
+        Where to save, and after how many steps or seconds. None is never; with a directory, the end of each phase
+        is always saved.
+    resume
+        False: start anew, and refuse a directory that already holds a checkpoint. True: continue, and refuse one
+        that does not. ``"auto"``: continue if there is a checkpoint.
+    """
+
+    layers_steps: int | None = 1000
+    layers_lr: float = 1e-5
+    output_steps: int | None = 0
+    output_lr: float = 1e-5
+    max_minutes: float | None = None
+    output_share: float = 0.3
+    loss: str = "direction"
+    magnitude: float = 0.0
+    output_trainable: str = "replaced"
+    boundary_weight: float = 0.0
+    flow_weight: float = 0.0
+    warmup: float = 0.02
+    final_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    eps: float = 1e-8
+    clip: float = 1.0
+    ema: float = 0.05
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    checkpoint_dir: str | Path | None = None
+    save_every: int | None = None
+    save_every_seconds: float | None = None
+    resume: bool | str = False
+
+    def validate(self) -> None:
+        """Raise UserError naming the first field that is wrong, what was expected and what came."""
+        for name in ("layers_steps", "output_steps"):
+            _require(name, getattr(self, name), "a whole number >= 0, or None", lambda v: v is None or _whole(v, 0))
+        for name in ("layers_lr", "output_lr", "eps"):
+            _require(name, getattr(self, name), "a number > 0", lambda v: _number(v) and v > 0)
+        for name in ("magnitude", "boundary_weight", "flow_weight", "weight_decay", "clip"):
+            _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
+        for name in ("max_minutes", "save_every_seconds"):
+            _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or _number(v) and v > 0)
+        for name in ("output_share", "warmup"):
+            _require(name, getattr(self, name), "a number from 0 up to, not including, 1",
+                     lambda v: _number(v) and 0 <= v < 1)
+        _require("final_lr", self.final_lr, "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
+        _require("ema", self.ema, f"a number from 0 to {MAX_EMA_WIDTH}", lambda v: _number(v) and 0 <= v <= MAX_EMA_WIDTH)
+        _require("betas", self.betas, "two numbers from 0 up to, not including, 1",
+                 lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v))
+        _require("loss", self.loss, f"one of {', '.join(LOSSES)}", lambda v: isinstance(v, str) and v in LOSSES)
+        _require("output_trainable", self.output_trainable, "'replaced' or 'all'", lambda v: v in ("replaced", "all"))
+        _require("gradient_checkpointing", self.gradient_checkpointing, "True or False", lambda v: isinstance(v, bool))
+        _require("log_every", self.log_every, "a whole number >= 1", lambda v: _whole(v, 1))
+        _require("save_every", self.save_every, "a whole number >= 1, or None", lambda v: v is None or _whole(v, 1))
+        _require("checkpoint_dir", self.checkpoint_dir, "a path or None",
+                 lambda v: v is None or isinstance(v, (str, Path)) and str(v) != "")
+        _require("resume", self.resume, "True, False or 'auto'", lambda v: isinstance(v, bool) or v == "auto")
+        self._validate_together()
+
+    def _validate_together(self) -> None:
+        if self.max_minutes is None:
+            for name in ("layers_steps", "output_steps"):
+                if getattr(self, name) is None:
+                    raise UserError(f"{name}: expected a whole number, because max_minutes is not given, got None")
+        if self.layers_steps == 0 and self.output_steps == 0:
+            raise UserError("layers_steps: expected at least one phase with steps, got 0 here and in output_steps")
+        if self.checkpoint_dir is None:
+            for name in ("save_every", "save_every_seconds", "resume"):
+                if getattr(self, name):
+                    raise UserError(f"{name}: expected a checkpoint_dir to go with it, got {getattr(self, name)!r} "
+                                    "and checkpoint_dir None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        fields = dataclasses.asdict(self)
+        fields["betas"] = list(self.betas)
+        fields["checkpoint_dir"] = None if self.checkpoint_dir is None else str(self.checkpoint_dir)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> DistillConfig:
+        """The inverse of :meth:`to_dict`, validated; an unknown field raises UserError."""
+        if not isinstance(fields, dict):
+            raise UserError(f"config: expected a mapping of field names to values, got {type(fields).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise UserError(f"config: expected fields among {', '.join(known)}, got {name!r}")
+        fields = dict(fields)
+        if isinstance(fields.get("betas"), list):
+            fields["betas"] = tuple(fields["betas"])
+        config = cls(**fields)
+        config.validate()
+        return config
+
+    def computation(self) -> dict[str, Any]:
+        """The fields that decide the result: what a checkpoint must agree on to be continued."""
+        return {name: value for name, value in self.to_dict().items() if name not in BOOKKEEPING}
+
+
+def _require(name: str, value: Any, expected: str, accepts: Any) -> None:
+    if not accepts(value):
+        raise UserError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,65 @@
+"""Teacher and student of a run: do they belong together, and how both are set up and left."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from pydit.distill.config import DistillConfig
+from pydit.errors import UserError
+
+
+def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> None:
+    """Raise UserError when ``student`` is not a pruned model of ``teacher`` that ``config`` can train."""
+    if not hasattr(student, "plan") or not hasattr(student, "replaced"):
+        raise UserError(f"student: expected a model made by pydit.prune, got {type(student).__name__}")
+    if not student.replaced:
+        raise UserError("student: expected a plan with at least one interval, got one that replaces nothing")
+    student.plan.require_match(teacher)
+    ours, theirs = next(student.parameters()), next(teacher.parameters())
+    if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+        raise UserError(f"student: expected the teacher's device and dtype ({theirs.device}, {theirs.dtype}), "
+                        f"got {ours.device}, {ours.dtype}")
+    if config.output_steps != 0 and config.output_trainable == "all":
+        shared = {p.data_ptr() for p in teacher.parameters()}
+        for name, p in student.named_parameters():
+            if p.data_ptr() in shared:
+                raise UserError(f"student: expected weights of its own, because output_trainable is 'all', got {name} shared with the teacher")
+
+
+@contextmanager
+def prepared(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> Iterator[None]:
+    """Freeze both models, route the student through its own blocks, and put everything back afterwards."""
+    parameters = [(p, p.requires_grad) for model in (teacher, student) for p in model.parameters()]
+    modes = [(module, module.training) for model in (teacher, student) for module in model.modules()]
+    active, checkpointing = list(student.active), student.is_gradient_checkpointing
+    try:
+        teacher.eval().requires_grad_(False)
+        student.train().requires_grad_(False)
+        student.set_active(student.plan.intervals)
+        if config.gradient_checkpointing and not checkpointing:
+            student.enable_gradient_checkpointing()
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, flag in parameters:
+            p.requires_grad_(flag)
+        for p in student.parameters():
+            p.grad = None
+        for module, mode in modes:
+            module.training = mode
+        student.set_active(active)
+        if config.gradient_checkpointing and not checkpointing:
+            student.disable_gradient_checkpointing()
+
+
+def digest(model: nn.Module) -> str:
+    """A fingerprint that tells models apart without reading all of their weights: names, shapes and eight values of each."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().flatten()[:8].double().tolist()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""The two objectives. A phase turns one batch into gradients and names what it measured.
+
+``LayerPhase`` is the paper's non-sequential distillation: every replacement block is fed by the *teacher* and compared
+with the teacher, so the intervals are independent problems that share the teacher's forward. ``OutputPhase`` runs the
+student by itself, end to end, and repairs what the intervals do to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pydit.distill.config import DistillConfig
+from pydit.distill.losses import LOSSES, log_norm, token_mean
+from pydit.errors import UserError
+from pydit.models.adapter import ModelAdapter
+
+Streams = tuple[torch.Tensor, torch.Tensor]  # (image [B, S_img, C], text [B, S_txt, C])
+
+
+class Term(NamedTuple):
+    """One measured loss: ``name`` is an interval such as "3-5" or "output", ``part`` a stream or a quantity."""
+
+    name: str
+    part: str
+    weight: float
+
+
+class Phase:
+    """What both phases share. ``terms`` lists, in order, what :meth:`backward` returns."""
+
+    name: str
+    terms: list[Term]
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, config: DistillConfig) -> None:
+        self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
+        self.intervals = list(student.replaced)  # (student block, first teacher layer, last teacher layer)
+        self.blocks = adapter.blocks(student)
+        self.last = adapter.num_layers(teacher) - 1
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trainable parameters of the student: clipping group -> name -> parameter."""
+        raise NotImplementedError
+
+    def backward(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> torch.Tensor:
+        """Add the gradients of the weighted sum of the terms; return the terms, fp32 [len(terms)], detached."""
+        raise NotImplementedError
+
+    def replaced_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The replacement blocks' parameters, one group per interval."""
+        label = {id(p): _label(start, end) for block, start, end in self.intervals
+                 for p in self.blocks[block].parameters()}
+        groups: dict[str, dict[str, nn.Parameter]] = {_label(start, end): {} for _, start, end in self.intervals}
+        for name, p in self.student.named_parameters():
+            if id(p) in label:
+                groups[label[id(p)]][name] = p
+        return groups
+
+    def streams_of(self, end: int) -> tuple[str, ...]:
+        """The streams to match at the end of an interval: the text output of the last layer may be dead."""
+        return ("image",) if end == self.last and not self.adapter.last_text_used else ("image", "text")
+
+    def boundary_losses(self, end: int, student: Streams, target: Streams, mask: torch.Tensor | None) -> list[torch.Tensor]:
+        """The configured loss on every stream that matters after teacher layer ``end``."""
+        pairs = {"image": (student[0], target[0], None), "text": (student[1], target[1], mask)}
+        return [token_mean(self._token_loss, *pairs[stream]) for stream in self.streams_of(end)]
+
+    def _token_loss(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = LOSSES[self.config.loss](student, target)
+        if self.config.magnitude:
+            value = value + self.config.magnitude * log_norm(student, target)
+        return value
+
+
+class LayerPhase(Phase):
+    """Teacher-fed: block of [s, e] maps the teacher's input of layer s to the teacher's output of layer e."""
+
+    name = "layers"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.terms = [Term(_label(start, end), stream, 1.0)
+                      for _, start, end in self.intervals for stream in self.streams_of(end)]
+        self.boundaries = sorted({k for _, start, end in self.intervals for k in (start, end + 1)})
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        return self.replaced_parameters()
+
+    def backward(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> torch.Tensor:
+        states, kwargs = self.adapter.capture(self.teacher, batch, self.boundaries)
+        mask = self.adapter.text_mask(kwargs)
+        values = []
+        for index, start, end in self.intervals:
+            output = self._run(self.blocks[index], states[start], kwargs)
+            losses = self.boundary_losses(end, output, states[end + 1], mask)
+            # The intervals share no parameter: a backward pass each keeps one block's activations at a time.
+            torch.stack(losses).sum().backward()
+            values += [loss.detach() for loss in losses]
+        return torch.stack(values)
+
+    def _run(self, block: nn.Module, streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
+        if self.config.gradient_checkpointing:
+            return checkpoint(self.adapter.call_block, block, *streams, kwargs, use_reentrant=False)
+        return self.adapter.call_block(block, *streams, kwargs)
+
+
+class OutputPhase(Phase):
+    """Student-fed: the student's velocity matches the teacher's, optionally also its boundaries and the true velocity."""
+
+    name = "output"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        config = self.config
+        self.terms = [Term("output", "velocity", 1.0)]
+        if config.flow_weight:
+            self.terms.append(Term("output", "flow", config.flow_weight))
+        if config.boundary_weight:
+            self.terms += [Term(_label(start, end), stream, config.boundary_weight)
+                           for _, start, end in self.intervals for stream in self.streams_of(end)]
+
+    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        if self.config.output_trainable == "all":
+            return {"output": dict(self.student.named_parameters())}
+        return {"output": {name: p for named in self.replaced_parameters().values() for name, p in named.items()}}
+
+    def backward(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> torch.Tensor:
+        watch = bool(self.config.boundary_weight)
+        layers = self.adapter.blocks(self.teacher)
+        expected: dict[int, Streams] = {}
+        got: dict[int, Streams] = {}
+        with torch.no_grad(), self._outputs({end: layers[end] for _, _, end in self.intervals} if watch else {}, expected):
+            wanted = self.teacher(**batch, return_dict=False)[0]
+        with self._outputs({end: self.blocks[i] for i, _, end in self.intervals} if watch else {}, got):
+            velocity = self.student(**batch, return_dict=False)[0]
+        losses = [F.mse_loss(velocity.float(), wanted.float())]
+        if self.config.flow_weight:
+            losses.append(F.mse_loss(velocity.float(), _flow_target(target, velocity)))
+        mask = self.adapter.text_mask(batch)
+        for _, _, end in self.intervals if watch else ():
+            losses += self.boundary_losses(end, got[end], expected[end], mask)
+        values = torch.stack(losses)
+        (values * values.new_tensor([term.weight for term in self.terms])).sum().backward()
+        return values.detach()
+
+    @contextmanager
+    def _outputs(self, modules: Mapping[int, nn.Module], found: dict[int, Streams]) -> Iterator[None]:
+        """Store under each key what its block returns during the forward, as (image, text)."""
+        def store(key: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Streams) -> None:
+                found.setdefault(key, output[::-1] if self.adapter.block_io.text_first else output)
+            return hook
+
+        handles = [module.register_forward_hook(store(key)) for key, module in modules.items()]
+        try:
+            yield
+        finally:  # before the backward pass, in which checkpointing runs the blocks again
+            for handle in handles:
+                handle.remove()
+
+
+def _label(start: int, end: int) -> str:
+    return f"{start}-{end}"
+
+
+def _flow_target(target: torch.Tensor | None, velocity: torch.Tensor) -> torch.Tensor:
+    if target is None:
+        raise UserError("batches: expected (batch, target) pairs, because flow_weight is set, got a batch alone")
+    if target.shape != velocity.shape:
+        raise UserError(f"batches: expected a target of shape {list(velocity.shape)}, got {list(target.shape)}")
+    return target.float()

@@ -1,0 +1,82 @@
+"""The batches of a run as one numbered stream that a resumed run can enter anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from pydit.errors import UserError
+from pydit.models.adapter import ModelAdapter
+
+Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
+
+
+class BatchStream:
+    """Batches from number ``start`` on, on a device, with their targets.
+
+    Parameters
+    ----------
+    batches
+        An iterable, or a function ``start -> iterator`` that begins at batch ``start``. A resumed run asks the
+        function for its place and steps over the batches of an iterable one by one. An iterable that is not an
+        iterator (a list, say) starts over at its end. An item is a dict of forward arguments or a pair
+        ``(dict, target)``.
+    start : number of the first batch to deliver.
+    """
+
+    def __init__(self, batches: Batches, start: int, adapter: ModelAdapter, device: torch.device) -> None:
+        self._adapter, self._device = adapter, device
+        self._delivered = start
+        self._again = None
+        if callable(batches):
+            self._iterator = iter(batches(start))
+            return
+        if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+            raise UserError("batches: expected an iterable of batches or a function start -> iterator, "
+                            f"got {type(batches).__name__}")
+        self._iterator = iter(batches)
+        self._again = None if self._iterator is batches else batches
+        for number in range(start):
+            self._advance(number)
+
+    def next(self) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """The next batch as (forward arguments, target or None); UserError when there is none."""
+        item = self._advance(self._delivered)
+        target = None
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            item, target = item
+        if not isinstance(item, Mapping) or not (target is None or isinstance(target, torch.Tensor)):
+            raise UserError(f"batches: expected dicts of forward arguments or (dict, tensor) pairs, got {_describe(item, target)} "
+                            f"as batch {self._delivered}")
+        self._delivered += 1
+        batch = {name: self._place(value) for name, value in item.items() if name != "return_dict"}
+        return self._without_padding(batch), self._place(target)
+
+    def _advance(self, number: int) -> Any:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            if self._again is not None:
+                self._iterator = iter(self._again)
+                for item in self._iterator:
+                    return item
+            raise UserError(f"batches: expected more than {number} batches, got {number}") from None
+
+    def _place(self, value: Any) -> Any:
+        return value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    def _without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Zero the padded text tokens: attention weighs them by 0, and 0 * NaN would be NaN."""
+        mask, name = self._adapter.text_mask(batch), self._adapter.block_io.text
+        text = batch.get(name)
+        if mask is not None and isinstance(text, torch.Tensor) and mask.shape == text.shape[:2]:
+            batch[name] = text.where(mask.to(torch.bool).unsqueeze(-1), text.new_zeros(()))
+        return batch
+
+
+def _describe(item: Any, target: Any) -> str:
+    if isinstance(item, Mapping):
+        return f"a dict with a {type(target).__name__}"
+    return f"an item of type {type(item).__name__}"

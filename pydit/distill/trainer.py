@@ -1,0 +1,260 @@
+"""The training loop: budgets, learning rate, history, checkpoints. What is minimised stands in ``phases``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import nn
+
+from pydit.distill import checkpoint, distributed
+from pydit.distill.config import DistillConfig
+from pydit.distill.optimizer import Optimizer, load_weights
+from pydit.distill.pair import digest, prepared, require_pair
+from pydit.distill.phases import LayerPhase, OutputPhase, Phase
+from pydit.distill.progress import step_bar
+from pydit.distill.schedule import Budget, lr_factor
+from pydit.distill.stream import Batches, BatchStream
+from pydit.errors import UserError
+from pydit.models import get_adapter
+from pydit.models.adapter import ModelAdapter
+
+_PHASES: dict[str, type[Phase]] = {"layers": LayerPhase, "output": OutputPhase}
+
+
+class NonFiniteLossError(UserError):
+    """A loss or gradient became NaN or infinite; the student holds the weights of the step before."""
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a run did; :meth:`to_dict` is JSON-able.
+
+    Attributes
+    ----------
+    history
+        One dict per ``log_every`` steps: ``phase`` ("layers" or "output"), ``step`` (within the phase, from 1),
+        ``loss`` (weighted sum of the terms), ``intervals`` ({"3-5": {"image": ..., "text": ...}}), in the output phase
+        ``output`` ({"velocity": ..., "flow": ...}), ``gradient_norm`` (the largest of any group, before clipping), ``lr``,
+        ``seconds`` (since the run began, earlier parts of a resumed run included) and ``ms_per_step``. Losses are means
+        over the row's steps.
+    steps
+        Optimiser steps per phase.
+    seconds
+        Duration, earlier parts included.
+    resumed_from
+        (phase, step) of the checkpoint that the run continued, or None.
+    """
+
+    history: list[dict[str, Any]]
+    steps: dict[str, int]
+    seconds: float
+    resumed_from: tuple[str, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: DistillConfig, *,
+            progress: bool = True) -> DistillResult:
+    """Train the replacement blocks of a pruned model against the model it came from, in place.
+
+    Two phases, each with its own steps and learning rate. ``layers``: the teacher runs once per batch without gradients;
+    the block that stands for layers s..e gets the teacher's input of layer s and learns the teacher's output of layer
+    e, text and image stream (PPCL, arXiv 2511.16156, Stage 1.3). ``output`` (optional): the student runs by itself and
+    learns the teacher's final velocity.
+
+    The student trains in its own dtype; losses are fp32 and bf16 parameters are stepped through fp32 master copies.
+    With ``torch.distributed`` initialised, gradients are averaged over processes, each with its own ``batches``.
+
+    Parameters
+    ----------
+    teacher : a diffusers transformer. Left as it was: weights, mode, ``requires_grad``.
+    student : what ``pydit.prune`` made of it, on the same device and in the same dtype. Only the replacement blocks change
+        (every parameter in the output phase with ``output_trainable="all"``); mode and ``requires_grad`` are restored.
+    batches : an iterable of batches, or a function ``start -> iterator`` that begins at batch ``start``, which lets a resumed
+        run continue the stream without replaying it. A batch is a dict of ``transformer.forward`` arguments, or a
+        pair of it and the true velocity, which only ``flow_weight`` reads. Text tokens that the mask leaves out take no
+        part, whatever they hold.
+    config : DistillConfig
+    progress : show a progress bar, if tqdm is installed.
+
+    Raises
+    ------
+    UserError
+        A wrong configuration, models that do not belong together, too few batches, or a checkpoint of another run.
+    NonFiniteLossError
+        Training diverged; the last checkpoint is untouched.
+    """
+    config.validate()
+    adapter = get_adapter(student)
+    require_pair(teacher, student, config)
+    with prepared(teacher, student, config):
+        return _Run(teacher, student, adapter, batches, config, progress).execute()
+
+
+class _Run:
+    """One call of :func:`distill`."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, batches: Batches,
+                 config: DistillConfig, show: bool) -> None:
+        self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
+        self.show = show and distributed.is_main()
+        self.device = next(student.parameters()).device
+        self.identity = {
+            "plan": {"family": student.plan.family, "num_layers": student.plan.num_layers,
+                     "intervals": [list(pair) for pair in student.plan.intervals]},
+            "config": config.computation(), "teacher": digest(teacher)}
+        self.progress, self.loaded = self._start()
+        self.resumed_from = (self.progress.phase, self.progress.step) if self.loaded else None
+        self.began = monotonic() - self.progress.seconds
+        self.saved_at = self.progress.seconds
+        if self.progress.phase != "done":
+            self.stream = BatchStream(batches, self.progress.batches, adapter, self.device)
+        if self.loaded:
+            checkpoint.restore_random(self.loaded, self.device)
+
+    def _start(self) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
+        directory, resume = self.config.checkpoint_dir, self.config.resume
+        found = directory is not None and checkpoint.exists(directory)
+        if found and not resume:
+            raise UserError(f"checkpoint_dir: expected a directory without a checkpoint, because resume is False, got {directory}")
+        if not found and resume is True:
+            raise UserError(f"checkpoint_dir: expected a checkpoint to resume, got none in {directory}")
+        distributed.barrier()  # no process may write before every one has looked
+        if found:
+            return checkpoint.load(directory, self.identity)
+        distributed.broadcast(list(self.student.parameters()))
+        return checkpoint.Progress(), {}
+
+    def execute(self) -> DistillResult:
+        """Run what is left of the phases."""
+        state = self.progress
+        if state.phase == "done" or state.step == 0:
+            load_weights(self.student, self.loaded)
+        names = list(_PHASES)
+        for name, following in zip(names, [*names[1:], "done"], strict=True):
+            if state.phase == name:
+                self._phase(_PHASES[name](self.teacher, self.student, self.adapter, self.config), following)
+        state.seconds = self._now()
+        return DistillResult(state.history, state.steps, state.seconds, self.resumed_from)
+
+    def _phase(self, phase: Phase, following: str) -> None:
+        state = self.progress
+        budget, peak = self._budget(phase.name)
+        if budget.steps == 0:
+            state.phase, state.step = following, 0
+            return
+        groups = phase.parameters()
+        trainable = [p for named in groups.values() for p in named.values()]
+        for p in trainable:
+            p.requires_grad_(True)
+        optimizer = Optimizer(groups, self.config)
+        if state.step:
+            optimizer.load_state(self.loaded, state.step)
+        self.loaded = {}
+        self._train(phase, optimizer, budget, peak)
+        optimizer.finish()
+        for p in trainable:
+            p.requires_grad_(False)
+        state.phase, state.step, state.phase_start = following, 0, self._now()
+        if self.config.checkpoint_dir is not None:
+            self._save(optimizer.weights())
+
+    def _train(self, phase: Phase, optimizer: Optimizer, budget: Budget, peak: float) -> None:
+        state, config = self.progress, self.config
+        with step_bar(self.show, phase.name, budget, state.step) as bar:
+            while True:
+                elapsed = self._now() - state.phase_start
+                if budget.seconds is not None:
+                    elapsed = distributed.agree(elapsed, self.device)
+                if budget.spent(state.step, elapsed):
+                    break
+                lr = peak * lr_factor(budget.fraction(state.step, elapsed), warmup=config.warmup, final=config.final_lr)
+                values = phase.backward(*self.stream.next())
+                norms = optimizer.gradient_norms()
+                distributed.average([values])
+                numbers = torch.cat([values, norms]).tolist()  # the only synchronisation of a step
+                self._require_finite(phase, list(optimizer.groups), numbers)
+                optimizer.step(lr, norms)
+                state.step += 1
+                state.steps[phase.name] = state.step
+                state.batches += 1
+                self._record(phase, numbers, lr, state.phase_start + elapsed)
+                if state.window["count"] >= config.log_every:
+                    self._close_row(phase)
+                bar.update(1)
+                if state.history:
+                    bar.set_postfix(loss=f"{state.history[-1]['loss']:.4g}", lr=f"{lr:.1e}", refresh=False)
+                if self._save_is_due(budget):
+                    self._save(optimizer.state())
+        if state.window:
+            self._close_row(phase)
+
+    def _budget(self, name: str) -> tuple[Budget, float]:
+        config = self.config
+        steps, lr = (config.layers_steps, config.layers_lr) if name == "layers" else (config.output_steps, config.output_lr)
+        if config.max_minutes is None:
+            return Budget(steps, None), lr
+        total = 60.0 * config.max_minutes
+        if name == "layers" and config.output_steps != 0:
+            return Budget(steps, total * (1 - config.output_share)), lr
+        return Budget(steps, max(0.0, total - self.progress.phase_start)), lr
+
+    def _record(self, phase: Phase, numbers: list[float], lr: float, began: float) -> None:
+        values, norms = numbers[:len(phase.terms)], numbers[len(phase.terms):]
+        window = self.progress.window or {"count": 0, "values": [0.0] * len(values), "norm": 0.0, "began": began}
+        window["count"] += 1
+        window["values"] = [total + value for total, value in zip(window["values"], values, strict=True)]
+        window["norm"] = max(window["norm"], *norms)
+        window["lr"] = lr
+        self.progress.window = window
+
+    def _close_row(self, phase: Phase) -> None:
+        state, window = self.progress, self.progress.window
+        means = [total / window["count"] for total in window["values"]]
+        now = self._now()
+        row: dict[str, Any] = {
+            "phase": phase.name, "step": state.step,
+            "loss": sum(term.weight * mean for term, mean in zip(phase.terms, means, strict=True)), "intervals": {}}
+        for term, mean in zip(phase.terms, means, strict=True):
+            parts = row.setdefault("output", {}) if term.name == "output" else row["intervals"].setdefault(term.name, {})
+            parts[term.part] = mean
+        row |= {"gradient_norm": window["norm"], "lr": window["lr"], "seconds": now,
+                "ms_per_step": 1000 * (now - window["began"]) / window["count"]}
+        state.history.append(row)
+        state.window = {}
+
+    def _require_finite(self, phase: Phase, groups: list[str], numbers: list[float]) -> None:
+        labels = [(term.name, term.part) for term in phase.terms] + [(group, "gradient") for group in groups]
+        for (name, part), value in zip(labels, numbers, strict=True):
+            if not math.isfinite(value):
+                step = self.progress.step + 1
+                directory = self.config.checkpoint_dir
+                kept = (f"the last checkpoint is in {directory}"
+                        if directory is not None and checkpoint.exists(directory) else "there is no checkpoint")
+                where = f"{part} of the output" if name == "output" else f"{part} of interval {name}"
+                raise NonFiniteLossError(f"distill: expected finite losses and gradients, got {value} in step {step} of phase "
+                                         f"{phase.name}, {where}; the student holds the weights of step {step - 1}, {kept}")
+
+    def _save_is_due(self, budget: Budget) -> bool:
+        config, state = self.config, self.progress
+        if config.checkpoint_dir is None or state.step == budget.steps:  # the end of a phase is saved anyway
+            return False
+        by_steps = config.save_every is not None and state.step % config.save_every == 0
+        return by_steps or (config.save_every_seconds is not None
+                            and self._now() - self.saved_at >= config.save_every_seconds)
+
+    def _save(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.progress.seconds = self._now()
+        if distributed.is_main():
+            checkpoint.save(self.config.checkpoint_dir, self.progress, tensors, self.identity, self.device)
+        self.saved_at = self._now()
+
+    def _now(self) -> float:
+        """Seconds of training, earlier parts of a resumed run included."""
+        return monotonic() - self.began

@@ -1,0 +1,76 @@
+"""Every field is checked, and the message says which, what and what came."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pydit import UserError
+from pydit.distill import DistillConfig
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"layers_steps": -1}, "layers_steps: expected a whole number >= 0, or None, got -1"),
+    ({"layers_steps": 2.5}, "layers_steps: .* got 2.5"),
+    ({"layers_steps": True}, "layers_steps: .* got True"),
+    ({"output_steps": "10"}, "output_steps: .* got '10'"),
+    ({"layers_steps": None}, "layers_steps: expected a whole number, because max_minutes is not given, got None"),
+    ({"output_steps": None}, "output_steps: expected a whole number, because max_minutes is not given, got None"),
+    ({"layers_steps": 0}, "layers_steps: expected at least one phase with steps, got 0"),
+    ({"layers_lr": 0}, "layers_lr: expected a number > 0, got 0"),
+    ({"output_lr": float("nan")}, "output_lr: expected a number > 0, got nan"),
+    ({"max_minutes": 0}, "max_minutes: expected a number > 0, or None, got 0"),
+    ({"output_share": 1.0}, "output_share: expected a number from 0 up to, not including, 1, got 1.0"),
+    ({"loss": "cosine"}, "loss: expected one of direction, normalized_mse, mse, got 'cosine'"),
+    ({"magnitude": -0.1}, "magnitude: expected a number >= 0, got -0.1"),
+    ({"output_trainable": "some"}, "output_trainable: expected 'replaced' or 'all', got 'some'"),
+    ({"boundary_weight": float("inf")}, "boundary_weight: expected a number >= 0, got inf"),
+    ({"flow_weight": None}, "flow_weight: expected a number >= 0, got None"),
+    ({"warmup": 1}, "warmup: .* got 1"),
+    ({"final_lr": 1.5}, "final_lr: expected a number from 0 to 1, got 1.5"),
+    ({"betas": (0.9, 1.0)}, "betas: expected two numbers .* got \\(0.9, 1.0\\)"),
+    ({"betas": 0.9}, "betas: .* got 0.9"),
+    ({"weight_decay": "x"}, "weight_decay: .* got 'x'"),
+    ({"eps": 0}, "eps: expected a number > 0, got 0"),
+    ({"clip": -1}, "clip: expected a number >= 0, got -1"),
+    ({"ema": 0.5}, "ema: expected a number from 0 to 0.28, got 0.5"),
+    ({"gradient_checkpointing": 1}, "gradient_checkpointing: expected True or False, got 1"),
+    ({"log_every": 0}, "log_every: expected a whole number >= 1, got 0"),
+    ({"checkpoint_dir": ""}, "checkpoint_dir: expected a path or None, got ''"),
+    ({"checkpoint_dir": "d", "save_every": 0}, "save_every: expected a whole number >= 1, or None, got 0"),
+    ({"checkpoint_dir": "d", "save_every_seconds": -1}, "save_every_seconds: .* got -1"),
+    ({"checkpoint_dir": "d", "resume": "yes"}, "resume: expected True, False or 'auto', got 'yes'"),
+    ({"save_every": 5}, "save_every: expected a checkpoint_dir to go with it, got 5 and checkpoint_dir None"),
+    ({"resume": "auto"}, "resume: expected a checkpoint_dir"),
+])
+def test_a_wrong_field_is_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        DistillConfig(**fields).validate()
+
+
+def test_defaults_and_time_budgets_are_valid():
+    DistillConfig().validate()
+    DistillConfig(layers_steps=None, output_steps=None, max_minutes=6).validate()
+    DistillConfig(layers_steps=0, output_steps=3).validate()
+
+
+def test_a_config_survives_json():
+    config = DistillConfig(layers_steps=7, betas=(0.8, 0.9), checkpoint_dir="here", save_every=3, resume="auto")
+    again = DistillConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+
+
+def test_unknown_fields_and_non_mappings_are_refused():
+    with pytest.raises(UserError, match="config: expected fields among layers_steps, .*, got 'learning_rate'"):
+        DistillConfig.from_dict({"learning_rate": 1e-3})
+    with pytest.raises(UserError, match="config: expected a mapping of field names to values, got list"):
+        DistillConfig.from_dict([1])
+
+
+def test_only_bookkeeping_may_change_between_parts_of_a_run():
+    base = DistillConfig()
+    for field in dataclasses.fields(DistillConfig):
+        other = dataclasses.replace(base, **{field.name: "different"})
+        may_change = field.name in ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every")
+        if field.name != "betas":
+            assert (other.computation() == base.computation()) == may_change, field.name

@@ -1,0 +1,258 @@
+"""A run that is killed and resumed ends with the weights of the run that was not."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pydit
+from pydit import FormatError, PruningPlan, UserError
+from pydit.distill import DistillConfig, checkpoint, distill
+from tests.distill import tiny
+
+CONFIG = DistillConfig(layers_steps=6, layers_lr=1e-3, output_steps=4, output_lr=1e-3, output_trainable="all", log_every=4,
+                       save_every=1)
+
+
+class Stop(Exception):
+    """Ends a run from inside the stream, as a kill would."""
+
+
+def stopping_stream(at):
+    def batches(start):
+        for number, item in enumerate(tiny.stream(start), start):
+            if number == at:
+                raise Stop
+            yield item
+    return batches
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """(history, weights) of the run in one piece."""
+    teacher, student = tiny.make_pair()
+    config = dataclasses.replace(CONFIG, save_every=None)
+    return distill(teacher, student, tiny.stream, config, progress=False).history, tiny.weights(student)
+
+
+def without_times(history):
+    return [{name: value for name, value in row.items() if name not in ("seconds", "ms_per_step")} for row in history]
+
+
+def resumed(config, batches=tiny.stream):
+    teacher, student = tiny.make_pair()
+    result = distill(teacher, student, batches, dataclasses.replace(config, resume=True), progress=False)
+    return result, tiny.weights(student)
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 9])
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, uninterrupted, at):
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
+    teacher, student = tiny.make_pair()
+    with pytest.raises(Stop):
+        distill(teacher, student, stopping_stream(at), config, progress=False)
+    assert len(list(tmp_path.iterdir())) == 2  # the JSON and the tensors it names
+    result, weights = resumed(config)
+    assert result.resumed_from == (("layers", at) if at < 6 else ("output", at - 6))
+    history, expected = uninterrupted
+    assert without_times(result.history) == without_times(history)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_iterables_are_stepped_over_to_the_same_place(tmp_path, uninterrupted):
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
+    teacher, student = tiny.make_pair()
+    with pytest.raises(UserError, match="expected more than 7 batches"):
+        distill(teacher, student, itertools.islice(tiny.stream(), 7), config, progress=False)
+    _, weights = resumed(config, tiny.stream())
+    assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
+
+
+def test_sparse_saves_and_bf16_masters(tmp_path):
+    def batches(start):
+        return tiny.stream(start, dtype=torch.bfloat16)
+
+    weights = []
+    for at in (None, 5):
+        config = dataclasses.replace(CONFIG, save_every=2, output_steps=0, checkpoint_dir=tmp_path / str(at))
+        teacher, student = tiny.make_pair(dtype=torch.bfloat16)
+        if at is not None:
+            with pytest.raises(UserError, match="expected more than 5"):
+                distill(teacher, student, itertools.islice(batches(0), at), config, progress=False)
+            teacher, student = tiny.make_pair(dtype=torch.bfloat16)
+            config = dataclasses.replace(config, resume=True)
+        result = distill(teacher, student, batches, config, progress=False)
+        weights.append(tiny.weights(student))
+    assert result.resumed_from == ("layers", 4)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_finished_run_only_loads(tmp_path, uninterrupted):
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
+    teacher, student = tiny.make_pair()
+    distill(teacher, student, tiny.stream, config, progress=False)
+    result, weights = resumed(config, stopping_stream(0))
+    assert result.resumed_from == ("done", 0) and result.steps == {"layers": 6, "output": 4}
+    assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
+
+
+PROGRAM = """
+import dataclasses, sys, time
+import torch
+torch.set_num_threads(1)
+from tests.distill import tiny
+from tests.distill.test_resume import CONFIG
+from pydit.distill import distill
+
+def slow(start):
+    for item in tiny.stream(start):
+        time.sleep(0.05)
+        yield item
+
+teacher, student = tiny.make_pair()
+distill(teacher, student, slow, dataclasses.replace(CONFIG, checkpoint_dir=sys.argv[1]), progress=False)
+"""
+
+
+def test_a_killed_process_is_resumed_to_the_same_weights(tmp_path, uninterrupted):
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    directory = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(directory)], env=environment, cwd=root)
+    try:
+        deadline = time.monotonic() + 120
+        while not progress_reached(directory, 3):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result, weights = resumed(dataclasses.replace(CONFIG, checkpoint_dir=directory))
+        teacher, student = tiny.make_pair()
+        distill(teacher, student, tiny.stream, dataclasses.replace(CONFIG, save_every=None), progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.resumed_from[1] < 6 and result.resumed_from[0] in ("layers", "output")
+    assert all(torch.equal(weights[name], p) for name, p in tiny.weights(student).items())
+
+
+def progress_reached(directory, step):
+    index = directory / checkpoint.INDEX
+    return index.exists() and json.loads(index.read_text())["progress"]["step"] >= step
+
+
+def test_a_kill_between_tensors_and_index_keeps_the_previous_checkpoint(tmp_path, uninterrupted, monkeypatch):
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
+    writes = itertools.count()
+    real = checkpoint.files.write_json
+
+    def dying(path, obj):
+        if next(writes) == 2:
+            raise Stop
+        real(path, obj)
+
+    monkeypatch.setattr(checkpoint.files, "write_json", dying)
+    teacher, student = tiny.make_pair()
+    with pytest.raises(Stop):
+        distill(teacher, student, tiny.stream, config, progress=False)
+    result, weights = resumed(config)
+    assert result.resumed_from == ("layers", 2)
+    assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.fixture
+def partial(tmp_path):
+    """A checkpoint after three steps, and its configuration."""
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
+    teacher, student = tiny.make_pair()
+    with pytest.raises(Stop):
+        distill(teacher, student, stopping_stream(3), config, progress=False)
+    return config
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"layers_lr": 2e-3}, "checkpoint_dir: expected a checkpoint with config.layers_lr 0.002, got one made with 0.001"),
+    ({"betas": (0.8, 0.9)}, r"config.betas \[0.8, 0.9\], got one made with \[0.9, 0.95\]"),
+    ({"loss": "mse"}, "config.loss 'mse', got one made with 'direction'"),
+])
+def test_another_configuration_is_refused(partial, fields, message):
+    with pytest.raises(UserError, match=message):
+        resumed(dataclasses.replace(partial, **fields))
+
+
+def test_another_plan_or_teacher_is_refused(partial):
+    config = dataclasses.replace(partial, resume=True)
+    teacher = tiny.make_teacher()
+    student = pydit.prune(teacher, PruningPlan.from_intervals(6, [[1, 3]]))
+    with pytest.raises(UserError, match=r"plan.intervals \[\[1, 3\]\], got one made with \[\[1, 2\], \[4, 5\]\]"):
+        distill(teacher, student, tiny.stream, config, progress=False)
+    teacher, student = tiny.make_pair(seed=1)
+    with pytest.raises(UserError, match="expected a checkpoint with teacher"):
+        distill(teacher, student, tiny.stream, config, progress=False)
+
+
+def test_resume_says_what_it_wants(partial, tmp_path):
+    with pytest.raises(UserError, match="expected a directory without a checkpoint, because resume is False"):
+        distill(*tiny.make_pair(), tiny.stream, partial, progress=False)
+    with pytest.raises(UserError, match="expected a checkpoint to resume, got none in"):
+        resumed(dataclasses.replace(partial, checkpoint_dir=tmp_path / "elsewhere"))
+    config = dataclasses.replace(partial, checkpoint_dir=tmp_path / "new", resume="auto", save_every=None)
+    assert distill(*tiny.make_pair(), tiny.stream, config, progress=False).resumed_from is None
+
+
+def test_broken_checkpoints_are_refused(partial, tmp_path):
+    index = tmp_path / checkpoint.INDEX
+    good = json.loads(index.read_text())
+    state = tmp_path / good["tensors"]
+    whole = state.read_bytes()
+    state.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(FormatError, match="expected a complete safetensors file"):
+        resumed(partial)
+    state.write_bytes(whole)
+    for broken, message in (({**good, "version": 99}, "version 1 in .*, got 'pydit-distill-checkpoint' version 99"),
+                            ({**good, "progress": {"step": 1, "nonsense": 2}}, "got a broken one"),
+                            ({**good, "tensors": "../elsewhere.safetensors"}, "expected a file name"),
+                            ([], "got something else")):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(FormatError, match=message):
+            resumed(partial)
+    index.write_text("{")
+    with pytest.raises(FormatError, match="expected JSON"):
+        resumed(partial)
+
+
+def test_random_state_is_restored(tmp_path):
+    """Dropout in the student draws the same numbers after a resume."""
+    weights = []
+    for at in (None, 3):
+        config = dataclasses.replace(CONFIG, output_steps=0, checkpoint_dir=tmp_path / str(at))
+        torch.manual_seed(5)
+        teacher, student = with_dropout(*tiny.make_pair())
+        if at is not None:
+            with pytest.raises(Stop):
+                distill(teacher, student, stopping_stream(at), config, progress=False)
+            torch.manual_seed(99)
+            teacher, student = with_dropout(*tiny.make_pair())
+            config = dataclasses.replace(config, resume=True)
+        distill(teacher, student, tiny.stream, config, progress=False)
+        weights.append(tiny.weights(student))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def with_dropout(teacher, student):
+    student.transformer_blocks[1].img_mlp.net[1].p = 0.5
+    return teacher, student
