@@ -1,0 +1,112 @@
+"""The stock pipeline samples what training optimises: its tokens, its sigmas, its steps, its batches."""
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+
+from pydit.demo import data, teacher, world
+
+PROMPTS = ["a circle", "a red circle and a blue square"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return teacher.build_untrained(tmp_path_factory.mktemp("teacher") / "pipe", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def pipe(directory):
+    pipe = QwenImagePipeline.from_pretrained(directory)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(count, seed=0):
+    return torch.randn(count, 36, 4 * teacher.LATENT_CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def test_words_have_distinct_tokens(pipe):
+    token_of = {}
+    for prompt in world.all_prompts():
+        ids = pipe.tokenizer(prompt.text).input_ids
+        for position, (word, token) in enumerate(zip(prompt.text.split(), ids, strict=True)):
+            assert token_of.setdefault((word, position == 0), token) == token
+    assert len(set(token_of.values())) == len(token_of)
+    assert {word for word, _ in token_of} == set(world.VOCABULARY)
+
+
+def test_scheduler_uses_the_sigmas_the_model_was_trained_for(pipe):
+    seen = []
+    pipe(prompt=PROMPTS[0], height=48, width=48, num_inference_steps=5, output_type="latent",
+         callback_on_step_end=lambda _, index, timestep, kwargs: seen.append(float(timestep)) or {})
+    assert seen == pytest.approx([1000, 800, 600, 400, 200])
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_pipeline_is_euler_integration_of_the_velocity(pipe, guidance):
+    steps, latents = 3, noise(2)
+    result = pipe(prompt=PROMPTS, negative_prompt=["", ""], true_cfg_scale=guidance, height=48, width=48,
+                  num_inference_steps=steps, latents=latents, output_type="latent").images
+    embeds, mask = data.encode_prompts(pipe, PROMPTS)
+    empty, _ = data.encode_prompts(pipe, ["", ""])
+    x = latents.double()
+
+    def velocity(sigma, embeds, mask):
+        with torch.no_grad():
+            return pipe.transformer(hidden_states=x.float(), timestep=torch.full((2,), sigma),
+                                    encoder_hidden_states=embeds, encoder_hidden_states_mask=mask,
+                                    img_shapes=[data.IMG_SHAPES] * 2, return_dict=False)[0].double()
+
+    for step in range(steps):
+        v = velocity(1 - step / steps, embeds, mask)
+        if guidance > 1:
+            free = velocity(1 - step / steps, empty, None)
+            guided = free + guidance * (v - free)
+            v = guided * v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        x = x - v / steps
+    torch.testing.assert_close(result.double(), x, atol=1e-4, rtol=0)
+
+
+def test_batches_resume_at_a_step_and_differ_between_steps_and_seeds(pipe):
+    stream = data.make_batches(pipe, batch_size=4, seed=5)
+    first, second = next(stream), next(stream)
+    (batch, target) = next(data.make_batches(pipe, batch_size=4, seed=5, start_step=1))
+    assert torch.equal(target, second[1])
+    for name in ("hidden_states", "timestep", "encoder_hidden_states"):
+        assert torch.equal(batch[name], second[0][name])
+    assert not torch.equal(first[0]["hidden_states"], batch["hidden_states"])
+    assert not torch.equal(next(data.make_batches(pipe, batch_size=4, seed=6))[1], first[1])
+
+
+def test_a_batch_is_noised_latents_with_its_velocity(pipe, monkeypatch):
+    prompt = world.parse("three red circles")
+    images = world.sample_images([prompt] * 64, torch.Generator().manual_seed(0))
+    asked = []
+    monkeypatch.setattr(world, "sample_images", lambda indices, *_, **__: asked.append(indices) or images)
+    batch, target = next(data.make_batches(pipe, [prompt], batch_size=64, seed=1))
+    assert [world.all_prompts()[i] for i in asked[0]] == [prompt] * 64
+    sigma = batch["timestep"]
+    assert 0 < sigma.min() and sigma.max() < 1 and 0.35 < sigma.mean() < 0.65
+    with torch.no_grad():
+        latents = pipe.vae.encode(images[:, :, None]).latent_dist.mean
+    clean = pipe._pack_latents(latents, 64, 8, 12, 12)
+    drawn = target + clean
+    assert abs(drawn.mean()) < 0.02 and abs(drawn.std() - 1) < 0.02
+    noised = (1 - sigma[:, None, None]) * clean + sigma[:, None, None] * drawn
+    torch.testing.assert_close(batch["hidden_states"], noised, atol=1e-5, rtol=0)
+    embeds, _ = data.encode_prompts(pipe, [prompt.text])
+    assert torch.equal(batch["encoder_hidden_states"], embeds.expand(64, -1, -1))
+    assert batch["encoder_hidden_states_mask"] is None
+    with torch.no_grad():
+        assert pipe.transformer(**batch, return_dict=False)[0].shape == target.shape
+
+
+def test_batches_mask_the_padding_of_shorter_prompts(pipe):
+    prompts = [world.parse(text) for text in PROMPTS]
+    batch, _ = next(data.make_batches(pipe, prompts, batch_size=16, seed=3))
+    embeds, mask = data.encode_prompts(pipe, PROMPTS)
+    rows = {tuple(row.tolist()) for row in batch["encoder_hidden_states_mask"]}
+    assert rows == {tuple(row.tolist()) for row in mask}
+    for row, kept in zip(batch["encoder_hidden_states"], batch["encoder_hidden_states_mask"], strict=True):
+        assert torch.equal(row, embeds[int(kept.all())])
