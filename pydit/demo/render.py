@@ -157,16 +157,24 @@ def to_uint8(images: torch.Tensor):
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def contact_sheet(images: torch.Tensor, captions: list[str], *, columns: int, zoom: int = 3):
-    """A PIL image of captioned samples."""
-    from PIL import Image, ImageDraw
+def contact_sheet(images: torch.Tensor, captions: list[str], *, columns: int, headings: tuple[str, ...] = (), zoom: int = 3):
+    """A PIL image of captioned samples, row by row, with a heading over each column."""
+    import textwrap
 
-    cell_width, cell_height = SIZE * zoom + 16, SIZE * zoom + 28
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, gap, line, head = SIZE * zoom, 20, 15, 34 if headings else 12
+    cell_width, cell_height = side + gap, side + 3 * line + 4
     rows = -(-len(captions) // columns)
-    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    sheet = Image.new("RGB", (columns * cell_width + gap, head + rows * cell_height + 6), "white")
     pen = ImageDraw.Draw(sheet)
+    font, bold = ImageFont.load_default(12), ImageFont.load_default(14)
+    for column, heading in enumerate(headings):
+        pen.text((gap + column * cell_width, 10), heading, fill=(20, 20, 24), font=bold)
     for i, (pixels, caption) in enumerate(zip(to_uint8(images), captions, strict=True)):
-        left, top = i % columns * cell_width + 8, i // columns * cell_height + 6
-        sheet.paste(Image.fromarray(pixels).resize((SIZE * zoom,) * 2, Image.Resampling.NEAREST), (left, top))
-        pen.text((left, top + SIZE * zoom + 4), caption, fill="black")
+        left, top = gap + i % columns * cell_width, head + i // columns * cell_height
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        pen.rectangle((left - 1, top - 1, left + side, top + side), outline=(205, 204, 198))
+        for number, text in enumerate(textwrap.wrap(caption, 24)[:2]):
+            pen.text((left, top + side + 4 + number * line), text, fill=(70, 70, 76), font=font)
     return sheet

@@ -93,13 +93,19 @@ def _by_text() -> dict[str, int]:
     return {prompt.text: index for index, prompt in enumerate(all_prompts())}
 
 
-def parse(text: str) -> Prompt:
-    """The prompt with this text; UserError when the world's grammar does not produce it."""
+def index_of(prompt: Prompt | str) -> int:
+    """Index into :func:`all_prompts` of a prompt or its text; UserError when the world's grammar does not produce it."""
+    text = prompt if isinstance(prompt, str) else prompt.text
     index = _by_text().get(" ".join(text.split()))
     if index is None:
         raise UserError(f"prompt: expected one of the demo world's {len(all_prompts())} prompts such as "
                         f"'three red circles' or 'a ring above a square', got {text!r}")
-    return all_prompts()[index]
+    return index
+
+
+def parse(text: str) -> Prompt:
+    """The prompt with this text; UserError when the world's grammar does not produce it."""
+    return all_prompts()[index_of(text)]
 
 
 def split_of(prompt: Prompt) -> str:
@@ -148,11 +154,16 @@ def sample_images(indices, generator: torch.Generator, device: str | torch.devic
     Returns
     -------
     torch.Tensor, float32 [N, 3, 48, 48] in [-1, 1].
+
+    Raises
+    ------
+    UserError
+        A prompt is not one of the world's.
     """
     from pydit.demo import render
 
     if not isinstance(indices, torch.Tensor):
-        indices = torch.tensor([_by_text()[prompt.text] for prompt in indices], dtype=torch.long)
+        indices = torch.tensor([index_of(prompt) for prompt in indices], dtype=torch.long)
     return render.draw(render.sample_scenes(indices.to(device), generator))
 
 
@@ -165,9 +176,11 @@ def _main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheet", required=True, help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    prompts = sample_prompts(49, split="train", seed=args.seed)
+    prompts = sample_prompts(7 * len(CATEGORIES), split="train", seed=args.seed)
     images = sample_images(prompts, torch.Generator().manual_seed(args.seed))
-    render.contact_sheet(images, [prompt.text for prompt in prompts], columns=7).save(args.sheet)
+    render.contact_sheet(images, [prompt.text for prompt in prompts], columns=len(CATEGORIES),
+                         headings=tuple(c.replace("_", " ") for c in CATEGORIES)).save(args.sheet)
+    print(f"wrote {args.sheet}")
 
 
 if __name__ == "__main__":
