@@ -6,9 +6,11 @@ package is reported as such rather than ending the examination.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -232,9 +234,22 @@ def _run(command: list[str]) -> str:
         return ""
 
 
-def _cpu() -> str:
-    import os
+def machine() -> str:
+    """The processor, its number of cores, and the GPU if there is one: the line beside every measured figure."""
+    checks = _gpu()
+    return _cpu() + (f"; {checks[0].found}" if checks[0].status == "ok" else "")
 
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what decides its figures, as installed."""
+    found = {"pydit": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _cpu() -> str:
     name = platform.machine()
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)

@@ -18,7 +18,7 @@ def line(text: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
-    """Print rows under headings; a column of numbers is aligned to the right.
+    """Print rows under headings; a column of numbers or percentages is aligned to the right.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str =
     rows : cells; floats are shown with three decimals, None as "-".
     """
     cells = [[_text(cell) for cell in row] for row in rows]
-    right = [bool(rows) and all(isinstance(row[i], (int, float, type(None))) for row in rows)
+    right = [bool(rows) and all(isinstance(row[i], (int, float, type(None))) or str(row[i]).endswith("%") for row in rows)
              for i in range(len(columns))]
     if sys.stdout.isatty() and _print_rich(columns, cells, right, title):
         return

@@ -69,7 +69,7 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
     Parameters
     ----------
     path : local directory written by :func:`save_pipeline` or by diffusers. Nothing is downloaded.
-    dtype : of all weights; None keeps diffusers' default (float32).
+    dtype : of all weights; None leaves each library's default: float32, or for the text encoder what is stored.
     device : where the pipeline goes.
 
     Returns
@@ -90,7 +90,8 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
 
     models = _load_models(path, index, dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **models)
+        pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True, **_dtype_option(dtype),
+                                                 **models)
     except Exception as error:  # diffusers and transformers raise many kinds for a directory they cannot read
         raise FormatError(f"pipeline: expected a directory that diffusers can load, got {path}: {_line(error)}") from error
     if (path / PLAN_FILE).exists():
@@ -187,8 +188,8 @@ def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -
         if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
             continue
         try:
-            model, report = kind.from_pretrained(path, subfolder=name, torch_dtype=dtype, use_safetensors=True,
-                                                 local_files_only=True, output_loading_info=True)
+            model, report = kind.from_pretrained(path, subfolder=name, use_safetensors=True, local_files_only=True,
+                                                 output_loading_info=True, **_dtype_option(dtype))
         except Exception as error:  # see load_pipeline
             raise FormatError(f"pipeline: expected a model that diffusers can load, got {path / name}: "
                               f"{_line(error)}") from error
@@ -227,6 +228,16 @@ def _restore(transformer, file: Path):
         setattr(student, name, module)
     student.transformer_blocks = RoutedBlocks(list(transformer.transformer_blocks), plan.source)
     return student.train(transformer.training)
+
+
+def _dtype_option(dtype: torch.dtype | None) -> dict[str, Any]:
+    """The dtype argument of from_pretrained, whose name diffusers changed in 0.42."""
+    import diffusers
+
+    if dtype is None:
+        return {}
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
 
 
 def _need_diffusers() -> None:

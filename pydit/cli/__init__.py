@@ -1,0 +1,75 @@
+"""The command ``pydit``: analyse, plan, prune, distil, run and measure from a shell.
+
+Each command is a few lines over the Python API; torch, diffusers and matplotlib are imported inside the commands, so
+that ``pydit --help`` answers at once. Bad input ends with one line on standard error and exit code 2, an interrupt
+with 130; ``PYDIT_DEBUG=1`` shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import traceback
+
+from pydit.cli import demo, model, system
+from pydit.cli.options import Parser
+from pydit.errors import UserError
+from pydit.version import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    debug = False
+    try:
+        from pydit import env
+
+        debug = env.get("PYDIT_DEBUG") == "1"
+        arguments = _parse(argv)
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        _complain("pydit: interrupted", debug)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return 141
+    except Exception as error:  # every failure becomes one line
+        expected = isinstance(error, (OSError, ValueError, TypeError, ImportError)) or _is_safetensors(error)
+        text = _sentence(error) if expected else f"{type(error).__name__}: {_sentence(error)} (PYDIT_DEBUG=1 shows where)"
+        _complain(f"pydit: error: {text}", debug)
+        return 2 if expected else 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="pydit", description="Prune and distil diffusion transformers, and run the result.",
+                     epilog="Start with `pydit doctor`, then `pydit demo`. Every command has its own --help with an example.")
+    parser.add_argument("--version", action="version", version=f"pydit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (demo.add_demo, model.add_analyze, model.add_plan, model.add_prune, model.add_distill, demo.add_generate,
+                demo.add_eval, system.add_bench, system.add_doctor):
+        add(commands)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    return arguments
+
+
+def _is_safetensors(error: Exception) -> bool:
+    return type(error).__name__ == "SafetensorError"
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _complain(text: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(text, file=sys.stderr)

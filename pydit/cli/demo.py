@@ -1,0 +1,136 @@
+"""Commands that draw and judge images: demo, generate, eval."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from pydit.cli.options import (
+    add_pipeline,
+    at_least_one,
+    command,
+    count,
+    demo_pipeline,
+    load,
+    positive,
+    print_json,
+    progress,
+    quiet,
+    sampling_defaults,
+    story_to,
+)
+from pydit.errors import UserError
+
+
+def add_demo(commands: Any) -> None:
+    parser = command(
+        commands, "demo", _demo, "compress a small text-to-image pipeline end to end and write a report",
+        "Takes the committed teacher, finds redundant blocks, removes at least 40 % of them, distils, and lets an exact\n"
+        "verifier compare teacher, pruned and distilled model on prompts that training never saw. Writes report.html,\n"
+        "PNG files, metrics.json and the distilled pipeline. An interrupted run continues where it stopped.",
+        "pydit demo --out demo_out --budget-minutes 12")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="output directory (default: demo_out)")
+    parser.add_argument("--budget-minutes", type=positive, default=12.0,
+                        help="time for everything, split by measuring this machine (default: 12)")
+    parser.add_argument("--prompts", type=count, help="evaluation prompts (default: as many as the budget allows)")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration, training and evaluation (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="a minute or two: shows the path, not the quality")
+    parser.add_argument("--fresh", action="store_true", help="ignore what an earlier run left in OUT/work")
+    parser.add_argument("--teacher", type=Path, metavar="DIR", help="another demo pipeline than the committed one")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from pydit.demo.run import run
+
+    quiet()
+    with story_to(arguments.json):
+        metrics = run(arguments.out, budget_minutes=arguments.budget_minutes, prompts=arguments.prompts,
+                      seed=arguments.seed, quick=arguments.quick, fresh=arguments.fresh, teacher=arguments.teacher)
+    if arguments.json:
+        print_json(metrics)
+
+
+def add_generate(commands: Any) -> None:
+    parser = command(commands, "generate", _generate, "draw images",
+                      "One PNG file per prompt, named after its number, text and seed.",
+                      "pydit generate ./demo_out/distilled 'three red circles' 'a ring above a square' --out images",
+                      figures=False)
+    add_pipeline(parser)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next one takes the next (default: 0)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: 12 for the demo, else 40)")
+    parser.add_argument("--guidance", type=at_least_one, default=1.0, help="classifier-free guidance; 1 is off (default: 1)")
+    parser.add_argument("--height", type=count, help="pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=count, help="pixels (default: the pipeline's)")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from pydit.inference.sampling import generate, save_images
+
+    pipe = load(arguments.pipeline, arguments)
+    size, steps = sampling_defaults(pipe)
+    seeds = range(arguments.seed, arguments.seed + len(arguments.prompts))
+    images = generate(pipe, arguments.prompts, seeds=seeds, steps=arguments.steps or steps, guidance=arguments.guidance,
+                      height=arguments.height or size, width=arguments.width or size)
+    for path in save_images(progress(images, len(arguments.prompts), "image"), arguments.prompts, seeds, arguments.out):
+        print(path)
+
+
+def add_eval(commands: Any) -> None:
+    parser = command(
+        commands, "eval", _eval, "measure how often a demo pipeline draws what it is asked for",
+        "Held-out prompts of the demo world, judged by its exact verifier; the overall figure is the mean over categories.\n"
+        "Verdicts are appended to OUT.log.jsonl as they are found, and --resume continues from there.",
+        "pydit eval ./demo_out/distilled --prompts 2500 --out distilled.json --compare teacher.json")
+    add_pipeline(parser, optional=True)
+    parser.add_argument("--prompts", type=count, default=2500, help="images to judge (default: 2500)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses prompts and noise (default: 0)")
+    parser.add_argument("--steps", type=count, default=12, help="denoising steps (default: 12)")
+    parser.add_argument("--guidance", type=at_least_one, default=1.0, help="1 is off (default: 1)")
+    parser.add_argument("--batch", type=count, default=50, help="images drawn at once (default: 50)")
+    parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="default: held_out")
+    parser.add_argument("--out", type=Path, help="result file to write (.json)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted evaluation of the same OUT")
+    parser.add_argument("--compare", type=Path, metavar="RESULT",
+                        help="result file of the teacher on the same prompts: prints the relative loss")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from pydit import doctor
+    from pydit.demo import story, teacher, world
+    from pydit.demo.evaluate import Result, evaluate, relative_loss
+    from pydit.files import read_json, write_json
+    from pydit.inference.pipeline import content_hash
+
+    if arguments.resume and arguments.out is None:
+        raise UserError("resume: expected --out, whose log is continued, got none")
+    other = None if arguments.compare is None else Result.from_json(read_json(arguments.compare, what="compare"),
+                                                                    what="compare")
+    path = arguments.pipeline or teacher.ASSETS
+    pipe = demo_pipeline(load(path, arguments))
+    prompts = world.sample_prompts(arguments.prompts, split=arguments.split, seed=arguments.seed)
+    seeds = list(range(arguments.seed, arguments.seed + len(prompts)))
+    log = None if arguments.out is None else arguments.out.with_name(arguments.out.name + ".log.jsonl")
+    started = time.monotonic()
+    result = evaluate(pipe, prompts, seeds, steps=arguments.steps, guidance=arguments.guidance,
+                      batch_size=arguments.batch, log=log, resume=arguments.resume, identity=content_hash(path))
+    data = {**result.to_json(), "pipeline": str(arguments.pipeline or "the committed teacher"), "seed": arguments.seed,
+            "split": arguments.split, "seconds": round(time.monotonic() - started, 1), "machine": doctor.machine(),
+            "versions": doctor.versions()}
+    if other is not None:
+        loss = relative_loss(other, result)
+        data |= {"relative_loss": loss.value, "relative_loss_interval": [loss.low, loss.high]}
+    if arguments.out:
+        write_json(arguments.out, data)
+        log.unlink(missing_ok=True)
+    if arguments.json:
+        print_json({name: value for name, value in data.items() if name != "samples"})
+        return
+    story.print_results({"teacher": other, "this pipeline": result} if other else {"this pipeline": result})
+    if other is not None:
+        print(f"relative loss to {arguments.compare}: {loss}")
+    if arguments.out:
+        print(f"wrote {arguments.out}")

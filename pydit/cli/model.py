@@ -1,0 +1,200 @@
+"""Commands on a pipeline's transformer: analyze, plan, prune, distill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydit.cli.options import (
+    add_batches,
+    add_device,
+    add_pipeline,
+    batch_stream,
+    command,
+    count,
+    inputs,
+    load,
+    positive,
+    print_json,
+    share,
+    whole,
+)
+from pydit.errors import UserError
+
+
+def add_analyze(commands: Any) -> None:
+    parser = command(
+        commands, "analyze", _analyze, "measure how redundant the blocks of a pipeline's transformer are",
+        "Runs the transformer on calibration prompts and collects, for each stream, how well a linear map imitates every\n"
+        "block (R2) and how similar the blocks' outputs are (CKA). The statistics file is what `pydit plan` reads.",
+        "pydit analyze ./my-pipeline --prompts prompts.txt --out stats.safetensors --plot cka.png")
+    add_pipeline(parser)
+    add_batches(parser, batches=24)
+    parser.add_argument("--out", type=Path, required=True, help="statistics file to write (.safetensors)")
+    parser.add_argument("--plot", type=Path, help="also draw the CKA heat-maps into this PNG file")
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from pydit.analysis import collect
+    from pydit.demo import story
+
+    pipe = load(arguments.pipeline, arguments)
+    stats = collect(pipe.transformer, map(inputs, batch_stream(pipe, arguments)(0)), max_batches=arguments.batches)
+    stats.save(arguments.out)
+    if arguments.plot:
+        from pydit.demo import figures
+
+        figures.save(figures.cka_maps(story.cka_matrices(stats)), arguments.plot)
+    if arguments.json:
+        print_json(story.as_json(stats))
+    else:
+        story.print_statistics(stats)
+        print(f"wrote {arguments.out}" + (f" and {arguments.plot}" if arguments.plot else ""))
+
+
+def add_plan(commands: Any) -> None:
+    parser = command(
+        commands, "plan", _plan, "decide which blocks to merge, or show a plan",
+        "A plan is made from statistics (STATS), from a published layout (--preset) or by hand (--intervals). An interval\n"
+        "[s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
+        "pydit plan stats.safetensors --method ppcl --target 0.4 --out plan.json\n"
+        "  pydit plan --preset ppcl-qwen-image-12b --out plan.json\n"
+        "  pydit plan --intervals '[[3,4],[5,7]]' --num-layers 60 --out plan.json\n"
+        "  pydit plan --show plan.json")
+    parser.add_argument("stats", nargs="?", type=Path, metavar="STATS", help="file written by `pydit analyze`")
+    parser.add_argument("--preset", help="a published layout, such as ppcl-qwen-image-12b")
+    parser.add_argument("--intervals", metavar="JSON", help="intervals by hand, such as '[[3,4],[5,7]]'")
+    parser.add_argument("--show", type=Path, metavar="PLAN", help="print a plan file")
+    parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
+    parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
+    parser.add_argument("--method", default="ppcl", help="with STATS: how redundancy is found (default: ppcl)")
+    parser.add_argument("--reference", choices=("same-depth", "fixed"),
+                        help="with STATS: what a chain of probes is compared with (default: same-depth)")
+    parser.add_argument("--selection", choices=("difference", "optimal"),
+                        help="with STATS: the paper's rule, or the least loss at exactly the target (default: difference)")
+    parser.add_argument("--target", type=share, default=0.4, help="with STATS: share of blocks to remove (default: 0.4)")
+    parser.add_argument("--out", type=Path, help="plan file to write (.json)")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from pydit.plan import PruningPlan
+
+    ways = {"STATS": arguments.stats, "--preset": arguments.preset, "--intervals": arguments.intervals,
+            "--show": arguments.show}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(f"plan: expected exactly one of {', '.join(ways)}, got {' and '.join(given) or 'none'}")
+    if arguments.show:
+        plan = PruningPlan.load(arguments.show)
+    elif arguments.preset:
+        plan = PruningPlan.preset(arguments.preset)
+    elif arguments.intervals:
+        if arguments.num_layers is None:
+            raise UserError("num-layers: expected with --intervals, got none")
+        plan = PruningPlan.from_intervals(arguments.num_layers, _parse_intervals(arguments.intervals),
+                                          family=arguments.family)
+    else:
+        from pydit.analysis import ActivationStats, detect
+
+        options = {name: getattr(arguments, name) for name in ("reference", "selection") if getattr(arguments, name)}
+        plan = detect(ActivationStats.load(arguments.stats), method=arguments.method, target=arguments.target, **options)
+    if arguments.out:
+        plan.save(arguments.out)
+    if arguments.json:
+        print_json(plan.to_dict())
+    else:
+        print(plan.describe())
+        if arguments.out:
+            print(f"wrote {arguments.out}")
+
+
+def add_prune(commands: Any) -> None:
+    parser = command(
+        commands, "prune", _prune, "apply a plan to a pipeline",
+        "Writes a pipeline directory that stock diffusers loads. The new blocks are only initialised: distil next.",
+        "pydit prune ./my-pipeline --plan plan.json --init first --out ./pruned", figures=False)
+    add_pipeline(parser)
+    parser.add_argument("--plan", type=Path, required=True, help="plan file")
+    parser.add_argument("--init", default="first", choices=("first", "middle", "average", "probe"),
+                        help="what a new block starts from (default: first); probe needs --prompts")
+    parser.add_argument("--out", type=Path, help="pipeline directory to write")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
+    add_batches(parser, batches=8, required=False)
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from pydit.inference.pipeline import save_pipeline
+    from pydit.plan import PruningPlan
+    from pydit.pruning import prune
+
+    if arguments.out is None and not arguments.dry_run:
+        raise UserError("out: expected a directory to write (or --dry-run), got none")
+    plan = PruningPlan.load(arguments.plan)
+    pipe = load(arguments.pipeline, arguments)
+    batches = None
+    if arguments.init == "probe":
+        stream = batch_stream(pipe, arguments)(0)
+        batches = [inputs(next(stream)) for _ in range(arguments.batches)]
+    result = prune(pipe.transformer, plan, init=arguments.init, batches=batches, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        print(result)
+        return
+    pipe.register_modules(transformer=result)
+    save_pipeline(pipe, arguments.out)
+    print(f"wrote {arguments.out}: {plan.num_layers} blocks became {plan.num_student_layers}")
+
+
+def add_distill(commands: Any) -> None:
+    parser = command(
+        commands, "distill", _distill, "train the new blocks of a pruned pipeline to imitate its teacher",
+        "First each new block alone, fed by the teacher, then, with --output-steps, the whole student against the\n"
+        "teacher's prediction. With --resume a run that was stopped continues from OUT.checkpoint.",
+        "pydit distill ./my-pipeline ./pruned --prompts prompts.txt --out ./distilled --steps 6000 --output-steps 1000")
+    parser.add_argument("teacher", type=Path, metavar="TEACHER", help="the pipeline that was pruned")
+    parser.add_argument("student", type=Path, metavar="STUDENT", help="directory written by `pydit prune`")
+    parser.add_argument("--out", type=Path, required=True, help="pipeline directory to write")
+    parser.add_argument("--steps", type=count, default=1000, help="steps of the first phase (default: 1000)")
+    parser.add_argument("--output-steps", type=whole, default=0, help="steps of the second phase (default: 0)")
+    parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: that of the API)")
+    parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase")
+    parser.add_argument("--max-minutes", type=positive, help="end, annealed, after this time")
+    parser.add_argument("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT.checkpoint")
+    add_device(parser)
+    add_batches(parser, batches=None)
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from pydit.distill import DistillConfig, distill
+    from pydit.inference.pipeline import save_pipeline
+
+    checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
+    if checkpoint.exists() != arguments.resume:
+        raise UserError(f"resume: expected {'a checkpoint in' if arguments.resume else 'with the checkpoint of an earlier run in'} "
+                        f"{checkpoint}, got {'none' if arguments.resume else 'no --resume; pass it, or delete the checkpoint'}")
+    teacher = load(arguments.teacher, arguments)
+    student = load(arguments.student, arguments)
+    if not hasattr(student.transformer, "plan"):
+        raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({arguments.student})")
+    given = {"layers_lr": arguments.lr, "output_lr": arguments.output_lr, "max_minutes": arguments.max_minutes}
+    config = DistillConfig(layers_steps=arguments.steps, output_steps=arguments.output_steps,
+                           checkpoint_dir=checkpoint, save_every=arguments.save_every, resume=arguments.resume,
+                           **{name: value for name, value in given.items() if value is not None})
+    result = distill(teacher.transformer, student.transformer, batch_stream(teacher, arguments), config)
+    save_pipeline(student, arguments.out)
+    shutil.rmtree(checkpoint)
+    if arguments.json:
+        print_json({"out": str(arguments.out), "history": result.history})
+    else:
+        last = result.history[-1]
+        print(f"wrote {arguments.out}: loss {last['loss']:.4g} after step {last['step']} of phase {last['phase']}")
+
+
+def _parse_intervals(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise UserError(f"intervals: expected JSON such as '[[3,4],[5,7]]', got {text!r}") from None

@@ -1,0 +1,75 @@
+"""Statistics and results as the tables and plain data that ``pydit analyze``, ``pydit eval`` and the demo show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pydit.demo import console
+
+if TYPE_CHECKING:
+    from pydit.analysis import ActivationStats
+    from pydit.demo.evaluate import Result
+
+STREAMS = ("image", "text")
+
+
+def cka_matrices(stats: ActivationStats) -> dict[str, np.ndarray]:
+    """Per stream, debiased CKA between the outputs of all blocks, float64 [L, L]."""
+    return {stream: stats.cka_matrix(stream)[0][1:, 1:].numpy() for stream in STREAMS}
+
+
+def linearity(stats: ActivationStats) -> dict[str, list[float]]:
+    """Per stream and block, the share of what the block adds to its stream that an affine map of its input explains.
+
+    The stream itself passes a block unchanged, so the R2 of the whole output is near 1 whatever the block does; here
+    the error is measured against the change, output minus input. Below 0 where the map does worse than no change.
+    """
+    shares: dict[str, list[float]] = {}
+    for stream in STREAMS:
+        shares[stream] = []
+        for layer, moments in enumerate(stats.moments[stream]):
+            total = float(moments.s_yy.sum())
+            error = (1 - stats.probe(layer, stream).r2) * total
+            change = total - 2 * float(moments.m_xy.trace()) + float(moments.m_xx.trace())
+            shares[stream].append(1 - error / change if change > 1e-12 * max(total, 1e-300) else 1.0)
+    return shares
+
+
+def block_rows(stats: ActivationStats) -> list[dict[str, float]]:
+    """Per block and stream: R2 of its probe, share of its change explained, CKA between its input and its output."""
+    explained = linearity(stats)
+    neighbours = {stream: stats.cka_matrix(stream)[0].diagonal(1).tolist() for stream in STREAMS}
+    return [{"block": layer,
+             **{f"{name}_{stream}": value for stream in STREAMS for name, value in (
+                 ("r2", stats.probe(layer, stream).r2), ("explained", explained[stream][layer]),
+                 ("cka", neighbours[stream][layer]))}}
+            for layer in range(stats.num_layers)]
+
+
+def print_statistics(stats: ActivationStats) -> None:
+    """One line per block."""
+    rows = block_rows(stats)
+    console.table(["block", *(f"{stream} {name}" for stream in STREAMS for name in ("R2", "change", "CKA"))],
+                  [list(row.values()) for row in rows])
+    print("R2: of an affine map from a block's input to its output; change: the same for what the block adds; "
+          "CKA: between input and output.")
+
+
+def as_json(stats: ActivationStats) -> dict[str, Any]:
+    """The table and the matrices as plain data."""
+    return {"family": stats.family, "num_layers": stats.num_layers, "images": stats.images_seen,
+            "blocks": block_rows(stats), "cka": {stream: m.tolist() for stream, m in cka_matrices(stats).items()}}
+
+
+def print_results(results: dict[str, Result]) -> None:
+    """One line per category and one for their mean, a column per model; Wilson intervals behind the last."""
+    last = list(results.values())[-1]
+    rows = []
+    for name, count in last.counts.items():
+        low, high = last.intervals()[name]
+        rows.append([name.replace("_", " "), *(console.percent(r.per_category.get(name)) for r in results.values()),
+                     f"{100 * low:.1f} to {100 * high:.1f}", count])
+    rows.append(["mean over categories", *(console.percent(r.overall) for r in results.values()), "", len(last.prompts)])
+    console.table(["category", *results, "95 % interval", "images"], rows)

@@ -1,0 +1,120 @@
+"""Images from any diffusers pipeline, and what its transformer is fed on the way."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydit.errors import FormatError, UserError
+
+
+def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: float, height: int | None = None,
+             width: int | None = None) -> Iterator[Any]:
+    """Yield one PIL image per (prompt, seed), each from its own generator, one pipeline call each.
+
+    Parameters
+    ----------
+    steps : denoising steps. guidance : 1 turns guidance off where the pipeline can.
+    height, width : pixels; None leaves the pipeline's default.
+    """
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        yield _call(pipe, prompt, seed, steps, guidance, height, width, "pil").images[0]
+
+
+def record_batches(pipe, prompts: Sequence[str], *, steps: int, seed: int, height: int | None = None,
+                   width: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield what the transformer of a pipeline is fed while it draws prompts: a batch per denoising step.
+
+    These are the activations that matter at run time, and they need no images. One prompt is drawn at a time, so no
+    more than ``steps`` batches are held.
+
+    Yields
+    ------
+    dict of keyword arguments for ``pipe.transformer.forward``.
+    """
+    for number, prompt in enumerate(prompts):
+        seen: list[dict[str, Any]] = []
+
+        def keep(module, args, kwargs, seen=seen):
+            names = list(inspect.signature(module.forward).parameters)
+            batch = {**dict(zip(names, args, strict=False)), **kwargs}
+            batch.pop("return_dict", None)
+            # The pipeline goes on to write into some of these tensors.
+            seen.append({name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()})
+
+        handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            _call(pipe, prompt, seed + number, steps, 1.0, height, width, "latent")
+        finally:
+            handle.remove()
+        yield from seen
+
+
+def endless_batches(pipe, prompts: Sequence[str], *, start: int = 0, steps: int, seed: int,
+                    size: int | None = None) -> Iterator[dict[str, Any]]:
+    """Batches of :func:`record_batches` without end, from batch number ``start``; each round has other noise.
+
+    One prompt gives ``steps`` batches, so the stream can be entered anywhere at the cost of one prompt.
+    """
+    number, skip = divmod(start, steps)
+    while True:
+        chosen = prompts[number % len(prompts)]
+        for batch in record_batches(pipe, [chosen], steps=steps, seed=seed + number, height=size, width=size):
+            if skip:
+                skip -= 1
+            else:
+                yield batch
+        number += 1
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """Prompts from a UTF-8 text file, one per line; blank lines are left out. FormatError when there are none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FormatError(f"prompts: expected a text file with one prompt per line, got {path}, which is no file")
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise FormatError(f"prompts: expected UTF-8 text in {path}, got something else ({error})") from None
+    if not prompts:
+        raise FormatError(f"prompts: expected at least one prompt in {path}, got an empty file")
+    return prompts
+
+
+@torch.no_grad()
+def _call(pipe, prompt: str, seed: int, steps: int, guidance: float, height: int | None, width: int | None,
+          output_type: str):
+    accepted = inspect.signature(pipe.__call__).parameters
+    arguments: dict[str, Any] = {"prompt": prompt, "num_inference_steps": steps, "output_type": output_type,
+                                 "generator": torch.Generator().manual_seed(seed)}
+    if "true_cfg_scale" in accepted:
+        arguments["true_cfg_scale"] = guidance
+        if guidance > 1:
+            arguments["negative_prompt"] = ""
+    elif "guidance_scale" in accepted:
+        arguments["guidance_scale"] = guidance
+    elif guidance != 1:
+        raise UserError(f"guidance: expected 1, because {type(pipe).__name__} has no guidance, got {guidance:g}")
+    arguments |= {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    return pipe(**arguments)
+
+
+def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[int], out: Path) -> Iterator[Path]:
+    """Write PIL images as ``000-a-red-circle-seed0.png`` and so on, each under its final name only when it is whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+        path = out / f"{number:03d}-{words}-seed{seed}.png"
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            image.save(temporary, format="PNG")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        yield path
