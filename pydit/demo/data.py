@@ -9,6 +9,7 @@ import torch
 
 from pydit.demo import world
 from pydit.demo.render import SIZE
+from pydit.errors import UserError
 
 GRID = 6  # latent tokens per side: 48 pixels, VAE factor 4, 2x2 packing
 IMG_SHAPES = [(1, GRID, GRID)]
@@ -28,7 +29,10 @@ def encode_prompts(pipe, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def encode_images(pipe, images: torch.Tensor) -> torch.Tensor:
-    """Images [N, 3, 48, 48] in [-1, 1] -> latent tokens [N, 36, 4 * latent channels], packed as the pipeline packs."""
+    """Images [N, 3, 48, 48] in [-1, 1] -> latent tokens [N, 36, 4 * latent channels], packed as the pipeline packs.
+
+    The demo's VAE has latents_mean 0 and latents_std 1, so its latents are the transformer's.
+    """
     mean = pipe.vae.encode(images[:, :, None].to(pipe.vae.dtype)).latent_dist.mean[:, :, 0]
     return pack(mean)
 
@@ -114,8 +118,16 @@ def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int =
     Returns
     -------
     list of uint8 arrays [48, 48, 3]
+
+    Raises
+    ------
+    UserError
+        The numbers of prompts and seeds differ.
     """
     from tqdm import tqdm
+
+    if len(seeds) != len(prompts):
+        raise UserError(f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)}")
 
     pipe.set_progress_bar_config(disable=True)
     images: list[np.ndarray] = []

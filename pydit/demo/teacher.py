@@ -64,7 +64,7 @@ def build_text_encoder(vocabulary_size: int, seed: int = 0):
     config = Qwen2_5_VLConfig(
         text_config=dict(vocab_size=vocabulary_size, hidden_size=TEXT_WIDTH, intermediate_size=8, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-                         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+                         tie_word_embeddings=True, rms_norm_eps=1e-6, bos_token_id=0, eos_token_id=0, pad_token_id=0,
                          rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}),
         vision_config=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=TEXT_WIDTH,
                            patch_size=2, fullatt_block_indexes=[0]),

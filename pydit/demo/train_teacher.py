@@ -27,6 +27,10 @@ from pydit.demo.training_forward import TrainingForward
 from pydit.errors import UserError
 
 
+# How often training draws each category, in the order of world.CATEGORIES: the hard ones more often.
+CATEGORY_WEIGHTS = (0.5, 1.0, 1.0, 0.5, 1.5, 1.75, 1.75)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Hyper-parameters of the transformer stage."""
@@ -182,7 +186,7 @@ def train_transformer(work: Path, budget: Budget, recipe: Recipe, *, device: str
         rate = min(1.0, (step + 1) / recipe.warmup_steps)
         rate *= min(1.0, (1 - share) / (1 - recipe.constant_share))
         _set_rates(optimizers, rates, rate)
-        indices = world.sample_indices(recipe.batch_size, split="train", generator=generator)
+        indices = world.sample_indices(recipe.batch_size, split="train", generator=generator, weights=CATEGORY_WEIGHTS)
         clean = pack(basis.encode(world.sample_images(indices, generator)))
         dropped = torch.rand(len(indices), generator=generator) < recipe.prompt_dropout
         chosen = torch.where(dropped, len(ids) - 1, indices)

@@ -121,9 +121,11 @@ def _pools(split: str) -> tuple[torch.Tensor, ...]:
                  for c in CATEGORIES)
 
 
-def sample_indices(count: int, *, split: str, generator: torch.Generator) -> torch.Tensor:
-    """``count`` random indices into :func:`all_prompts`, categories drawn uniformly; int64 [count]."""
-    category = torch.randint(len(CATEGORIES), (count,), generator=generator, device=generator.device)
+def sample_indices(count: int, *, split: str, generator: torch.Generator,
+                   weights: tuple[float, ...] = (1.0,) * len(CATEGORIES)) -> torch.Tensor:
+    """``count`` random indices into :func:`all_prompts`, categories drawn by ``weights``; int64 [count]."""
+    chances = torch.tensor(weights, device=generator.device)
+    category = torch.multinomial(chances, count, replacement=True, generator=generator)
     place = torch.rand(count, generator=generator, device=generator.device)
     indices = torch.zeros_like(category)
     for c, pool in enumerate(_pools(split)):
