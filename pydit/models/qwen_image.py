@@ -168,7 +168,8 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
             stock = QwenImageTransformer2DModel(**config)
         for name, module in self.named_children():
             setattr(stock, name, module)
-        stock.transformer_blocks = nn.ModuleList(self.transformer_blocks[i] for i in range(len(self.transformer_blocks)))
+        blocks = self.transformer_blocks
+        stock.transformer_blocks = nn.ModuleList(blocks[index] for index in range(len(blocks)))
         return stock.train(self.training)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_teacher: bool = False,

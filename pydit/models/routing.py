@@ -42,6 +42,9 @@ class RoutedBlocks(nn.ModuleList):
             return super().__iter__()
         return iter(self.route())
 
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)  # nn.ModuleList's iterates, which would show the route
+
     def route(self) -> list[nn.Module]:
         """The modules that run, in order."""
         modules: list[nn.Module] = []

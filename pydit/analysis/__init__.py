@@ -1,0 +1,8 @@
+"""Find what a transformer can do without: activations -> statistics -> scores -> plan."""
+
+from pydit.analysis.activations import ActivationStats
+from pydit.analysis.collect import collect
+from pydit.analysis.criteria import Scores
+from pydit.analysis.detect import detect, score, select
+
+__all__ = ["ActivationStats", "Scores", "collect", "detect", "score", "select"]

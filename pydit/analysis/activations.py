@@ -1,0 +1,157 @@
+"""Activation statistics of a transformer: what every redundancy criterion reads, in memory and on disk.
+
+Two disjoint sets of calibration batches are kept apart, as in PPCL: the probe set gives second moments of every
+block's input and output, from which linear probes are fitted; the sample set gives token features at every boundary,
+on which the probes are judged. Text and image are separate throughout, padded text tokens are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from pydit import files
+from pydit.errors import FormatError, UserError
+from pydit.models.adapter import STREAMS
+from pydit.stats import CKA, LinearProbe, Moments
+
+FORMAT = "pydit-activation-stats"
+VERSION = "1"
+
+
+class ActivationStats:
+    """Moments and token samples of an L-layer transformer, per stream (``"image"``, ``"text"``).
+
+    Parameters
+    ----------
+    family : str
+    num_layers : int
+        L.
+    width : int
+        Channels C of both streams.
+    last_text_used : bool
+        Whether the model reads the text output of its last block. If not, that output carries no information and
+        criteria leave it out.
+    device : optional
+        Where moments are accumulated; samples are kept on the CPU.
+
+    Attributes
+    ----------
+    moments : stream -> list of L :class:`~pydit.stats.Moments`, x = block input, y = block output
+    samples : stream -> list of [L + 1, n_b, C] tensors, one per sample batch, in the model's dtype: the same n_b
+        tokens at every boundary (boundary k is the input of block k, boundary L the output of the last)
+    sample_ids : stream -> list of int64 [n_b]: which image of the calibration stream a token belongs to
+    images_seen : int, images of both sets; the next sample gets this id
+    """
+
+    def __init__(self, family: str, num_layers: int, width: int, *, last_text_used: bool = True,
+                 device: torch.device | str | None = None) -> None:
+        self.family, self.num_layers, self.width, self.last_text_used = family, num_layers, width, last_text_used
+        self.moments = {stream: [Moments(width, width, device=device) for _ in range(num_layers)]
+                        for stream in STREAMS}
+        self.samples: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
+        self.sample_ids: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
+        self.images_seen = 0
+
+    def add_probe_rows(self, rows: Mapping[str, list[torch.Tensor]]) -> None:
+        """Add to the moments: per stream, L + 1 tensors [n, C], the same tokens at every boundary."""
+        for stream, states in rows.items():
+            self._check(stream, states)
+            for moments, x, y in zip(self.moments[stream], states[:-1], states[1:], strict=True):
+                moments.update(x, y)
+
+    def add_sample(self, rows: Mapping[str, torch.Tensor], ids: Mapping[str, torch.Tensor]) -> None:
+        """Add one sample batch: per stream [L + 1, n, C] features and [n] image numbers within this batch's images."""
+        for stream, states in rows.items():
+            self._check(stream, states)
+            if not bool(torch.isfinite(states).all()):
+                raise UserError(f"{stream}: expected finite activations, got NaN or infinity")
+            self.samples[stream].append(states.detach().cpu().clone())
+            self.sample_ids[stream].append((ids[stream].cpu() + self.images_seen).to(torch.int64))
+
+    def probe(self, layer: int, stream: str, *, ridge: float = 1e-6) -> LinearProbe:
+        """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds)."""
+        return LinearProbe.fit(self.moments[stream][layer], ridge=ridge, residual=True)
+
+    def sample_batches(self, stream: str) -> list[torch.Tensor]:
+        """The sample batches usable for debiased CKA: [L + 1, n, C] with n >= 4."""
+        return [batch for batch in self.samples[stream] if batch.shape[1] >= 4]
+
+    def cka_matrix(self, stream: str, *, level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Debiased CKA between all boundaries of a stream -> (matrix, low, high), float64 [L + 1, L + 1] each.
+
+        Rows are tokens; HSIC is averaged over sample batches, and the interval is a paired bootstrap over them.
+        """
+        if stream not in STREAMS:
+            raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
+        cka = CKA(self.num_layers + 1)
+        for batch in self.sample_batches(stream):
+            cka.update(list(batch))
+        if cka.batches < 2:
+            raise UserError(f"stats: expected at least 2 sample batches with 4 or more {stream} tokens, "
+                            f"got {cka.batches}")
+        return cka.matrix(), *cka.interval(level)
+
+    def merge(self, other: ActivationStats) -> ActivationStats:
+        """Add what ``other`` has seen; ``other`` is unchanged. Returns self."""
+        for name in ("family", "num_layers", "width", "last_text_used"):
+            if getattr(self, name) != getattr(other, name):
+                raise UserError(f"other: expected {name} {getattr(self, name)!r}, got {getattr(other, name)!r}")
+        for stream in STREAMS:
+            for mine, theirs in zip(self.moments[stream], other.moments[stream], strict=True):
+                mine.merge(theirs)
+            self.samples[stream].extend(other.samples[stream])
+            self.sample_ids[stream].extend([ids + self.images_seen for ids in other.sample_ids[stream]])
+        self.images_seen += other.images_seen
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {}
+        for stream in STREAMS:
+            for layer, moments in enumerate(self.moments[stream]):
+                for name, tensor in moments.state_dict().items():
+                    tensors[f"moments.{stream}.{layer}.{name}"] = tensor
+            for index, (batch, ids) in enumerate(zip(self.samples[stream], self.sample_ids[stream], strict=True)):
+                tensors[f"samples.{stream}.{index}"] = batch
+                tensors[f"sample_ids.{stream}.{index}"] = ids
+        files.save_safetensors(path, tensors, {
+            "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
+            "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
+            "images_seen": str(self.images_seen),
+            **{f"batches_{stream}": str(len(self.samples[stream])) for stream in STREAMS}})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ActivationStats:
+        """Read a file written by :meth:`save`. Raises FormatError naming the file."""
+        tensors, metadata = files.load_safetensors(path, what="stats")
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            raise FormatError(f"stats: expected {FORMAT} version {VERSION} in {path}, "
+                              f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
+        try:
+            stats = cls(metadata["family"], int(metadata["num_layers"]), int(metadata["width"]),
+                        last_text_used=bool(int(metadata["last_text_used"])))
+            stats.images_seen = int(metadata["images_seen"])
+            for stream in STREAMS:
+                for layer, moments in enumerate(stats.moments[stream]):
+                    prefix = f"moments.{stream}.{layer}."
+                    moments.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items()
+                                             if key.startswith(prefix)})
+                for index in range(int(metadata[f"batches_{stream}"])):
+                    batch = tensors[f"samples.{stream}.{index}"]
+                    stats._check(stream, batch)
+                    stats.samples[stream].append(batch)
+                    stats.sample_ids[stream].append(tensors[f"sample_ids.{stream}.{index}"])
+        except (KeyError, ValueError) as error:
+            raise FormatError(f"stats: expected complete {FORMAT} in {path}, got a file that does not fit "
+                              f"({error})") from None
+        return stats
+
+    def _check(self, stream: str, states: list[torch.Tensor] | torch.Tensor) -> None:
+        shapes = {tuple(state.shape) for state in states}
+        if stream not in STREAMS or len(states) != self.num_layers + 1 or len(shapes) != 1 or \
+                next(iter(shapes))[1:] != (self.width,):
+            raise UserError(f"{stream}: expected {self.num_layers + 1} boundaries of [n, {self.width}], "
+                            f"got {len(states)} of {sorted(shapes)}")

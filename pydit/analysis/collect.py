@@ -1,0 +1,92 @@
+"""Run calibration batches through a frozen transformer and keep statistics of what flows between its blocks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pydit.analysis.activations import ActivationStats
+from pydit.errors import UserError
+from pydit.models import get_adapter
+
+
+def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
+            tokens_per_batch: int = 256, sample_fraction: float = 0.5, progress: bool = True,
+            seed: int = 0) -> ActivationStats:
+    """Collect activation statistics; the transformer is not changed.
+
+    Parameters
+    ----------
+    transformer : diffusers transformer of a known family.
+    batches : keyword-argument dicts for ``transformer.forward``. Their prompts, noise levels and resolutions are what
+        the analysis will be about. A batch is the unit of resampling, so several images a batch and 20 batches or
+        more serve better than the reverse.
+    max_batches : stop after so many; needed when ``batches`` never ends.
+    tokens_per_batch : tokens per stream and batch that are kept as samples (all if there are fewer); memory on the
+        host is (L + 1) * tokens * C values per stream and sample batch.
+    sample_fraction : share of the batches that become samples, spread evenly; the others feed the probes, with every
+        token.
+    progress : show a progress bar on stderr.
+    seed : of the choice of tokens.
+
+    Raises
+    ------
+    UserError
+        Fewer than 2 batches, bad options, or a batch that is not a dict.
+    """
+    if not 0 < sample_fraction < 1:
+        raise UserError(f"sample_fraction: expected a number between 0 and 1, got {sample_fraction!r}")
+    if tokens_per_batch < 4:
+        raise UserError(f"tokens_per_batch: expected at least 4, got {tokens_per_batch!r}")
+    if max_batches is not None and max_batches < 2:
+        raise UserError(f"max_batches: expected at least 2, got {max_batches!r}")
+    adapter = get_adapter(transformer)
+    layers = adapter.num_layers(transformer)
+    device = next(transformer.parameters()).device
+    stats = ActivationStats(adapter.family, layers, adapter.width(transformer),
+                            last_text_used=adapter.last_text_used, device=device)
+    counts = [0, 0]
+    for index, batch in enumerate(_bar(itertools.islice(batches, max_batches), max_batches, progress)):
+        capture = adapter.capture(transformer, batch, range(layers + 1))
+        states = [capture.states[k] for k in range(layers + 1)]
+        images, mask = states[0][0].shape[0], adapter.text_mask(capture.kwargs)
+        tokens = {"image": _tokens(states[0][0], None), "text": _tokens(states[0][1], mask)}
+        is_sample = int((index + 1) * sample_fraction + 1e-9) > int(index * sample_fraction + 1e-9)
+        counts[is_sample] += 1
+        if is_sample:
+            # One generator per batch: the choice does not depend on how many batches came before on this machine.
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            tokens = {stream: kept[torch.randperm(len(kept), generator=generator)[:tokens_per_batch]].sort().values
+                      for stream, kept in tokens.items()}
+        rows = {stream: [state[which].flatten(0, 1)[tokens[stream].to(state[which].device)] for state in states]
+                for which, stream in enumerate(("image", "text"))}
+        if is_sample:
+            stats.add_sample({stream: torch.stack(states) for stream, states in rows.items()},
+                             {"image": tokens["image"] // states[0][0].shape[1],
+                              "text": tokens["text"] // max(states[0][1].shape[1], 1)})
+        else:
+            stats.add_probe_rows(rows)
+        stats.images_seen += images
+    if min(counts) == 0:
+        raise UserError("batches: expected enough for both probes and samples, "
+                        f"got {counts[0]} probe and {counts[1]} sample batches")
+    return stats
+
+
+def _tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Indices of the real tokens of [B, S, C], flattened over B and S, on the CPU."""
+    if mask is None:
+        return torch.arange(state.shape[0] * state.shape[1])
+    return mask.bool().flatten().cpu().nonzero().flatten()
+
+
+def _bar(batches: Iterable, total: int | None, progress: bool) -> Iterable:
+    from tqdm import tqdm
+
+    if total is None and hasattr(batches, "__len__"):
+        total = len(batches)
+    return tqdm(batches, total=total, desc="collect", unit="batch", disable=not progress)

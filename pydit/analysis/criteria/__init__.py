@@ -1,0 +1,11 @@
+"""Redundancy criteria, by name.
+
+A criterion is a dataclass of options with two methods: ``score(stats)`` turns statistics into matrices that can be
+saved and looked at, ``select(scores, target)`` turns those into a plan. A new one is a module here with a class under
+``@register(name)``.
+"""
+
+from pydit.analysis.criteria.base import Criterion, Scores, get_criterion, names, register
+from pydit.analysis.criteria.ppcl import PPCL
+
+__all__ = ["PPCL", "Criterion", "Scores", "get_criterion", "names", "register"]

@@ -1,0 +1,113 @@
+"""The two halves of a criterion, the scores between them, and the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from pydit import files
+from pydit.analysis.activations import ActivationStats
+from pydit.errors import FormatError, UserError
+from pydit.plan import PruningPlan
+
+_FORMAT = "pydit-scores"
+_VERSION = "1"
+_CRITERIA: dict[str, type] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a criterion found, before any decision.
+
+    Attributes
+    ----------
+    method : name of the criterion.
+    family, num_layers : of the model.
+    options : the options the scores depend on, JSON-able.
+    matrices : name -> float64 tensor; what the names mean is the criterion's to say.
+    """
+
+    method: str
+    family: str
+    num_layers: int
+    options: dict[str, Any]
+    matrices: dict[str, torch.Tensor]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically."""
+        files.save_safetensors(path, self.matrices, {
+            "format": _FORMAT, "version": _VERSION, "method": self.method, "family": self.family,
+            "num_layers": str(self.num_layers), "options": json.dumps(self.options)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Scores:
+        """Read a file written by :meth:`save`. Raises FormatError naming the file."""
+        matrices, metadata = files.load_safetensors(path, what="scores")
+        if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
+            raise FormatError(f"scores: expected {_FORMAT} version {_VERSION} in {path}, "
+                              f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
+        try:
+            return cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
+                       json.loads(metadata["options"]), matrices)
+        except (KeyError, ValueError) as error:
+            raise FormatError(f"scores: expected complete {_FORMAT} in {path}, got {error!r}") from None
+
+
+class Criterion(Protocol):
+    """A dataclass of options that scores statistics and selects layers."""
+
+    def score(self, stats: ActivationStats) -> Scores: ...
+
+    def select(self, scores: Scores, target: float | int | None) -> PruningPlan: ...
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: make a criterion available as ``method=name``."""
+    def add(criterion: type) -> type:
+        _CRITERIA[name] = criterion
+        return criterion
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The registered criteria."""
+    return tuple(sorted(_CRITERIA))
+
+
+def get_criterion(method: str, **options: Any) -> Criterion:
+    """A criterion by name with its options.
+
+    Raises
+    ------
+    UserError
+        An unknown method or option, or an option value that the criterion refuses.
+    """
+    if method not in _CRITERIA:
+        raise UserError(f"method: expected one of {', '.join(names())}, got {method!r}")
+    known = [field.name for field in dataclasses.fields(_CRITERIA[method])]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UserError(f"{unknown[0]}: no option of method {method!r}; it has {', '.join(known)}")
+    return _CRITERIA[method](**options)
+
+
+def removal_target(target: float | int | None, num_layers: int) -> int | None:
+    """Layers to remove: an int is that number, a float in (0, 1) a share of the layers, rounded up; None stays None."""
+    if target is None:
+        return None
+    if isinstance(target, bool) or not isinstance(target, (int, float)):
+        raise UserError(f"target: expected a number of layers or a share between 0 and 1, got {target!r}")
+    if isinstance(target, float):
+        if not 0 < target < 1:
+            raise UserError("target: expected a share between 0 and 1 (or an integer number of layers), "
+                            f"got {target!r}")
+        share = target * num_layers
+        target = int(share) + (share - int(share) > 1e-9)
+    if not 1 <= target < num_layers:
+        raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {target}")
+    return target

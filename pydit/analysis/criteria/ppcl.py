@@ -1,0 +1,229 @@
+"""PPCL redundancy detection (arXiv 2511.16156, stage 1): chains of linear probes, judged by CKA.
+
+Every block gets a linear probe, the affine map closest to it. From a start layer u, real activations are sent through
+a chain of probes instead of blocks; cka(u, k) compares the chain's end with the teacher's activations. While the loss
+per step, cka(u, k-1) - cka(u, k), keeps shrinking, the layers form one unit; where it grows, a new unit starts. A unit
+[u, v] is then an interval that one block can stand for.
+
+Where the published descriptions disagree or are silent, an option says which reading is taken; every score is kept,
+so that all of them can be replayed without a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from pydit.analysis.activations import ActivationStats
+from pydit.analysis.criteria.base import Scores, register, removal_target
+from pydit.errors import UserError
+from pydit.models.adapter import STREAMS
+from pydit.plan import PruningPlan
+from pydit.stats import LinearProbe
+from pydit.stats.cka import bootstrap_weights, normalise, u_centred_gram
+
+_CHOICES = {"reference": ("same-depth", "fixed"), "first_probe": ("u+1", "u"),
+            "streams": ("mean", "min", "image", "text"), "selection": ("difference", "optimal")}
+_SCORE_OPTIONS = ("reference", "first_probe", "ridge")
+
+
+@register("ppcl")
+@dataclass(frozen=True)
+class PPCL:
+    """Options of the criterion.
+
+    Parameters
+    ----------
+    reference : what the end of the chain is compared with: ``"same-depth"``, the teacher's output of layer k (the
+        paper's figure), or ``"fixed"``, its output of layer u (the paper's Eq. 3 as transcribed).
+    first_probe : ``"u+1"``: the chain starts from the real output of layer u and the first probe is that of layer
+        u + 1, so cka(u, u) = 1 and units hold two layers or more; ``"u"``: it starts from the input of layer u, and a
+        layer whose first step loses less than its second stays alone.
+    streams : how image and text scores combine into one: ``"mean"``, ``"min"``, or one stream.
+    selection : ``"difference"``: the paper's rule as above. ``"optimal"``: the disjoint intervals that remove exactly
+        ``target`` layers with the least sum of 1 - cka(u, v), found by dynamic programming over all intervals. The
+        published rule that cuts units to a budget is unknown.
+    min_cka : refuse intervals whose cka(u, v) is below. Where the difference rule finds such a unit, layer u is kept
+        and the search goes on from u + 1.
+    max_length : longest interval in layers (both selections).
+    first_layer : layers before this one are kept.
+    tolerance : a step counts as growing when it exceeds the previous one by more than this.
+    ridge : of the probes, relative to the mean variance of their input.
+
+    Scores
+    ------
+    ``image``, ``text`` and ``<stream>_low``, ``<stream>_high`` (95 % paired bootstrap over sample batches; equal to
+    the estimate when there is one batch): cka(u, k) at [u, k], float64 [L, L], 0 below the diagonal. Text at k = L - 1
+    is NaN-free but meaningless where the model drops that output; such entries count the image only.
+    """
+
+    reference: str = "same-depth"
+    first_probe: str = "u+1"
+    streams: str = "mean"
+    selection: str = "difference"
+    min_cka: float | None = None
+    max_length: int | None = None
+    first_layer: int = 0
+    tolerance: float = 1e-6
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("tolerance", "ridge", "first_layer"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"max_length: expected at least 2 layers, got {self.max_length!r}")
+
+    def score(self, stats: ActivationStats) -> Scores:
+        """cka(u, k) of both streams with intervals; see the class."""
+        matrices: dict[str, torch.Tensor] = {}
+        for stream in STREAMS:
+            batches = self._batches(stats, stream)
+            probes = [stats.probe(k, stream, ridge=self.ridge) for k in range(stats.num_layers)]
+            hsic = torch.stack([self._chain_hsic(probes, batch) for batch in batches])
+            matrices[stream] = normalise(*hsic.mean(0))
+            means = torch.einsum("rb,bsuk->rsuk", bootstrap_weights(len(hsic), 1000, 0), hsic)
+            spread = normalise(means[:, 0], means[:, 1], means[:, 2])
+            matrices[f"{stream}_low"] = torch.quantile(spread, 0.025, dim=0)
+            matrices[f"{stream}_high"] = torch.quantile(spread, 0.975, dim=0)
+        matrices["last_text_used"] = torch.tensor(float(stats.last_text_used), dtype=torch.float64)
+        return Scores("ppcl", stats.family, stats.num_layers, {name: getattr(self, name) for name in _SCORE_OPTIONS},
+                      matrices)
+
+    @staticmethod
+    def _batches(stats: ActivationStats, stream: str) -> list[torch.Tensor]:
+        batches = stats.sample_batches(stream)
+        if not batches:
+            raise UserError(f"stats: expected a sample batch with at least 4 {stream} tokens, got none; "
+                            "collect more images per batch")
+        if min(moments.count for moments in stats.moments[stream]) < 2:
+            raise UserError(f"stats: expected {stream} tokens in the probe batches, got fewer than 2")
+        return batches
+
+    def _chain_hsic(self, probes: list[LinearProbe], batch: torch.Tensor) -> torch.Tensor:
+        """One batch [L + 1, n, C] -> [3, L, L]: HSIC of (chain, reference), (chain, chain), (reference, reference)."""
+        layers, own_start = len(probes), self.first_probe == "u"
+        batch = batch.double()
+        outputs = u_centred_gram(batch[1:])  # of the real output of every layer
+        hsic = torch.zeros(3, layers, layers, dtype=torch.float64)
+        chains = batch.new_zeros(0, *batch.shape[1:])
+        for k in range(layers):
+            if own_start:
+                chains = probes[k](torch.cat([chains, batch[k, None]]))
+            else:
+                chains = torch.cat([probes[k](chains), batch[k + 1, None]])
+            grams = u_centred_gram(chains)
+            reference = outputs[k] if self.reference == "same-depth" else outputs[:k + 1]
+            hsic[0, :k + 1, k] = (grams * reference).sum((-2, -1))
+            hsic[1, :k + 1, k] = grams.square().sum((-2, -1))
+            hsic[2, :k + 1, k] = reference.square().sum((-2, -1))
+        n = batch.shape[1]
+        return hsic / (n * (n - 3))
+
+    def combined(self, scores: Scores) -> torch.Tensor:
+        """cka(u, k) over both streams, float64 [L, L], by the option ``streams``."""
+        image, text = scores.matrices["image"], scores.matrices["text"].clone()
+        if not bool(scores.matrices["last_text_used"]):
+            text[:, -1] = image[:, -1]
+        if self.streams == "mean":
+            return (image + text) / 2
+        if self.streams == "min":
+            return torch.minimum(image, text)
+        return image if self.streams == "image" else text
+
+    def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
+        """Choose intervals.
+
+        With ``selection="difference"`` and a target, units are taken in order of their loss per removed layer,
+        (1 - cka(u, v)) / (v - u), smallest first; the one that would overshoot is cut at its end.
+
+        Raises
+        ------
+        UserError
+            The target cannot be reached (the message says how many layers can be removed), or selection
+            ``"optimal"`` without a target.
+        """
+        removed = removal_target(target, scores.num_layers)
+        cka = self.combined(scores)
+        if self.selection == "optimal":
+            if removed is None:
+                raise UserError('target: expected a number or share of layers for selection="optimal", got none')
+            intervals = self._optimal(cka, removed)
+        else:
+            intervals = self._units(cka)
+            if removed is not None:
+                intervals = self._cut(cka, intervals, removed)
+        found = [{"interval": [u, v], "cka": float(cka[u, v]),
+                  **{stream: float(scores.matrices[stream][u, v]) for stream in STREAMS}}
+                 for u, v in sorted(intervals)]
+        provenance = {"method": "ppcl", "options": asdict(self), "target": target, "scores": found}
+        return PruningPlan.from_intervals(scores.num_layers, intervals, family=scores.family, provenance=provenance)
+
+    def _units(self, cka: torch.Tensor) -> list[tuple[int, int]]:
+        """The difference rule, from the first layer on."""
+        layers, units, u = len(cka), [], self.first_layer
+        while u < layers:
+            # losses[i] is the CKA lost by probe number i of the chain; before the first probe CKA is 1.
+            first = u if self.first_probe == "u" else u + 1
+            end, previous, loss_before = u, float("inf"), 1.0
+            for k in range(first, layers):
+                loss = loss_before - float(cka[u, k])
+                if loss > previous + self.tolerance or (self.max_length and k - u + 1 > self.max_length):
+                    break
+                end, previous, loss_before = k, loss, float(cka[u, k])
+            if end > u and self._good_enough(float(cka[u, end])):
+                units.append((u, end))
+                u = end + 1
+            else:
+                u += 1  # alone, or refused: the layers after u may still form a good unit
+        return units
+
+    def _cut(self, cka: torch.Tensor, units: list[tuple[int, int]], removed: int) -> list[tuple[int, int]]:
+        """Best units first until exactly ``removed`` layers are gone; the last one is cut at its end."""
+        possible = sum(v - u for u, v in units)
+        if possible < removed:
+            raise UserError(f"target: expected at most the {possible} layers that the difference rule finds removable, "
+                            f'got {removed}; selection="optimal" reaches any number')
+        chosen = []
+        for u, v in sorted(units, key=lambda unit: (1 - float(cka[unit])) / (unit[1] - unit[0])):
+            v = min(v, u + removed)
+            if v > u:
+                chosen.append((u, v))
+                removed -= v - u
+        return chosen
+
+    def _optimal(self, cka: torch.Tensor, removed: int) -> list[tuple[int, int]]:
+        """Least sum of 1 - cka(u, v) over disjoint intervals that remove exactly ``removed`` layers."""
+        layers, infinity = len(cka), float("inf")
+        # best[i][r]: least cost of layers 0..i-1 with r of them removed; last[i][r]: start of an interval ending there.
+        best = [[0.0] + [infinity] * removed] + [[infinity] * (removed + 1) for _ in range(layers)]
+        last: list[list[int | None]] = [[None] * (removed + 1) for _ in range(layers + 1)]
+        for i in range(1, layers + 1):
+            best[i] = best[i - 1].copy()
+            for u in range(self.first_layer, i - 1):
+                gone, value = i - 1 - u, float(cka[u, i - 1])
+                if (self.max_length and gone + 1 > self.max_length) or not self._good_enough(value):
+                    continue
+                for r in range(gone, removed + 1):
+                    if best[u][r - gone] + 1 - value < best[i][r]:
+                        best[i][r], last[i][r] = best[u][r - gone] + 1 - value, u
+        if best[layers][removed] == infinity:
+            most = max(r for r in range(removed + 1) if best[layers][r] < infinity)
+            raise UserError(f"target: expected at most the {most} layers that min_cka, max_length and first_layer "
+                            f"leave removable, got {removed}")
+        intervals, i, r = [], layers, removed
+        while i > 0:
+            u = last[i][r]
+            if u is None:
+                i -= 1
+            else:
+                intervals.append((u, i - 1))
+                i, r = u, r - (i - 1 - u)
+        return intervals
+
+    def _good_enough(self, value: float) -> bool:
+        return self.min_cka is None or value >= self.min_cka

@@ -1,0 +1,141 @@
+"""Plans: validation, files, published sizes, the table."""
+
+import json
+
+import pytest
+import torch
+
+import pydit
+from pydit.errors import FormatError, UserError
+from pydit.plan import PruningPlan
+from tests.models import tiny
+
+
+@pytest.mark.parametrize("name, layers, parameters", [
+    ("ppcl-qwen-image-14b", 42, 14_313_437_760),
+    ("ppcl-qwen-image-12b", 35, 11_934_618_688),
+])
+def test_presets_have_the_published_size(name, layers, parameters):
+    plan = PruningPlan.preset(name)
+    assert (plan.num_layers, plan.num_student_layers, plan.num_parameters()) == (60, layers, parameters)
+
+
+def test_unknown_preset():
+    with pytest.raises(UserError, match="preset: expected one of ppcl-qwen-image-14b, ppcl-qwen-image-12b, got 'x'"):
+        PruningPlan.preset("x")
+
+
+def test_teacher_size():
+    assert PruningPlan("qwen-image", 60).num_parameters() == 20_430_401_088
+
+
+@pytest.mark.parametrize("config", [{}, {"use_additional_t_cond": True, "out_channels": None}, {"zero_cond_t": True},
+                                    {"num_attention_heads": 3}])
+def test_parameter_count_equals_the_built_model(config):
+    model = tiny.transformer(5, **config)
+    plan = PruningPlan.from_intervals(5, [[1, 3]])
+    assert PruningPlan("qwen-image", 5).num_parameters(model.config) == sum(p.numel() for p in model.parameters())
+    student = pydit.prune(model, plan)
+    assert plan.num_parameters(dict(model.config)) == sum(p.numel() for p in student.parameters())
+
+
+def test_parameter_count_of_another_depth():
+    with pytest.raises(UserError, match="expected num_layers 5 as in the plan, got 60"):
+        PruningPlan("qwen-image", 5).num_parameters()
+
+
+@pytest.mark.parametrize("intervals, message", [
+    ([[1, 3], [3, 4]], r"got \[1, 3\] and \[3, 4\], which overlap"),
+    ([[0, 9], [2, 3]], r"got \[0, 9\] and \[2, 3\], which overlap"),
+    ([[8, 10]], r"expected layers 0 to 9, got \[8, 10\], which is out of range"),
+    ([[-1, 2]], r"got \[-1, 2\], which is out of range"),
+    ([[4, 2]], r"got the reversed interval \[4, 2\]"),
+    ([[4, 4]], r"got \[4, 4\], which removes nothing"),
+    ([[1, 2, 3]], r"pairs of integers, got \[1, 2, 3\]"),
+    ([[1, 2.5]], r"pairs of integers, got \[1, 2.5\]"),
+    ([[True, 2]], r"pairs of integers, got \[True, 2\]"),
+    ([3, 4], "pairs of integers, got 3"),
+    ("1-2", "pairs, got '1-2'"),
+    (None, "pairs, got None"),
+])
+def test_bad_intervals(intervals, message):
+    with pytest.raises(UserError, match=message):
+        PruningPlan("qwen-image", 10, intervals)
+
+
+def test_bad_family_and_depth():
+    with pytest.raises(UserError, match="family: expected one of qwen-image, got 'flux'"):
+        PruningPlan.from_intervals(10, [[1, 2]], family="flux")
+    for depth in (0, "10", 3.0, True):
+        with pytest.raises(UserError, match="num_layers: expected a positive integer"):
+            PruningPlan("qwen-image", depth)
+
+
+def test_order_does_not_matter():
+    plan = PruningPlan.from_intervals(10, [(7, 9), [1, 2], torch.tensor([4, 5])])
+    assert plan == PruningPlan.from_intervals(10, [[1, 2], [4, 5], [7, 9]], provenance={"by": "hand"})
+    assert plan.intervals == ((1, 2), (4, 5), (7, 9))
+    assert hash(plan) == hash(PruningPlan.from_intervals(10, plan.intervals))
+    assert plan != PruningPlan.from_intervals(10, [[1, 2]]) and plan != PruningPlan.from_intervals(11, plan.intervals)
+
+
+def test_source_and_replaced():
+    plan = PruningPlan.from_intervals(8, [[1, 3], [4, 5]])
+    assert plan.source == ((0,), (1, 2, 3), (4, 5), (6,), (7,))
+    assert plan.replaced == ((1, 1, 3), (2, 4, 5))
+    assert (plan.removed, plan.num_student_layers) == (3, 5)
+
+
+def test_file_round_trip(tmp_path):
+    plan = PruningPlan.from_intervals(60, [[3, 4], [9, 12]], provenance={"method": "hand", "scores": [0.5]})
+    plan.save(tmp_path / "plan.json")
+    loaded = PruningPlan.load(tmp_path / "plan.json")
+    assert loaded == plan and loaded.provenance == plan.provenance
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert (data["format"], data["version"], data["intervals"]) == ("pydit-plan", 1, [[3, 4], [9, 12]])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d.update(format="other"), "expected an object with \"format\": \"pydit-plan\", got 'other'"),
+    (lambda d: d.update(version=2), "expected version 1, got 2"),
+    (lambda d: d.update(kinds={}), "unknown or missing kinds"),
+    (lambda d: d.pop("family"), "unknown or missing family"),
+    (lambda d: d.update(intervals=[[5, 99]]), "out of range"),
+    (lambda d: d.update(intervals={"a": 1}), "pairs of integers, got 'a'"),
+    (lambda d: d.update(provenance=[1]), "provenance: expected a dict, got list"),
+])
+def test_bad_files(tmp_path, change, message):
+    data = PruningPlan.from_intervals(60, [[3, 4]]).to_dict()
+    change(data)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(FormatError, match=message) as caught:
+        PruningPlan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_truncated_files(tmp_path):
+    with pytest.raises(FormatError, match="does not exist"):
+        PruningPlan.load(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"format": "pydit-pl')
+    with pytest.raises(FormatError, match="expected JSON in"):
+        PruningPlan.load(tmp_path / "half.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(FormatError, match="got list"):
+        PruningPlan.load(tmp_path / "list.json")
+
+
+def test_describe():
+    text = PruningPlan.preset("ppcl-qwen-image-12b").describe().splitlines()
+    assert text[0] == ("qwen-image: 60 layers -> 35 (25 removed, 41.7 %), "
+                       "20,430,401,088 parameters -> 11,934,618,688")
+    assert len(text) == 37
+    assert text[5].split() == ["3", "3-4", "one", "block", "for", "2"]
+    assert "parameters" not in PruningPlan.from_intervals(8, [[1, 2]]).describe()
+
+
+def test_matches():
+    model = tiny.transformer(4)
+    assert PruningPlan("qwen-image", 4).matches(model) and not PruningPlan("qwen-image", 5).matches(model)
+    with pytest.raises(UserError, match="plan: the plan is for 60 layers, the model has 4"):
+        PruningPlan.preset("ppcl-qwen-image-12b").require_match(model)

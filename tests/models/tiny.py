@@ -1,0 +1,45 @@
+"""A small random Qwen-Image transformer and batches for it."""
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+
+def transformer(num_layers=6, seed=0, **config):
+    """Width 64 (2 heads of 32), float32; gates are enlarged so that every block does something."""
+    torch.manual_seed(seed)
+    model = QwenImageTransformer2DModel(**{
+        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": num_layers, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12), **config})
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            for modulation in (block.img_mod, block.txt_mod):
+                modulation[1].bias.normal_(std=0.5)
+    return model.eval()
+
+
+def batch(images=3, seed=0, text=7, masked=True):
+    """Forward arguments for 4 x 4 image tokens and up to ``text`` text tokens, some of them padding."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, text + 1, (images, 1), generator=generator)
+    return {
+        "hidden_states": torch.randn(images, 16, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(images, text, 24, generator=generator),
+        "encoder_hidden_states_mask": (torch.arange(text) < lengths).long() if masked else None,
+        "timestep": torch.rand(images, generator=generator),
+        "img_shapes": [[(1, 4, 4)]] * images,
+    }
+
+
+def cast(arguments, dtype):
+    """Forward arguments with every float tensor in ``dtype``."""
+    return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in arguments.items()}
+
+
+def fingerprint(model):
+    """Copies of all parameters and buffers by name."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
