@@ -150,16 +150,24 @@ def _wanted(items: tuple[Item, ...]) -> str:
 def _read(pixels: np.ndarray) -> tuple[list[Detected], np.ndarray]:
     """(marks, mask of the pixels that belong to no mark) of a float image [48, 48, 3]."""
     mark = np.linalg.norm(pixels - _BACKGROUND, axis=2) > MARK_DISTANCE
-    # Joined across gaps of two pixels: strokes of a glyph may touch at a corner only. Objects are nine apart.
-    labels = components(_dilate(mark)) * mark
-    objects, loose = [], mark.copy()
+    objects, specks = _read_components(pixels, mark, components(mark))
+    if any(o.fault for o in objects):
+        # Strokes of a glyph may touch at a corner only, and a drawn one may miss it by a hair: join over gaps of 2 pixels.
+        joined = _read_components(pixels, mark, components(_dilate(mark)) * mark)
+        if not any(o.fault for o in joined[0]):
+            return joined
+    return objects, specks
+
+
+def _read_components(pixels: np.ndarray, mark: np.ndarray, labels: np.ndarray) -> tuple[list[Detected], np.ndarray]:
+    objects, specks = [], mark.copy()
     for label in range(1, int(labels.max()) + 1):
         member = labels == label
         if member.sum() >= SPECK_AREA:
             alone = np.where((mark & ~member)[..., None], _BACKGROUND, pixels)
             objects.append(_identify(alone, member))
-            loose &= ~member
-    return objects, loose
+            specks &= ~member
+    return objects, specks
 
 
 def _background_fault(pixels: np.ndarray, specks: np.ndarray) -> str:

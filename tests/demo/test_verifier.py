@@ -119,6 +119,31 @@ def test_a_few_stray_pixels_are_tolerated():
     assert verifier.verify(image, sample.prompt).ok
 
 
+def test_objects_in_neighbouring_cells_are_told_apart():
+    """The world keeps them eight pixels apart; a model may not."""
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = render.BACKGROUND
+    for kind, colour, x in (("circle", "red", 8), ("diamond", "blue", 24)):
+        cover = render.shape_masks()[world.SHAPES.index(kind)].numpy()[..., None]
+        image[16:32, x:x + 16] += cover * (np.array(world.COLOURS[colour]) - render.BACKGROUND)
+    image = image.round().astype(np.uint8)
+    assert verifier.verify(image, "a circle left of a diamond").ok
+    assert verifier.verify(image, "a blue diamond and a red circle").ok
+
+
+def test_a_glyph_whose_corners_come_apart_is_read():
+    """Drop the pixels at which the strokes of an X touch."""
+    index = torch.tensor([world.index_of("a black letter X")])
+    scenes = render.sample_scenes(index, torch.Generator().manual_seed(0))
+    image = render.to_uint8(render.draw(scenes))[0]
+    top, left = int(scenes.y[0, 0]) + 2, int(scenes.x[0, 0]) + 2
+    for row, column in ((8, 4), (20, 4), (8, 16), (20, 16)):  # between rows 1 and 2, and 4 and 5, of the bitmap
+        image[top + row - 1:top + row, left + column - 1:left + column + 1] = render.BACKGROUND
+        image[top + row:top + row + 1, left + column - 1:left + column + 1] = render.BACKGROUND
+    assert verifier.components(np.abs(image.astype(int) - render.BACKGROUND).sum(2) > 200).max() > 1
+    assert verifier.verify(image, "the letter X").ok
+
+
 def test_detected_objects_are_the_true_ones(few):
     for sample in few:
         found = verifier.read_scene(sample.image)
