@@ -1,12 +1,12 @@
 # make demo   compress a small text-to-image pipeline end to end and write demo_out/report.html
 # make test   run the test-suite
 # Each does its own set-up on a machine with Python >= 3.10 and a C++ compiler: virtual environment, pinned versions,
-# source build. PYTHON chooses the interpreter, VENV the environment.
+# source build (editable, so that Python changes need no reinstall). PYTHON chooses the interpreter, VENV the environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc pydit build_tools -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find csrc build_tools -type f -not -name '*.pyc')
 
 .PHONY: demo test setup lint clean
 demo: setup
@@ -24,7 +24,7 @@ $(VENV)/.requirements: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py CMakeLists.txt $(SOURCES)
-	$(PIP) install -q -c constraints.txt '.[demo,test,report]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,test,report]'
 	@touch $@
 
 lint:
