@@ -29,7 +29,7 @@ REQUIRED = {  # module -> (least version, what it is for)
     "diffusers": ("0.39", "pipelines and the transformer classes that are pruned"),
 }
 OPTIONAL = {  # module -> (distribution, what is lost without it)
-    "transformers": ("transformers", "pipelines with a text encoder cannot be loaded: no demo, generate, analyze, distill"),
+    "transformers": ("transformers", "pipelines with a text encoder cannot be loaded: no demo, generate or analyze"),
     "PIL": ("pillow", "pictures cannot be saved: no generate, no demo report"),
     "matplotlib": ("matplotlib", "no figures: the demo report and `pydit analyze --plot` need it"),
     "tqdm": ("tqdm", "no progress bars"),
@@ -107,7 +107,7 @@ def _summary(checks: list[Check]) -> str:
 
 def _python() -> Check:
     version = platform.python_version()
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - a check for whoever runs it from a checkout
         return Check("Required", "python", "problem", version, "pydit needs Python 3.10 or newer")
     return Check("Required", "python", "ok", f"{version} ({sys.executable})")
 
@@ -121,10 +121,12 @@ def _required(name: str, least: str, use: str) -> Check:
         return Check("Required", name, "problem", found, f"needed for {use}: pip install '{name}>={least}'")
     version = str(getattr(module, "__version__", "unknown version"))
     if _numbers(version) < _numbers(least):
-        return Check("Required", name, "problem", version, f"pydit needs {name} {least} or newer: pip install -U {name}")
+        return Check("Required", name, "problem", version,
+                     f"pydit needs {name} {least} or newer: pip install -U {name}")
     if name == "torch":
         cuda = getattr(module.version, "cuda", None)
-        return Check("Required", name, "ok", f"{version}, " + (f"built for CUDA {cuda}" if cuda else "built without CUDA"))
+        built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+        return Check("Required", name, "ok", f"{version}, {built}")
     return Check("Required", name, "ok", version)
 
 
@@ -145,7 +147,7 @@ def _cuda_kernels() -> Check:
     if archs:
         return Check("Speed", "CUDA kernels", "ok", "built for compute capability " + ", ".join(archs))
     return Check("Speed", "CUDA kernels", "missing", "not built",
-                 "on a GPU every op runs plain torch; install the CUDA toolkit (nvcc) and reinstall pydit to build them")
+                 "on a GPU every op runs plain torch; to build them install the CUDA toolkit (nvcc), then pydit again")
 
 
 def _gpu() -> list[Check]:
@@ -163,7 +165,8 @@ def _gpu() -> list[Check]:
         found = "none that torch can use" if built or not driver[0].found.startswith("version") else \
             "a driver is there, but this torch is built without CUDA"
         return [Check("Speed", "GPU", "missing", found, cost), *driver]
-    shown = "; ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}" for p in names)
+    shown = "; ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+                      for p in names)
     return [Check("Speed", "GPU", "ok", shown), *driver]
 
 

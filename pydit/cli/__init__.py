@@ -14,7 +14,6 @@ import traceback
 
 from pydit.cli import demo, model, system
 from pydit.cli.options import Parser
-from pydit.errors import UserError
 from pydit.version import __version__
 
 
@@ -36,14 +35,17 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except Exception as error:  # every failure becomes one line
         expected = isinstance(error, (OSError, ValueError, TypeError, ImportError)) or _is_safetensors(error)
-        text = _sentence(error) if expected else f"{type(error).__name__}: {_sentence(error)} (PYDIT_DEBUG=1 shows where)"
+        text = _sentence(error)
+        if not expected:
+            text = f"{type(error).__name__}: {text} (PYDIT_DEBUG=1 shows where)"
         _complain(f"pydit: error: {text}", debug)
         return 2 if expected else 1
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="pydit", description="Prune and distil diffusion transformers, and run the result.",
-                     epilog="Start with `pydit doctor`, then `pydit demo`. Every command has its own --help with an example.")
+                     epilog="Start with `pydit doctor`, then `pydit demo`. Every command has its own --help with an "
+                           "example.")
     parser.add_argument("--version", action="version", version=f"pydit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (demo.add_demo, model.add_analyze, model.add_plan, model.add_prune, model.add_distill, demo.add_generate,

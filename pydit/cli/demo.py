@@ -27,9 +27,10 @@ from pydit.errors import UserError
 def add_demo(commands: Any) -> None:
     parser = command(
         commands, "demo", _demo, "compress a small text-to-image pipeline end to end and write a report",
-        "Takes the committed teacher, finds redundant blocks, removes at least 40 % of them, distils, and lets an exact\n"
-        "verifier compare teacher, pruned and distilled model on prompts that training never saw. Writes report.html,\n"
-        "PNG files, metrics.json and the distilled pipeline. An interrupted run continues where it stopped.",
+        "Takes the committed teacher, finds redundant blocks, removes at least 40 % of them, distils, and lets an\n"
+        "exact verifier compare teacher, pruned and distilled model on prompts that training never saw. Writes\n"
+        "report.html, PNG files, metrics.json and the distilled pipeline. An interrupted run continues where it\n"
+        "stopped.",
         "pydit demo --out demo_out --budget-minutes 12")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="output directory (default: demo_out)")
     parser.add_argument("--budget-minutes", type=positive, default=12.0,
@@ -60,9 +61,11 @@ def add_generate(commands: Any) -> None:
     add_pipeline(parser)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next one takes the next (default: 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the first prompt; each next one takes the next (default: 0)")
     parser.add_argument("--steps", type=count, help="denoising steps (default: 12 for the demo, else 40)")
-    parser.add_argument("--guidance", type=at_least_one, default=1.0, help="classifier-free guidance; 1 is off (default: 1)")
+    parser.add_argument("--guidance", type=at_least_one, default=1.0,
+                        help="classifier-free guidance; 1 is off (default: 1)")
     parser.add_argument("--height", type=count, help="pixels (default: the pipeline's)")
     parser.add_argument("--width", type=count, help="pixels (default: the pipeline's)")
 
@@ -82,8 +85,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 def add_eval(commands: Any) -> None:
     parser = command(
         commands, "eval", _eval, "measure how often a demo pipeline draws what it is asked for",
-        "Held-out prompts of the demo world, judged by its exact verifier; the overall figure is the mean over categories.\n"
-        "Verdicts are appended to OUT.log.jsonl as they are found, and --resume continues from there.",
+        "Held-out prompts of the demo world, judged by its exact verifier; the overall figure is the mean over\n"
+        "categories. Verdicts are appended to OUT.log.jsonl as they are found, and --resume continues from there.",
         "pydit eval ./demo_out/distilled --prompts 2500 --out distilled.json --compare teacher.json")
     add_pipeline(parser, optional=True)
     parser.add_argument("--prompts", type=count, default=2500, help="images to judge (default: 2500)")

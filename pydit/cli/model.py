@@ -28,8 +28,8 @@ from pydit.errors import UserError
 def add_analyze(commands: Any) -> None:
     parser = command(
         commands, "analyze", _analyze, "measure how redundant the blocks of a pipeline's transformer are",
-        "Runs the transformer on calibration prompts and collects, for each stream, how well a linear map imitates every\n"
-        "block (R2) and how similar the blocks' outputs are (CKA). The statistics file is what `pydit plan` reads.",
+        "Runs the transformer on calibration prompts and collects, for each stream, how well a linear map imitates\n"
+        "every block (R2) and how similar the blocks' outputs are (CKA). `pydit plan` reads the statistics file.",
         "pydit analyze ./my-pipeline --prompts prompts.txt --out stats.safetensors --plot cka.png")
     add_pipeline(parser)
     add_batches(parser, batches=24)
@@ -58,8 +58,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
 def add_plan(commands: Any) -> None:
     parser = command(
         commands, "plan", _plan, "decide which blocks to merge, or show a plan",
-        "A plan is made from statistics (STATS), from a published layout (--preset) or by hand (--intervals). An interval\n"
-        "[s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
+        "A plan is made from statistics (STATS), from a published layout (--preset) or by hand (--intervals). An\n"
+        "interval [s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
         "pydit plan stats.safetensors --method ppcl --target 0.4 --out plan.json\n"
         "  pydit plan --preset ppcl-qwen-image-12b --out plan.json\n"
         "  pydit plan --intervals '[[3,4],[5,7]]' --num-layers 60 --out plan.json\n"
@@ -74,8 +74,9 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("--reference", choices=("same-depth", "fixed"),
                         help="with STATS: what a chain of probes is compared with (default: same-depth)")
     parser.add_argument("--selection", choices=("difference", "optimal"),
-                        help="with STATS: the paper's rule, or the least loss at exactly the target (default: difference)")
-    parser.add_argument("--target", type=share, default=0.4, help="with STATS: share of blocks to remove (default: 0.4)")
+                        help="with STATS: the paper's rule, or least loss at the target (default: difference)")
+    parser.add_argument("--target", type=share, default=0.4,
+                        help="with STATS: share of blocks to remove (default: 0.4)")
     parser.add_argument("--out", type=Path, help="plan file to write (.json)")
 
 
@@ -100,7 +101,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         from pydit.analysis import ActivationStats, detect
 
         options = {name: getattr(arguments, name) for name in ("reference", "selection") if getattr(arguments, name)}
-        plan = detect(ActivationStats.load(arguments.stats), method=arguments.method, target=arguments.target, **options)
+        stats = ActivationStats.load(arguments.stats)
+        plan = detect(stats, method=arguments.method, target=arguments.target, **options)
     if arguments.out:
         plan.save(arguments.out)
     if arguments.json:
@@ -172,9 +174,11 @@ def _distill(arguments: argparse.Namespace) -> None:
     from pydit.inference.pipeline import save_pipeline
 
     checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
-    if checkpoint.exists() != arguments.resume:
-        raise UserError(f"resume: expected {'a checkpoint in' if arguments.resume else 'with the checkpoint of an earlier run in'} "
-                        f"{checkpoint}, got {'none' if arguments.resume else 'no --resume; pass it, or delete the checkpoint'}")
+    if arguments.resume and not checkpoint.exists():
+        raise UserError(f"resume: expected the checkpoint of an earlier run in {checkpoint}, got none")
+    if checkpoint.exists() and not arguments.resume:
+        raise UserError(f"out: expected no checkpoint of an earlier run, got one in {checkpoint}; pass --resume to "
+                        "continue it, or delete it")
     teacher = load(arguments.teacher, arguments)
     student = load(arguments.student, arguments)
     if not hasattr(student.transformer, "plan"):

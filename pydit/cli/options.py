@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,7 +44,8 @@ def add_pipeline(parser: argparse.ArgumentParser, *, optional: bool = False) -> 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Where and in what dtype models run."""
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of the weights (default: float32)")
 
 
 def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, required: bool = True) -> None:
@@ -53,7 +54,8 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
                         help="a text file with one prompt per line, or demo for the demo world's training prompts")
     if batches is not None:
         parser.add_argument("--batches", type=count, default=batches, help=f"calibration batches (default: {batches})")
-    parser.add_argument("--batch-size", type=count, default=16, help="images per batch, with --prompts demo (default: 16)")
+    parser.add_argument("--batch-size", type=count, default=16,
+                        help="images per batch, with --prompts demo (default: 16)")
     parser.add_argument("--sampling-steps", type=count, default=20,
                         help="denoising steps per prompt, with a file; each is one batch (default: 20)")
     parser.add_argument("--size", type=count, help="image height and width, with a file (default: the pipeline's)")
@@ -68,7 +70,8 @@ def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
         from pydit.demo.data import make_batches
 
         demo_pipeline(pipe)
-        return lambda start: make_batches(pipe, batch_size=arguments.batch_size, seed=arguments.data_seed, start_step=start)
+        return lambda start: make_batches(pipe, batch_size=arguments.batch_size, seed=arguments.data_seed,
+                                          start_step=start)
     from pydit.inference.sampling import endless_batches, read_prompts
 
     prompts = read_prompts(arguments.prompts)
@@ -89,7 +92,8 @@ def demo_pipeline(pipe):
     expected = {"in_channels": 4 * teacher.LATENT_CHANNELS, "joint_attention_dim": teacher.TEXT_WIDTH}
     got = {name: config.get(name) for name in expected}
     if got != expected:
-        raise UserError(f"pipeline: expected one made for the demo world ({expected}), got {type(pipe).__name__} with {got}")
+        raise UserError(f"pipeline: expected one made for the demo world ({expected}), "
+                        f"got {type(pipe).__name__} with {got}")
     return pipe
 
 

@@ -14,8 +14,8 @@ from pydit.errors import UserError
 def add_bench(commands: Any) -> None:
     parser = command(
         commands, "bench", _bench, "time the kernels against their peers",
-        "Runs benchmarks/runner.py of a source checkout, which verifies every case first. All options but --path are the\n"
-        "runner's: --size full|small, --filter TEXT, --json FILE.",
+        "Runs benchmarks/runner.py of a source checkout, which verifies every case first. All options but --path are\n"
+        "the runner's: --size full|small, --filter TEXT, --json FILE.",
         "pydit bench --filter ada_layer_norm --json results.json", figures=False)
     parser.add_argument("--path", type=Path, help="source checkout (default: the one this package is imported from)")
 
@@ -23,8 +23,8 @@ def add_bench(commands: Any) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     root = arguments.path or Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "runner.py").is_file():
-        raise UserError(f"path: expected a source checkout of pydit with benchmarks/runner.py, got {root}, which has none; "
-                        "the benchmarks are not part of the installed package")
+        raise UserError(f"path: expected a source checkout of pydit with benchmarks/runner.py, got {root}, which has "
+                        "none; the benchmarks are not part of the installed package")
     sys.path.insert(0, str(root))
     from benchmarks import runner
 

@@ -26,8 +26,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str =
     rows : cells; floats are shown with three decimals, None as "-".
     """
     cells = [[_text(cell) for cell in row] for row in rows]
-    right = [bool(rows) and all(isinstance(row[i], (int, float, type(None))) or str(row[i]).endswith("%") for row in rows)
-             for i in range(len(columns))]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     if sys.stdout.isatty() and _print_rich(columns, cells, right, title):
         return
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
@@ -40,7 +39,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str =
 
 
 def bar(total: int, *, start: int = 0, label: str = "", unit: str = "it") -> Any:
-    """A progress bar on standard error (an object with ``n``, ``update`` and ``close``), or None where tqdm is missing."""
+    """A progress bar on standard error with ``n``, ``update`` and ``close``, or None where tqdm is missing."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -57,6 +56,10 @@ def duration(seconds: float) -> str:
     """75 -> "1 min 15 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _is_number(cell: Any) -> bool:
+    return cell is None or isinstance(cell, (int, float)) or str(cell).endswith("%")
 
 
 def _text(cell: Any) -> str:

@@ -90,7 +90,8 @@ class Result:
         try:
             samples = data["samples"]
             return cls([s["prompt"] for s in samples], [s["category"] for s in samples],
-                       [int(s["seed"]) for s in samples], [bool(s["passed"]) for s in samples], data.get("settings", {}))
+                       [int(s["seed"]) for s in samples], [bool(s["passed"]) for s in samples],
+                       data.get("settings", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{what}: expected samples with prompt, category, seed and passed, "
                               f"got a file without them ({error!r})") from None
@@ -156,7 +157,8 @@ def evaluate(pipe, prompts: Sequence, seeds: Sequence[int], *, steps: int, guida
         images += drawn[:max(0, keep - len(images))]
         bar.update(last)
     bar.close()
-    return Result([p.text for p in prompts], [p.category for p in prompts], list(seeds), passed, settings, images[:keep])
+    return Result([p.text for p in prompts], [p.category for p in prompts], list(seeds), passed, settings,
+                  images[:keep])
 
 
 def relative_loss(teacher: Result, student: Result, *, resamples: int = 10_000, level: float = 0.95,
@@ -199,11 +201,11 @@ def _resampled_shares(teacher: Result, student: Result, category: str, resamples
                       generator: np.random.Generator) -> np.ndarray:
     """Shares of one category in every resample, float64 [2, resamples]: teacher, student."""
     totals: dict[str, list[int]] = {}
-    for text, name, ours, theirs in zip(teacher.prompts, teacher.categories, teacher.passed, student.passed, strict=True):
+    for i, (text, name) in enumerate(zip(teacher.prompts, teacher.categories, strict=True)):
         if name == category:
             total = totals.setdefault(text, [0, 0, 0])
-            for i, amount in enumerate((1, ours, theirs)):
-                total[i] += amount
+            for column, amount in enumerate((1, teacher.passed[i], student.passed[i])):
+                total[column] += amount
     per_prompt = np.array(list(totals.values()), dtype=np.float64)  # [prompts, (images, teacher, student)]
     times = generator.multinomial(len(per_prompt), np.full(len(per_prompt), 1 / len(per_prompt)), size=resamples)
     images, met_teacher, met_student = (times @ per_prompt).T
@@ -238,8 +240,8 @@ class _Journal:
         except (ValueError, KeyError, TypeError):
             raise FormatError(f"log: expected the log of an evaluation, got something else ({self.path})") from None
         if found is not None and found != header:
-            raise UserError(f"resume: expected a log of this evaluation (same pipeline, prompts, seeds and settings), got "
-                            f"the log of another one ({self.path}); leave out --resume to start afresh")
+            raise UserError("resume: expected a log of this evaluation (same pipeline, prompts, seeds and settings), "
+                            f"got the log of another one ({self.path}); leave out --resume to start afresh")
         self.passed = verdicts
         if len(kept) != len(whole):
             os.truncate(self.path, len(kept))
@@ -272,8 +274,12 @@ def _fingerprint(prompts: Sequence, seeds: Sequence[int], settings: dict[str, An
 
 
 def _sample_text(result: Result) -> str:
-    return f"{len(result.prompts)} images (first: {result.prompts[0]!r}, seed {result.seeds[0]})" if result.prompts else "none"
+    if not result.prompts:
+        return "none"
+    return f"{len(result.prompts)} images (first: {result.prompts[0]!r}, seed {result.seeds[0]})"
 
 
 def _describe(data: Any) -> str:
-    return f"format {data.get('format')!r}, version {data.get('version')!r}" if isinstance(data, dict) else type(data).__name__
+    if not isinstance(data, dict):
+        return type(data).__name__
+    return f"format {data.get('format')!r}, version {data.get('version')!r}"

@@ -106,9 +106,9 @@ def cka_maps(matrices: dict[str, np.ndarray], intervals: Sequence[tuple[int, int
         shown = ax.imshow(matrix, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
         for start, end in intervals:
             length = end - start + 1
-            ax.add_patch(Rectangle((start - 0.5, start - 0.5), length, length, fill=False, edgecolor="white", linewidth=3))
-            ax.add_patch(Rectangle((start - 0.5, start - 0.5), length, length, fill=False, edgecolor=COLOURS["pruned"],
-                                   linewidth=1.8))
+            for colour, thickness in (("white", 3.0), (COLOURS["pruned"], 1.8)):
+                ax.add_patch(Rectangle((start - 0.5, start - 0.5), length, length, fill=False, edgecolor=colour,
+                                       linewidth=thickness))
         ticks = _depth_ticks(size)
         ax.set_xticks(ticks)
         ax.set_yticks(ticks)
@@ -155,7 +155,8 @@ def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[s
         inside = i in owner
         strip.add_patch(FancyBboxPatch(
             (i - 0.36, 1.0), 0.72, 0.8, boxstyle="round,pad=0,rounding_size=0.10",
-            facecolor="#fbe3d3" if inside else "#e8ebef", edgecolor=COLOURS["pruned"] if inside else "#b8bec6", linewidth=1))
+            facecolor="#fbe3d3" if inside else "#e8ebef", edgecolor=COLOURS["pruned"] if inside else "#b8bec6",
+            linewidth=1))
         strip.text(i, 1.4, str(i), ha="center", va="center", fontsize=8.5 if num_layers <= 24 else 5.5)
     for start, end in intervals:
         strip.add_patch(FancyBboxPatch(
@@ -165,8 +166,9 @@ def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[s
         strip.plot([start - 0.36, start - 0.36], [0.5, 0.95], color=COLOURS["pruned"], linewidth=1)
         strip.plot([end + 0.36, end + 0.36], [0.5, 0.95], color=COLOURS["pruned"], linewidth=1)
     removed = sum(end - start for start, end in intervals)
-    strip.text(0, 1.02, f"teacher's {num_layers} blocks (upper row); one trained block takes the place of each group (lower "
-               f"row): {num_layers - removed} blocks remain", transform=strip.transAxes, fontsize=9, color=FAINT, va="bottom")
+    strip.text(0, 1.02, f"teacher's {num_layers} blocks (upper row); one trained block takes the place of each group "
+               f"(lower row): {num_layers - removed} blocks remain", transform=strip.transAxes, fontsize=9, color=FAINT,
+               va="bottom")
     strip.set_ylim(-0.35, 2.0)
     strip.set_xlim(-0.7, num_layers - 0.3)
     strip.set_axis_off()
@@ -220,7 +222,8 @@ def category_bars(results: dict[str, dict[str, Any]]) -> Figure:
         ax.bar(x, y, width * 0.92, color=COLOURS[model], label=NAMES[model], hatch="///" if model == "pruned" else None,
                edgecolor="white", linewidth=0)
         bounds = np.array([figures["interval_per_category"][c] for c in categories]).T
-        ax.errorbar(x[1:], y[1:], yerr=np.abs(bounds - y[1:]), fmt="none", ecolor=INK, elinewidth=0.8, capsize=2, alpha=0.65)
+        ax.errorbar(x[1:], y[1:], yerr=np.abs(bounds - y[1:]), fmt="none", ecolor=INK, elinewidth=0.8, capsize=2,
+                    alpha=0.65)
         for where, value in zip(x, y, strict=True):
             ax.text(where, -0.015, f"{100 * value:.0f}", ha="center", va="top", fontsize=7.5, color=COLOURS[model])
     ax.axvline((centres[0] + centres[1]) / 2, color=GRID, linewidth=1.2)
@@ -264,11 +267,11 @@ def image_grid(gallery: Sequence[dict[str, Any]], models: Sequence[str] = tuple(
                 spine.set(visible=True, color=PASS if passed else FAIL, linewidth=1.6)
             _verdict(ax, passed)
             if row == 0:
-                ax.set_title("\n".join(textwrap.wrap(entry["prompt"], 17)), fontsize=8.5, fontweight="normal", loc="center",
-                             pad=5)
+                ax.set_title("\n".join(textwrap.wrap(entry["prompt"], 17)), fontsize=8.5, fontweight="normal",
+                             loc="center", pad=5)
             if column == 0:
-                ax.set_ylabel(NAMES[model].replace(", ", ",\n").replace(" and ", "\nand "), fontsize=9, color=COLOURS[model],
-                              fontweight="bold")
+                ax.set_ylabel(NAMES[model].replace(", ", ",\n").replace(" and ", "\nand "), fontsize=9,
+                              color=COLOURS[model], fontweight="bold")
     return figure
 
 
@@ -281,7 +284,8 @@ def _verdict(ax: Axes, passed: bool) -> None:
     strokes = [((0.93, 0.963, 1.02), (0.975, 0.938, 1.015))] if passed else \
         [((0.94, 1.01), (0.94, 1.01)), ((0.94, 1.01), (1.01, 0.94))]
     for x, y in strokes:
-        ax.plot(x, y, transform=ax.transAxes, color="white", linewidth=1.6, solid_capstyle="round", zorder=6, clip_on=False)
+        ax.plot(x, y, transform=ax.transAxes, color="white", linewidth=1.6, solid_capstyle="round", zorder=6,
+                clip_on=False)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ _CSS = """
 :root { --ink: #20262e; --faint: #68717d; --line: #e3e6ea; --teacher: #3f4854; --pruned: #d55e00; --distilled: #0072b2;
         --pass: #00795a; --fail: #b3470a; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f4f5f7; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+body { margin: 0; background: #f4f5f7; color: var(--ink);
+       font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 0 0 6px; }
@@ -29,7 +31,8 @@ figure { margin: 16px 0 0; }
 figure img.chart { width: 100%; height: auto; display: block; }
 figcaption, .note { color: var(--faint); font-size: 14px; }
 .cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin-top: 24px; }
-.card { background: #fff; border: 1px solid var(--line); border-top: 4px solid var(--ink); border-radius: 8px; padding: 14px 18px; }
+.card { background: #fff; border: 1px solid var(--line); border-top: 4px solid var(--ink); border-radius: 8px;
+        padding: 14px 18px; }
 .card b { display: block; font-size: 32px; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .card span { color: var(--faint); font-size: 14px; }
 .card.teacher { border-top-color: var(--teacher); } .card.pruned { border-top-color: var(--pruned); }
@@ -38,18 +41,23 @@ figcaption, .note { color: var(--faint); font-size: 14px; }
 table { border-collapse: collapse; font-size: 15px; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 7px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--faint); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+table.facts td { text-align: left; white-space: normal; }
 tr.total td { font-weight: 700; border-bottom: 2px solid #c9ced5; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(286px, 1fr)); gap: 20px 26px; margin-top: 16px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(286px, 1fr)); gap: 20px 26px;
+           margin-top: 16px; }
 .entry h3 { font-size: 15px; font-weight: 600; margin: 0 0 6px; }
-.entry h3 small { font-weight: 400; color: var(--faint); }
+.entry h3 small { display: block; font-weight: 400; color: var(--faint); }
 .trio { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px; }
 .shot { position: relative; }
-.shot img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; border-radius: 4px; border: 2px solid var(--pass); }
+.shot img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; border-radius: 4px;
+            border: 2px solid var(--pass); }
 .shot.no img { border-color: var(--fail); }
-.shot i { position: absolute; right: -7px; top: -7px; width: 19px; height: 19px; border-radius: 50%; background: var(--pass); color: #fff;
-          font: bold 12px/19px "DejaVu Sans", sans-serif; text-align: center; border: 1.5px solid #fff; box-sizing: content-box; }
+.shot i { position: absolute; right: -7px; top: -7px; width: 19px; height: 19px; border-radius: 50%; color: #fff;
+          background: var(--pass); font: bold 12px/19px "DejaVu Sans", sans-serif; text-align: center;
+          border: 1.5px solid #fff; box-sizing: content-box; }
 .shot.no i { background: var(--fail); }
-.shot em { display: block; font-style: normal; font-size: 12.5px; color: var(--faint); text-align: center; margin-top: 2px; }
+.shot em { display: block; font-style: normal; font-size: 12.5px; color: var(--faint); text-align: center;
+           margin-top: 2px; }
 @media (max-width: 760px) { .cards { grid-template-columns: repeat(2, 1fr); } section { padding: 18px 14px; } }
 """
 
@@ -107,7 +115,7 @@ def _page(out: Path, metrics: dict[str, Any], intervals: Sequence[tuple[int, int
     removed = sum(end - start for start, end in intervals)
     teacher, student = (metrics["parameters"][name] for name in ("teacher", "student"))
     loss, (low, high) = metrics["relative_loss"], metrics["relative_loss_interval"]
-    groups = ", ".join(f"{start}–{end}" for start, end in intervals)
+    groups = ", ".join(f"{start} to {end}" for start, end in intervals)
     cards = [(model, console.percent(metrics[model]["overall"]), text) for model, text in
              zip(MODELS, ("teacher", "pruned, before training", "pruned and distilled"), strict=True)]
     cards.append(("loss", console.percent(loss), "relative loss" if low is None else
@@ -117,9 +125,10 @@ def _page(out: Path, metrics: dict[str, Any], intervals: Sequence[tuple[int, int
 <title>pydit demo: {depth} blocks to {depth - removed}</title><style>{_CSS}</style></head><body><main>
 <h1>{depth} blocks become {depth - removed}</h1>
 <p class="lead">A small text-to-image transformer with {teacher:,} parameters lost {removed} of its {depth} blocks
-({100 * removed / depth:.0f} %), was trained back for {console.duration(metrics["distill_seconds"])}, and now has {student:,}
-parameters ({100 * student / teacher:.0f} %). Every image was judged by a program that reads it and compares it with its prompt.</p>
-<div class="cards">{"".join(f'<div class="card {kind}"><b>{value}</b><span>{html.escape(text)}</span></div>' for kind, value, text in cards)}</div>
+({100 * removed / depth:.0f} %), was trained back for {console.duration(metrics["distill_seconds"])}, and now has
+{student:,} parameters ({100 * student / teacher:.0f} %). Every image was judged by a program that reads it and compares
+it with its prompt.</p>
+<div class="cards">{"".join(itertools.starmap(_card, cards))}</div>
 
 <section><h2>What each model draws</h2>
 <p>Same prompt, same noise. A check means that the image shows exactly what the prompt asks for. None of these prompts
@@ -127,8 +136,8 @@ was seen in training.</p>
 <div class="gallery">{"".join(map(_entry, gallery))}</div></section>
 
 <section><h2>Prompts met, by category</h2>
-<p>{metrics["prompts"]} held-out prompts, one image each from the same noise for all three models; the mean gives each category the
-same weight. Whiskers are 95 % Wilson intervals.</p>
+<p>{metrics["prompts"]} held-out prompts, one image each from the same noise for all three models; the mean gives each
+category the same weight. Whiskers are 95 % Wilson intervals.</p>
 <figure>{_chart(out, "categories", "Grouped bars: share of prompts met per category for the three models")}</figure>
 <div class="scroll">{_table(metrics)}</div></section>
 
@@ -139,17 +148,22 @@ change the representation little; the outlined runs were replaced by one block e
 
 <section><h2>Which blocks were replaced</h2>
 <p>A block whose output a linear map predicts well is easy to imitate. Shaded runs were replaced.</p>
-<figure>{_chart(out, "intervals", "Linear predictability of each block and the replaced intervals along the depth")}</figure></section>
+<figure>{_chart(out, "intervals", "Linear predictability of each block and the replaced intervals along the depth")}
+</figure></section>
 
 <section><h2>Training the new blocks</h2>
 <p>First each new block alone learns to turn the teacher's input of its run into the teacher's output. Then the whole
 student learns to predict what the teacher predicts.</p>
-<figure>{_chart(out, "loss", "Loss against step for both phases")}<figcaption>Faint: single steps. Line: running mean, with its last
-value.</figcaption></figure></section>
+<figure>{_chart(out, "loss", "Loss against step for both phases")}
+<figcaption>Faint: means over a few steps. Line: running mean, with its last value.</figcaption></figure></section>
 
 <section><h2>How this was made</h2>{_facts(metrics)}</section>
 </main></body></html>
 """
+
+
+def _card(kind: str, value: str, text: str) -> str:
+    return f'<div class="card {kind}"><b>{value}</b><span>{html.escape(text)}</span></div>'
 
 
 def _entry(entry: dict[str, Any]) -> str:
@@ -157,10 +171,11 @@ def _entry(entry: dict[str, Any]) -> str:
     for model, name in zip(MODELS, ("teacher", "pruned", "distilled"), strict=True):
         passed = entry["passed"][model]
         alt = html.escape(f"{name}: {entry['prompt']} ({'met' if passed else 'not met'})", quote=True)
-        shots.append(f'<div class="shot{"" if passed else " no"}"><img src="{_data_uri(_png(entry["images"][model]))}" alt="{alt}">'
+        source = _data_uri(_png(entry["images"][model]))
+        shots.append(f'<div class="shot{"" if passed else " no"}"><img src="{source}" alt="{alt}">'
                      f'<i>{"✓" if passed else "✗"}</i><em>{name}</em></div>')
     category = html.escape(figures.category_name(entry["category"]))
-    return (f'<div class="entry"><h3>{html.escape(entry["prompt"])} <small>· {category}</small></h3>'
+    return (f'<div class="entry"><h3>{html.escape(entry["prompt"])} <small>{category}</small></h3>'
             f'<div class="trio">{"".join(shots)}</div></div>')
 
 
@@ -171,9 +186,10 @@ def _table(metrics: dict[str, Any]) -> str:
 
     counts = metrics["teacher"]["images_per_category"]
     rows = [row("mean over categories", [metrics[m]["overall"] for m in MODELS], metrics["prompts"], ' class="total"')]
-    rows += [row(figures.category_name(name), [metrics[m]["per_category"][name] for m in MODELS], counts[name]) for name in counts]
-    return ("<table><thead><tr><th>category</th><th>teacher</th><th>pruned</th><th>distilled</th><th>images</th></tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>")
+    rows += [row(figures.category_name(name), [metrics[m]["per_category"][name] for m in MODELS], count)
+             for name, count in counts.items()]
+    heads = "".join(f"<th>{name}</th>" for name in ("category", "teacher", "pruned", "distilled", "images"))
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _facts(metrics: dict[str, Any]) -> str:
@@ -181,20 +197,21 @@ def _facts(metrics: dict[str, Any]) -> str:
     facts = [
         ("command", settings["command"]),
         ("machine", metrics["machine"]),
-        ("time", f"{console.duration(metrics['seconds'])} in all, of which {console.duration(metrics['distill_seconds'])} training"),
+        ("time", f"{console.duration(metrics['seconds'])} in all, of which "
+                 f"{console.duration(metrics['distill_seconds'])} training"),
         ("sampling", f"{settings['steps']} steps, guidance {settings['guidance']:g}, seed {settings['seed']}"),
         ("calibration", f"{settings['calibration_batches']} batches of {settings['batch_size']} from training prompts"),
         ("training", f"{settings['layer_steps']} steps of phase 1, {settings['output_steps']} of phase 2, "
                      f"batch {settings['batch_size']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    rows = "".join(f'<tr><td>{name}</td><td style="text-align:left;white-space:normal">{html.escape(str(text))}</td></tr>'
-                   for name, text in facts)
-    return f"<table><tbody>{rows}</tbody></table>"
+    rows = "".join(f"<tr><td>{name}</td><td>{html.escape(str(text))}</td></tr>" for name, text in facts)
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
 
 def _chart(out: Path, name: str, alt: str) -> str:
-    return f'<img class="chart" src="{_data_uri((out / f"{name}.png").read_bytes())}" alt="{html.escape(alt, quote=True)}">'
+    source = _data_uri((out / f"{name}.png").read_bytes())
+    return f'<img class="chart" src="{source}" alt="{html.escape(alt, quote=True)}">'
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -8,6 +8,7 @@ and settings, so that an interrupted run continues where it stopped.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -63,8 +64,8 @@ class Settings:
         """The settings of the command's options."""
         if not quick:
             return cls(seed, budget_minutes, prompts, quick)
-        return cls(seed, budget_minutes, prompts or 14, quick, steps=4, calibration_batches=8, batch_size=8, layers_steps=12,
-                   output_steps=8, gallery=7)
+        return cls(seed, budget_minutes, prompts or 14, quick, steps=4, calibration_batches=8, batch_size=8,
+                   layers_steps=12, output_steps=8, gallery=7)
 
 
 def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | None = None, seed: int = 0,
@@ -108,8 +109,8 @@ def data_teacher() -> Path:
     from pydit.demo.teacher import ASSETS
 
     if not (ASSETS / "model_index.json").is_file():
-        raise UserError(f"teacher: expected the demo's trained pipeline in {ASSETS}, got none; reinstall pydit, or train one "
-                        "with `python -m pydit.demo.train_teacher` and pass --teacher DIR")
+        raise UserError(f"teacher: expected the demo's trained pipeline in {ASSETS}, got none; reinstall pydit, or "
+                        "train one with `python -m pydit.demo.train_teacher` and pass --teacher DIR")
     return ASSETS
 
 
@@ -185,7 +186,8 @@ class _Demo:
 
         def compute() -> None:
             batches = data.make_batches(self.pipe, batch_size=self.settings.batch_size, seed=self.settings.seed + 1)
-            collect(self.teacher, (batch for batch, _ in batches), max_batches=self.settings.calibration_batches).save(file)
+            count = self.settings.calibration_batches
+            collect(self.teacher, (batch for batch, _ in batches), max_batches=count).save(file)
 
         self.work.stage("collect", compute)
         stats = ActivationStats.load(file)
@@ -208,7 +210,7 @@ class _Demo:
 
     def _prune(self, plan: PruningPlan):
         batches = data.make_batches(self.pipe, batch_size=self.settings.batch_size, seed=self.settings.seed + 2)
-        few = [next(batches)[0] for _ in range(self.settings.calibration_batches // 2)] if self.settings.init == "probe" else None
+        few = (batch for batch, _ in itertools.islice(batches, self.settings.calibration_batches // 2))
         return prune(self.teacher, plan, init=self.settings.init, batches=few)
 
     def _choose_prompts(self, student) -> tuple[list[world.Prompt], list[int]]:
@@ -217,7 +219,8 @@ class _Demo:
         if count is None:
             per_image = self.work.stage("speed", self._seconds_per_image)
             share = _parameters(student) / _parameters(self.teacher)
-            count = int(self.settings.evaluation_share * 60 * self.settings.budget_minutes / (per_image * (1 + 2 * share)))
+            seconds = 60 * self.settings.evaluation_share * self.settings.budget_minutes
+            count = int(seconds / (per_image * (1 + 2 * share)))
             categories = len(world.CATEGORIES)
             count = max(10 * categories, min(100 * categories, count // categories * categories))
         prompts = world.sample_prompts(count, split="held_out", seed=self.settings.seed)
@@ -225,7 +228,8 @@ class _Demo:
 
     def _seconds_per_image(self) -> float:
         prompts = world.sample_prompts(32, split="train", seed=0)
-        arguments = {"steps": self.settings.steps, "guidance": self.settings.guidance, "batch_size": 32, "progress": False}
+        arguments = {"steps": self.settings.steps, "guidance": self.settings.guidance, "batch_size": 32,
+                     "progress": False}
         data.generate(self.pipe, [p.text for p in prompts[:4]], seeds=[0] * 4, **arguments)  # warm up
         started = time.monotonic()
         data.generate(self.pipe, [p.text for p in prompts], seeds=list(range(32)), **arguments)
@@ -265,17 +269,17 @@ class _Demo:
             if settings.quick:
                 return None
             # What remains after the last evaluation, which costs what that of the pruned model did, and the report.
-            rest = 60 * settings.budget_minutes - self.work.seconds - self.work.stages["pruned"]["seconds"] - REPORT_SECONDS
-            return max(0.5, rest / 60)
+            later = self.work.stages["pruned"]["seconds"] + REPORT_SECONDS
+            return max(0.5, settings.budget_minutes - (self.work.seconds + later) / 60)
 
         budget = self.work.stage("distill_minutes", minutes)
-        console.heading("Distil" + ("" if budget is None else f" for {budget:.1f} minutes: each new block alone, then the whole "
-                                                              "student"))
+        limit = "" if budget is None else f" for {budget:.1f} minutes"
+        console.heading(f"Distil{limit}: each new block alone, then the whole student")
         config = DistillConfig(
             layers_steps=settings.layers_steps, layers_lr=settings.layers_lr, output_steps=settings.output_steps,
-            output_lr=settings.output_lr, output_share=settings.output_share, output_trainable="all", max_minutes=budget,
-            magnitude=settings.magnitude, log_every=2 if settings.quick else 10, checkpoint_dir=self.work.path / "distill",
-            save_every_seconds=20.0, resume="auto")
+            output_lr=settings.output_lr, output_share=settings.output_share, output_trainable="all",
+            max_minutes=budget, magnitude=settings.magnitude, log_every=2 if settings.quick else 10,
+            checkpoint_dir=self.work.path / "distill", save_every_seconds=20.0, resume="auto")
         results = []
 
         def compute() -> dict[str, Any]:
@@ -293,7 +297,8 @@ class _Demo:
                 console.line(f"{phase:<7} {steps} steps, loss {rows[0]['loss']:.4g} -> {rows[-1]['loss']:.4g}")
         return result.history
 
-    def _finish(self, stats: ActivationStats, plan: PruningPlan, student, history: list[dict[str, Any]]) -> dict[str, Any]:
+    def _finish(self, stats: ActivationStats, plan: PruningPlan, student,
+                history: list[dict[str, Any]]) -> dict[str, Any]:
         console.heading("Save the distilled pipeline and write the report")
         self.pipe.register_modules(transformer=student)
         save_pipeline(self.pipe, self.out / "distilled")

@@ -71,5 +71,6 @@ def print_results(results: dict[str, Result]) -> None:
         low, high = last.intervals()[name]
         rows.append([name.replace("_", " "), *(console.percent(r.per_category.get(name)) for r in results.values()),
                      f"{100 * low:.1f} to {100 * high:.1f}", count])
-    rows.append(["mean over categories", *(console.percent(r.overall) for r in results.values()), "", len(last.prompts)])
+    overall = [console.percent(result.overall) for result in results.values()]
+    rows.append(["mean over categories", *overall, "", len(last.prompts)])
     console.table(["category", *results, "95 % interval", "images"], rows)

@@ -53,10 +53,12 @@ def save_pipeline(pipe, path: str | os.PathLike) -> Path:
             pipe.save_pretrained(new, safe_serialization=True)
         except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
             full = "space" in str(error).lower() or "os error 28" in str(error).lower()
-            raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}", str(path)) from None
+            raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}",
+                          str(path)) from None
         finally:
             if pruned:
                 pipe.register_modules(transformer=student)
+        _forget_paths(new)
         if pruned:
             write_json(new / PLAN_FILE, {"format": FORMAT, "version": VERSION, "plan": student.plan.to_dict(),
                                          "source": [list(layers) for layers in student.source]})
@@ -90,10 +92,11 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
 
     models = _load_models(path, index, dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True, **_dtype_option(dtype),
-                                                 **models)
+        pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True,
+                                                 **_dtype_option(dtype), **models)
     except Exception as error:  # diffusers and transformers raise many kinds for a directory they cannot read
-        raise FormatError(f"pipeline: expected a directory that diffusers can load, got {path}: {_line(error)}") from error
+        raise FormatError(f"pipeline: expected a directory that diffusers can load, got {path}: "
+                          f"{_line(error)}") from error
     if (path / PLAN_FILE).exists():
         pipe.register_modules(transformer=_restore(pipe.transformer, path / PLAN_FILE))
     return pipe.to(device)
@@ -139,13 +142,21 @@ def content_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:32]
 
 
+def _forget_paths(path: Path) -> None:
+    """Remove where on this machine the parts were loaded from, which diffusers writes into its JSON files."""
+    for file in (path / "model_index.json", *path.glob("*/config.json")):
+        data = read_json(file, what="pipeline")
+        if data.pop("_name_or_path", None) is not None:
+            write_json(file, data)
+
+
 def _check_component(folder: Path, name: str) -> None:
     files = [p for p in folder.iterdir() if p.is_file()]
     weights = [p for p in files if p.suffix == ".safetensors"]
     pickles = [p for p in files if p.suffix.lower() in PICKLE_SUFFIXES]
     if pickles and not weights:
-        raise FormatError(f"pipeline: expected {name} as safetensors, got a pickle ({pickles[0]}); loading a pickle runs "
-                          "code from whoever wrote it, so it is refused")
+        raise FormatError(f"pipeline: expected {name} as safetensors, got a pickle ({pickles[0]}); loading a pickle "
+                          "runs code from whoever wrote it, so it is refused")
     for file in files:
         if file.name.endswith(".index.json"):
             shards = read_json(file, what="pipeline").get("weight_map", {}).values()
@@ -159,22 +170,22 @@ def _check_component(folder: Path, name: str) -> None:
 
 
 def _check_length(file: Path) -> None:
-    """A safetensors file is 8 bytes of header length, the header, and as many bytes as the header's last tensor ends at."""
+    """A safetensors file is 8 bytes of header length, the header, and the bytes up to the end of its last tensor."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise FormatError(f"pipeline: expected a complete safetensors file, got a broken one ({file}: {size} bytes, "
-                              "shorter than its header)")
+            raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
+                              f"({file}: {size} bytes, shorter than its header)")
         try:
             header = json.loads(stream.read(length))
             end = max((int(t["data_offsets"][1]) for k, t in header.items() if k != "__metadata__"), default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            raise FormatError(f"pipeline: expected a complete safetensors file, got a broken one ({file}: unreadable "
-                              "header)") from None
+            raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
+                              f"({file}: unreadable header)") from None
     if size != 8 + length + end:
-        raise FormatError(f"pipeline: expected a complete safetensors file, got a broken one ({file}: {size} bytes instead "
-                          f"of {8 + length + end})")
+        raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
+                          f"({file}: {size} bytes instead of {8 + length + end})")
 
 
 def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -219,8 +230,8 @@ def _restore(transformer, file: Path):
     except (KeyError, TypeError) as error:
         raise FormatError(f"pipeline: expected a plan and its source map in {file}, got {error!r}") from None
     if depth != transformer.config.num_layers:
-        raise FormatError(f"pipeline: expected a plan that leaves {transformer.config.num_layers} blocks, as the stored "
-                          f"transformer has, got one that leaves {depth} ({file})")
+        raise FormatError(f"pipeline: expected a plan that leaves {transformer.config.num_layers} blocks, as the "
+                          f"stored transformer has, got one that leaves {depth} ({file})")
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         student = PrunedQwenImageTransformer2DModel(**config, pydit={"plan": plan.to_dict()})

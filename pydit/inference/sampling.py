@@ -14,8 +14,8 @@ import torch
 from pydit.errors import FormatError, UserError
 
 
-def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: float, height: int | None = None,
-             width: int | None = None) -> Iterator[Any]:
+def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: float,
+             height: int | None = None, width: int | None = None) -> Iterator[Any]:
     """Yield one PIL image per (prompt, seed), each from its own generator, one pipeline call each.
 
     Parameters
@@ -46,7 +46,8 @@ def record_batches(pipe, prompts: Sequence[str], *, steps: int, seed: int, heigh
             batch = {**dict(zip(names, args, strict=False)), **kwargs}
             batch.pop("return_dict", None)
             # The pipeline goes on to write into some of these tensors.
-            seen.append({name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()})
+            seen.append({name: value.clone() if isinstance(value, torch.Tensor) else value
+                         for name, value in batch.items()})
 
         handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
         try:
