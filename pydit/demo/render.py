@@ -75,7 +75,7 @@ def glyph_masks() -> torch.Tensor:
 
 @cache
 def _table(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """What each prompt fixes: count, is_glyph, kind [P, 4], colour [P, 4] (-1: open), relation (-1: none), one colour."""
+    """What prompts fix: count, is_glyph, kind [P, 4], colour [P, 4] (-1: open), relation (-1: none), one colour."""
     prompts = all_prompts()
     kind = torch.zeros(len(prompts), MAX_OBJECTS, dtype=torch.long)
     colour = torch.full_like(kind, -1)
@@ -142,7 +142,8 @@ def draw(scenes: Scenes) -> torch.Tensor:
     return torch.lerp(image, palette[scenes.colour[:, 0]][:, :, None, None], alpha)
 
 
-def _place(masks: torch.Tensor, kind: torch.Tensor, x: torch.Tensor, y: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+def _place(masks: torch.Tensor, kind: torch.Tensor, x: torch.Tensor, y: torch.Tensor,
+           shown: torch.Tensor) -> torch.Tensor:
     """Coverage [N, 1, 48, 48] of one mask per scene with its upper left corner at (x, y)."""
     grid = torch.arange(SIZE, device=x.device)
     height, width = masks.shape[1:]
@@ -157,7 +158,8 @@ def to_uint8(images: torch.Tensor):
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def contact_sheet(images: torch.Tensor, captions: list[str], *, columns: int, headings: tuple[str, ...] = (), zoom: int = 3):
+def contact_sheet(images: torch.Tensor, captions: list[str], *, columns: int, headings: tuple[str, ...] = (),
+                  zoom: int = 3):
     """A PIL image of captioned samples, row by row, with a heading over each column."""
     import textwrap
 

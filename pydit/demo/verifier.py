@@ -1,10 +1,10 @@
 """Decides from its pixels alone whether an image meets a prompt of the demo world.
 
-Reading an image takes three steps: pixels far from the background are grouped into components; a component's colour is
-the palette entry its interior agrees on; its coverage by that colour is compared with a bank of rendered templates
-(every shape, or every glyph, at several sizes and sub-pixel places). The best template must explain the component
-everywhere, so that a cut corner, a missing stroke or a second colour is a fault; it must beat every other kind by a
-margin; and the edges must be about as narrow as rendered ones, so that a blurred object is one too.
+Reading an image takes three steps. Pixels far from the background are grouped into components. A component's colour is
+the palette entry whose mixtures with the background explain it. Its coverage by that colour is compared with a bank of
+rendered templates: every shape, or every glyph, at several sizes and sub-pixel places. The best template must explain
+the component everywhere, so that a cut corner, a missing stroke or a second colour is a fault; it must beat every other
+kind by a margin; and the edges must be about as narrow as rendered ones, so that a blurred object is one too.
 
 The rules are stricter than GenEval's: an image meets a prompt only when every mark in it is readable and the objects
 are exactly those asked for, no more. ``a circle`` is not met by a circle and a square. Where a prompt leaves a colour
@@ -38,7 +38,7 @@ OFF_COLOUR = 70.0  # distance of a pixel from the line between background and co
 FIT = 0.8  # least agreement (soft intersection over union) with the best template
 MARGIN = 0.025  # by which the best kind must beat every other
 HOLE = 0.5  # largest mean error over a 4x4 window
-EDGE_WIDTH = 2.5  # edge pixels per pixel of outline: 0 to 1.1 rendered; blurred with sigma 1.2: 2.1 to 2.5, 1.5: 2.6 to 3
+EDGE_WIDTH = 2.5  # edge pixels per pixel of outline: 0 to 1.1 rendered, 2.6 to 3 after a Gaussian blur of sigma 1.5
 RELATION_OFFSET = 8.0
 PAD = 2  # pixels of window around a template on each side
 _SCALES = (14 / 15, 1.0, 16 / 15)
@@ -152,7 +152,7 @@ def _read(pixels: np.ndarray) -> tuple[list[Detected], np.ndarray]:
     mark = np.linalg.norm(pixels - _BACKGROUND, axis=2) > MARK_DISTANCE
     objects, specks = _read_components(pixels, mark, components(mark))
     if any(o.fault for o in objects):
-        # Strokes of a glyph may touch at a corner only, and a drawn one may miss it by a hair: join over gaps of 2 pixels.
+        # Strokes of a glyph may touch at a corner only, and a model may miss it by a hair: join over two pixels.
         joined = _read_components(pixels, mark, components(_dilate(mark)) * mark)
         if not any(o.fault for o in joined[0]):
             return joined
@@ -250,7 +250,8 @@ def _identify(pixels: np.ndarray, member: np.ndarray) -> Detected:
     best = int(fits.argmax())
     kind = bank.kind[best]
     template = bank.templates[best].reshape(coverage.shape)
-    centre = (float(corner[1] + bank.width / 2 + bank.shift[best, 0]), float(corner[0] + bank.height / 2 + bank.shift[best, 1]))
+    dx, dy = bank.shift[best]
+    centre = (float(corner[1] + bank.width / 2 + dx), float(corner[0] + bank.height / 2 + dy))
     error = np.where(astray, 1.0, np.abs(coverage - template))
     edge = np.where((coverage > 0.1) & (coverage < 0.9), 4 * coverage * (1 - coverage), 0).sum() / bank.outline[best]
     fault = ""
@@ -312,21 +313,22 @@ class _Bank:
 def _bank(which: str) -> _Bank:
     """Templates of all shapes or of all glyphs."""
     import torch
+    import torch.nn.functional as F
 
     names, masks, box = ((SHAPES, shape_masks(), (SHAPE_PIXELS,) * 2) if which == "shape"
                          else (GLYPHS, glyph_masks(), GLYPH_PIXELS))
     height, width = box[0] + 2 * PAD, box[1] + 2 * PAD
-    padded = torch.nn.functional.pad(masks, (PAD,) * 4)[:, None]
+    padded = F.pad(masks, (PAD,) * 4)[:, None]
     templates, kinds, shifts = [], [], []
     for scale in _SCALES:
         for dx in _SHIFTS:
             for dy in _SHIFTS:
                 # A pixel at p shows the mask at (p - shift) / scale; normalised coordinates span the window with 2.
-                theta = torch.tensor([[1 / scale, 0, -2 * dx / width / scale], [0, 1 / scale, -2 * dy / height / scale]])
-                grid = torch.nn.functional.affine_grid(theta.expand(len(names), 2, 3), (len(names), 1, 4 * height, 4 * width),
-                                                       align_corners=False)
-                fine = torch.nn.functional.grid_sample(padded, grid, mode="bilinear", align_corners=False)
-                templates.append(torch.nn.functional.avg_pool2d(fine, 4)[:, 0])
+                theta = torch.tensor([[1, 0, -2 * dx / width], [0, 1, -2 * dy / height]]) / scale
+                grid = F.affine_grid(theta.expand(len(names), 2, 3), (len(names), 1, 4 * height, 4 * width),
+                                     align_corners=False)
+                fine = F.grid_sample(padded, grid, mode="bilinear", align_corners=False)
+                templates.append(F.avg_pool2d(fine, 4)[:, 0])
                 kinds.append(np.arange(len(names)))
                 shifts.append(np.tile([dx, dy], (len(names), 1)))
     stack = torch.cat(templates).numpy()

@@ -94,7 +94,7 @@ def _by_text() -> dict[str, int]:
 
 
 def index_of(prompt: Prompt | str) -> int:
-    """Index into :func:`all_prompts` of a prompt or its text; UserError when the world's grammar does not produce it."""
+    """Index into :func:`all_prompts` of a prompt or its text; UserError when the grammar does not produce it."""
     text = prompt if isinstance(prompt, str) else prompt.text
     index = _by_text().get(" ".join(text.split()))
     if index is None:
@@ -174,7 +174,8 @@ def _main(argv: list[str] | None = None) -> None:
 
     from pydit.demo import render
 
-    parser = argparse.ArgumentParser(prog="python -m pydit.demo.world", description="Draw a contact sheet of the world.")
+    parser = argparse.ArgumentParser(prog="python -m pydit.demo.world",
+                                     description="Draw a contact sheet of the world.")
     parser.add_argument("--sheet", required=True, help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

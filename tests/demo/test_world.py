@@ -35,13 +35,16 @@ def test_prompts_say_what_they_require():
     cross, ring = world.Item("cross"), world.Item("ring")
     assert world.parse("three crosses").objects == (cross, cross, cross)
     assert world.parse("two red rings").objects == (world.Item("ring", "red"),) * 2
-    assert world.parse("a ring  left of a cross") == world.Prompt("a ring left of a cross", "position", (ring, cross), "left of")
-    assert world.parse("a blue ring and a red cross").objects == (world.Item("ring", "blue"), world.Item("cross", "red"))
+    assert world.parse("a ring  left of a cross") == world.Prompt("a ring left of a cross", "position", (ring, cross),
+                                                                  "left of")
+    blue_ring, red_cross = world.Item("ring", "blue"), world.Item("cross", "red")
+    assert world.parse("a blue ring and a red cross").objects == (blue_ring, red_cross)
     assert world.parse("the letter A in green").objects == (world.Item("A", "green"),)
     assert world.parse("a digit 7").category == "glyph"
 
 
-@pytest.mark.parametrize("text", ["", "five circles", "a red circle above a blue square", "the letter B", "a circle and a circle"])
+@pytest.mark.parametrize("text", ["", "five circles", "a red circle above a blue square", "the letter B",
+                                  "a circle and a circle"])
 def test_a_text_outside_the_grammar_is_refused(text):
     with pytest.raises(UserError, match=r"prompt: expected one of .* got "):
         world.parse(text)
@@ -152,7 +155,7 @@ def test_what_a_prompt_leaves_open_varies():
     assert set(scenes.colour[:, 0].tolist()) == set(range(len(world.COLOURS)))
     assert set(scenes.x[:, 0].tolist()) == set(scenes.y[:, 0].tolist()) == {0, 8, 16, 24, 32}
     scenes = render.sample_scenes(torch.full((3000,), world.index_of("a circle left of a ring")), generator)
-    assert len(set(zip(scenes.colour[:, 0].tolist(), scenes.colour[:, 1].tolist(), strict=True))) == len(world.COLOURS) ** 2
+    assert len(set(map(tuple, scenes.colour[:, :2].tolist()))) == len(world.COLOURS) ** 2
 
 
 # Shapes as inequalities in float64, written independently of the renderer: (x, y) from the middle of the box.
