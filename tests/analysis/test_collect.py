@@ -75,7 +75,8 @@ def test_padding_changes_nothing(model):
 
 def test_model_is_not_changed_and_seed_decides(model):
     before = tiny.fingerprint(model)
-    first, again, other = (collect(model, batches(), tokens_per_batch=8, progress=False, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (collect(model, batches(), tokens_per_batch=8, progress=False, seed=seed)
+                           for seed in (0, 0, 1))
     assert tiny.same(before, model.state_dict())
     assert torch.equal(first.samples["image"][0], again.samples["image"][0])
     assert not torch.equal(first.samples["image"][0], other.samples["image"][0])
@@ -94,7 +95,8 @@ def assert_equal(a, b):
     for stream in ("image", "text"):
         for x, y in zip(a.moments[stream], b.moments[stream], strict=True):
             assert all(torch.equal(v, y.state_dict()[k]) for k, v in x.state_dict().items())
-        for x, y in zip(a.samples[stream] + a.sample_ids[stream], b.samples[stream] + b.sample_ids[stream], strict=True):
+        for x, y in zip(a.samples[stream] + a.sample_ids[stream], b.samples[stream] + b.sample_ids[stream],
+                        strict=True):
             assert torch.equal(x, y) and x.dtype == y.dtype
 
 

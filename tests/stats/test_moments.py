@@ -53,7 +53,8 @@ def test_large_offset_costs_no_digits():
 
 def test_merge_in_any_order():
     x, y = rows(offset=1e3)
-    parts = [accumulate(a, b, [len(a)]) for a, b in zip(x.split([20, 1, 100, 79]), y.split([20, 1, 100, 79]), strict=True)]
+    sizes = [20, 1, 100, 79]
+    parts = [accumulate(a, b, [len(a)]) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         total = Moments(6, 4)
         for index in order:
