@@ -85,13 +85,16 @@ def load(directory: str | Path, run: Mapping[str, Any]) -> tuple[Progress, dict[
     directory = Path(directory)
     index = files.read_json(directory / INDEX, what="checkpoint_dir")
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
-        got = f"{index.get('format')!r} version {index.get('version')!r}" if isinstance(index, dict) else "something else"
+        got = "something else"
+        if isinstance(index, dict):
+            got = f"{index.get('format')!r} version {index.get('version')!r}"
         raise FormatError(f"checkpoint_dir: expected {FORMAT} version {VERSION} in {directory / INDEX}, got {got}")
     try:
         progress = Progress(**index["progress"])
         name, made_by = str(index["tensors"]), dict(index["run"])
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"checkpoint_dir: expected a complete {INDEX} in {directory}, got a broken one ({error!r})") from None
+        raise FormatError(f"checkpoint_dir: expected a complete {INDEX} in {directory}, "
+                          f"got a broken one ({error!r})") from None
     if Path(name).name != name:
         raise FormatError(f"checkpoint_dir: expected a file name beside {INDEX}, got {name!r}")
     _require_same(made_by, run)
@@ -112,4 +115,5 @@ def _require_same(made_by: Mapping[str, Any], run: Mapping[str, Any], path: str 
         if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
             _require_same(theirs, ours, f"{path}{key}.")
         elif theirs != ours:
-            raise UserError(f"checkpoint_dir: expected a checkpoint with {path}{key} {ours!r}, got one made with {theirs!r}")
+            raise UserError(f"checkpoint_dir: expected a checkpoint with {path}{key} {ours!r}, "
+                            f"got one made with {theirs!r}")

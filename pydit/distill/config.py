@@ -55,8 +55,13 @@ class DistillConfig:
     clip
         Largest gradient norm, per interval in the layer phase and over all parameters in the output phase; 0 is off.
     ema
-        Relative width of the weight average, whose window grows with the run (:func:`pydit.distill.schedule.ema_decay`);
-        the student ends each phase with the averaged weights. 0 is off.
+        Relative width of the weight average, whose window grows with the run
+        (:func:`pydit.distill.schedule.ema_decay`); the student ends each phase with the averaged weights. 0 is off.
+    cache_batches
+        Each phase keeps what the teacher computed on its first ``cache_batches`` batches, and goes through them again
+        instead of drawing new ones. The memory, on the device, is in the layer phase that of every interval's inputs
+        and targets: at most 2 x intervals x tokens x channels values per sample. 0 draws a new batch and runs the
+        teacher every step.
     gradient_checkpointing
         Recompute the student's blocks in the backward pass instead of keeping their activations.
     log_every
@@ -87,6 +92,7 @@ class DistillConfig:
     eps: float = 1e-8
     clip: float = 1.0
     ema: float = 0.05
+    cache_batches: int = 0
     gradient_checkpointing: bool = False
     log_every: int = 10
     checkpoint_dir: str | Path | None = None
@@ -108,12 +114,14 @@ class DistillConfig:
             _require(name, getattr(self, name), "a number from 0 up to, not including, 1",
                      lambda v: _number(v) and 0 <= v < 1)
         _require("final_lr", self.final_lr, "a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
-        _require("ema", self.ema, f"a number from 0 to {MAX_EMA_WIDTH}", lambda v: _number(v) and 0 <= v <= MAX_EMA_WIDTH)
+        _require("ema", self.ema, f"a number from 0 to {MAX_EMA_WIDTH}",
+                 lambda v: _number(v) and 0 <= v <= MAX_EMA_WIDTH)
         _require("betas", self.betas, "two numbers from 0 up to, not including, 1",
                  lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v))
         _require("loss", self.loss, f"one of {', '.join(LOSSES)}", lambda v: isinstance(v, str) and v in LOSSES)
         _require("output_trainable", self.output_trainable, "'replaced' or 'all'", lambda v: v in ("replaced", "all"))
         _require("gradient_checkpointing", self.gradient_checkpointing, "True or False", lambda v: isinstance(v, bool))
+        _require("cache_batches", self.cache_batches, "a whole number >= 0", lambda v: _whole(v, 0))
         _require("log_every", self.log_every, "a whole number >= 1", lambda v: _whole(v, 1))
         _require("save_every", self.save_every, "a whole number >= 1, or None", lambda v: v is None or _whole(v, 1))
         _require("checkpoint_dir", self.checkpoint_dir, "a path or None",

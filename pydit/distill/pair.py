@@ -28,7 +28,8 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
         shared = {p.data_ptr() for p in teacher.parameters()}
         for name, p in student.named_parameters():
             if p.data_ptr() in shared:
-                raise UserError(f"student: expected weights of its own, because output_trainable is 'all', got {name} shared with the teacher")
+                raise UserError("student: expected weights of its own, because output_trainable is 'all', "
+                                f"got {name} shared with the teacher")
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def prepared(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> I
 
 
 def digest(model: nn.Module) -> str:
-    """A fingerprint that tells models apart without reading all of their weights: names, shapes and eight values of each."""
+    """A fingerprint that tells models apart without reading all weights: names, shapes and eight values of each."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().flatten()[:8].double().tolist()}\n".encode())

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pydit.distill.config import DistillConfig
 from pydit.distill.losses import LOSSES, log_norm, token_mean
 from pydit.errors import UserError
-from pydit.models.adapter import ModelAdapter
+from pydit.models.adapter import Capture, ModelAdapter
 
 Streams = tuple[torch.Tensor, torch.Tensor]  # (image [B, S_img, C], text [B, S_txt, C])
 
@@ -48,7 +48,11 @@ class Phase:
         """Trainable parameters of the student: clipping group -> name -> parameter."""
         raise NotImplementedError
 
-    def backward(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> torch.Tensor:
+    def observe(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> Any:
+        """What the teacher has to say about a batch: all that :meth:`backward` needs, without gradients."""
+        raise NotImplementedError
+
+    def backward(self, observation: Any) -> torch.Tensor:
         """Add the gradients of the weighted sum of the terms; return the terms, fp32 [len(terms)], detached."""
         raise NotImplementedError
 
@@ -66,7 +70,8 @@ class Phase:
         """The streams to match at the end of an interval: the text output of the last layer may be dead."""
         return ("image",) if end == self.last and not self.adapter.last_text_used else ("image", "text")
 
-    def boundary_losses(self, end: int, student: Streams, target: Streams, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    def boundary_losses(self, end: int, student: Streams, target: Streams,
+                        mask: torch.Tensor | None) -> list[torch.Tensor]:
         """The configured loss on every stream that matters after teacher layer ``end``."""
         pairs = {"image": (student[0], target[0], None), "text": (student[1], target[1], mask)}
         return [token_mean(self._token_loss, *pairs[stream]) for stream in self.streams_of(end)]
@@ -92,8 +97,11 @@ class LayerPhase(Phase):
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         return self.replaced_parameters()
 
-    def backward(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> torch.Tensor:
-        states, kwargs = self.adapter.capture(self.teacher, batch, self.boundaries)
+    def observe(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> Capture:
+        return self.adapter.capture(self.teacher, batch, self.boundaries)
+
+    def backward(self, observation: Capture) -> torch.Tensor:
+        states, kwargs = observation
         mask = self.adapter.text_mask(kwargs)
         values = []
         for index, start, end in self.intervals:
@@ -110,8 +118,17 @@ class LayerPhase(Phase):
         return self.adapter.call_block(block, *streams, kwargs)
 
 
+class _Forward(NamedTuple):
+    """A batch and what the teacher made of it: its velocity and, by last layer of an interval, its streams."""
+
+    batch: Mapping[str, Any]
+    target: torch.Tensor | None
+    velocity: torch.Tensor
+    boundaries: dict[int, Streams]
+
+
 class OutputPhase(Phase):
-    """Student-fed: the student's velocity matches the teacher's, optionally also its boundaries and the true velocity."""
+    """Student-fed: the student matches the teacher's velocity; optionally its boundaries and the true velocity."""
 
     name = "output"
 
@@ -121,30 +138,33 @@ class OutputPhase(Phase):
         self.terms = [Term("output", "velocity", 1.0)]
         if config.flow_weight:
             self.terms.append(Term("output", "flow", config.flow_weight))
-        if config.boundary_weight:
-            self.terms += [Term(_label(start, end), stream, config.boundary_weight)
-                           for _, start, end in self.intervals for stream in self.streams_of(end)]
+        self.watched = self.intervals if config.boundary_weight else []
+        self.terms += [Term(_label(start, end), stream, config.boundary_weight)
+                       for _, start, end in self.watched for stream in self.streams_of(end)]
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         if self.config.output_trainable == "all":
             return {"output": dict(self.student.named_parameters())}
         return {"output": {name: p for named in self.replaced_parameters().values() for name, p in named.items()}}
 
-    def backward(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> torch.Tensor:
-        watch = bool(self.config.boundary_weight)
+    def observe(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> _Forward:
         layers = self.adapter.blocks(self.teacher)
-        expected: dict[int, Streams] = {}
-        got: dict[int, Streams] = {}
-        with torch.no_grad(), self._outputs({end: layers[end] for _, _, end in self.intervals} if watch else {}, expected):
-            wanted = self.teacher(**batch, return_dict=False)[0]
-        with self._outputs({end: self.blocks[i] for i, _, end in self.intervals} if watch else {}, got):
+        boundaries: dict[int, Streams] = {}
+        with torch.no_grad(), self._outputs({end: layers[end] for _, _, end in self.watched}, boundaries):
+            velocity = self.teacher(**batch, return_dict=False)[0]
+        return _Forward(batch, target, velocity, boundaries)
+
+    def backward(self, observation: _Forward) -> torch.Tensor:
+        batch = observation.batch
+        boundaries: dict[int, Streams] = {}
+        with self._outputs({end: self.blocks[index] for index, _, end in self.watched}, boundaries):
             velocity = self.student(**batch, return_dict=False)[0]
-        losses = [F.mse_loss(velocity.float(), wanted.float())]
+        losses = [F.mse_loss(velocity.float(), observation.velocity.float())]
         if self.config.flow_weight:
-            losses.append(F.mse_loss(velocity.float(), _flow_target(target, velocity)))
+            losses.append(F.mse_loss(velocity.float(), _flow_target(observation.target, velocity)))
         mask = self.adapter.text_mask(batch)
-        for _, _, end in self.intervals if watch else ():
-            losses += self.boundary_losses(end, got[end], expected[end], mask)
+        for _, _, end in self.watched:
+            losses += self.boundary_losses(end, boundaries[end], observation.boundaries[end], mask)
         values = torch.stack(losses)
         (values * values.new_tensor([term.weight for term in self.terms])).sum().backward()
         return values.detach()

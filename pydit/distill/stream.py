@@ -24,11 +24,16 @@ class BatchStream:
         iterator (a list, say) starts over at its end. An item is a dict of forward arguments or a pair
         ``(dict, target)``.
     start : number of the first batch to deliver.
+
+    Attributes
+    ----------
+    delivered : int
+        Number of the next batch.
     """
 
     def __init__(self, batches: Batches, start: int, adapter: ModelAdapter, device: torch.device) -> None:
         self._adapter, self._device = adapter, device
-        self._delivered = start
+        self.delivered = start
         self._again = None
         if callable(batches):
             self._iterator = iter(batches(start))
@@ -43,14 +48,14 @@ class BatchStream:
 
     def next(self) -> tuple[dict[str, Any], torch.Tensor | None]:
         """The next batch as (forward arguments, target or None); UserError when there is none."""
-        item = self._advance(self._delivered)
+        item = self._advance(self.delivered)
         target = None
         if isinstance(item, (tuple, list)) and len(item) == 2:
             item, target = item
         if not isinstance(item, Mapping) or not (target is None or isinstance(target, torch.Tensor)):
-            raise UserError(f"batches: expected dicts of forward arguments or (dict, tensor) pairs, got {_describe(item, target)} "
-                            f"as batch {self._delivered}")
-        self._delivered += 1
+            raise UserError("batches: expected dicts of forward arguments or (dict, tensor) pairs, "
+                            f"got {_describe(item, target)} as batch {self.delivered}")
+        self.delivered += 1
         batch = {name: self._place(value) for name, value in item.items() if name != "return_dict"}
         return self._without_padding(batch), self._place(target)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pydit.distill import checkpoint, distributed
+from pydit.distill.cache import Observations
 from pydit.distill.config import DistillConfig
 from pydit.distill.optimizer import Optimizer, load_weights
 from pydit.distill.pair import digest, prepared, require_pair
@@ -37,10 +38,10 @@ class DistillResult:
     ----------
     history
         One dict per ``log_every`` steps: ``phase`` ("layers" or "output"), ``step`` (within the phase, from 1),
-        ``loss`` (weighted sum of the terms), ``intervals`` ({"3-5": {"image": ..., "text": ...}}), in the output phase
-        ``output`` ({"velocity": ..., "flow": ...}), ``gradient_norm`` (the largest of any group, before clipping), ``lr``,
-        ``seconds`` (since the run began, earlier parts of a resumed run included) and ``ms_per_step``. Losses are means
-        over the row's steps.
+        ``loss`` (weighted sum of the terms), ``intervals`` ({"3-5": {"image": ..., "text": ...}}), in the output
+        phase ``output`` ({"velocity": ..., "flow": ...}), ``gradient_norm`` (the largest of any group, before
+        clipping), ``lr``, ``seconds`` (since the run began, earlier parts of a resumed run included) and
+        ``ms_per_step``. Losses are means over the row's steps.
     steps
         Optimiser steps per phase.
     seconds
@@ -63,10 +64,10 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
             progress: bool = True) -> DistillResult:
     """Train the replacement blocks of a pruned model against the model it came from, in place.
 
-    Two phases, each with its own steps and learning rate. ``layers``: the teacher runs once per batch without gradients;
-    the block that stands for layers s..e gets the teacher's input of layer s and learns the teacher's output of layer
-    e, text and image stream (PPCL, arXiv 2511.16156, Stage 1.3). ``output`` (optional): the student runs by itself and
-    learns the teacher's final velocity.
+    Two phases, each with its own steps and learning rate. ``layers``: the teacher runs once per batch without
+    gradients; the block that stands for layers s..e gets the teacher's input of layer s and learns the teacher's
+    output of layer e, text and image stream (PPCL, arXiv 2511.16156, Stage 1.3). ``output`` (optional): the student
+    runs by itself and learns the teacher's final velocity.
 
     The student trains in its own dtype; losses are fp32 and bf16 parameters are stepped through fp32 master copies.
     With ``torch.distributed`` initialised, gradients are averaged over processes, each with its own ``batches``.
@@ -74,12 +75,13 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
     Parameters
     ----------
     teacher : a diffusers transformer. Left as it was: weights, mode, ``requires_grad``.
-    student : what ``pydit.prune`` made of it, on the same device and in the same dtype. Only the replacement blocks change
-        (every parameter in the output phase with ``output_trainable="all"``); mode and ``requires_grad`` are restored.
-    batches : an iterable of batches, or a function ``start -> iterator`` that begins at batch ``start``, which lets a resumed
-        run continue the stream without replaying it. A batch is a dict of ``transformer.forward`` arguments, or a
-        pair of it and the true velocity, which only ``flow_weight`` reads. Text tokens that the mask leaves out take no
-        part, whatever they hold.
+    student : what ``pydit.prune`` made of it, on the same device and in the same dtype. Only the replacement blocks
+        change (every parameter in the output phase with ``output_trainable="all"``); mode and ``requires_grad`` are
+        restored.
+    batches : an iterable of batches, or a function ``start -> iterator`` that begins at batch ``start``, which lets a
+        resumed run continue the stream without replaying it. A batch is a dict of ``transformer.forward`` arguments,
+        or a pair of it and the true velocity, which only ``flow_weight`` reads. Text tokens that the mask leaves out
+        take no part, whatever they hold.
     config : DistillConfig
     progress : show a progress bar, if tqdm is installed.
 
@@ -114,15 +116,15 @@ class _Run:
         self.began = monotonic() - self.progress.seconds
         self.saved_at = self.progress.seconds
         if self.progress.phase != "done":
-            self.stream = BatchStream(batches, self.progress.batches, adapter, self.device)
-        if self.loaded:
-            checkpoint.restore_random(self.loaded, self.device)
+            again = min(self.progress.step, config.cache_batches)  # what the cache of a resumed phase held
+            self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device)
 
     def _start(self) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
         directory, resume = self.config.checkpoint_dir, self.config.resume
         found = directory is not None and checkpoint.exists(directory)
         if found and not resume:
-            raise UserError(f"checkpoint_dir: expected a directory without a checkpoint, because resume is False, got {directory}")
+            raise UserError("checkpoint_dir: expected a directory without a checkpoint, because resume is False, "
+                            f"got {directory}")
         if not found and resume is True:
             raise UserError(f"checkpoint_dir: expected a checkpoint to resume, got none in {directory}")
         distributed.barrier()  # no process may write before every one has looked
@@ -156,8 +158,11 @@ class _Run:
         optimizer = Optimizer(groups, self.config)
         if state.step:
             optimizer.load_state(self.loaded, state.step)
+        observations = Observations(phase, self.stream, self.config.cache_batches, state.step)
+        if self.loaded:  # after the stream, which may have drawn numbers of its own
+            checkpoint.restore_random(self.loaded, self.device)
         self.loaded = {}
-        self._train(phase, optimizer, budget, peak)
+        self._train(phase, observations, optimizer, budget, peak)
         optimizer.finish()
         for p in trainable:
             p.requires_grad_(False)
@@ -165,7 +170,8 @@ class _Run:
         if self.config.checkpoint_dir is not None:
             self._save(optimizer.weights())
 
-    def _train(self, phase: Phase, optimizer: Optimizer, budget: Budget, peak: float) -> None:
+    def _train(self, phase: Phase, observations: Observations, optimizer: Optimizer, budget: Budget,
+               peak: float) -> None:
         state, config = self.progress, self.config
         with step_bar(self.show, phase.name, budget, state.step) as bar:
             while True:
@@ -174,8 +180,9 @@ class _Run:
                     elapsed = distributed.agree(elapsed, self.device)
                 if budget.spent(state.step, elapsed):
                     break
-                lr = peak * lr_factor(budget.fraction(state.step, elapsed), warmup=config.warmup, final=config.final_lr)
-                values = phase.backward(*self.stream.next())
+                fraction = budget.fraction(state.step, elapsed)
+                lr = peak * lr_factor(fraction, warmup=config.warmup, final=config.final_lr)
+                values = phase.backward(observations.get(state.step))
                 norms = optimizer.gradient_norms()
                 distributed.average([values])
                 numbers = torch.cat([values, norms]).tolist()  # the only synchronisation of a step
@@ -183,7 +190,7 @@ class _Run:
                 optimizer.step(lr, norms)
                 state.step += 1
                 state.steps[phase.name] = state.step
-                state.batches += 1
+                state.batches = self.stream.delivered
                 self._record(phase, numbers, lr, state.phase_start + elapsed)
                 if state.window["count"] >= config.log_every:
                     self._close_row(phase)
@@ -197,7 +204,8 @@ class _Run:
 
     def _budget(self, name: str) -> tuple[Budget, float]:
         config = self.config
-        steps, lr = (config.layers_steps, config.layers_lr) if name == "layers" else (config.output_steps, config.output_lr)
+        steps = config.layers_steps if name == "layers" else config.output_steps
+        lr = config.layers_lr if name == "layers" else config.output_lr
         if config.max_minutes is None:
             return Budget(steps, None), lr
         total = 60.0 * config.max_minutes
@@ -222,8 +230,8 @@ class _Run:
             "phase": phase.name, "step": state.step,
             "loss": sum(term.weight * mean for term, mean in zip(phase.terms, means, strict=True)), "intervals": {}}
         for term, mean in zip(phase.terms, means, strict=True):
-            parts = row.setdefault("output", {}) if term.name == "output" else row["intervals"].setdefault(term.name, {})
-            parts[term.part] = mean
+            place = row if term.name == "output" else row["intervals"]
+            place.setdefault(term.name, {})[term.part] = mean
         row |= {"gradient_norm": window["norm"], "lr": window["lr"], "seconds": now,
                 "ms_per_step": 1000 * (now - window["began"]) / window["count"]}
         state.history.append(row)
@@ -238,8 +246,9 @@ class _Run:
                 kept = (f"the last checkpoint is in {directory}"
                         if directory is not None and checkpoint.exists(directory) else "there is no checkpoint")
                 where = f"{part} of the output" if name == "output" else f"{part} of interval {name}"
-                raise NonFiniteLossError(f"distill: expected finite losses and gradients, got {value} in step {step} of phase "
-                                         f"{phase.name}, {where}; the student holds the weights of step {step - 1}, {kept}")
+                raise NonFiniteLossError(
+                    f"distill: expected finite losses and gradients, got {value} in step {step} of phase {phase.name}, "
+                    f"{where}; the student holds the weights of step {step - 1}, {kept}")
 
     def _save_is_due(self, budget: Budget) -> bool:
         config, state = self.config, self.progress

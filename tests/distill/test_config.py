@@ -35,6 +35,7 @@ from pydit.distill import DistillConfig
     ({"clip": -1}, "clip: expected a number >= 0, got -1"),
     ({"ema": 0.5}, "ema: expected a number from 0 to 0.28, got 0.5"),
     ({"gradient_checkpointing": 1}, "gradient_checkpointing: expected True or False, got 1"),
+    ({"cache_batches": -1}, "cache_batches: expected a whole number >= 0, got -1"),
     ({"log_every": 0}, "log_every: expected a whole number >= 1, got 0"),
     ({"checkpoint_dir": ""}, "checkpoint_dir: expected a path or None, got ''"),
     ({"checkpoint_dir": "d", "save_every": 0}, "save_every: expected a whole number >= 1, or None, got 0"),

@@ -71,11 +71,12 @@ def test_both_losses_fall_and_the_model_comes_closer():
                        for b, _ in batches)
 
     start = distance()
-    config = DistillConfig(layers_steps=60, layers_lr=2e-3, output_steps=40, output_lr=1e-3, magnitude=0.5, log_every=10)
+    config = DistillConfig(layers_steps=40, layers_lr=3e-3, output_steps=20, output_lr=1e-3, magnitude=0.5,
+                           log_every=5)
     result = run(teacher, student, config, batches)
     layers = [row for row in result.history if row["phase"] == "layers"]
     output = [row for row in result.history if row["phase"] == "output"]
-    assert len(layers) == 6 and len(output) == 4
+    assert len(layers) == 8 and len(output) == 4
     for name, streams in layers[0]["intervals"].items():
         for stream, value in streams.items():
             assert layers[-1]["intervals"][name][stream] < 0.7 * value, (name, stream)
@@ -183,7 +184,7 @@ def test_bf16_models_train():
 
 
 class Clock:
-    """A clock that advances by ``tick`` whenever a batch is drawn, and otherwise stands still."""
+    """A clock that advances by ``tick`` whenever a batch is drawn and otherwise stands still."""
 
     def __init__(self, tick):
         self.now, self.tick = 1000.0, tick
@@ -197,7 +198,7 @@ class Clock:
             yield item
 
 
-@pytest.mark.parametrize("tick, expected", [(1.0, (42, 18)), (2.0, (21, 9)), (7.0, (6, 3))])
+@pytest.mark.parametrize("tick, expected", [(2.0, (21, 9)), (7.0, (6, 3))])
 def test_a_time_budget_ends_annealed_on_any_machine(monkeypatch, tick, expected):
     clock = Clock(tick)
     monkeypatch.setattr(trainer, "monotonic", clock)
@@ -210,18 +211,30 @@ def test_a_time_budget_ends_annealed_on_any_machine(monkeypatch, tick, expected)
     for phase, peak in (("layers", 1e-3), ("output", 1e-4)):
         lrs = [row["lr"] for row in result.history if row["phase"] == phase]
         assert max(lrs) <= peak and max(lrs) > 0.4 * peak  # the slowest machine has three steps
-        assert lrs[-1] == min(lrs[2:]) and lrs[-1] < 0.3 * peak
-        if tick == 1.0:
-            assert lrs[-1] < 0.01 * peak
+        assert lrs[-1] == min(lrs[2:]) and lrs[-1] < (0.02 if tick == 2.0 else 0.1) * peak
     assert [row["ms_per_step"] for row in result.history] == [1000 * tick] * sum(expected)
 
 
 def test_unused_minutes_of_the_layer_phase_go_to_the_output_phase(monkeypatch):
     clock = Clock(1.0)
     monkeypatch.setattr(trainer, "monotonic", clock)
-    config = DistillConfig(layers_steps=5, output_steps=None, max_minutes=0.5, output_share=0.3, log_every=100)
+    config = DistillConfig(layers_steps=5, output_steps=None, max_minutes=0.25, output_share=0.3, log_every=100)
     teacher, student = tiny.make_pair()
-    assert run(teacher, student, config, clock.stream).steps == {"layers": 5, "output": 25}
+    assert run(teacher, student, config, clock.stream).steps == {"layers": 5, "output": 10}
+
+
+def test_a_cache_spares_the_teacher_and_repeats_the_same_batches():
+    teacher, student = tiny.make_pair()
+    ran = []
+    teacher.transformer_blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    config = dataclasses.replace(FAST, layers_steps=6, layers_lr=1e-12, output_steps=5, output_lr=1e-12, ema=0)
+    cached = run(teacher, student, dataclasses.replace(config, cache_batches=3)).history
+    assert len(ran) == 6  # three batches in each phase
+    first = [row["loss"] for row in cached if row["phase"] == "layers"]
+    assert len(set(first[:3])) == 3 and sorted(first[3:]) == pytest.approx(sorted(first[:3]), rel=1e-6)
+    fresh = run(*tiny.make_pair(), dataclasses.replace(config, layers_steps=3)).history
+    for ours, theirs in zip([row for row in cached if row["step"] <= 3], fresh[:6], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)  # both phases continue one stream
 
 
 def test_history_rows_are_means_over_their_steps():
@@ -253,7 +266,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
 
 def test_wrong_models_and_batches_are_named():
     teacher, student = tiny.make_pair()
-    with pytest.raises(UserError, match="student: expected a model made by pydit.prune, got QwenImageTransformer2DModel"):
+    with pytest.raises(UserError, match="student: expected a model made by pydit.prune, got QwenImageT"):
         run(teacher, teacher)
     with pytest.raises(UserError, match="student: expected a plan with at least one interval"):
         run(teacher, pydit.prune(teacher, PruningPlan.from_intervals(6, [])))

@@ -18,8 +18,8 @@ from pydit import FormatError, PruningPlan, UserError
 from pydit.distill import DistillConfig, checkpoint, distill
 from tests.distill import tiny
 
-CONFIG = DistillConfig(layers_steps=6, layers_lr=1e-3, output_steps=4, output_lr=1e-3, output_trainable="all", log_every=4,
-                       save_every=1)
+CONFIG = DistillConfig(layers_steps=6, layers_lr=1e-3, output_steps=4, output_lr=1e-3, output_trainable="all",
+                       log_every=4, save_every=1)
 
 
 class Stop(Exception):
@@ -74,6 +74,42 @@ def test_iterables_are_stepped_over_to_the_same_place(tmp_path, uninterrupted):
         distill(teacher, student, itertools.islice(tiny.stream(), 7), config, progress=False)
     _, weights = resumed(config, tiny.stream())
     assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_cache_is_filled_again(tmp_path, at):
+    """Killed while the layer phase fills its cache, or the output phase its own."""
+    config = dataclasses.replace(CONFIG, save_every=None, cache_batches=2)
+    teacher, student = tiny.make_pair()
+    whole = distill(teacher, student, tiny.stream, config, progress=False)
+    config = dataclasses.replace(config, save_every=1, checkpoint_dir=tmp_path)
+    with pytest.raises(Stop):
+        distill(*tiny.make_pair(), stopping_stream({1: 1, 2: 3}[at]), config, progress=False)
+    result, weights = resumed(config)
+    assert result.resumed_from == {1: ("layers", 1), 2: ("output", 1)}[at]
+    assert without_times(result.history) == without_times(whole.history)
+    assert all(torch.equal(weights[name], p) for name, p in tiny.weights(student).items())
+
+
+def test_a_cache_is_filled_again_in_a_later_pass(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, output_steps=0, cache_batches=2, checkpoint_dir=tmp_path / "whole")
+    teacher, student = tiny.make_pair()
+    distill(teacher, student, tiny.stream, config, progress=False)
+    config = dataclasses.replace(config, checkpoint_dir=tmp_path / "parts")
+    real = checkpoint.save
+
+    def save(directory, progress, *rest):
+        real(directory, progress, *rest)
+        if progress.step == 5:
+            raise Stop
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(Stop):
+        distill(*tiny.make_pair(), tiny.stream, config, progress=False)
+    monkeypatch.setattr(checkpoint, "save", real)
+    result, weights = resumed(config)
+    assert result.resumed_from == ("layers", 5)
+    assert all(torch.equal(weights[name], p) for name, p in tiny.weights(student).items())
 
 
 def test_sparse_saves_and_bf16_masters(tmp_path):
