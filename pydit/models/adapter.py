@@ -78,7 +78,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def text_mask(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        """From block arguments: which text tokens are real, bool [B, S_txt], or None when all are."""
+        """From the arguments of a block or of the model: which text tokens are real, bool [B, S_txt]; None: all."""
 
     @abstractmethod
     def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:

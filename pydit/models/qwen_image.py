@@ -39,7 +39,8 @@ class QwenImageAdapter(ModelAdapter):
         return transformer.inner_dim
 
     def text_mask(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        return kwargs.get("encoder_hidden_states_mask")
+        mask = kwargs.get("encoder_hidden_states_mask")
+        return None if mask is None else mask.bool()
 
     def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
         return {"image": block.img_mlp.net[2], "text": block.txt_mlp.net[2]}
