@@ -6,6 +6,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_tools.build_ext import CMakeBuild  # noqa: E402
+from build_tools.build_ext import CMakeBuild
 
 setup(ext_modules=[Extension("pydit._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark: ``make`` returns fresh inputs, ``run`` and every peer take them, ``exact`` is the float64 answer."""
+    """One benchmark: ``make`` returns inputs, ``run`` and every peer take them, ``exact`` is the float64 answer."""
 
     op: str
     model: str
@@ -90,7 +90,8 @@ def _token_case(op, model, b, s, c, dtype):
     run, eager, tensors, moved = {
         "ada_layer_norm": (ops.ada_layer_norm, _eager_ada_layer_norm, ("x", "m", "m"), 2),
         "gated_residual": (ops.gated_residual, _eager_gated_residual, ("x", "x", "m"), 3),
-        "gated_residual_ada_layer_norm": (ops.gated_residual_ada_layer_norm, _eager_fused, ("x", "x", "m", "m", "m"), 4),
+        "gated_residual_ada_layer_norm": (ops.gated_residual_ada_layer_norm, _eager_fused,
+                                          ("x", "x", "m", "m", "m"), 4),
     }[op]
 
     def make(device):
@@ -128,8 +129,8 @@ def cases(size: str = "full") -> list[Case]:
     if size == "small":
         return [_token_case(op, "tiny", 2, 72, 96, "fp32") for op in block] + [_head_case("tiny", 2, 72, 3, 32, "fp32")]
     found = []
-    for model, b, s, c in (("qwen-image", 1, 7401, 3072), ("qwen-image", 2, 7401, 3072), ("qwen-image-text", 1, 512, 3072),
-                           ("flux.1", 1, 4608, 3072), ("sd3.5-large", 1, 4096, 2432)):
+    for model, b, s, c in (("qwen-image", 1, 7401, 3072), ("qwen-image", 2, 7401, 3072),
+                           ("qwen-image-text", 1, 512, 3072), ("flux.1", 1, 4608, 3072), ("sd3.5-large", 1, 4096, 2432)):
         found += [_token_case(op, model, b, s, c, "bf16") for op in block]
     for model, b, s, h, d in (("qwen-image", 1, 7401, 24, 128), ("qwen-image", 2, 7401, 24, 128),
                               ("qwen-image-text", 1, 512, 24, 128), ("flux.1", 1, 4608, 24, 128),

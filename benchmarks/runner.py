@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe_machine(device)
     print(json.dumps(machine))
     limits = measure_limits(device)
-    print(f"copy {limits['copy_gb_s']:.0f} GB/s" + (f", bf16 GEMM {limits['gemm_tflop_s']:.0f} TFLOP/s" if device == "cuda" else ""))
+    print(f"copy {limits['copy_gb_s']:.0f} GB/s"
+          + (f", bf16 GEMM {limits['gemm_tflop_s']:.0f} TFLOP/s" if device == "cuda" else ""))
     rows, wrong = [], 0
     print(f"{'case':62} {'provider':14} {'us':>9} {'IQR':>7} {'GB/s':>7} {'% limit':>8} {'ratio':>6}")
     for case in cases(args.size):
@@ -76,7 +77,8 @@ def run_case(case: Case, device: str, limits: dict) -> dict:
         us, (low, _, high) = median(values), quantiles(values, n=4)
         row["providers"][name] = {"us": us, "iqr_us": high - low, "gb_s": case.bytes / us / 1e3,
                                   "percent_of_limit": 100 * floor_us / us, "ratio": us / ours}
-        print(f"{case.name if name == 'pydit' else '':62} {name:14} {us:9.2f} {high - low:7.2f} {case.bytes / us / 1e3:7.0f} "
+        print(f"{case.name if name == 'pydit' else '':62} {name:14} {us:9.2f} {high - low:7.2f} "
+              f"{case.bytes / us / 1e3:7.0f} "
               f"{100 * floor_us / us:7.1f}% {us / ours:6.2f}", flush=True)
     return row
 
@@ -85,7 +87,8 @@ def verify(case: Case, device: str) -> None:
     """Hold the op against float64 under the tolerance policy; AssertionError when it is wrong."""
     args = case.make(device)
     results, exact, eager = (f(*args) for f in (case.run, case.exact, case.eager))
-    for i, (a, b, c) in enumerate(zip(*(r if isinstance(r, tuple) else (r,) for r in (results, exact, eager)), strict=True)):
+    outputs = zip(*(r if isinstance(r, tuple) else (r,) for r in (results, exact, eager)), strict=True)
+    for i, (a, b, c) in enumerate(outputs):
         assert_accurate(a, b, c, name=f"{case.name} output {i}")
 
 

@@ -71,7 +71,7 @@ def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu")
     refuse_pickle(path, what=what)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
         raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {error})") from None
 

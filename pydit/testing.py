@@ -20,7 +20,8 @@ def ulp(dtype: torch.dtype, magnitude: float) -> float:
     return info.eps * 2.0 ** math.floor(math.log2(magnitude))
 
 
-def assert_accurate(actual: torch.Tensor, reference: torch.Tensor, same_dtype: torch.Tensor, *, name: str = "result") -> None:
+def assert_accurate(actual: torch.Tensor, reference: torch.Tensor, same_dtype: torch.Tensor, *,
+                    name: str = "result") -> None:
     """Check ``actual`` against the tolerance policy.
 
     Parameters
@@ -44,8 +45,8 @@ def assert_accurate(actual: torch.Tensor, reference: torch.Tensor, same_dtype: t
                              f"(same-dtype torch: {list(same_dtype.shape)})")
     if actual.numel() == 0:
         return
-    actual, reference, same_dtype_wide = actual.detach().cpu(), reference.detach().cpu(), same_dtype.detach().cpu().double()
-    wide = actual.double()
+    reference, same_dtype_wide = reference.detach().cpu(), same_dtype.detach().cpu().double()
+    wide = actual.detach().cpu().double()
     bad = ~torch.isfinite(wide) & (wide != reference)
     if bad.any():
         where = tuple(int(i) for i in bad.nonzero()[0])

@@ -67,23 +67,22 @@ void call(const Backend& backend, int (*op)(const Params*), const Params& params
 
 void define_ops(py::module_ m, const Backend& backend) {
   using Tensor = py::handle;
-  m.def("ada_layer_norm",
-        [backend](Tensor x, Tensor scale, Tensor shift, Tensor out, double eps, int64_t split, int dtype,
-                  uintptr_t stream) {
-          pydit_ada_layer_norm_params p = {};
-          p.x = tokens(x), p.scale = modulation(scale), p.shift = modulation(shift), p.out = tokens(out);
-          set_token_shape(p, x, split);
-          p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
-          call(backend, backend.ada_layer_norm, p);
-        });
-  m.def("gated_residual", [backend](Tensor x, Tensor y, Tensor gate, Tensor out, int64_t split, int dtype,
-                                    uintptr_t stream) {
-    pydit_gated_residual_params p = {};
-    p.x = tokens(x), p.y = tokens(y), p.gate = modulation(gate), p.out = tokens(out);
+  m.def("ada_layer_norm", [backend](Tensor x, Tensor scale, Tensor shift, Tensor out, double eps, int64_t split,
+                                    int dtype, uintptr_t stream) {
+    pydit_ada_layer_norm_params p = {};
+    p.x = tokens(x), p.scale = modulation(scale), p.shift = modulation(shift), p.out = tokens(out);
     set_token_shape(p, x, split);
-    p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
-    call(backend, backend.gated_residual, p);
+    p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    call(backend, backend.ada_layer_norm, p);
   });
+  m.def("gated_residual",
+        [backend](Tensor x, Tensor y, Tensor gate, Tensor out, int64_t split, int dtype, uintptr_t stream) {
+          pydit_gated_residual_params p = {};
+          p.x = tokens(x), p.y = tokens(y), p.gate = modulation(gate), p.out = tokens(out);
+          set_token_shape(p, x, split);
+          p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+          call(backend, backend.gated_residual, p);
+        });
   m.def("gated_residual_ada_layer_norm",
         [backend](Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, Tensor residual, Tensor out, double eps,
                   int64_t split, int dtype, uintptr_t stream) {
@@ -109,9 +108,11 @@ void define_ops(py::module_ m, const Backend& backend) {
   });
 }
 
-#define PYDIT_BACKEND_TABLE(name)                                                           \
-  Backend{pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual, \
-          pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope}
+#define PYDIT_BACKEND_TABLE(name)                                                            \
+  Backend {                                                                                  \
+    pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual, \
+        pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope            \
+  }
 
 }  // namespace
 

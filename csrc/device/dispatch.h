@@ -15,10 +15,14 @@ struct TypeTag {
 template <typename Function>
 int dispatch_dtype(const char* op, int32_t dtype, Function&& function) {
   switch (dtype) {
-    case PYDIT_FLOAT32: return function(TypeTag<float>{});
-    case PYDIT_FLOAT16: return function(TypeTag<__half>{});
-    case PYDIT_BFLOAT16: return function(TypeTag<__nv_bfloat16>{});
-    default: return bad_argument("%s: dtype: expected float32 (0), float16 (1) or bfloat16 (2), got %d", op, dtype);
+    case PYDIT_FLOAT32:
+      return function(TypeTag<float>{});
+    case PYDIT_FLOAT16:
+      return function(TypeTag<__half>{});
+    case PYDIT_BFLOAT16:
+      return function(TypeTag<__nv_bfloat16>{});
+    default:
+      return bad_argument("%s: dtype: expected float32 (0), float16 (1) or bfloat16 (2), got %d", op, dtype);
   }
 }
 

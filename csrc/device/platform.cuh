@@ -17,7 +17,7 @@
 
 #define PYDIT_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   (kernel<<<(grid), (block), (smem_bytes), (stream)>>>(__VA_ARGS__), cudaGetLastError())
-#define PYDIT_DYNAMIC_SHARED(type, name)                     \
+#define PYDIT_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(1024) unsigned char name##_raw[]; \
   type* name = reinterpret_cast<type*>(name##_raw)
 

@@ -36,13 +36,12 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-#include "sim/types.h"
-
 #include "sim/half.h"
 #include "sim/intrinsics.h"
 #include "sim/launch.h"
 #include "sim/runtime.h"
 #include "sim/scheduler.h"
+#include "sim/types.h"
 #include "sim/warp.h"
 
 // Built-in variables of the running thread.

@@ -65,8 +65,8 @@ Stacks::~Stacks() {
 
 void Stacks::reserve(size_t count) {
   while (count_ < count) {
-    void* memory = mmap(nullptr, kPerSlab * kStride, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kPerSlab * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     char* slab = static_cast<char*>(memory);
     for (size_t i = 0; i < kPerSlab; ++i) mprotect(slab + i * kStride, kGuardBytes, PROT_NONE);

@@ -72,8 +72,12 @@ struct __half {
   explicit __half(float x) : bits(simt::half_from_float(x)) {}
   explicit operator float() const { return simt::float_from_half(bits); }
 };
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-struct alignas(4) __half2 { __half x, y; };
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
 using nv_bfloat16 = __nv_bfloat16;
 using nv_bfloat162 = __nv_bfloat162;
 using half = __half;

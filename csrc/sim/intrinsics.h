@@ -45,14 +45,18 @@ inline float __saturatef(float x) { return fminf(fmaxf(x, 0.f), 1.f); }
 template <typename A, typename B, typename = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 inline std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(static_cast<T>(a), static_cast<T>(b));
-  else return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(static_cast<T>(a), static_cast<T>(b));
+  else
+    return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
 }
 template <typename A, typename B, typename = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 inline std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(static_cast<T>(a), static_cast<T>(b));
-  else return static_cast<T>(a) > static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(static_cast<T>(a), static_cast<T>(b));
+  else
+    return static_cast<T>(a) > static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
 }
 
 // Integer --------------------------------------------------------------------------------------------------------
@@ -66,11 +70,26 @@ inline unsigned __brev(unsigned x) {
 }
 
 // Loads and stores with a cache hint are plain ones --------------------------------------------------------------
-template <typename T> inline T __ldg(const T* pointer) { return *pointer; }
-template <typename T> inline T __ldcg(const T* pointer) { return *pointer; }
-template <typename T> inline T __ldcs(const T* pointer) { return *pointer; }
-template <typename T> inline void __stcg(T* pointer, T value) { *pointer = value; }
-template <typename T> inline void __stcs(T* pointer, T value) { *pointer = value; }
+template <typename T>
+inline T __ldg(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+inline T __ldcg(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+inline T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+inline void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
+template <typename T>
+inline void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
 
 // Fences and atomics. Blocks run on several OS threads, so these are real --------------------------------------------
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
@@ -79,8 +98,12 @@ inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 namespace simt {
 
-template <typename T> struct Identity { using type = T; };
-template <typename T> using NoDeduce = typename Identity<T>::type;  // atomicAdd(unsigned*, 1) takes T from the pointer
+template <typename T>
+struct Identity {
+  using type = T;
+};
+template <typename T>
+using NoDeduce = typename Identity<T>::type;  // atomicAdd(unsigned*, 1) takes T from the pointer
 
 // *pointer = update(*pointer) as one step; returns the value before.
 template <typename T, typename Update>
@@ -97,30 +120,43 @@ inline T atomic_update(T* pointer, Update update) {
 
 }  // namespace simt
 
-template <typename T> inline T atomicAdd(T* p, simt::NoDeduce<T> x) {
-  if constexpr (std::is_integral_v<T>) return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
-  else return simt::atomic_update(p, [x](T old) { return old + x; });
+template <typename T>
+inline T atomicAdd(T* p, simt::NoDeduce<T> x) {
+  if constexpr (std::is_integral_v<T>)
+    return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+  else
+    return simt::atomic_update(p, [x](T old) { return old + x; });
 }
-template <typename T> inline T atomicSub(T* p, simt::NoDeduce<T> x) {
+template <typename T>
+inline T atomicSub(T* p, simt::NoDeduce<T> x) {
   return simt::atomic_update(p, [x](T old) { return old - x; });
 }
-template <typename T> inline T atomicMax(T* p, simt::NoDeduce<T> x) {
+template <typename T>
+inline T atomicMax(T* p, simt::NoDeduce<T> x) {
   return simt::atomic_update(p, [x](T old) { return old < x ? x : old; });
 }
-template <typename T> inline T atomicMin(T* p, simt::NoDeduce<T> x) {
+template <typename T>
+inline T atomicMin(T* p, simt::NoDeduce<T> x) {
   return simt::atomic_update(p, [x](T old) { return x < old ? x : old; });
 }
-template <typename T> inline T atomicAnd(T* p, simt::NoDeduce<T> x) {
+template <typename T>
+inline T atomicAnd(T* p, simt::NoDeduce<T> x) {
   return __atomic_fetch_and(p, x, __ATOMIC_RELAXED);
 }
-template <typename T> inline T atomicOr(T* p, simt::NoDeduce<T> x) { return __atomic_fetch_or(p, x, __ATOMIC_RELAXED); }
-template <typename T> inline T atomicXor(T* p, simt::NoDeduce<T> x) {
+template <typename T>
+inline T atomicOr(T* p, simt::NoDeduce<T> x) {
+  return __atomic_fetch_or(p, x, __ATOMIC_RELAXED);
+}
+template <typename T>
+inline T atomicXor(T* p, simt::NoDeduce<T> x) {
   return __atomic_fetch_xor(p, x, __ATOMIC_RELAXED);
 }
-template <typename T> inline T atomicExch(T* p, simt::NoDeduce<T> x) {
+template <typename T>
+inline T atomicExch(T* p, simt::NoDeduce<T> x) {
   return simt::atomic_update(p, [x](T) { return x; });
 }
-template <typename T> inline T atomicCAS(T* p, simt::NoDeduce<T> expected, simt::NoDeduce<T> desired) {
+template <typename T>
+inline T atomicCAS(T* p, simt::NoDeduce<T> expected, simt::NoDeduce<T> desired) {
   __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   return expected;  // the value found, whether or not it was replaced
 }

@@ -58,9 +58,7 @@ class Order {
     step_ = 1 + mix(~seed) % (blocks < 65536 ? blocks : 65536);  // small enough that no product reaches 2^64
     while (std::gcd(step_, blocks) != 1) ++step_;
   }
-  uint64_t operator[](uint64_t i) const {
-    return (start_ + i * step_) % blocks_;
-  }
+  uint64_t operator[](uint64_t i) const { return (start_ + i * step_) % blocks_; }
 
  private:
   uint64_t blocks_, start_, step_;

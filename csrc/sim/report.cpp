@@ -76,8 +76,10 @@ void Block::report_deadlock() {
     if (barrier.arrived == 0) continue;
     append(report_, "\n  %d threads wait in %s", barrier.arrived, barrier.name);
     if (id > 0) append(report_, " at barrier %d", id);
-    if (barrier.needed == 0) append(report_, " for all %d that have not exited:", alive_);
-    else append(report_, " for %d to come:", barrier.needed);
+    if (barrier.needed == 0)
+      append(report_, " for all %d that have not exited:", alive_);
+    else
+      append(report_, " for %d to come:", barrier.needed);
     const char* separator = " ";
     for (int w = 0; w * kLanes < threads_; ++w) {
       const uint32_t lanes = warps_[w].at_barrier[id];

@@ -48,12 +48,12 @@ struct Deposit {
 };
 
 struct Warp {
-  uint32_t alive = 0;                  // not exited
-  uint32_t ready = 0;                  // can run
-  uint32_t collecting = 0;             // waiting in a collective
-  bool uniform = true;                 // all of `collecting` wait in the same one
+  uint32_t alive = 0;                   // not exited
+  uint32_t ready = 0;                   // can run
+  uint32_t collecting = 0;              // waiting in a collective
+  bool uniform = true;                  // all of `collecting` wait in the same one
   uint32_t at_barrier[kBarriers] = {};  // waiting at a barrier
-  Deposit* deposit[kLanes] = {};       // of the lanes in `collecting`
+  Deposit* deposit[kLanes] = {};        // of the lanes in `collecting`
 };
 
 struct Barrier {
@@ -120,9 +120,9 @@ class Block {
   uint32_t ready_warps_ = 0;       // warps with a ready lane
   uint32_t pending_barriers_ = 0;  // barriers somebody waits at
   int running_warp_ = 0;
-  int first_lane_ = 0;         // where the search for the warp's next lane starts,
-  bool descending_ = false;    // and in which direction it goes
-  bool leave_warp_ = false;    // choose a warp anew at the next switch
+  int first_lane_ = 0;       // where the search for the warp's next lane starts,
+  bool descending_ = false;  // and in which direction it goes
+  bool leave_warp_ = false;  // choose a warp anew at the next switch
   bool failed_ = false;
   uint64_t random_ = 1;
   Warp warps_[kMaxWarps];

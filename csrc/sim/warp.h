@@ -77,9 +77,8 @@ struct VoteDeposit : Deposit {
     for_each_lane(participants & (participants - 1), [&](int lane) {
       total = Combine()(total, static_cast<T>(static_cast<VoteDeposit*>(lanes[lane])->value));
     });
-    for_each_lane(participants, [&](int lane) {
-      static_cast<VoteDeposit*>(lanes[lane])->result = static_cast<uint32_t>(total);
-    });
+    for_each_lane(participants,
+                  [&](int lane) { static_cast<VoteDeposit*>(lanes[lane])->result = static_cast<uint32_t>(total); });
   }
 };
 
@@ -94,12 +93,42 @@ inline uint32_t vote(const char* name, unsigned mask, uint32_t value,
   return deposit.result;
 }
 
-struct Add { template <typename T> T operator()(T a, T b) const { return a + b; } };
-struct Min { template <typename T> T operator()(T a, T b) const { return b < a ? b : a; } };
-struct Max { template <typename T> T operator()(T a, T b) const { return a < b ? b : a; } };
-struct And { template <typename T> T operator()(T a, T b) const { return a & b; } };
-struct Or { template <typename T> T operator()(T a, T b) const { return a | b; } };
-struct Xor { template <typename T> T operator()(T a, T b) const { return a ^ b; } };
+struct Add {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Min {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+struct Max {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+struct And {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return a & b;
+  }
+};
+struct Or {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return a | b;
+  }
+};
+struct Xor {
+  template <typename T>
+  T operator()(T a, T b) const {
+    return a ^ b;
+  }
+};
 
 }  // namespace simt
 

@@ -20,8 +20,8 @@ ASSETS = Path(__file__).parent / "assets" / "teacher"
 HEAD_DIM = 32
 LATENT_CHANNELS = 8
 TEXT_WIDTH = 64
-PREFIX = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-          "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n")
+PREFIX = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+          "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n")
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", SUFFIX)
 
@@ -119,5 +119,5 @@ def build_untrained(path: str | Path, *, num_layers: int = 16, heads: int = 3, s
     return Path(path)
 
 
-__all__ = ["ASSETS", "SIZE", "assemble", "build_text_encoder", "build_tokenizer", "build_transformer", "build_untrained",
-           "build_vae", "load_teacher"]
+__all__ = ["ASSETS", "SIZE", "assemble", "build_text_encoder", "build_tokenizer", "build_transformer",
+           "build_untrained", "build_vae", "load_teacher"]

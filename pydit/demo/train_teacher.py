@@ -26,7 +26,6 @@ from pydit.demo.muon import Muon
 from pydit.demo.training_forward import TrainingForward
 from pydit.errors import UserError
 
-
 # How often training draws each category, in the order of world.CATEGORIES: the hard ones more often.
 CATEGORY_WEIGHTS = (0.5, 1.0, 1.0, 0.5, 1.5, 1.75, 1.75)
 
@@ -60,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save-seconds", type=float, default=120)
     parser.add_argument("--no-compile", action="store_true", help="transformer: do not use torch.compile")
     for name, default in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
     args = parser.parse_args(argv)
     try:
         if args.stage == "export":
@@ -111,7 +111,8 @@ def train_vae(work: Path, budget: Budget, *, device: str, save_seconds: float) -
         _set_rates([optimizer], [3e-3], min(1.0, (step + 1) / 100) * max(0.02, 1 - share))
         images = world.sample_images(world.sample_indices(20, split="train", generator=generator), generator)
         code = basis.encode(images)[:, :, None]
-        noise = 0.12 * torch.rand(len(code), 1, 1, 1, 1, generator=generator) * torch.randn(code.shape, generator=generator)
+        strength = 0.12 * torch.rand(len(code), 1, 1, 1, 1, generator=generator)
+        noise = strength * torch.randn(code.shape, generator=generator)
         images, code, noise = images.to(device), code.to(device), noise.to(device)
         difference = vae.decode(code + noise, return_dict=False)[0][:, :, 0] - images
         loss = difference.abs().mean() + 2 * difference.square().mean()
@@ -186,7 +187,8 @@ def train_transformer(work: Path, budget: Budget, recipe: Recipe, *, device: str
         rate = min(1.0, (step + 1) / recipe.warmup_steps)
         rate *= min(1.0, (1 - share) / (1 - recipe.constant_share))
         _set_rates(optimizers, rates, rate)
-        indices = world.sample_indices(recipe.batch_size, split="train", generator=generator, weights=CATEGORY_WEIGHTS)
+        indices = world.sample_indices(recipe.batch_size, split="train", generator=generator,
+                                       weights=CATEGORY_WEIGHTS)
         clean = pack(basis.encode(world.sample_images(indices, generator)))
         dropped = torch.rand(len(indices), generator=generator) < recipe.prompt_dropout
         chosen = torch.where(dropped, len(ids) - 1, indices)
@@ -227,17 +229,17 @@ def export(work: Path, out: Path) -> Path:
     tensors, _ = files.load_safetensors(work / "transformer.safetensors", what="--work")
     recipe = Recipe(**files.read_json(work / "transformer.json", what="--work")["recipe"])
     average = Student(recipe)
-    average.load_state_dict({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+    average.load_state_dict(_part(tensors, "average"))
     vae_tensors, _ = files.load_safetensors(work / "vae.safetensors", what="--work")
     vae = teacher.build_vae()
-    vae.load_state_dict({k.removeprefix("model."): v for k, v in vae_tensors.items() if k.startswith("model.")})
+    vae.load_state_dict(_part(vae_tensors, "model"))
     tokenizer = teacher.build_tokenizer()
     encoder = teacher.build_text_encoder(len(tokenizer))
     encoder.model.language_model.embed_tokens.weight.data.copy_(average.embedding.data)
     pipe = teacher.assemble(average.transformer, vae, encoder, tokenizer).to(torch.bfloat16)
     with files.replace_directory(out) as new:
         pipe.save_pretrained(new)
-        config = new / "text_encoder" / "config.json"  # transformers loads in the dtype named here, diffusers in float32
+        config = new / "text_encoder" / "config.json"  # transformers loads in this dtype
         files.write_json(config, {**files.read_json(config, what="--out"), "dtype": "float32"})
     return out
 
@@ -259,7 +261,8 @@ def _set_rates(optimizers, rates, factor: float) -> None:
             group["lr"] = rate * factor
 
 
-def _save(path: Path, step: int, budget: Budget, generator, modules: dict, optimizers, recipe: Recipe | None = None) -> None:
+def _save(path: Path, step: int, budget: Budget, generator, modules: dict, optimizers,
+          recipe: Recipe | None = None) -> None:
     """Write ``path``.safetensors, then ``path``.json; each is replaced whole."""
     tensors = {"generator": generator.get_state()}
     for name, module in modules.items():
@@ -267,8 +270,15 @@ def _save(path: Path, step: int, budget: Budget, generator, modules: dict, optim
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{number}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    files.save_safetensors(path.with_suffix(".safetensors"), tensors, {"step": str(step), "seconds": str(budget.seconds())})
-    files.write_json(path.with_suffix(".json"), {"step": step, "minutes": budget.seconds() / 60, "recipe": None if recipe is None else asdict(recipe)})
+    metadata = {"step": str(step), "seconds": str(budget.seconds())}
+    files.save_safetensors(path.with_suffix(".safetensors"), tensors, metadata)
+    files.write_json(path.with_suffix(".json"), {"step": step, "minutes": budget.seconds() / 60,
+                                                 "recipe": None if recipe is None else asdict(recipe)})
+
+
+def _part(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one module, without its name."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _resume(path: Path, budget: Budget, generator, modules: dict, optimizers) -> int:
@@ -280,9 +290,10 @@ def _resume(path: Path, budget: Budget, generator, modules: dict, optimizers) ->
     tensors, metadata = files.load_safetensors(file, what="--work")
     try:
         for name, module in modules.items():
-            module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            module.load_state_dict(_part(tensors, name))
     except RuntimeError as error:
-        raise UserError(f"--work: expected a state of the same recipe in {file}, got another ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--work: expected a state of the same recipe in {file}, got another ({reason})") from None
     for number, optimizer in enumerate(optimizers):
         state: dict[int, dict] = {}
         for key, value in tensors.items():

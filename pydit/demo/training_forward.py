@@ -32,7 +32,8 @@ class TrainingForward:
         self.blocks = [dict(block.named_parameters()) for block in model.transformer_blocks]
         self.block = torch.compile(_block, dynamic=False) if compile else _block
 
-    def __call__(self, tokens: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor,
+                 mask: torch.Tensor) -> torch.Tensor:
         """tokens [B, S, C], sigma [B], text [B, T, J], mask bool [B, T] -> [B, S, C]."""
         model = self.model
         image = model.img_in(tokens)

@@ -109,7 +109,7 @@ class DistillConfig:
         for name in ("magnitude", "boundary_weight", "flow_weight", "weight_decay", "clip"):
             _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
         for name in ("max_minutes", "save_every_seconds"):
-            _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or _number(v) and v > 0)
+            _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or (_number(v) and v > 0))
         for name in ("output_share", "warmup"):
             _require(name, getattr(self, name), "a number from 0 up to, not including, 1",
                      lambda v: _number(v) and 0 <= v < 1)
@@ -125,7 +125,7 @@ class DistillConfig:
         _require("log_every", self.log_every, "a whole number >= 1", lambda v: _whole(v, 1))
         _require("save_every", self.save_every, "a whole number >= 1, or None", lambda v: v is None or _whole(v, 1))
         _require("checkpoint_dir", self.checkpoint_dir, "a path or None",
-                 lambda v: v is None or isinstance(v, (str, Path)) and str(v) != "")
+                 lambda v: v is None or (isinstance(v, (str, Path)) and str(v) != ""))
         _require("resume", self.resume, "True, False or 'auto'", lambda v: isinstance(v, bool) or v == "auto")
         self._validate_together()
 

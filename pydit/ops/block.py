@@ -152,7 +152,8 @@ define("ada_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, SymInt? 
        _ada_layer_norm, _like_x)
 define("gated_residual(Tensor x, Tensor y, Tensor gate, SymInt? split=None) -> Tensor", _gated_residual, _like_x)
 define("gated_residual_ada_layer_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, "
-       "SymInt? split=None) -> (Tensor, Tensor)", _gated_residual_ada_layer_norm, lambda x, *_: (_like_x(x), _like_x(x)))
+       "SymInt? split=None) -> (Tensor, Tensor)", _gated_residual_ada_layer_norm,
+       lambda x, *_: (_like_x(x), _like_x(x)))
 
 
 # Backward: the formulas in torch, fp32 inside (float64 for float64). ----------------------------------------------

@@ -93,7 +93,8 @@ def _check_freqs(freqs, q):
         if table.device != q.device:
             raise ValueError(f"{_OP}: {name}: expected device {q.device} like q, got {table.device}")
         if tuple(table.shape) != (q.shape[1], q.shape[3] // 2):
-            raise ValueError(f"{_OP}: {name}: expected shape [{q.shape[1]}, {q.shape[3] // 2}], got {list(table.shape)}")
+            raise ValueError(f"{_OP}: {name}: expected shape [{q.shape[1]}, {q.shape[3] // 2}], "
+                             f"got {list(table.shape)}")
         if not table.is_contiguous():
             raise ValueError(f"{_OP}: {name}: expected a contiguous tensor, got strides {list(table.stride())}")
     return freqs[0], freqs[1]

@@ -206,7 +206,7 @@ def test_registry_takes_a_new_criterion():
 
     @register("keep-all")
     class KeepAll:
-        __dataclass_fields__ = {}
+        __dataclass_fields__ = {}  # noqa: RUF012
 
         def score(self, stats):
             return Scores("keep-all", stats.family, stats.num_layers, {}, {})

@@ -1,6 +1,7 @@
 """Budgets, learning rate and the averaging window against independent arithmetic."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_warm_up_then_cosine():
     assert factor(0.0) == 0.01 and factor(0.1) == pytest.approx(0.5) and factor(0.2) == pytest.approx(1)
     assert factor(0.6) == pytest.approx(0.55) and factor(1.0) == pytest.approx(0.1)
     values = [lr_factor((k + 0.5) / 50, warmup=0.0, final=0.0) for k in range(50)]
-    assert all(a > b for a, b in zip(values, values[1:], strict=False)) and 0 < values[-1] < 1e-3
+    assert all(a > b for a, b in pairwise(values)) and 0 < values[-1] < 1e-3
 
 
 @pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.25])

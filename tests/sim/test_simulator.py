@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp")) + sorted((ROOT / "csrc" / "sim").glob("*.cpp"))
 TESTS = sorted(name for path in SOURCES for name in re.findall(r"^TEST\((\w+)\)", path.read_text(), re.MULTILINE))
-FLAGS = ("-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror -pthread -DPYDIT_SIM").split()
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
+         "-pthread", "-DPYDIT_SIM"]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")

@@ -47,24 +47,24 @@ typedef struct {
  * x, out [B, S, C]; scale, shift [B, R, C]; all of `dtype`. 1 <= C <= 8192. out may alias x.
  * Bytes moved: 2 B S C elements (+ scale and shift, which stay in cache). */
 typedef struct {
-  pydit_tokens x;           /* [B, S, C] in  */
-  pydit_modulation scale;   /* [B, R, C] in  */
-  pydit_modulation shift;   /* [B, R, C] in  */
-  pydit_tokens out;         /* [B, S, C] out */
+  pydit_tokens x;         /* [B, S, C] in  */
+  pydit_modulation scale; /* [B, R, C] in  */
+  pydit_modulation shift; /* [B, R, C] in  */
+  pydit_tokens out;       /* [B, S, C] out */
   int64_t batch, tokens, channels;
-  int64_t split;            /* first token of row 1; >= tokens (or INT64_MAX) when R is 1 */
+  int64_t split; /* first token of row 1; >= tokens (or INT64_MAX) when R is 1 */
   float eps;
-  int32_t dtype;            /* pydit_dtype */
-  void* stream;             /* cudaStream_t; ignored by the simulator */
+  int32_t dtype; /* pydit_dtype */
+  void* stream;  /* cudaStream_t; ignored by the simulator */
 } pydit_ada_layer_norm_params;
 
 /* out = x + gate * y.   x, y, out [B, S, C]; gate [B, R, C]. 1 <= C <= 8192. out may alias x or y.
  * Bytes moved: 3 B S C elements. */
 typedef struct {
-  pydit_tokens x;           /* [B, S, C] in  */
-  pydit_tokens y;           /* [B, S, C] in  */
-  pydit_modulation gate;    /* [B, R, C] in  */
-  pydit_tokens out;         /* [B, S, C] out */
+  pydit_tokens x;        /* [B, S, C] in  */
+  pydit_tokens y;        /* [B, S, C] in  */
+  pydit_modulation gate; /* [B, R, C] in  */
+  pydit_tokens out;      /* [B, S, C] out */
   int64_t batch, tokens, channels;
   int64_t split;
   int32_t dtype;
@@ -75,13 +75,13 @@ typedef struct {
  * x, y, residual, out [B, S, C]; gate, scale, shift [B, R, C]. 1 <= C <= 8192. residual may alias x or y.
  * Bytes moved: 4 B S C elements. */
 typedef struct {
-  pydit_tokens x;           /* [B, S, C] in  */
-  pydit_tokens y;           /* [B, S, C] in  */
-  pydit_modulation gate;    /* [B, R, C] in  */
-  pydit_modulation scale;   /* [B, R, C] in  */
-  pydit_modulation shift;   /* [B, R, C] in  */
-  pydit_tokens residual;    /* [B, S, C] out */
-  pydit_tokens out;         /* [B, S, C] out */
+  pydit_tokens x;         /* [B, S, C] in  */
+  pydit_tokens y;         /* [B, S, C] in  */
+  pydit_modulation gate;  /* [B, R, C] in  */
+  pydit_modulation scale; /* [B, R, C] in  */
+  pydit_modulation shift; /* [B, R, C] in  */
+  pydit_tokens residual;  /* [B, S, C] out */
+  pydit_tokens out;       /* [B, S, C] out */
   int64_t batch, tokens, channels;
   int64_t split;
   float eps;
@@ -108,11 +108,11 @@ typedef struct {
   void* stream;
 } pydit_qk_norm_rope_params;
 
-#define PYDIT_DECLARE_BACKEND(backend)                                                                             \
-  const char* pydit_##backend##_last_error(void);                                                                  \
-  int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                                        \
-  int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                                        \
-  int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*);          \
+#define PYDIT_DECLARE_BACKEND(backend)                                                                    \
+  const char* pydit_##backend##_last_error(void);                                                         \
+  int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                               \
+  int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                               \
+  int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*); \
   int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)

@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
         const Vec shifts = Vec::load(shift + c);
         Vec packed;
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j)
-          packed.set(j, fmaf((value[i][j] - mean) * rstd, 1.f + scales[j], shifts[j]));
+        for (int j = 0; j < kWidth; ++j) packed.set(j, fmaf((value[i][j] - mean) * rstd, 1.f + scales[j], shifts[j]));
         packed.store(out + c);
       }
     }
