@@ -130,7 +130,8 @@ def cases(size: str = "full") -> list[Case]:
         return [_token_case(op, "tiny", 2, 72, 96, "fp32") for op in block] + [_head_case("tiny", 2, 72, 3, 32, "fp32")]
     found = []
     for model, b, s, c in (("qwen-image", 1, 7401, 3072), ("qwen-image", 2, 7401, 3072),
-                           ("qwen-image-text", 1, 512, 3072), ("flux.1", 1, 4608, 3072), ("sd3.5-large", 1, 4096, 2432)):
+                           ("qwen-image-text", 1, 512, 3072), ("flux.1", 1, 4608, 3072),
+                           ("sd3.5-large", 1, 4096, 2432)):
         found += [_token_case(op, model, b, s, c, "bf16") for op in block]
     for model, b, s, h, d in (("qwen-image", 1, 7401, 24, 128), ("qwen-image", 2, 7401, 24, 128),
                               ("qwen-image-text", 1, 512, 24, 128), ("flux.1", 1, 4608, 24, 128),
