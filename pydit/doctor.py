@@ -118,11 +118,11 @@ def _required(name: str, least: str, use: str) -> Check:
     except Exception as error:  # a broken installation raises anything; the report must go on
         missing = isinstance(error, ModuleNotFoundError) and importlib.util.find_spec(name) is None
         found = "not installed" if missing else f"cannot be imported: {_first_line(error)}"
-        return Check("Required", name, "problem", found, f"needed for {use}: pip install '{name}>={least}'")
+        return Check("Required", name, "problem", found, f"needed for {use} (pip install '{name}>={least}')")
     version = str(getattr(module, "__version__", "unknown version"))
     if _numbers(version) < _numbers(least):
         return Check("Required", name, "problem", version,
-                     f"pydit needs {name} {least} or newer: pip install -U {name}")
+                     f"pydit needs {name} {least} or newer (pip install -U {name})")
     if name == "torch":
         cuda = getattr(module.version, "cuda", None)
         built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
@@ -199,7 +199,7 @@ def _demo_teacher() -> Check:
 
 def _optional(name: str, distribution: str, cost: str) -> Check:
     if importlib.util.find_spec(name) is None:
-        return Check("Optional", distribution, "missing", "not installed", f"{cost}: pip install {distribution}")
+        return Check("Optional", distribution, "missing", "not installed", f"{cost} (pip install {distribution})")
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

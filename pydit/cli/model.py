@@ -199,6 +199,9 @@ def _distill(arguments: argparse.Namespace) -> None:
 
 def _parse_intervals(text: str) -> Any:
     try:
-        return json.loads(text)
+        intervals = json.loads(text)
     except ValueError:
-        raise UserError(f"intervals: expected JSON such as '[[3,4],[5,7]]', got {text!r}") from None
+        intervals = None
+    if not isinstance(intervals, list):
+        raise UserError(f"intervals: expected a JSON list such as '[[3,4],[5,7]]', got {text!r}")
+    return intervals

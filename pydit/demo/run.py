@@ -27,7 +27,7 @@ from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.distill import DistillConfig, distill
 from pydit.errors import UserError
 from pydit.files import read_json, write_json
-from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
+from pydit.inference.pipeline import check_pipeline, content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 
@@ -49,11 +49,11 @@ class Settings:
     guidance: float = 1.0
     calibration_batches: int = 32
     batch_size: int = 32
-    init: str = "probe"
-    evaluation_share: float = 0.4  # of the budget, for all three models
-    layers_lr: float = 1e-3
-    output_lr: float = 1e-3
-    output_share: float = 0.6
+    init: str = "first"
+    evaluation_share: float = 0.25  # of the budget, for all three models
+    layers_lr: float = 2e-3
+    output_lr: float = 2e-3
+    output_share: float = 0.85
     magnitude: float = 0.1
     layers_steps: int | None = None  # None: until the time is up
     output_steps: int | None = None
@@ -95,6 +95,7 @@ def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | 
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: expected a directory or a new path, got the file {out}")
+    check_pipeline(folder)
     console.heading(f"pydit demo on {doctor.machine()}")
     pipe = load_pipeline(folder, dtype=torch.float32)
     work = _Work(out / "work", {**asdict(settings), "teacher": content_hash(folder)}, fresh=fresh,

@@ -1,0 +1,248 @@
+"""The command line: every kind of bad input ends with one line, exit code 2 and nothing half-written."""
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import pydit.cli
+from pydit import files
+from pydit.cli import main
+from pydit.plan import PruningPlan
+from tests.demo.pipelines import untrained
+
+COMMANDS = ("demo", "analyze", "plan", "prune", "distill", "generate", "eval", "bench", "doctor")
+
+
+@pytest.fixture
+def fails(capfd):
+    """Run a command that must fail: exit code 2 and one line on standard error, which is returned."""
+    def run(*argv, code=2):
+        assert main([str(a) for a in argv]) == code
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("pydit: error: "), err
+        assert "Traceback" not in err and out == ""
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    PruningPlan.from_intervals(6, [(1, 2), (4, 5)]).save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def _tree(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and f"example:\n  pydit {command}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {command}" in text for command in COMMANDS)
+
+
+def test_import_is_light():
+    heavy = "{'torch', 'diffusers', 'transformers', 'matplotlib', 'numpy', 'rich', 'tqdm'}"
+    code = f"import sys, pydit.cli; pydit.cli._parse(['doctor']); print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_module_entry_point_and_exit_code():
+    result = subprocess.run([sys.executable, "-m", "pydit", "plan", "--preset", "nope"], capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "preset: expected one of ppcl-qwen-image-14b" in result.stderr
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ([], "the following arguments are required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["doctor", "--fast"], "unrecognized arguments: --fast"),
+    (["plan", "--preset", "x", "--show", "y"], "plan: expected exactly one of .*, got --preset and --show"),
+    (["plan"], "plan: expected exactly one of .*, got none"),
+    (["plan", "--intervals", "[[3,4],[4,7]]", "--num-layers", "60"], "expected disjoint intervals, got .3, 4. and .4, 7."),
+    (["plan", "--intervals", "[[58,60]]", "--num-layers", "60"], "expected layers 0 to 59, got .58, 60., which is out of range"),
+    (["plan", "--intervals", "[[4,3]]", "--num-layers", "60"], "reversed interval"),
+    (["plan", "--intervals", "[[3,4]", "--num-layers", "60"], "intervals: expected a JSON list"),
+    (["plan", "--intervals", "7", "--num-layers", "60"], "intervals: expected a JSON list"),
+    (["plan", "--intervals", "[[3,4]]"], "num-layers: expected with --intervals, got none"),
+    (["plan", "--intervals", "[[3,4]]", "--num-layers", "60", "--family", "flux.9"], "family: expected one of"),
+    (["plan", "--show", "/nowhere/plan.json"], "plan: expected a JSON file, got a path that does not exist"),
+    (["plan", "/nowhere/stats.safetensors"], "stats: expected a safetensors file, got a path that does not exist"),
+    (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, got '1.5'"),
+    (["demo", "--budget-minutes", "-1"], "argument --budget-minutes: expected a number above 0, got '-1'"),
+    (["demo", "--prompts", "0"], "argument --prompts: expected a whole number of at least 1, got '0'"),
+    (["demo", "--teacher", "/nowhere"], "pipeline: expected a pipeline directory, got a path that does not exist"),
+    (["generate", "/nowhere", "a cat", "--out", "images"], "pipeline: expected a pipeline directory"),
+    (["generate", "x", "a cat", "--out", "images", "--device", "warp"], "device: expected a torch device"),
+    (["generate", "x", "a cat", "--out", "images", "--guidance", "0.5"], "--guidance: expected a number of at least 1"),
+    (["eval", "x", "--resume"], "resume: expected --out, whose log is continued, got none"),
+    (["eval", "x", "--compare", "/nowhere.json"], "compare: expected a JSON file, got a path that does not exist"),
+    (["prune", "x", "--plan", "plan.json"], "out: expected a directory to write"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--resume"], "resume: expected the checkpoint of an earlier run"),
+    (["bench", "--path", "/nowhere"], "path: expected a source checkout of pydit with benchmarks/runner.py"),
+])
+def test_bad_command_lines(argv, message, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = fails(*argv)
+    assert re.search(message, line), line
+    assert not _tree(tmp_path)
+
+
+def test_a_plan_for_another_depth(fails, tmp_path):
+    PruningPlan.preset("ppcl-qwen-image-12b").save(tmp_path / "plan.json")
+    line = fails("prune", untrained(), "--plan", tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert "the plan is for 60 layers, the model has 6" in line
+    assert _tree(tmp_path) == ["plan.json"]
+
+
+def test_a_plan_for_another_family(fails, tmp_path, plan_file):
+    data = json.loads(plan_file.read_text())
+    files.write_json(plan_file, {**data, "family": "flux.9"})
+    line = fails("prune", untrained(), "--plan", plan_file, "--out", tmp_path / "out")
+    assert "family: expected one of qwen-image" in line and "flux.9" in line
+    assert _tree(tmp_path) == ["plan.json"]
+
+
+def test_a_truncated_checkpoint(fails, tmp_path, plan_file):
+    path = shutil.copytree(untrained(), tmp_path / "teacher")
+    weights = path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    before = _tree(tmp_path)
+    line = fails("prune", path, "--plan", plan_file, "--out", tmp_path / "out")
+    assert "expected a complete safetensors file, got a broken one" in line and _tree(tmp_path) == before
+
+
+def test_a_pickled_checkpoint(fails, tmp_path, plan_file):
+    path = shutil.copytree(untrained(), tmp_path / "teacher")
+    (path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (path / "transformer" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
+    assert "got a pickle" in fails("generate", path, "a circle", "--out", tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+    (tmp_path / "stats.safetensors").write_bytes(pickle.dumps({}))
+    assert "got a pickle" in fails("plan", tmp_path / "stats.safetensors", "--out", tmp_path / "p.json")
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_full_disk(fails, tmp_path, plan_file, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in fails("prune", untrained(), "--plan", plan_file, "--out", tmp_path / "out")
+    assert "No space left on device" in fails("plan", "--preset", "ppcl-qwen-image-12b", "--out", tmp_path / "p.json")
+    assert _tree(tmp_path) == ["plan.json"]
+
+
+def test_an_output_that_is_something_else(fails, tmp_path, plan_file):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    line = fails("prune", untrained(), "--plan", plan_file, "--out", tmp_path / "photos")
+    assert "out: expected a new path" in line and (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_prompt_files(fails, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name, message in (("none.txt", "which is no file"), ("empty.txt", "got an empty file"),
+                          ("binary.txt", "expected UTF-8 text")):
+        line = fails("analyze", untrained(), "--prompts", tmp_path / name, "--out", tmp_path / "stats.safetensors")
+        assert message in line
+    assert _tree(tmp_path) == ["binary.txt", "empty.txt"]
+
+
+def test_a_stock_student_is_refused(fails, tmp_path):
+    line = fails("distill", untrained(), untrained(), "--prompts", "demo", "--out", tmp_path / "out")
+    assert "student: expected a pipeline written by `pydit prune`" in line and not _tree(tmp_path)
+
+
+def test_interrupts_and_bugs(monkeypatch, capfd, tmp_path):
+    def raises(error):
+        def run(*args, **kwargs):
+            raise error
+        monkeypatch.setattr(PruningPlan, "preset", run)
+        code = main(["plan", "--preset", "x"])
+        return code, capfd.readouterr().err
+
+    assert raises(KeyboardInterrupt()) == (130, "pydit: interrupted\n")
+    assert raises(RuntimeError("two\nlines")) == (
+        1, "pydit: error: RuntimeError: two lines (PYDIT_DEBUG=1 shows where)\n")
+    assert raises(OSError(errno.ENOSPC, "No space left on device", "/x")) == (
+        2, "pydit: error: /x: No space left on device\n")
+    monkeypatch.setenv("PYDIT_DEBUG", "1")
+    code, err = raises(RuntimeError("bug"))
+    assert code == 1 and "Traceback" in err and err.endswith("(PYDIT_DEBUG=1 shows where)\n")
+
+
+def test_wrong_environment_is_one_line(monkeypatch, fails):
+    monkeypatch.setenv("PYDIT_DEBUG", "yes")
+    assert "PYDIT_DEBUG: expected one of 0, 1, got 'yes'" in fails("doctor")
+
+
+def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
+    """The commands in their order, each reading what the one before wrote."""
+    def run(*argv):
+        assert main([str(a) for a in argv]) == 0, capfd.readouterr().err
+        return capfd.readouterr().out
+
+    (tmp_path / "prompts.txt").write_text("a red circle\nthree rings\n")
+    stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    out = run("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
+              "--batches", 8, "--out", stats, "--plot", tmp_path / "cka.png", "--json")
+    assert len(json.loads(out)["blocks"]) == 6 and (tmp_path / "cka.png").stat().st_size > 1000
+    made = json.loads(run("plan", stats, "--target", 0.4, "--selection", "optimal", "--out", plan, "--json"))
+    assert made == json.loads(plan.read_text()) and "3 removed" in run("plan", "--show", plan)
+    assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
+    assert not (tmp_path / "pruned").exists()
+    run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
+    out = run("distill", untrained(), tmp_path / "pruned", "--prompts", "demo", "--batch-size", 2, "--steps", 2,
+              "--output-steps", 1, "--out", tmp_path / "distilled", "--json")
+    assert {row["phase"] for row in json.loads(out)["history"]} == {"layers", "output"}
+    assert not (tmp_path / "distilled.checkpoint").exists()
+    paths = run("generate", tmp_path / "distilled", "a red circle", "a Ring?", "--steps", 2, "--seed", 7, "--out",
+                tmp_path / "images").split()
+    assert [p.rsplit("/", 1)[1] for p in paths] == ["000-a-red-circle-seed7.png", "001-a-ring-seed8.png"]
+    for name in ("teacher", "distilled"):
+        compare = ("--compare", tmp_path / "teacher.json") if name == "distilled" else ()
+        source = untrained() if name == "teacher" else tmp_path / name
+        run("eval", source, "--prompts", 7, "--steps", 1, "--out", tmp_path / f"{name}.json", *compare)
+    result = files.read_json(tmp_path / "distilled.json", what="test")
+    assert result["relative_loss"] is None and len(result["samples"]) == 7 and "machine" in result
+    assert not list(tmp_path.glob("*.jsonl")) and not [p for p in tmp_path.rglob("*.part")]
+
+
+def test_bench_hands_its_options_on(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "runner.py").write_text("def main(argv):\n    return 0 if argv == ['--filter', 'x'] else 9\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["bench", "--path", str(tmp_path), "--filter", "x"]) == 0
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_every_module_of_the_command_is_thin():
+    """Commands are a few lines over the API: no torch, numpy or diffusers imported at the top of a module."""
+    for module in (pydit.cli, pydit.cli.options, pydit.cli.model, pydit.cli.demo, pydit.cli.system):
+        assert not {"torch", "np", "diffusers"} & set(vars(module))

@@ -1,0 +1,136 @@
+"""The demo end to end on an untrained teacher in quick mode, and its continuation after a kill."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from pydit.demo import evaluate, run
+from pydit.errors import FormatError, UserError
+from pydit.inference.pipeline import content_hash, load_pipeline
+from tests.demo.pipelines import untrained
+
+
+class _Killed(BaseException):
+    """Stands for a signal: nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, run.run(out, quick=True, teacher=untrained())
+
+
+def test_everything_is_written(finished):
+    out, metrics = finished
+    names = {p.name for p in out.iterdir()}
+    assert names == {"report.html", "metrics.json", "distilled", "work", "cka.png", "intervals.png", "loss.png",
+                     "categories.png", "images.png"}
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    for model in ("teacher", "pruned", "distilled"):
+        assert set(metrics[model]) >= {"overall", "per_category"} and len(metrics[model]["per_category"]) == 7
+    assert set(metrics["parameters"]) == {"teacher", "student"}
+    assert metrics["parameters"]["student"] < metrics["parameters"]["teacher"]
+    assert metrics["blocks"]["student"] <= 0.6 * metrics["blocks"]["teacher"]
+    assert metrics["prompts"] == 14 and len(metrics["relative_loss_interval"]) == 2 and metrics["seconds"] > 0
+
+
+def test_the_distilled_pipeline_is_the_evaluated_one(finished):
+    """Stock diffusers loads it, pydit restores it, and it has been trained."""
+    out, metrics = finished
+    stock = DiffusionPipeline.from_pretrained(out / "distilled", local_files_only=True)
+    ours = load_pipeline(out / "distilled", dtype=torch.float32).transformer
+    assert sum(p.numel() for p in stock.transformer.parameters()) == metrics["parameters"]["student"]
+    assert [list(pair) for pair in ours.plan.intervals] == metrics["intervals"]
+    teacher = load_pipeline(untrained(), dtype=torch.float32).transformer
+    start = ours.replaced[0][1]
+    moved = ours.transformer_blocks[ours.replaced[0][0]].img_mlp.net[2].weight - \
+        teacher.transformer_blocks[start].img_mlp.net[2].weight
+    assert moved.abs().max() > 0
+
+
+def test_a_finished_run_is_only_reported_again(finished, monkeypatch):
+    out, metrics = finished
+    weights = content_hash(out / "distilled")
+    monkeypatch.setattr(run, "collect", None)
+    monkeypatch.setattr(run, "evaluate", None)
+    again = run.run(out, quick=True, teacher=untrained())
+    assert content_hash(out / "distilled") == weights
+    for model in ("teacher", "pruned", "distilled"):
+        assert again[model] == metrics[model]
+    assert again["distill_seconds"] == metrics["distill_seconds"] and again["seconds"] > 0.5 * metrics["seconds"]
+
+
+@pytest.mark.parametrize("where", ["during distillation", "before the last evaluation"])
+def test_a_killed_run_continues(where, finished, tmp_path, monkeypatch):
+    """Killed and continued, it ends with the weights and verdicts of a run that was not disturbed."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if where == "during distillation":
+            original, calls = run.data.make_batches, []
+
+            def interrupted(pipe, *args, **kwargs):
+                calls.append(kwargs["seed"])
+                for number, item in enumerate(original(pipe, *args, **kwargs)):
+                    if kwargs["seed"] == 3 and number == 5:
+                        raise _Killed
+                    yield item
+
+            patch.setattr(run.data, "make_batches", interrupted)
+        else:
+            def no_more(self, name, *args):
+                raise _Killed if name == "distilled" else None
+
+            verdicts = run._Demo._verdicts
+            patch.setattr(run._Demo, "_verdicts",
+                          lambda self, name, *args: no_more(self, name) if name == "distilled" else verdicts(self, name, *args))
+        with pytest.raises(_Killed):
+            run.run(out, quick=True, teacher=untrained())
+    assert not (out / "report.html").exists() and not (out / "metrics.json").exists()
+    monkeypatch.setattr(run, "collect", None)  # what was finished is not done again
+    metrics = run.run(out, quick=True, teacher=untrained())
+    assert content_hash(out / "distilled") == content_hash(finished[0] / "distilled")
+    assert metrics["distilled"] == finished[1]["distilled"]
+
+
+def test_other_settings_start_over(finished, tmp_path, monkeypatch):
+    work = run._Work(tmp_path / "work", {"a": 1}, fresh=False, started=0.0)
+    assert work.stage("x", lambda: 5) == 5 and work.stage("x", lambda: 6) == 5
+    (tmp_path / "work" / "left.txt").touch()
+    assert run._Work(tmp_path / "work", {"a": 1}, fresh=False, started=0.0).stages["x"]["data"] == 5
+    assert not run._Work(tmp_path / "work", {"a": 2}, fresh=False, started=0.0).stages
+    assert not (tmp_path / "work" / "left.txt").exists()
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out: expected a directory or a new path"):
+        run.run(tmp_path / "file", quick=True, teacher=untrained())
+    with pytest.raises(FormatError, match="pipeline: expected a pipeline directory"):
+        run.run(tmp_path / "out", quick=True, teacher=tmp_path / "none")
+    monkeypatch.setattr("pydit.demo.teacher.ASSETS", tmp_path / "none")
+    with pytest.raises(UserError, match="teacher: expected the demo's trained pipeline"):
+        run.run(tmp_path / "out", quick=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_budget_is_split_by_measuring(finished):
+    """Prompts fill the evaluation's share of the budget, in multiples of the categories and within bounds."""
+    demo = object.__new__(run._Demo)
+    demo.settings = run.Settings(seed=0, budget_minutes=12, prompts=None, quick=False)
+    demo.teacher, student = torch.nn.Linear(10, 10), torch.nn.Linear(5, 10)
+    for per_image, expected in ((0.5, 280), (0.001, 700), (60.0, 70)):
+        demo.work = type("W", (), {"stage": lambda self, name, compute, value=per_image: value})()
+        prompts, seeds = demo._choose_prompts(student)
+        assert len(prompts) == len(seeds) and len(prompts) % 7 == 0
+        if per_image == 0.5:
+            cost = len(prompts) * per_image * (1 + 2 * 60 / 110)
+            assert 0.95 * 0.4 * 720 <= cost <= 0.4 * 720
+        else:
+            assert len(prompts) == expected
+
+
+def test_evaluations_differ_by_model(finished):
+    """The log of one model is never taken for that of another."""
+    assert evaluate._fingerprint([], [], {}, "a teacher") != evaluate._fingerprint([], [], {}, "a pruned")
