@@ -194,7 +194,8 @@ def wilson(successes: float, count: int, *, z: float = 1.959964) -> tuple[float,
     share, spread = successes / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bound equals the share, which rounding must not push past it.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == count else centre + half
 
 
 def _resampled_shares(teacher: Result, student: Result, category: str, resamples: int,
