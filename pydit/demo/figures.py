@@ -101,14 +101,14 @@ def cka_maps(matrices: dict[str, np.ndarray], intervals: Sequence[tuple[int, int
     size = len(next(iter(matrices.values())))
     lowest = min(float(np.nanmin(matrix)) for matrix in matrices.values())
     low = max(0.0, np.floor(lowest * 10) / 10)
-    figure, axes = _figure(4.6 * len(matrices) + 0.6, 4.7, ncols=len(matrices), squeeze=False)
+    figure, axes = _figure(4.6 * len(matrices) + 0.6, 5.1, ncols=len(matrices), squeeze=False)
     for ax, (stream, matrix) in zip(axes[0], matrices.items(), strict=True):
         shown = ax.imshow(matrix, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
         for start, end in intervals:
             length = end - start + 1
             for colour, thickness in (("white", 3.0), (COLOURS["pruned"], 1.8)):
                 ax.add_patch(Rectangle((start - 0.5, start - 0.5), length, length, fill=False, edgecolor=colour,
-                                       linewidth=thickness))
+                                       linewidth=thickness, clip_on=False))
         ticks = _depth_ticks(size)
         ax.set_xticks(ticks)
         ax.set_yticks(ticks)
@@ -143,7 +143,7 @@ def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[s
                  label=f"{stream} stream")
     for start, end in intervals:
         top.axvspan(start - 0.5, end + 0.5, color=COLOURS["pruned"], alpha=0.10, linewidth=0)
-    top.set_ylabel("R$^2$ of a linear map\nfrom input to output")
+    top.set_ylabel("share of the block's change\nthat a linear map explains")
     top.set_title("How linear is each block?")
     top.grid(axis="y")
     top.tick_params(axis="x", length=0, labelbottom=False)
@@ -197,9 +197,9 @@ def losses(phases: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure
         ax.grid(axis="y", which="both")
         ax.margins(x=0.01)
         final = float(_running_mean(values)[-1])
-        ax.annotate(f"{final:.3g}", (steps[-1], final), xytext=(-4, 9), textcoords="offset points", ha="right",
-                    color=COLOURS["distilled"], fontweight="bold")
-    axes[0][0].set_ylabel("loss")
+        ax.annotate(f"{final:.3g}", (steps[-1], final), xytext=(5, 0), textcoords="offset points", va="center",
+                    color=COLOURS["distilled"], fontweight="bold", annotation_clip=False)
+        ax.set_ylabel("loss")
     return figure
 
 

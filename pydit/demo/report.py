@@ -89,7 +89,7 @@ def write(out: Path, metrics: dict[str, Any], *, cka: dict[str, np.ndarray], r2:
     }
     for name, figure in charts.items():
         figures.save(figure, out / f"{name}.png")
-    page = _page(out, metrics, intervals, depth, gallery)
+    page = _page(out, metrics, intervals, depth, gallery).replace(" %", "\N{NO-BREAK SPACE}%")
     temporary = out / ".report.html.part"
     try:
         temporary.write_text(page, encoding="utf-8")
@@ -128,7 +128,7 @@ def _page(out: Path, metrics: dict[str, Any], intervals: Sequence[tuple[int, int
 ({100 * removed / depth:.0f} %), was trained back for {console.duration(metrics["distill_seconds"])}, and now has
 {student:,} parameters ({100 * student / teacher:.0f} %). Every image was judged by a program that reads it and compares
 it with its prompt.</p>
-<div class="cards">{"".join(itertools.starmap(_card, cards))}</div>
+{_quick_note(metrics)}<div class="cards">{"".join(itertools.starmap(_card, cards))}</div>
 
 <section><h2>What each model draws</h2>
 <p>Same prompt, same noise. A check means that the image shows exactly what the prompt asks for. None of these prompts
@@ -147,7 +147,8 @@ change the representation little; the outlined runs were replaced by one block e
 <figure>{_chart(out, "cka", "Heat-maps of CKA between block outputs, image and text stream")}</figure></section>
 
 <section><h2>Which blocks were replaced</h2>
-<p>A block whose output a linear map predicts well is easy to imitate. Shaded runs were replaced.</p>
+<p>How much of what a block adds can a linear map of its input predict? The method chains such maps, and merges blocks
+as long as a chain stays close to the teacher. Shaded runs were replaced.</p>
 <figure>{_chart(out, "intervals", "Linear predictability of each block and the replaced intervals along the depth")}
 </figure></section>
 
@@ -160,6 +161,13 @@ student learns to predict what the teacher predicts.</p>
 <section><h2>How this was made</h2>{_facts(metrics)}</section>
 </main></body></html>
 """
+
+
+def _quick_note(metrics: dict[str, Any]) -> str:
+    if not metrics["settings"].get("quick"):
+        return ""
+    return ('<p class="note">A quick run: a few training steps and few sampling steps show the path, not the quality. '
+            "Run <code>pydit demo</code> for figures that mean something.</p>")
 
 
 def _card(kind: str, value: str, text: str) -> str:

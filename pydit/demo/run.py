@@ -211,8 +211,8 @@ class _Demo:
 
     def _prune(self, plan: PruningPlan):
         batches = data.make_batches(self.pipe, batch_size=self.settings.batch_size, seed=self.settings.seed + 2)
-        few = (batch for batch, _ in itertools.islice(batches, self.settings.calibration_batches // 2))
-        return prune(self.teacher, plan, init=self.settings.init, batches=few)
+        few = (batch for batch, _ in itertools.islice(batches, self.settings.calibration_batches // 4))
+        return prune(self.teacher, plan, init=self.settings.init, batches=few, tokens_per_batch=512)
 
     def _choose_prompts(self, student) -> tuple[list[world.Prompt], list[int]]:
         """As many prompts as the evaluation's share of the budget allows, the same number for each category."""
