@@ -4,6 +4,9 @@
     python -m pydit.demo.train_teacher transformer --work DIR --minutes 60
     python -m pydit.demo.train_teacher export      --work DIR --out pydit/demo/assets/teacher
 
+To go on from the committed teacher: ``transformer --work NEW --start pydit/demo/assets/teacher --minutes 60``, then
+``export --work NEW``, which takes the VAE of the committed teacher when NEW has none.
+
 Runs on a CPU or a GPU. Every stage saves its state (safetensors and JSON) and continues from it; the learning rate is
 a function of the share of the budget used, so a continued run with a larger budget anneals at its own end.
 """
@@ -25,6 +28,7 @@ from pydit.demo.latents import LatentBasis
 from pydit.demo.muon import Muon
 from pydit.demo.training_forward import TrainingForward
 from pydit.errors import UserError
+from pydit.inference.pipeline import load_pipeline
 
 # How often training draws each category, in the order of world.CATEGORIES: the hard ones more often.
 CATEGORY_WEIGHTS = (0.5, 1.0, 1.0, 0.5, 1.5, 1.75, 1.75)
@@ -56,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="budget in minutes, earlier runs included")
     parser.add_argument("--out", type=Path, default=teacher.ASSETS, help="export: the pipeline directory to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start", type=Path, help="transformer: a pipeline to take the first weights from")
     parser.add_argument("--save-seconds", type=float, default=120)
     parser.add_argument("--no-compile", action="store_true", help="transformer: do not use torch.compile")
     for name, default in asdict(Recipe()).items():
@@ -74,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
             train_transformer(args.work, budget, recipe, device=args.device, save_seconds=args.save_seconds,
-                              compile=not args.no_compile)
+                              compile=not args.no_compile, start=args.start)
     except (UserError, OSError) as error:
         parser.exit(2, f"train_teacher: error: {error}\n")
     return 0
@@ -143,6 +148,15 @@ class Student(torch.nn.Module):
         initial = torch.randn(vocabulary, teacher.TEXT_WIDTH, generator=torch.Generator().manual_seed(5))
         self.embedding = torch.nn.Parameter(initial)
 
+    @torch.no_grad()
+    def take(self, pipe) -> None:
+        """Copy the weights of a demo pipeline; UserError when its transformer is of another size."""
+        try:
+            self.transformer.load_state_dict(pipe.transformer.state_dict())
+        except RuntimeError as error:
+            raise UserError(f"--start: expected a transformer of the recipe's size, got another ({error})") from None
+        self.embedding.copy_(pipe.text_encoder.model.language_model.embed_tokens.weight)
+
     def text(self, ids: torch.Tensor) -> torch.Tensor:
         """What the text encoder returns for these token ids."""
         return F.rms_norm(self.embedding[ids], (teacher.TEXT_WIDTH,), eps=1e-6)
@@ -163,11 +177,13 @@ def prompt_table() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_transformer(work: Path, budget: Budget, recipe: Recipe, *, device: str, save_seconds: float,
-                      compile: bool = True) -> None:
+                      compile: bool = True, start: Path | None = None) -> None:
     """Flow matching on rendered images: predict ``noise - x0`` at a random sigma."""
     from tqdm import tqdm
 
     student = Student(recipe).to(device)
+    if start is not None and not (work / "transformer.safetensors").exists():
+        student.take(load_pipeline(start))
     average = Student(recipe).to(device).requires_grad_(False)
     average.load_state_dict(student.state_dict())
     basis = LatentBasis.fit(teacher.LATENT_CHANNELS)
@@ -230,9 +246,12 @@ def export(work: Path, out: Path) -> Path:
     recipe = Recipe(**files.read_json(work / "transformer.json", what="--work")["recipe"])
     average = Student(recipe)
     average.load_state_dict(_part(tensors, "average"))
-    vae_tensors, _ = files.load_safetensors(work / "vae.safetensors", what="--work")
-    vae = teacher.build_vae()
-    vae.load_state_dict(_part(vae_tensors, "model"))
+    if (work / "vae.safetensors").exists():
+        vae_tensors, _ = files.load_safetensors(work / "vae.safetensors", what="--work")
+        vae = teacher.build_vae()
+        vae.load_state_dict(_part(vae_tensors, "model"))
+    else:
+        vae = teacher.load_teacher().vae
     tokenizer = teacher.build_tokenizer()
     encoder = teacher.build_text_encoder(len(tokenizer))
     encoder.model.language_model.embed_tokens.weight.data.copy_(average.embedding.data)

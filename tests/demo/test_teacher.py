@@ -112,3 +112,21 @@ def test_the_committed_teacher_is_small_and_stock():
 def test_generate_wants_a_seed_per_prompt(pipeline):
     with pytest.raises(UserError, match=r"seeds: expected one per prompt \(2\), got 1"):
         data.generate(pipeline, ["a circle", "a ring"], seeds=[0], steps=1, progress=False)
+
+
+def test_training_goes_on_from_a_pipeline(tmp_path):
+    """The weights of --start, and the committed teacher's VAE where the work directory has none."""
+    from pydit.inference.pipeline import load_pipeline
+
+    start = teacher.build_untrained(tmp_path / "start", num_layers=1, heads=1, seed=7)
+    arguments = ["transformer", "--work", str(tmp_path / "work"), "--start", str(start), "--steps", "1", "--no-compile",
+                 "--layers", "1", "--heads", "1", "--batch-size", "2", "--learning-rate", "0", "--muon-learning-rate", "0"]
+    assert train_teacher.main(arguments) == 0
+    assert train_teacher.main(["export", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 0
+    before, after = load_pipeline(start), load_pipeline(tmp_path / "out")
+    for a, b in ((before.transformer, after.transformer), (teacher.load_teacher().vae, after.vae)):
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+            assert torch.equal(x.bfloat16(), y.bfloat16())
+    with pytest.raises(SystemExit) as stop:
+        train_teacher.main([*arguments[:2], str(tmp_path / "other"), *arguments[3:8], "--layers", "2"])
+    assert stop.value.code == 2
