@@ -120,13 +120,14 @@ def test_the_budget_is_split_by_measuring(finished):
     demo = object.__new__(run._Demo)
     demo.settings = run.Settings(seed=0, budget_minutes=12, prompts=None, quick=False)
     demo.teacher, student = torch.nn.Linear(10, 10), torch.nn.Linear(5, 10)
-    for per_image, expected in ((0.5, 280), (0.001, 700), (60.0, 70)):
+    for per_image, expected in ((0.5, None), (0.001, 700), (60.0, 70)):
         demo.work = type("W", (), {"stage": lambda self, name, compute, value=per_image: value})()
         prompts, seeds = demo._choose_prompts(student)
         assert len(prompts) == len(seeds) and len(prompts) % 7 == 0
-        if per_image == 0.5:
+        if expected is None:
             cost = len(prompts) * per_image * (1 + 2 * 60 / 110)
-            assert 0.95 * 0.4 * 720 <= cost <= 0.4 * 720
+            share = demo.settings.evaluation_share
+            assert 0.95 * share * 720 <= cost <= share * 720
         else:
             assert len(prompts) == expected
 
