@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised by a Newton-Schulz iteration.
 
-At the demo's size it reaches a given loss in about two thirds of AdamW's time (train_teacher.py --optimizer).
+At the demo's size, after 300 steps of batch 64, the loss is 0.222 with it and 0.308 with AdamW; a step costs a third
+more (train_teacher.py --optimizer).
 """
 
 from __future__ import annotations
