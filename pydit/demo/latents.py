@@ -1,8 +1,8 @@
 """The latent space of the demo: a linear code of 4x4-pixel patches that the VAE is then trained to speak.
 
 The eight leading principal components of the patches are fixed before any training. So the transformer can be trained
-without waiting for the VAE; the encoder learns to reproduce this code and the decoder to undo it. The code drops 6.5 %
-of the patches' variance; the decoder recovers most of that from its neighbourhood, since only a few shapes exist.
+without waiting for the VAE; the encoder learns to reproduce this code and the decoder to undo it. The code drops a
+little of the patches' variance; the decoder recovers most of that from its neighbourhood, since only a few shapes exist.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised by a Newton-Schulz iteration.
 
-At the demo's size, after 300 steps of batch 64, the loss is 0.222 with it and 0.308 with AdamW; a step costs a third
-more (train_teacher.py --optimizer).
+``train_teacher.py --optimizer adamw`` trains without it.
 """
 
 from __future__ import annotations

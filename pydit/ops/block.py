@@ -12,6 +12,7 @@ import torch
 from pydit import backend
 from pydit.ops import reference
 from pydit.ops._library import check_eps, check_split, check_tokens, define, define_backward, modulation_rows
+from pydit.ops.reference import wide
 
 
 def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
@@ -159,10 +160,6 @@ define("gated_residual_ada_layer_norm(Tensor x, Tensor y, Tensor gate, Tensor sc
 # Backward: the formulas in torch, fp32 inside (float64 for float64). ----------------------------------------------
 
 
-def _wide(x):
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _sum_rows(grad, split, dtype):
     """Sum a [B, S, C] gradient over the tokens of each modulation row -> [B, R, C]."""
     if split is None:
@@ -188,7 +185,7 @@ def _ada_layer_norm_setup(ctx, inputs, output):
 
 def _ada_layer_norm_backward(ctx, grad):
     x, scale = ctx.saved_tensors
-    d_x, d_scale, d_shift = _norm_backward(_wide(x), _wide(grad), _wide(scale), ctx.eps, ctx.split)
+    d_x, d_scale, d_shift = _norm_backward(wide(x), wide(grad), wide(scale), ctx.eps, ctx.split)
     return d_x.to(x.dtype), _sum_rows(d_scale, ctx.split, x.dtype), _sum_rows(d_shift, ctx.split, x.dtype), None, None
 
 
@@ -199,9 +196,9 @@ def _gated_residual_setup(ctx, inputs, output):
 
 def _gated_residual_backward(ctx, grad):
     y, gate = ctx.saved_tensors
-    wide = _wide(grad)
-    d_y = wide * reference.per_token(_wide(gate), y, ctx.split)
-    return grad, d_y.to(y.dtype), _sum_rows(wide * _wide(y), ctx.split, y.dtype), None
+    wide_grad = wide(grad)
+    d_y = wide_grad * reference.per_token(wide(gate), y, ctx.split)
+    return grad, d_y.to(y.dtype), _sum_rows(wide_grad * wide(y), ctx.split, y.dtype), None
 
 
 def _gated_residual_ada_layer_norm_setup(ctx, inputs, output):
@@ -212,10 +209,10 @@ def _gated_residual_ada_layer_norm_setup(ctx, inputs, output):
 def _gated_residual_ada_layer_norm_backward(ctx, grad_residual, grad_out):
     x, y, gate, scale = ctx.saved_tensors
     split, dtype = ctx.split, x.dtype
-    gates = reference.per_token(_wide(gate), x, split)
-    d_sum, d_scale, d_shift = _norm_backward(_wide(x) + gates * _wide(y), _wide(grad_out), _wide(scale), ctx.eps, split)
-    d_sum = d_sum + _wide(grad_residual)
-    return (d_sum.to(dtype), (d_sum * gates).to(dtype), _sum_rows(d_sum * _wide(y), split, dtype),
+    gates = reference.per_token(wide(gate), x, split)
+    d_sum, d_scale, d_shift = _norm_backward(wide(x) + gates * wide(y), wide(grad_out), wide(scale), ctx.eps, split)
+    d_sum = d_sum + wide(grad_residual)
+    return (d_sum.to(dtype), (d_sum * gates).to(dtype), _sum_rows(d_sum * wide(y), split, dtype),
             _sum_rows(d_scale, split, dtype), _sum_rows(d_shift, split, dtype), None, None)
 
 

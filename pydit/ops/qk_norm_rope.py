@@ -10,6 +10,7 @@ import torch
 from pydit import backend
 from pydit.ops import reference
 from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, define, define_backward
+from pydit.ops.reference import wide
 
 _OP = "qk_norm_rope"
 
@@ -140,7 +141,6 @@ define("qk_norm_rope_out(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight,
 
 
 def _one_backward(x, weight, grad, cos, sin, eps):
-    wide = (lambda t: t) if x.dtype == torch.float64 else torch.Tensor.float
     value, grad = wide(x), wide(grad)
     if cos is not None:
         grad = reference.rotate(grad, cos, -sin)

@@ -11,20 +11,20 @@ import torch
 
 def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
     """LN(x) * (1 + scale) + shift over the last dimension of x [B, S, C] (DiT, Peebles & Xie 2023, adaLN)."""
-    value = _wide(x)
-    return (normalize(value, eps) * (1 + per_token(_wide(scale), x, split))
-            + per_token(_wide(shift), x, split)).to(x.dtype)
+    value = wide(x)
+    return (normalize(value, eps) * (1 + per_token(wide(scale), x, split))
+            + per_token(wide(shift), x, split)).to(x.dtype)
 
 
 def gated_residual(x, y, gate, *, split=None):
     """x + gate * y for x, y [B, S, C]."""
-    return (_wide(x) + per_token(_wide(gate), x, split) * _wide(y)).to(x.dtype)
+    return (wide(x) + per_token(wide(gate), x, split) * wide(y)).to(x.dtype)
 
 
 def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=None):
     """r = x + gate * y and LN(r) * (1 + scale) + shift, the norm taken of r before it is rounded."""
-    residual = _wide(x) + per_token(_wide(gate), x, split) * _wide(y)
-    out = (normalize(residual, eps) * (1 + per_token(_wide(scale), x, split)) + per_token(_wide(shift), x, split))
+    residual = wide(x) + per_token(wide(gate), x, split) * wide(y)
+    out = (normalize(residual, eps) * (1 + per_token(wide(scale), x, split)) + per_token(wide(shift), x, split))
     return residual.to(x.dtype), out.to(x.dtype)
 
 
@@ -34,10 +34,10 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6):
 
 
 def _norm_rope(x, weight, freqs, eps):
-    value = _wide(x)
+    value = wide(x)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        value = value * _wide(weight)
+        value = value * wide(weight)
     if freqs is not None:
         value = rotate(value, *freqs)
     return value.to(x.dtype)
@@ -68,5 +68,6 @@ def per_token(row, x, split):
     return torch.cat((row[:, :1].expand(-1, first, -1), row[:, 1:].expand(-1, tokens - first, -1)), 1)
 
 
-def _wide(x):
+def wide(x):
+    """x in the dtype that arithmetic runs in: float32, or float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
