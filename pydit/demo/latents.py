@@ -2,7 +2,7 @@
 
 The eight leading principal components of the patches are fixed before any training. So the transformer can be trained
 without waiting for the VAE; the encoder learns to reproduce this code and the decoder to undo it. The code drops a
-little of the patches' variance; the decoder recovers most of that from its neighbourhood, since only a few shapes exist.
+little of the patches' variance; the decoder recovers most of that from its neighbourhood, as only a few shapes exist.
 """
 
 from __future__ import annotations

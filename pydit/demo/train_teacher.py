@@ -25,13 +25,14 @@ from pydit import files
 from pydit.demo import teacher, world
 from pydit.demo.data import IMG_SHAPES, pack
 from pydit.demo.latents import LatentBasis
-from pydit.demo.muon import Muon
 from pydit.demo.training_forward import TrainingForward
+from pydit.distill.muon import Muon
 from pydit.errors import UserError
 from pydit.inference.pipeline import load_pipeline
+from pydit.models import get_adapter
 
 # How often training draws each category, in the order of world.CATEGORIES: the hard ones more often.
-CATEGORY_WEIGHTS = (0.5, 1.0, 1.0, 0.5, 1.5, 1.75, 1.75)
+CATEGORY_WEIGHTS = (0.4, 1.0, 1.0, 0.4, 2.5, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -267,11 +268,9 @@ def _groups(student: Student, recipe: Recipe):
     """(matrices for Muon, everything else)."""
     if recipe.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer: expected muon or adamw, got {recipe.optimizer!r}")
-    matrices, others = [], []
-    for name, parameter in student.named_parameters():
-        hidden = "transformer_blocks" in name and parameter.ndim == 2 and "_mod." not in name
-        (matrices if hidden and recipe.optimizer == "muon" else others).append(parameter)
-    return matrices, others
+    hidden = get_adapter(student.transformer).hidden_matrices(student.transformer) if recipe.optimizer == "muon" else {}
+    chosen = {id(parameter) for parameter in hidden.values()}
+    return list(hidden.values()), [p for p in student.parameters() if id(p) not in chosen]
 
 
 def _set_rates(optimizers, rates, factor: float) -> None:

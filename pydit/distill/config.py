@@ -52,6 +52,10 @@ class DistillConfig:
         Learning rate at the end of the cosine, as a fraction of the peak.
     betas, weight_decay, eps
         AdamW; defaults as reported for PPCL. Vectors (biases, norm gains) are not decayed.
+    muon_lr
+        Output phase: step the weight matrices of attention and MLP by Muon, at this peak rate (in spectral norm, so
+        that 0.01 moves every singular value by about 0.01 a step), and everything else by AdamW at ``output_lr``.
+        None is AdamW for all, as in PPCL.
     clip
         Largest gradient norm, per interval in the layer phase and over all parameters in the output phase; 0 is off.
     ema
@@ -90,6 +94,7 @@ class DistillConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02
     eps: float = 1e-8
+    muon_lr: float | None = None
     clip: float = 1.0
     ema: float = 0.05
     cache_batches: int = 0
@@ -108,7 +113,7 @@ class DistillConfig:
             _require(name, getattr(self, name), "a number > 0", lambda v: _number(v) and v > 0)
         for name in ("magnitude", "boundary_weight", "flow_weight", "weight_decay", "clip"):
             _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
-        for name in ("max_minutes", "save_every_seconds"):
+        for name in ("max_minutes", "save_every_seconds", "muon_lr"):
             _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or (_number(v) and v > 0))
         for name in ("output_share", "warmup"):
             _require(name, getattr(self, name), "a number from 0 up to, not including, 1",

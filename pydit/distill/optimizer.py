@@ -1,18 +1,20 @@
-"""AdamW over named groups of parameters, with fp32 master weights, clipping per group and a weight average."""
+"""AdamW and Muon over named groups of parameters, with fp32 master weights, clipping per group and a weight average."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from pydit.distill import distributed
 from pydit.distill.config import DistillConfig
+from pydit.distill.muon import Muon
 from pydit.distill.schedule import ema_decay, ema_exponent
 from pydit.errors import FormatError
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+_MOMENTUM = "momentum"  # of Muon
 
 
 class Optimizer:
@@ -26,6 +28,7 @@ class Optimizer:
     ----------
     groups : group -> parameter name -> parameter. Gradients are clipped group by group.
     config : DistillConfig
+    hidden : names of matrices that Muon steps, when ``config.muon_lr`` is given.
 
     Attributes
     ----------
@@ -33,7 +36,8 @@ class Optimizer:
         Optimiser steps taken.
     """
 
-    def __init__(self, groups: Mapping[str, Mapping[str, nn.Parameter]], config: DistillConfig) -> None:
+    def __init__(self, groups: Mapping[str, Mapping[str, nn.Parameter]], config: DistillConfig,
+                 hidden: Collection[str] = ()) -> None:
         self.groups = {group: dict(named) for group, named in groups.items()}
         self.clip = config.clip
         self.step_count = 0
@@ -42,8 +46,12 @@ class Optimizer:
         self._masters = {name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
                          for name, p in self._named.items()}
         self._averages = ({name: p.detach().clone() for name, p in self._masters.items()} if config.ema else {})
-        matrices = [p for p in self._masters.values() if p.ndim >= 2]
-        vectors = [p for p in self._masters.values() if p.ndim < 2]
+        by_muon = [name for name in self._masters if config.muon_lr is not None and name in hidden]
+        self._muon = Muon([self._masters[name] for name in by_muon]) if by_muon else None
+        self._muon_lr = config.muon_lr
+        others = [p for name, p in self._masters.items() if name not in by_muon]
+        matrices = [p for p in others if p.ndim >= 2]
+        vectors = [p for p in others if p.ndim < 2]
         self._adamw = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
@@ -58,8 +66,11 @@ class Optimizer:
         return torch.stack([norm.to(device, torch.float32) for norm in norms])
 
     @torch.no_grad()
-    def step(self, lr: float, norms: torch.Tensor) -> None:
-        """Clip by the ``norms`` of :meth:`gradient_norms`, step, average, and drop the gradients."""
+    def step(self, lr: float, norms: torch.Tensor, factor: float = 1.0) -> None:
+        """Clip by the ``norms`` of :meth:`gradient_norms`, step, average, and drop the gradients.
+
+        AdamW steps at ``lr``, Muon at ``factor * config.muon_lr``.
+        """
         if self.clip:
             for named, norm in zip(self.groups.values(), norms, strict=True):
                 torch.nn.utils.clip_grads_with_norm_(named.values(), self.clip, norm)
@@ -69,6 +80,9 @@ class Optimizer:
             if self._masters[name] is not p:
                 self._masters[name].grad = None if p.grad is None else p.grad.float()
         self._adamw.step()
+        if self._muon is not None:
+            self._muon.param_groups[0]["lr"] = factor * self._muon_lr
+            self._muon.step()
         self.step_count += 1
         if self._averages:
             decay = ema_decay(self.step_count, self._exponent)
@@ -97,6 +111,8 @@ class Optimizer:
             moments = self._adamw.state.get(master)
             if moments:  # a parameter without a gradient has none
                 tensors |= {f"{moment}/{name}": moments[moment] for moment in _MOMENTS}
+            if self._muon is not None and (momentum := self._muon.state.get(master)):
+                tensors[f"{_MOMENTUM}/{name}"] = momentum[_MOMENTUM]
         return tensors
 
     @torch.no_grad()
@@ -113,6 +129,9 @@ class Optimizer:
                          for moment in _MOMENTS}
                 state["step"] = torch.tensor(float(step_count), device=master.device)
                 self._adamw.state[master] = state
+            if self._muon is not None and f"{_MOMENTUM}/{name}" in tensors:
+                momentum = torch.empty_like(master).copy_(_fitting(tensors, f"{_MOMENTUM}/{name}", master))
+                self._muon.state[master] = {_MOMENTUM: momentum}
 
 
 @torch.no_grad()

@@ -155,7 +155,8 @@ class _Run:
         trainable = [p for named in groups.values() for p in named.values()]
         for p in trainable:
             p.requires_grad_(True)
-        optimizer = Optimizer(groups, self.config)
+        hidden = self.adapter.hidden_matrices(self.student) if phase.name == "output" else ()
+        optimizer = Optimizer(groups, self.config, hidden)
         if state.step:
             optimizer.load_state(self.loaded, state.step)
         observations = Observations(phase, self.stream, self.config.cache_batches, state.step)
@@ -181,13 +182,14 @@ class _Run:
                 if budget.spent(state.step, elapsed):
                     break
                 fraction = budget.fraction(state.step, elapsed)
-                lr = peak * lr_factor(fraction, warmup=config.warmup, final=config.final_lr)
+                factor = lr_factor(fraction, warmup=config.warmup, final=config.final_lr)
+                lr = peak * factor
                 values = phase.backward(observations.get(state.step))
                 norms = optimizer.gradient_norms()
                 distributed.average([values])
                 numbers = torch.cat([values, norms]).tolist()  # the only synchronisation of a step
                 self._require_finite(phase, list(optimizer.groups), numbers)
-                optimizer.step(lr, norms)
+                optimizer.step(lr, norms, factor)
                 state.step += 1
                 state.steps[phase.name] = state.step
                 state.batches = self.stream.delivered

@@ -58,6 +58,7 @@ class ModelAdapter(ABC):
     family: str
     block_io: BlockIO
     last_text_used: bool  # whether the model reads the text output of its last block
+    modulation: tuple[str, ...]  # children of a block that turn the time embedding into shifts, scales and gates
 
     @property
     def block_list(self) -> str:
@@ -83,6 +84,15 @@ class ModelAdapter(ABC):
     @abstractmethod
     def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
         """Per stream, the last linear layer of a block: the one whose output, gated, is added to the stream."""
+
+    def hidden_matrices(self, transformer: nn.Module) -> dict[str, nn.Parameter]:
+        """By name, the weight matrices of all blocks that map tokens to tokens: attention and MLP, no modulation."""
+        found = {}
+        for name, parameter in transformer.named_parameters():
+            parts = name.split(".")
+            if parts[0] == self.block_list and parameter.ndim == 2 and not set(parts) & set(self.modulation):
+                found[name] = parameter
+        return found
 
     @abstractmethod
     def pruned_class(self) -> type[nn.Module]:

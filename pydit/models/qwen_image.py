@@ -34,6 +34,7 @@ class QwenImageAdapter(ModelAdapter):
                 "joint_attention_kwargs", "modulate_index"),
         image="hidden_states", text="encoder_hidden_states", text_first=True)
     last_text_used = False
+    modulation = ("img_mod", "txt_mod")
 
     def width(self, transformer: nn.Module) -> int:
         return transformer.inner_dim

@@ -1,5 +1,7 @@
 """The stock pipeline samples what training optimises: its tokens, its sigmas, its steps, its batches."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import QwenImagePipeline
@@ -77,6 +79,26 @@ def test_batches_resume_at_a_step_and_differ_between_steps_and_seeds(pipe):
         assert torch.equal(batch[name], second[0][name])
     assert not torch.equal(first[0]["hidden_states"], batch["hidden_states"])
     assert not torch.equal(next(data.make_batches(pipe, batch_size=4, seed=6))[1], first[1])
+
+
+def test_batches_of_kept_images_repeat_images_but_not_noise(pipe):
+    def take(count, start_step=0):
+        return list(itertools.islice(
+            data.make_batches(pipe, batch_size=4, seed=5, images=6, start_step=start_step), count))
+
+    def clean(batch, target):  # x = (1 - s) clean + s noise, target = noise - clean
+        return batch["hidden_states"] - batch["timestep"][:, None, None] * target
+
+    def different(rows):
+        same = (rows[:, None] - rows).abs().amax(-1) < 1e-4  # rounding of the mixture; images differ by 1e-2
+        return len(same.unique(dim=0))
+
+    items = take(12)
+    assert different(torch.cat([clean(*item).flatten(1) for item in items])) == 6
+    assert different(torch.cat([(item[1] + clean(*item)).flatten(1) for item in items])) == 48
+    (batch, target), = take(1, start_step=7)
+    assert torch.equal(target, items[7][1]) and torch.equal(batch["hidden_states"], items[7][0]["hidden_states"])
+    assert torch.equal(batch["encoder_hidden_states"], items[7][0]["encoder_hidden_states"])
 
 
 def test_a_batch_is_noised_latents_with_its_velocity(pipe, monkeypatch):

@@ -11,8 +11,8 @@ from diffusers import QwenImagePipeline
 from pydit import files
 from pydit.demo import data, teacher, train_teacher, world
 from pydit.demo.latents import LatentBasis
-from pydit.demo.muon import Muon, orthogonalize
 from pydit.demo.training_forward import TrainingForward
+from pydit.distill.muon import Muon, orthogonalize
 from pydit.errors import FormatError, UserError
 
 TINY = train_teacher.Recipe(layers=1, heads=1, batch_size=4, warmup_steps=2)

@@ -67,6 +67,27 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, uninterrupted, at):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_muon_phase_continues_bit_for_bit(tmp_path, dtype):
+    config = dataclasses.replace(CONFIG, muon_lr=1e-2)
+    teacher, student = tiny.make_pair(dtype=dtype)
+    def batches(start):
+        return tiny.stream(start, dtype=dtype)
+    distill(teacher, student, batches, dataclasses.replace(config, save_every=None), progress=False)
+    by_adamw = tiny.make_pair(dtype=dtype)
+    distill(*by_adamw, batches, dataclasses.replace(CONFIG, save_every=None), progress=False)
+    config = dataclasses.replace(config, checkpoint_dir=tmp_path)
+    with pytest.raises(UserError, match="expected more than 8 batches"):
+        distill(*tiny.make_pair(dtype=dtype), itertools.islice(batches(0), 8), config, progress=False)
+    teacher, again = tiny.make_pair(dtype=dtype)
+    result = distill(teacher, again, batches, dataclasses.replace(config, resume=True), progress=False)
+    assert result.resumed_from == ("output", 2)
+    expected, weights = tiny.weights(student), tiny.weights(again)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    name = "transformer_blocks.1.attn.to_q.weight"
+    assert not torch.equal(expected[name], tiny.weights(by_adamw[1])[name])
+
+
 def test_iterables_are_stepped_over_to_the_same_place(tmp_path, uninterrupted):
     config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
     teacher, student = tiny.make_pair()

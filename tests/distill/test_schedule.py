@@ -87,3 +87,26 @@ def test_vectors_are_not_decayed():
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step(0.1, optimizer.gradient_norms())
     assert torch.allclose(matrix, torch.full((2, 2), 0.95)) and torch.equal(vector, torch.ones(2))
+
+
+def test_muon_steps_the_named_matrices_along_the_polar_factor_of_their_momentum():
+    """Against a double-precision momentum; its direction must be near the polar factor U V^T of an SVD."""
+    generator = torch.Generator().manual_seed(0)
+    tall, wide, other = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((8, 4), (4, 8), (4, 4)))
+    named = {"tall": tall, "wide": wide, "other": other}
+    optimizer = Optimizer({"g": named}, DistillConfig(muon_lr=0.1, ema=0, clip=0, weight_decay=0), ["tall", "wide", "x"])
+    momentum = {name: torch.zeros_like(p).double() for name, p in named.items()}
+    for _ in range(3):
+        before = {name: p.detach().clone().double() for name, p in named.items()}
+        for name, p in named.items():
+            p.grad = torch.randn(p.shape, generator=generator)
+            momentum[name] = 0.95 * momentum[name] + 0.05 * p.grad.double()
+        nesterov = {name: 0.05 * p.grad.double() + 0.95 * momentum[name] for name, p in named.items()}
+        optimizer.step(1e-3, optimizer.gradient_norms(), factor=0.5)
+        for name, scale in (("tall", 2**0.5), ("wide", 1.0)):
+            moved = (before[name] - named[name].detach().double()) / (0.5 * 0.1 * scale)
+            u, _, v = torch.linalg.svd(nesterov[name], full_matrices=False)
+            core = u.mT @ moved @ v.mT  # diagonal, and near the identity
+            assert (core - torch.diag_embed(core.diagonal())).abs().max() < 1e-3
+            assert ((core.diagonal() - 1).abs() < 0.4).all()
+        assert (before["other"] - other.detach()).abs().max() < 1.1e-3  # AdamW

@@ -125,3 +125,14 @@ def test_without_diffusers():
             "except pydit.UserError as error: print(error)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "this needs diffusers, which is not installed" in result.stdout, result.stderr
+
+
+def test_hidden_matrices_are_those_of_attention_and_mlp(model):
+    adapter = get_adapter(model)
+    names = adapter.hidden_matrices(model)
+    per_block = {f"attn.{n}.weight" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
+                                              "to_add_out")}
+    per_block |= {f"{stream}_mlp.net.{n}.weight" for stream in ("img", "txt") for n in ("0.proj", "2")}
+    layers = adapter.num_layers(model)
+    assert set(names) == {f"transformer_blocks.{k}.{name}" for k in range(layers) for name in per_block}
+    assert all(p is dict(model.named_parameters())[name] for name, p in names.items())

@@ -1,7 +1,4 @@
-"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised by a Newton-Schulz iteration.
-
-``train_teacher.py --optimizer adamw`` trains without it.
-"""
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised by a Newton-Schulz iteration."""
 
 from __future__ import annotations
 
