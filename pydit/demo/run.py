@@ -49,11 +49,14 @@ class Settings:
     guidance: float = 1.0
     calibration_batches: int = 32
     batch_size: int = 32
-    init: str = "first"
-    evaluation_share: float = 0.25  # of the budget, for all three models
+    init: str = "probe"
+    evaluation_share: float = 0.15  # of the budget, for all three models
+    images: int = 6144  # rendered and encoded once for distillation
+    cache_batches: int = 1000  # of the output phase, whose teacher velocities are kept
     layers_lr: float = 2e-3
     output_lr: float = 2e-3
-    output_share: float = 0.85
+    muon_lr: float = 0.01
+    output_share: float = 0.9
     magnitude: float = 0.1
     layers_steps: int | None = None  # None: until the time is up
     output_steps: int | None = None
@@ -65,7 +68,7 @@ class Settings:
         if not quick:
             return cls(seed, budget_minutes, prompts, quick)
         return cls(seed, budget_minutes, prompts or 14, quick, steps=4, calibration_batches=8, batch_size=8,
-                   layers_steps=12, output_steps=8, gallery=7)
+                   images=256, layers_steps=12, output_steps=8, gallery=7)
 
 
 def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | None = None, seed: int = 0,
@@ -279,13 +282,15 @@ class _Demo:
         config = DistillConfig(
             layers_steps=settings.layers_steps, layers_lr=settings.layers_lr, output_steps=settings.output_steps,
             output_lr=settings.output_lr, output_share=settings.output_share, output_trainable="all",
-            max_minutes=budget, magnitude=settings.magnitude, log_every=2 if settings.quick else 10,
+            muon_lr=settings.muon_lr, output_cache_batches=settings.cache_batches, max_minutes=budget,
+            magnitude=settings.magnitude, log_every=2 if settings.quick else 10,
             checkpoint_dir=self.work.path / "distill", save_every_seconds=20.0, resume="auto")
         results = []
 
         def compute() -> dict[str, Any]:
             results.append(distill(self.teacher, student, lambda start: data.make_batches(
-                self.pipe, batch_size=settings.batch_size, seed=settings.seed + 3, start_step=start), config))
+                self.pipe, batch_size=settings.batch_size, seed=settings.seed + 3, start_step=start,
+                images=settings.images), config))
             return {"seconds": results[0].seconds, "steps": results[0].steps}
 
         self.work.stage("distill", compute)

@@ -32,9 +32,12 @@ class TrainingForward:
         self.blocks = [dict(block.named_parameters()) for block in model.transformer_blocks]
         self.block = torch.compile(_block, dynamic=False) if compile else _block
 
-    def __call__(self, tokens: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor,
-                 mask: torch.Tensor) -> torch.Tensor:
-        """tokens [B, S, C], sigma [B], text [B, T, J], mask bool [B, T] -> [B, S, C]."""
+    def __call__(self, tokens: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: torch.Tensor,
+                 run: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens [B, S, C], sigma [B], text [B, T, J], mask bool [B, T] -> [B, S, C].
+
+        ``run``, bool [blocks], says which blocks run; the others pass their streams on unchanged. None: all.
+        """
         model = self.model
         image = model.img_in(tokens)
         text = model.txt_in(model.txt_norm(text))
@@ -43,8 +46,9 @@ class TrainingForward:
         padding = F.pad(~mask, (0, self.image_tokens))[:, None, None]
         bias = torch.zeros(padding.shape, dtype=image.dtype, device=image.device).masked_fill_(padding, -1e9)
         bias = bias.expand(-1, -1, padding.shape[-1], -1)
-        for weights in self.blocks:
-            image, text = self.block(weights, image, text, activated, bias, self.cos, self.sin)
+        for index, weights in enumerate(self.blocks):
+            if run is None or run[index]:
+                image, text = self.block(weights, image, text, activated, bias, self.cos, self.sin)
         return model.proj_out(model.norm_out(image, temb))
 
 

@@ -66,6 +66,9 @@ class DistillConfig:
         instead of drawing new ones. The memory, on the device, is in the layer phase that of every interval's inputs
         and targets: at most 2 x intervals x tokens x channels values per sample. 0 draws a new batch and runs the
         teacher every step.
+    output_cache_batches
+        The same for the output phase, where a sample costs little more than its input and velocity. None is
+        ``cache_batches``.
     gradient_checkpointing
         Recompute the student's blocks in the backward pass instead of keeping their activations.
     log_every
@@ -98,6 +101,7 @@ class DistillConfig:
     clip: float = 1.0
     ema: float = 0.05
     cache_batches: int = 0
+    output_cache_batches: int | None = None
     gradient_checkpointing: bool = False
     log_every: int = 10
     checkpoint_dir: str | Path | None = None
@@ -107,7 +111,7 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Raise UserError naming the first field that is wrong, what was expected and what came."""
-        for name in ("layers_steps", "output_steps"):
+        for name in ("layers_steps", "output_steps", "output_cache_batches"):
             _require(name, getattr(self, name), "a whole number >= 0, or None", lambda v: v is None or _whole(v, 0))
         for name in ("layers_lr", "output_lr", "eps"):
             _require(name, getattr(self, name), "a number > 0", lambda v: _number(v) and v > 0)
@@ -146,6 +150,12 @@ class DistillConfig:
                 if getattr(self, name):
                     raise UserError(f"{name}: expected a checkpoint_dir to go with it, got {getattr(self, name)!r} "
                                     "and checkpoint_dir None")
+
+    def cache_size(self, phase: str) -> int:
+        """Batches that the phase "layers" or "output" keeps."""
+        if phase == "layers" or self.output_cache_batches is None:
+            return self.cache_batches
+        return self.output_cache_batches
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -116,7 +116,8 @@ class _Run:
         self.began = monotonic() - self.progress.seconds
         self.saved_at = self.progress.seconds
         if self.progress.phase != "done":
-            again = min(self.progress.step, config.cache_batches)  # what the cache of a resumed phase held
+            # A resumed phase observes again what its cache held.
+            again = min(self.progress.step, config.cache_size(self.progress.phase))
             self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device)
 
     def _start(self) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
@@ -159,7 +160,7 @@ class _Run:
         optimizer = Optimizer(groups, self.config, hidden)
         if state.step:
             optimizer.load_state(self.loaded, state.step)
-        observations = Observations(phase, self.stream, self.config.cache_batches, state.step)
+        observations = Observations(phase, self.stream, self.config.cache_size(phase.name), state.step)
         if self.loaded:  # after the stream, which may have drawn numbers of its own
             checkpoint.restore_random(self.loaded, self.device)
         self.loaded = {}

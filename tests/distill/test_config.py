@@ -75,3 +75,11 @@ def test_only_bookkeeping_may_change_between_parts_of_a_run():
         may_change = field.name in ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every")
         if field.name != "betas":
             assert (other.computation() == base.computation()) == may_change, field.name
+
+
+@pytest.mark.parametrize("fields, layers, output", [({}, 0, 0), ({"cache_batches": 3}, 3, 3),
+                                                    ({"output_cache_batches": 4}, 0, 4),
+                                                    ({"cache_batches": 3, "output_cache_batches": 0}, 3, 0)])
+def test_each_phase_has_its_cache(fields, layers, output):
+    config = DistillConfig(**fields)
+    assert (config.cache_size("layers"), config.cache_size("output")) == (layers, output)

@@ -97,17 +97,18 @@ def test_iterables_are_stepped_over_to_the_same_place(tmp_path, uninterrupted):
     assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_cache_is_filled_again(tmp_path, at):
+@pytest.mark.parametrize("layers, output, at, place", [(2, None, 1, ("layers", 1)), (2, None, 3, ("output", 1)),
+                                                       (0, 2, 7, ("output", 1))])
+def test_a_cache_is_filled_again(tmp_path, layers, output, at, place):
     """Killed while the layer phase fills its cache, or the output phase its own."""
-    config = dataclasses.replace(CONFIG, save_every=None, cache_batches=2)
+    config = dataclasses.replace(CONFIG, save_every=None, cache_batches=layers, output_cache_batches=output)
     teacher, student = tiny.make_pair()
     whole = distill(teacher, student, tiny.stream, config, progress=False)
     config = dataclasses.replace(config, save_every=1, checkpoint_dir=tmp_path)
     with pytest.raises(Stop):
-        distill(*tiny.make_pair(), stopping_stream({1: 1, 2: 3}[at]), config, progress=False)
+        distill(*tiny.make_pair(), stopping_stream(at), config, progress=False)
     result, weights = resumed(config)
-    assert result.resumed_from == {1: ("layers", 1), 2: ("output", 1)}[at]
+    assert result.resumed_from == place
     assert without_times(result.history) == without_times(whole.history)
     assert all(torch.equal(weights[name], p) for name, p in tiny.weights(student).items())
 
