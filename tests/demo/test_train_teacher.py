@@ -90,6 +90,19 @@ def test_training_forward_equals_the_stock_forward_and_its_gradients(model):
                                        msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("run", [(True, False), (False, True), (False, False)])
+def test_a_skipped_block_is_an_absent_one(model, run):
+    x, sigma, text, mask = batch()
+    with torch.no_grad():
+        result = TrainingForward(model, [data.IMG_SHAPES], text_tokens=8, compile=False)(
+            x, sigma, text, mask, torch.tensor(run))
+        model.transformer_blocks = torch.nn.ModuleList(b for b, kept in zip(model.transformer_blocks, run, strict=True)
+                                                       if kept)
+        expected = model(hidden_states=x, timestep=sigma, encoder_hidden_states=text, encoder_hidden_states_mask=mask,
+                         img_shapes=[data.IMG_SHAPES] * 3, return_dict=False)[0]
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_text_behind_the_mask_has_no_effect(model):
     x, sigma, text, mask = batch()
     forward = TrainingForward(model, [data.IMG_SHAPES], text_tokens=8, compile=False)
