@@ -58,13 +58,17 @@ def _analyze(arguments: argparse.Namespace) -> None:
 def add_plan(commands: Any) -> None:
     parser = command(
         commands, "plan", _plan, "decide which blocks to merge, or show a plan",
-        "A plan is made from statistics (STATS), from a published layout (--preset) or by hand (--intervals). An\n"
+        "A plan is made from statistics (STATS), by measuring what leaving out each block does to a pipeline's output\n"
+        "(--search), from a published layout (--preset) or by hand (--intervals). An\n"
         "interval [s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
         "pydit plan stats.safetensors --method ppcl --target 0.4 --out plan.json\n"
+        "  pydit plan --search ./my-pipeline --prompts prompts.txt --target 0.4 --out plan.json\n"
         "  pydit plan --preset ppcl-qwen-image-12b --out plan.json\n"
         "  pydit plan --intervals '[[3,4],[5,7]]' --num-layers 60 --out plan.json\n"
         "  pydit plan --show plan.json")
     parser.add_argument("stats", nargs="?", type=Path, metavar="STATS", help="file written by `pydit analyze`")
+    parser.add_argument("--search", type=Path, metavar="PIPELINE",
+                        help="pipeline whose blocks are left out one by one, always the one that costs least")
     parser.add_argument("--preset", help="a published layout, such as ppcl-qwen-image-12b")
     parser.add_argument("--intervals", metavar="JSON", help="intervals by hand, such as '[[3,4],[5,7]]'")
     parser.add_argument("--show", type=Path, metavar="PLAN", help="print a plan file")
@@ -76,15 +80,17 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("--selection", choices=("difference", "optimal"),
                         help="with STATS: the paper's rule, or least loss at the target (default: difference)")
     parser.add_argument("--target", type=share, default=0.4,
-                        help="with STATS: share of blocks to remove (default: 0.4)")
+                        help="with STATS or --search: share of blocks to remove (default: 0.4)")
     parser.add_argument("--out", type=Path, help="plan file to write (.json)")
+    add_device(parser)
+    add_batches(parser, batches=4, required=False)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from pydit.plan import PruningPlan
 
-    ways = {"STATS": arguments.stats, "--preset": arguments.preset, "--intervals": arguments.intervals,
-            "--show": arguments.show}
+    ways = {"STATS": arguments.stats, "--search": arguments.search, "--preset": arguments.preset,
+            "--intervals": arguments.intervals, "--show": arguments.show}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"plan: expected exactly one of {', '.join(ways)}, got {' and '.join(given) or 'none'}")
@@ -97,6 +103,13 @@ def _plan(arguments: argparse.Namespace) -> None:
             raise UserError("num-layers: expected with --intervals, got none")
         plan = PruningPlan.from_intervals(arguments.num_layers, _parse_intervals(arguments.intervals),
                                           family=arguments.family)
+    elif arguments.search:
+        from pydit.analysis import greedy_search
+
+        pipe = load(arguments.search, arguments)
+        stream = batch_stream(pipe, arguments)(0)
+        batches = [inputs(next(stream)) for _ in range(arguments.batches)]
+        plan = greedy_search(pipe.transformer, batches, target=arguments.target)
     else:
         from pydit.analysis import ActivationStats, detect
 

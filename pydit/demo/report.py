@@ -147,8 +147,9 @@ change the representation little; the outlined runs were replaced by one block e
 <figure>{_chart(out, "cka", "Heat-maps of CKA between block outputs, image and text stream")}</figure></section>
 
 <section><h2>Which blocks were replaced</h2>
-<p>How much of what a block adds can a linear map of its input predict? The method chains such maps, and merges blocks
+<p>How much of what a block adds can a linear map of its input predict? PPCL chains such maps, and merges blocks
 as long as a chain stays close to the teacher. Shaded runs were replaced.</p>
+{_candidates(metrics)}
 <figure>{_chart(out, "intervals", "Linear predictability of each block and the replaced intervals along the depth")}
 </figure></section>
 
@@ -185,6 +186,17 @@ def _entry(entry: dict[str, Any]) -> str:
     category = html.escape(figures.category_name(entry["category"]))
     return (f'<div class="entry"><h3>{html.escape(entry["prompt"])} <small>{category}</small></h3>'
             f'<div class="trio">{"".join(shots)}</div></div>')
+
+
+def _candidates(metrics: dict[str, Any]) -> str:
+    """The plans that were tried, the chosen one first; nothing when the run did not choose."""
+    rows = "".join(f"<tr><td>{row['method']}</td><td>{row['init']}</td>"
+                   f"<td>{', '.join(f'{start} to {end}' for start, end in row['intervals'])}</td>"
+                   f"<td>{row['velocity_error']:.3f}</td></tr>" for row in metrics.get("candidates", ()))
+    return rows and (
+        "<p>Several plans were pruned and measured before any training; the least error of the predicted velocity (its "
+        "square, relative to the teacher's) decided.</p><div class=\"scroll\"><table><tr><th>plan from</th>"
+        f"<th>start of a new block</th><th>runs</th><th>velocity error</th></tr>{rows}</table></div>\n")
 
 
 def _table(metrics: dict[str, Any]) -> str:

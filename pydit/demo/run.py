@@ -1,14 +1,13 @@
 """``pydit demo``: the whole method on the committed teacher, within a time budget, ending in a report.
 
-load teacher -> collect statistics -> detect -> prune -> distil -> evaluate teacher, pruned and distilled model on the
-same held-out prompts and noise -> report. Every finished stage is kept in ``OUT/work`` under a fingerprint of teacher
-and settings, so that an interrupted run continues where it stopped.
+load teacher -> collect statistics -> detect, measure candidate plans -> prune -> distil -> evaluate teacher, pruned and
+distilled model on the same held-out prompts and noise -> report. Every finished stage is kept in ``OUT/work`` under a
+fingerprint of teacher and settings, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -21,15 +20,14 @@ from typing import Any
 import torch
 
 from pydit import doctor
-from pydit.analysis import ActivationStats, collect, detect
-from pydit.demo import console, data, report, story, world
+from pydit.analysis import ActivationStats, collect
+from pydit.demo import choose, console, data, report, story, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.distill import DistillConfig, distill
 from pydit.errors import UserError
 from pydit.files import read_json, write_json
 from pydit.inference.pipeline import check_pipeline, content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
-from pydit.pruning import prune
 
 FORMAT = 1  # of OUT/work; another number makes earlier work unusable
 MODELS = ("teacher", "pruned", "distilled")
@@ -49,7 +47,6 @@ class Settings:
     guidance: float = 1.0
     calibration_batches: int = 32
     batch_size: int = 32
-    init: str = "probe"
     evaluation_share: float = 0.15  # of the budget, for all three models
     images: int = 6144  # rendered and encoded once for distillation
     cache_batches: int = 1000  # of the output phase, whose teacher velocities are kept
@@ -201,21 +198,19 @@ class _Demo:
     def _plan(self, stats: ActivationStats) -> PruningPlan:
         console.heading(f"Choose blocks to merge: at least {100 * self.settings.target:.0f} %")
 
-        def compute() -> dict[str, Any]:
-            try:
-                return detect(stats, method="ppcl", target=self.settings.target).to_dict()
-            except UserError as error:  # the paper's rule finds too few on this teacher
-                console.line(f"{error}; taking the least loss at the target instead")
-                return detect(stats, method="ppcl", target=self.settings.target, selection="optimal").to_dict()
-
-        plan = PruningPlan.from_dict(self.work.stage("plan", compute))
+        chosen = self.work.stage("plan", lambda: choose.choose(
+            self.pipe, stats, target=self.settings.target, **self._calibration()))
+        plan = PruningPlan.from_dict(chosen["plan"])
         console.line(plan.describe(self.teacher.config))
         return plan
 
     def _prune(self, plan: PruningPlan):
-        batches = data.make_batches(self.pipe, batch_size=self.settings.batch_size, seed=self.settings.seed + 2)
-        few = (batch for batch, _ in itertools.islice(batches, self.settings.calibration_batches // 4))
-        return prune(self.teacher, plan, init=self.settings.init, batches=few, tokens_per_batch=512)
+        return choose.start(self.pipe, plan, self.work.stages["plan"]["data"]["init"], **self._calibration())
+
+    def _calibration(self) -> dict[str, int]:
+        """The batches of which the plan and the start are made."""
+        return {"batches": self.settings.calibration_batches // 4, "batch_size": self.settings.batch_size,
+                "seed": self.settings.seed + 4}
 
     def _choose_prompts(self, student) -> tuple[list[world.Prompt], list[int]]:
         """As many prompts as the evaluation's share of the budget allows, the same number for each category."""
@@ -335,6 +330,7 @@ class _Demo:
             "parameters": {"teacher": _parameters(self.teacher), "student": _parameters(student)},
             "blocks": {"teacher": plan.num_layers, "student": plan.num_student_layers},
             "intervals": [list(pair) for pair in plan.intervals],
+            **{name: self.work.stages["plan"]["data"][name] for name in ("init", "candidates")},
             "prompts": len(self.results["teacher"].prompts),
             "relative_loss": self.loss.value, "relative_loss_interval": [self.loss.low, self.loss.high],
             "seconds": round(self.work.seconds, 1), "distill_seconds": round(distilled["seconds"], 1),

@@ -88,6 +88,8 @@ def test_module_entry_point_and_exit_code():
     (["plan", "--intervals", "[[3,4]]", "--num-layers", "60", "--family", "flux.9"], "family: expected one of"),
     (["plan", "--show", "/nowhere/plan.json"], "plan: expected a JSON file, got a path that does not exist"),
     (["plan", "/nowhere/stats.safetensors"], "stats: expected a safetensors file, got a path that does not exist"),
+    (["plan", "--search", "/nowhere", "--prompts", "demo"], "pipeline: expected a pipeline directory"),
+    (["plan", "--search", "x"], "pipeline: expected a pipeline directory"),
     (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, got '1.5'"),
     (["demo", "--budget-minutes", "-1"], "argument --budget-minutes: expected a number above 0, got '-1'"),
     (["demo", "--prompts", "0"], "argument --prompts: expected a whole number of at least 1, got '0'"),
@@ -106,6 +108,18 @@ def test_bad_command_lines(argv, message, fails, tmp_path, monkeypatch):
     line = fails(*argv)
     assert re.search(message, line), line
     assert not _tree(tmp_path)
+
+
+def test_a_plan_by_search(tmp_path, capsys):
+    argv = ["plan", "--search", str(untrained()), "--prompts", "demo", "--batches", "1", "--batch-size", "4", "--target", "0.3"]
+    assert main([*argv, "--out", str(tmp_path / "plan.json")]) == 0
+    assert "(2 removed, 33.3 %)" in capsys.readouterr().out
+    plan = PruningPlan.load(tmp_path / "plan.json")
+    assert plan.removed == 2 and plan.provenance["method"] == "greedy" and len(plan.provenance["errors"]) == 2
+
+
+def test_a_search_without_prompts(fails):
+    assert "prompts: expected a file with one prompt per line or demo, got none" in fails("plan", "--search", untrained())
 
 
 def test_a_plan_for_another_depth(fails, tmp_path):

@@ -24,6 +24,7 @@ def _material(teacher_share=0.9, layers=8, categories=world.CATEGORIES):
     metrics = {
         **{name: r.summary() for name, r in results.items()}, "parameters": {"teacher": 1000, "student": 600}, "prompts": 21,
         "relative_loss": loss.value, "relative_loss_interval": [loss.low, loss.high], "seconds": 100.0,
+        "candidates": [{"method": "greedy search", "init": "first", "intervals": [[1, 3], [5, 6]], "velocity_error": 0.125}],
         "distill_seconds": 60.0, "machine": "a <machine> & more", "versions": {"pydit": "0"},
         "settings": {"command": "pydit demo", "steps": 4, "guidance": 1.0, "seed": 0, "calibration_batches": 2, "batch_size": 2,
                      "layer_steps": 5, "output_steps": 0}}
@@ -45,6 +46,7 @@ def test_report_is_self_contained(tmp_path):
     assert len(sources) == 4 + 3 * 5 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|<script|<link", page)
     assert "a &lt;machine&gt; &amp; more" in page
+    assert "<td>greedy search</td><td>first</td><td>1 to 3, 5 to 6</td><td>0.125</td>" in page
     assert "8 blocks become 5" in page and page.count('class="shot no"') == sum(
         not passed for entry in material["gallery"] for passed in entry["passed"].values())
     for prompt in material["gallery"]:

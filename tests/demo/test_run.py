@@ -6,7 +6,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from pydit.demo import evaluate, run
+from pydit import PruningPlan
+from pydit.analysis import velocity_error
+from pydit.demo import choose, evaluate, run
 from pydit.errors import FormatError, UserError
 from pydit.inference.pipeline import content_hash, load_pipeline
 from tests.demo.pipelines import untrained
@@ -34,6 +36,23 @@ def test_everything_is_written(finished):
     assert metrics["parameters"]["student"] < metrics["parameters"]["teacher"]
     assert metrics["blocks"]["student"] <= 0.6 * metrics["blocks"]["teacher"]
     assert metrics["prompts"] == 14 and len(metrics["relative_loss_interval"]) == 2 and metrics["seconds"] > 0
+
+
+def test_the_plan_with_the_least_measured_error_is_taken(finished):
+    """Every candidate is there with the error that its pruned model has, measured here once more."""
+    _, metrics = finished
+    rows = metrics["candidates"]
+    assert {(row["method"], row["init"]) for row in rows} >= {
+        (method, init) for method in ("ppcl, least loss", "greedy search") for init in ("first", "probe")}
+    pipe = load_pipeline(untrained(), dtype=torch.float32)
+    settings = run.Settings.make(seed=0, budget_minutes=1, prompts=None, quick=True)
+    uses = {"batches": settings.calibration_batches // 4, "batch_size": settings.batch_size, "seed": 4}
+    judges = choose.take(pipe, uses["batches"], uses["batch_size"], 6)
+    for row in rows:
+        student = choose.start(pipe, PruningPlan.from_intervals(6, row["intervals"]), row["init"], **uses)
+        assert velocity_error(pipe.transformer, student, judges) == pytest.approx(row["velocity_error"], rel=1e-3)
+    assert rows[0]["velocity_error"] == min(row["velocity_error"] for row in rows)
+    assert (metrics["intervals"], metrics["init"]) == (rows[0]["intervals"], rows[0]["init"])
 
 
 def test_the_distilled_pipeline_is_the_evaluated_one(finished):
