@@ -43,7 +43,7 @@ def choose(pipe, stats: ActivationStats, *, target: float, batches: int, batch_s
     except UserError as error:  # the paper's rule finds too few on this teacher
         console.line(str(error))
     plans["ppcl, least loss"] = detect(stats, method="ppcl", target=target, selection="optimal")
-    plans["greedy search"] = greedy_search(teacher, take(pipe, max(1, batches // 4), batch_size, seed), target=target)
+    plans["greedy search"] = greedy_search(teacher, take(pipe, max(1, batches // 2), batch_size, seed), target=target)
     judges = take(pipe, batches, batch_size, seed + 2)
     rows = []
     for method, plan in plans.items():

@@ -209,7 +209,7 @@ class _Demo:
 
     def _calibration(self) -> dict[str, int]:
         """The batches of which the plan and the start are made."""
-        return {"batches": self.settings.calibration_batches // 4, "batch_size": self.settings.batch_size,
+        return {"batches": self.settings.calibration_batches // 8, "batch_size": self.settings.batch_size,
                 "seed": self.settings.seed + 4}
 
     def _choose_prompts(self, student) -> tuple[list[world.Prompt], list[int]]:

@@ -46,7 +46,7 @@ def test_the_plan_with_the_least_measured_error_is_taken(finished):
         (method, init) for method in ("ppcl, least loss", "greedy search") for init in ("first", "probe")}
     pipe = load_pipeline(untrained(), dtype=torch.float32)
     settings = run.Settings.make(seed=0, budget_minutes=1, prompts=None, quick=True)
-    uses = {"batches": settings.calibration_batches // 4, "batch_size": settings.batch_size, "seed": 4}
+    uses = {"batches": settings.calibration_batches // 8, "batch_size": settings.batch_size, "seed": 4}
     judges = choose.take(pipe, uses["batches"], uses["batch_size"], 6)
     for row in rows:
         student = choose.start(pipe, PruningPlan.from_intervals(6, row["intervals"]), row["init"], **uses)
