@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc build_tools -type f -not -name '*.pyc')
 
 .PHONY: demo test setup lint clean
 demo: setup
-	$(BIN)/pydit demo --out demo_out --budget-minutes 13
+	$(BIN)/pydit demo --out demo_out --budget-minutes 14
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

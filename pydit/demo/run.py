@@ -53,7 +53,7 @@ class Settings:
     layers_lr: float = 2e-3
     output_lr: float = 2e-3
     muon_lr: float = 0.01
-    output_share: float = 0.9
+    output_share: float = 0.95  # the layer phase lowers its own losses here, not the velocity error
     magnitude: float = 0.1
     layers_steps: int | None = None  # None: until the time is up
     output_steps: int | None = None
