@@ -12,6 +12,13 @@ void pydit_sim_set_seed(uint64_t seed);
 // OS threads that run the blocks of a launch; 0 (the default) means one per core. With 1 a launch is deterministic
 // even where blocks meet in atomics.
 void pydit_sim_set_threads(int threads);
+// The race detector (race.h): on or off, from the next launch. It sees the accesses of kernels only in a race build
+// (cmake -DPYDIT_SIM_RACE=on), where it is on from the start; pydit_sim_race_build says whether this is one.
+void pydit_sim_set_race(int on);
+int pydit_sim_race_build(void);
+// Of the latest launch in a race build: bytes of global memory loaded and stored, bytes of shared memory loaded and
+// stored, multiply-adds of matrix instructions. Every access counts, also one that a cache would serve.
+void pydit_sim_counters(uint64_t counts[5]);
 // Why this host thread's last failed launch failed: kernel, block, thread, reason. "" when none has.
 const char* pydit_sim_last_report(void);
 // Launches since the process started, failed ones included.

@@ -12,6 +12,7 @@
 
 #include "sim/control.h"
 #include "sim/fault.h"
+#include "sim/race.h"
 
 namespace simt {
 namespace {
@@ -148,6 +149,7 @@ bool valid(const Kernel& kernel, const void* function) {
 void run_grid(Kernel& kernel, const void* function) {
   if (!valid(kernel, function)) return;
   launches.fetch_add(1);
+  const race::LaunchScope observed(kernel);
   kernel.seed = seed_setting.load();
   const uint64_t blocks = static_cast<uint64_t>(kernel.grid.x) * kernel.grid.y * kernel.grid.z;
   Grid grid(kernel, blocks);

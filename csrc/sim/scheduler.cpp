@@ -6,6 +6,8 @@
 #include <exception>
 #include <new>
 
+#include "sim/race.h"
+
 namespace simt {
 
 __thread Fiber* current = nullptr;
@@ -82,6 +84,7 @@ void Block::start(const Kernel& kernel, uint64_t linear) {
   failed_ = false;
   random_ = mix(kernel.seed + mix(linear)) | 1;
   memset(shared_, 0xFF, kernel.shared_bytes + kCanaryBytes);
+  race::start_block(kernel, fibers_.get(), threads_, shared_);
 }
 
 bool Block::run(const Kernel& kernel, uint64_t linear) {
@@ -90,6 +93,7 @@ bool Block::run(const Kernel& kernel, uint64_t linear) {
   current = &first;
   switch_context(main_.context, first.context);
   current = nullptr;
+  race::end_block();
   if (!failed_ && alive_ > 0) report_deadlock();
   if (failed_ || alive_ > 0) {
     stacks_.forget_abandoned();
@@ -129,6 +133,7 @@ void Block::thread_main() {
 void Block::exit_thread() {
   Fiber& me = *current;
   Warp& warp = warps_[me.warp];
+  race::release(&barriers_[0]);  // a thread that has exited counts as one that came
   warp.alive &= ~(1u << me.lane);
   --alive_;
   // Those who wait for this thread wait no longer.
@@ -139,6 +144,11 @@ void Block::exit_thread() {
     const int id = __builtin_ctz(left);
     if (barriers_[id].needed == 0 && barriers_[id].arrived == alive_) release(barriers_[id], id);
   }
+}
+
+void Block::abandon(const char* reason) {
+  report_error(*current, reason);
+  fault_exit();
 }
 
 void Block::fault_exit() {
@@ -203,6 +213,7 @@ int Block::barrier(int id, int needed, const char* name, bool vote) {
     fail("%s (%d threads) at barrier %d, where %d others wait in %s (%d threads); 0 threads means all", name, needed,
          id, barrier.arrived, barrier.name, barrier.needed);
   }
+  race::release(&barrier);
   ++barrier.arrived;
   barrier.votes += vote;
   warps_[me.warp].at_barrier[id] |= 1u << me.lane;
@@ -215,8 +226,10 @@ void Block::release(Barrier& barrier, int id) {
   for (int w = 0; w * kLanes < threads_; ++w) {
     if (warps_[w].at_barrier[id] == 0) continue;
     make_ready(w, warps_[w].at_barrier[id]);
+    race::acquire_lanes(&barrier, w, warps_[w].at_barrier[id]);
     warps_[w].at_barrier[id] = 0;
   }
+  race::forget(&barrier);
   barrier.result = barrier.votes;
   barrier.votes = 0;
   barrier.arrived = 0;
@@ -247,6 +260,8 @@ inline bool Block::finish_if_complete(Warp& warp, Deposit& deposit, int warp_ind
       }
     }
   }
+  // CUDA's own collectives order memory; those of PTX that only have lanes in step (ldmatrix, mma) do not.
+  if (deposit.name[0] == '_') race::join_warp(warp_index, participants);
   deposit.finish(warp.deposit, participants);
   warp.collecting &= ~participants;
   make_ready(warp_index, participants);

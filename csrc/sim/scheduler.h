@@ -99,6 +99,8 @@ class Block {
   // Of the signal handler (fault.h): what the running thread did, and the end of that thread and its block.
   void describe_fault(int signal, const void* address);
   [[noreturn]] static void fault_exit();
+  // Ends the block with a report where an exception cannot: the caller's frames are left as they are.
+  [[noreturn]] void abandon(const char* reason);
 
  private:
   static void thread_main();

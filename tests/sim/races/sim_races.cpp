@@ -1,0 +1,286 @@
+// Planted bugs for the race detector, each beside its clean twin: the kernel is the same but for kBug. Built with
+// -fsanitize=thread (this file only); every case runs with several seeds.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../selftest.h"
+#include "sim/race.h"
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kSeeds = 4;
+
+// Runs `launch(bug)` for several seeds: clean it must pass; with the bug it must fail and say `words` each time.
+template <typename Clean, typename Bug>
+void check_pair(int line, Clean clean, Bug bug, const std::vector<std::string>& words) {
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    pydit_sim_set_seed(seed);
+    const cudaError_t error = clean();
+    selftest::check(error == cudaSuccess,
+                    error == cudaSuccess ? "" : std::string("a false report: ") + pydit_sim_last_report(), line);
+    selftest::check_report(bug(), cudaErrorLaunchFailure, words, line);
+  }
+  pydit_sim_set_seed(0);
+}
+// PAIR(kernel<?>, threads, dynamic bytes, {words}, arguments...)
+#define PAIR(kernel, threads, bytes, words, ...)                                                      \
+  check_pair(                                                                                         \
+      __LINE__, [&] { return PYDIT_LAUNCH(kernel<false>, 2, threads, bytes, nullptr, __VA_ARGS__); }, \
+      [&] { return PYDIT_LAUNCH(kernel<true>, 2, threads, bytes, nullptr, __VA_ARGS__); }, words)
+using Words = std::vector<std::string>;
+
+// 1. Written by one warp, read by another, with no barrier between.
+template <bool kBug>
+__global__ void write_read(int* out) {
+  __shared__ int values[64];
+  values[63 - threadIdx.x] = 1;
+  if (kBug)
+    __syncwarp();
+  else
+    __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x];
+}
+TEST(missing_barrier_between_write_and_read) {
+  std::vector<int> out(64);
+  PAIR(write_read, 64, 0, Words{}, out.data());  // a race, or not yet written, as the order has it
+}
+
+// 2. The same without the chance that the memory is seen unwritten.
+template <bool kBug>
+__global__ void rewrite_read(int* out) {
+  __shared__ int values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[63 - threadIdx.x] = 1;
+  if (!kBug) __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x];
+}
+TEST(missing_barrier_names_both_lines) {
+  std::vector<int> out(64);
+  PAIR(rewrite_read, 64, 0,
+       (Words{"race on static shared memory", "sim_races.cpp:", "write", "read", "thread (", ", then "}), out.data());
+}
+
+// 3. Read by all, then overwritten for the next round: the reused scratch buffer of a block-wide sum.
+template <bool kBug>
+__global__ void reused_scratch(int* out) {
+  __shared__ int partial[4];
+  int total = 0;
+  for (int round = 0; round < 2; ++round) {
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = round;
+    __syncthreads();
+    for (int w = 0; w < 4; ++w) total += partial[w];
+    if (!kBug) __syncthreads();
+  }
+  out[threadIdx.x] = total;
+}
+TEST(scratch_reused_before_all_have_read) {
+  std::vector<int> out(128);
+  PAIR(reused_scratch, 128, 0, (Words{"race on", "then"}), out.data());
+}
+
+// 4. Two threads write one element.
+template <bool kBug>
+__global__ void write_write(int* out) {
+  __shared__ int value;
+  if (threadIdx.x == (kBug ? threadIdx.x % 32 : 0u)) value = threadIdx.x;
+  __syncthreads();
+  out[threadIdx.x] = value;
+}
+TEST(two_threads_write_one_element) {
+  std::vector<int> out(64);
+  PAIR(write_write, 64, 0, (Words{"race on", "write by thread", "then write by thread"}), out.data());
+}
+
+// 5. Lanes of a warp exchange through shared memory without __syncwarp.
+template <bool kBug>
+__global__ void lanes_exchange(int* out) {
+  __shared__ int values[32];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[threadIdx.x] = 5;
+  if (!kBug) __syncwarp();
+  out[threadIdx.x] = values[31 - threadIdx.x];
+}
+TEST(missing_syncwarp) {
+  std::vector<int> out(32);
+  PAIR(lanes_exchange, 32, 0, (Words{"race on", "lane"}), out.data());
+}
+
+// 6. __syncwarp of each half where lanes read across the halves.
+template <bool kBug>
+__global__ void half_mask(int* out) {
+  __shared__ int values[32];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[threadIdx.x] = 5;
+  __syncwarp(kBug ? (threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u) : kAll);
+  out[threadIdx.x] = values[31 - threadIdx.x];
+}
+TEST(syncwarp_of_the_wrong_lanes) {
+  std::vector<int> out(32);
+  PAIR(half_mask, 32, 0, (Words{"race on", "then"}), out.data());
+}
+
+// 7. A named barrier for half of the warps, though the other half writes too.
+template <bool kBug>
+__global__ void half_barrier(int* out) {
+  __shared__ int values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[threadIdx.x] = 3;
+  simt::current->block->barrier(kBug ? 1 + threadIdx.x / 32 : 1, kBug ? 32 : 64, "bar.sync", false);
+  out[threadIdx.x] = values[63 - threadIdx.x];
+}
+TEST(barrier_of_half_the_warps) {
+  std::vector<int> out(64);
+  PAIR(half_barrier, 64, 0, (Words{"race on", "then"}), out.data());
+}
+
+// 8. and 9. Reads of what nobody wrote, static and dynamic.
+template <bool kBug>
+__global__ void unwritten_static(int* out) {
+  __shared__ int values[33];
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x + (kBug ? 1 : 0)];
+}
+TEST(uninitialised_static_shared_memory) {
+  std::vector<int> out(32);
+  PAIR(unwritten_static, 32, 0, (Words{"read of uninitialised static shared memory", "sim_races.cpp:"}), out.data());
+}
+template <bool kBug>
+__global__ void unwritten_dynamic(int* out) {
+  PYDIT_DYNAMIC_SHARED(int, values);
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x + (kBug ? 1 : 0)];
+}
+TEST(uninitialised_dynamic_shared_memory) {
+  std::vector<int> out(32);
+  PAIR(unwritten_dynamic, 32, 132, (Words{"read of uninitialised byte 128 of the dynamic shared memory"}), out.data());
+}
+
+// 10. to 12. Global accesses outside the tensors that the launcher named.
+template <bool kBug>
+__global__ void copy(const float* in, float* out, int n, bool write_too_far) {
+  const int i = threadIdx.x;
+  const float x = kBug && !write_too_far && i == n - 1 ? in[n] : in[i];
+  out[kBug && write_too_far && i == n - 1 ? n : i] = x;
+}
+template <bool kBug>
+cudaError_t launch_copy(bool write_too_far, bool writable) {
+  std::vector<float> in(80), out(80);
+  simt::race::allow(in.data(), 32 * sizeof(float), false, "in");
+  simt::race::allow(out.data(), 32 * sizeof(float), writable, "out");
+  return PYDIT_LAUNCH(copy<kBug>, 1, 32, 0, nullptr, in.data(), out.data(), 32, write_too_far);
+}
+TEST(read_outside_a_tensor) {
+  check_pair(
+      __LINE__, [] { return launch_copy<false>(false, true); }, [] { return launch_copy<true>(false, true); },
+      {"read of 4 bytes of global memory outside", "byte 128 of in, which has 128", "sim_races.cpp:"});
+}
+TEST(write_outside_a_tensor) {
+  check_pair(
+      __LINE__, [] { return launch_copy<false>(true, true); }, [] { return launch_copy<true>(true, true); },
+      {"write of 4 bytes of global memory outside", "byte 128 of out, which has 128"});
+}
+TEST(write_to_an_input) {
+  check_pair(
+      __LINE__, [] { return launch_copy<false>(false, true); }, [] { return launch_copy<false>(false, false); },
+      {"of out, which has 128 and is not to be written"});
+}
+
+// 13. A 16-byte load from an address that is not a multiple of 16.
+template <bool kBug>
+__global__ void vector_load(const float* in, float4* out) {
+  out[threadIdx.x] = *reinterpret_cast<const float4*>(in + 4 * threadIdx.x + (kBug ? 1 : 0));
+}
+TEST(misaligned_vector_access) {
+  std::vector<float4> memory(80);
+  PAIR(vector_load, 32, 0, (Words{"misaligned read of"}), reinterpret_cast<float*>(memory.data()), memory.data() + 40);
+}
+
+// 14. An atomic sum read without a barrier: atomics order nothing.
+template <bool kBug>
+__global__ void atomic_sum(int* out) {
+  __shared__ int sum;
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  atomicAdd(&sum, 1);
+  if (!kBug) __syncthreads();
+  out[threadIdx.x] = sum;
+}
+TEST(atomics_do_not_order) {
+  std::vector<int> out(64);
+  PAIR(atomic_sum, 64, 0, (Words{"race on", "then"}), out.data());
+}
+
+// 15. The engine's accesses, as the asynchronous instructions announce them: a copy nobody waited for.
+template <bool kBug>
+__global__ void copy_in_flight(int* out) {
+  PYDIT_DYNAMIC_SHARED(int, values);
+  simt::race::engine_write(values + threadIdx.x, 4, threadIdx.x + 1);
+  values[32 + threadIdx.x] = 1;
+  if (!kBug) simt::race::engine_done(threadIdx.x + 1);
+  __syncthreads();
+  out[threadIdx.x] = values[31 - threadIdx.x];
+}
+TEST(copy_not_waited_for) {
+  std::vector<int> out(32);
+  PAIR(copy_in_flight, 32, 256, (Words{"race on byte", "write the engine for thread", "then read by thread"}),
+       out.data());
+}
+
+// 16. A tile written by threads and stored by the async proxy without a proxy fence.
+template <bool kBug>
+__global__ void stored_tile(int*) {
+  PYDIT_DYNAMIC_SHARED(int, values);
+  values[threadIdx.x] = 1;
+  if (!kBug) simt::race::generic_proxy_fence();
+  __syncthreads();
+  if (threadIdx.x == 0) simt::race::engine_read(values, 128, 1);
+}
+TEST(missing_proxy_fence) {
+  PAIR(stored_tile, 32, 128, (Words{"without fence.proxy.async between"}), static_cast<int*>(nullptr));
+}
+
+// 17. Neighbouring halves of one word are no race; the same half is.
+template <bool kBug>
+__global__ void halves_of_a_word(int* out) {
+  __shared__ unsigned short values[64];
+  const int mine = kBug ? threadIdx.x / 2 : threadIdx.x;
+  values[mine] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[mine];
+}
+TEST(neighbouring_halves_of_a_word) {
+  std::vector<int> out(64);
+  PAIR(halves_of_a_word, 64, 0, (Words{"race on", "then write"}), out.data());
+}
+
+TEST(counts_every_access) {
+  uint64_t counts[5];
+  CHECK_EQUAL(launch_copy<false>(false, true), cudaSuccess);
+  pydit_sim_counters(counts);
+  CHECK_EQUAL(counts[0], 128u);
+  CHECK_EQUAL(counts[1], 128u);
+  CHECK_EQUAL(counts[2], 0u);
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+  int failed = 0, ran = 0;
+  for (const selftest::Test& test : selftest::tests()) {
+    if (count > 1 && strcmp(names[1], test.name) != 0) continue;
+    selftest::failures = 0;
+    test.run();
+    ++ran;
+    if (selftest::failures > 0) fprintf(stderr, "%s: %d checks failed\n", test.name, selftest::failures), ++failed;
+  }
+  printf("%d tests, %d failed\n", ran, failed);
+  return failed > 0 || ran == 0;
+}
