@@ -12,6 +12,11 @@ void pydit_sim_set_seed(uint64_t seed);
 // OS threads that run the blocks of a launch; 0 (the default) means one per core. With 1 a launch is deterministic
 // even where blocks meet in atomics.
 void pydit_sim_set_threads(int threads);
+// When asynchronous copies land: 0 in the wait for them, 1 at once. Until it is called, PYDIT_SIM_ASYNC=lazy|eager says
+// (lazy when unset). Returns 1 on another value.
+int pydit_sim_set_async(int eager);
+// The simulated device: 80 or 90. Until it is called, PYDIT_SIM_ARCH=80|90a says (80 when unset). Returns 1 on another.
+int pydit_sim_set_arch(int arch);
 // The race detector (race.h): on or off, from the next launch. It sees the accesses of kernels only in a race build
 // (cmake -DPYDIT_SIM_RACE=on), where it is on from the start; pydit_sim_race_build says whether this is one.
 void pydit_sim_set_race(int on);

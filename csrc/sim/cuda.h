@@ -11,9 +11,14 @@
 //                fails for some seed. When none can run and some are left, the block is deadlocked: the launch ends
 //                with a report of who waits where.
 //   warp.h       Warp collectives: each lane deposits its operand, the last to arrive computes for all.
+//   async.h      What is in flight: cp.async groups here; copies land late or at once, as a switch says.
+//   matrix.h     ldmatrix, stmatrix and mma.sync, who holds which element.
+//   mbarrier.h, tma.h, wgmma.h    Hopper: barriers that count bytes, bulk copies of boxes, products of a warpgroup.
+//   atomics.h, progress.h         Semaphores between blocks: a block that only polls gives its OS thread away, and a
+//                launch in which everybody only polls is reported.
 //   fault.h      A wild pointer or a stack overflow of a kernel ends the launch, not the process.
 //   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.
-//   control.h    C functions of the host side: seed, number of OS threads, last report, launch counter.
+//   control.h    C functions of the host side: seed, OS threads, late or early copies, device, last report, launches.
 //
 // Shared memory: a static __shared__ variable is thread-local to the OS thread, hence one per running block; dynamic
 // shared memory is an arena filled with 0xFF (NaN) before every block. Neither is zero for a block to rely on.
@@ -36,6 +41,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
+#include "sim/atomics.h"
 #include "sim/half.h"
 #include "sim/intrinsics.h"
 #include "sim/launch.h"

@@ -12,6 +12,7 @@
 
 #include "sim/control.h"
 #include "sim/fault.h"
+#include "sim/progress.h"
 #include "sim/race.h"
 
 namespace simt {
@@ -83,6 +84,7 @@ class Grid {
     } catch (const std::bad_alloc&) {
       record(cudaErrorMemoryAllocation, "no memory for the stacks of a block");
     }
+    kernel_.progress->leave();
   }
 
   // The first failure, to the host thread that launched.
@@ -94,6 +96,7 @@ class Grid {
   void record(cudaError_t error, const char* report) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (failed_.exchange(true)) return;
+    kernel_.progress->cancel();
     error_ = error;
     snprintf(report_, sizeof report_, "%s", report);
   }
@@ -152,13 +155,19 @@ void run_grid(Kernel& kernel, const void* function) {
   const race::LaunchScope observed(kernel);
   kernel.seed = seed_setting.load();
   const uint64_t blocks = static_cast<uint64_t>(kernel.grid.x) * kernel.grid.y * kernel.grid.z;
+  Progress progress;
+  kernel.progress = &progress;
   Grid grid(kernel, blocks);
   std::vector<std::thread> helpers;
   try {
-    for (int i = worker_count(kernel, blocks); i > 1; --i) helpers.emplace_back([&grid] { grid.work(); });
+    for (int i = worker_count(kernel, blocks); i > 1; --i) {
+      progress.enter();
+      helpers.emplace_back([&grid] { grid.work(); });
+    }
   } catch (const std::system_error&) {
-    // No more OS threads to be had: those that started, and this one, do the work.
+    progress.leave();  // No more OS threads to be had: those that started, and this one, do the work.
   }
+  progress.enter();
   grid.work();
   for (std::thread& helper : helpers) helper.join();
   grid.finish();

@@ -27,7 +27,7 @@ void launch(const char* name, void (*function)(Parameters...), dim3 grid, dim3 b
     const Call& call = *static_cast<const Call*>(pointer);
     std::apply(call.function, call.arguments);
   };
-  Kernel kernel{name, invoke, &call, grid, block, shared_bytes, 0};
+  Kernel kernel{name, invoke, &call, grid, block, shared_bytes, 0, nullptr};
   run_grid(kernel, reinterpret_cast<const void*>(function));
 }
 

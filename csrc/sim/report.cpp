@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "sim/async.h"
 #include "sim/scheduler.h"
 
 namespace simt {
@@ -105,6 +106,7 @@ void Block::report_deadlock() {
       left &= ~same;
     }
   }
+  append(report_, "%s", engine_->describe_waiters().c_str());
 }
 
 }  // namespace simt

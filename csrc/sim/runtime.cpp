@@ -5,12 +5,16 @@
 #include <map>
 #include <mutex>
 
+#include "sim/async.h"
 #include "sim/scheduler.h"
 
 namespace {
 
 constexpr int kMultiprocessors = 4;  // few, so that persistent kernels go round more than once
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
+
+// Per block with the attribute: what an A100 and an H100 give.
+size_t max_shared_bytes() { return simt::arch() < 90 ? 163 * 1024 : simt::kMaxSharedBytes; }
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local char report[simt::kReportBytes] = "";
@@ -75,13 +79,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = kMultiprocessors;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = simt::arch() / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = simt::arch() % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = simt::kMaxSharedBytes;
+      *value = static_cast<int>(max_shared_bytes());
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;
@@ -92,7 +96,7 @@ namespace simt {
 cudaError_t set_function_attribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > kMaxSharedBytes) {
+      static_cast<size_t>(value) > max_shared_bytes()) {
     last_error = cudaErrorInvalidValue;
     return cudaErrorInvalidValue;
   }

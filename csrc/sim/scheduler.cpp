@@ -5,7 +5,10 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <string>
 
+#include "sim/async.h"
+#include "sim/progress.h"
 #include "sim/race.h"
 
 namespace simt {
@@ -41,10 +44,14 @@ void fail(const char* format, ...) {
 }
 
 Block::Block()
-    : fibers_(new Fiber[kMaxThreads]), arena_(new unsigned char[kMaxSharedBytes + kSharedAlignment + kCanaryBytes]) {
+    : fibers_(new Fiber[kMaxThreads]),
+      engine_(new Engine),
+      arena_(new unsigned char[kMaxSharedBytes + kSharedAlignment + kCanaryBytes]) {
   const auto address = reinterpret_cast<uintptr_t>(arena_.get());
   shared_ = arena_.get() + (-address & (kSharedAlignment - 1));
 }
+
+Block::~Block() = default;
 
 // Running a block ------------------------------------------------------------------------------------------------
 
@@ -83,6 +90,8 @@ void Block::start(const Kernel& kernel, uint64_t linear) {
   leave_warp_ = true;
   failed_ = false;
   random_ = mix(kernel.seed + mix(linear)) | 1;
+  events_ = 0;
+  engine_->start_block();
   memset(shared_, 0xFF, kernel.shared_bytes + kCanaryBytes);
   race::start_block(kernel, fibers_.get(), threads_, shared_);
 }
@@ -109,7 +118,10 @@ bool Block::run(const Kernel& kernel, uint64_t linear) {
       return false;
     }
   }
-  return true;
+  const std::string unfinished = engine_->end_block(*this);
+  if (unfinished.empty()) return true;
+  report_error(fibers_[0], unfinished.c_str());
+  return false;
 }
 
 // Where every fiber starts. It never returns: its last act is to switch to another.
@@ -136,6 +148,7 @@ void Block::exit_thread() {
   race::release(&barriers_[0]);  // a thread that has exited counts as one that came
   warp.alive &= ~(1u << me.lane);
   --alive_;
+  ++events_;
   // Those who wait for this thread wait no longer.
   for (uint32_t left = warp.collecting; left != 0; left &= warp.collecting & (left - 1)) {
     finish_if_complete(warp, *warp.deposit[__builtin_ctz(left)], me.warp);
@@ -194,7 +207,14 @@ inline void Block::wait() {
   switch_context(me.context, other.context);
 }
 
+void Block::wake(const Fiber& fiber) {
+  ++events_;
+  make_ready(fiber.warp, 1u << fiber.lane);
+  leave_warp_ = true;
+}
+
 void Block::yield() {
+  if (kernel_->progress->cancelled()) fail("stopped: another block of the launch failed");
   make_ready(current->warp, 1u << current->lane);
   leave_warp_ = true;
   wait();
@@ -202,8 +222,7 @@ void Block::yield() {
 
 // Barriers -------------------------------------------------------------------------------------------------------
 
-int Block::barrier(int id, int needed, const char* name, bool vote) {
-  Fiber& me = *current;
+Barrier& Block::come_to_barrier(int id, int needed, const char* name) {
   Barrier& barrier = barriers_[id];
   if (barrier.arrived == 0) {
     barrier.name = name;
@@ -215,6 +234,17 @@ int Block::barrier(int id, int needed, const char* name, bool vote) {
   }
   race::release(&barrier);
   ++barrier.arrived;
+  return barrier;
+}
+
+void Block::barrier_arrive(int id, int needed, const char* name) {
+  Barrier& barrier = come_to_barrier(id, needed, name);
+  if (barrier.arrived == needed) release(barrier, id);
+}
+
+int Block::barrier(int id, int needed, const char* name, bool vote) {
+  Fiber& me = *current;
+  Barrier& barrier = come_to_barrier(id, needed, name);
   barrier.votes += vote;
   warps_[me.warp].at_barrier[id] |= 1u << me.lane;
   if (barrier.arrived == (needed == 0 ? alive_ : needed)) release(barrier, id);
@@ -229,6 +259,7 @@ void Block::release(Barrier& barrier, int id) {
     race::acquire_lanes(&barrier, w, warps_[w].at_barrier[id]);
     warps_[w].at_barrier[id] = 0;
   }
+  ++events_;
   race::forget(&barrier);
   barrier.result = barrier.votes;
   barrier.votes = 0;
@@ -260,6 +291,7 @@ inline bool Block::finish_if_complete(Warp& warp, Deposit& deposit, int warp_ind
       }
     }
   }
+  ++events_;
   // CUDA's own collectives order memory; those of PTX that only have lanes in step (ldmatrix, mma) do not.
   if (deposit.name[0] == '_') race::join_warp(warp_index, participants);
   deposit.finish(warp.deposit, participants);

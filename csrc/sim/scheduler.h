@@ -23,6 +23,8 @@ constexpr int kBarriers = 16;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // with cudaFuncAttributeMaxDynamicSharedMemorySize
 constexpr size_t kReportBytes = 4096;
 
+class Progress;  // of the launch's blocks: progress.h
+
 // A launch, as every worker sees it.
 struct Kernel {
   const char* name;  // as written in PYDIT_LAUNCH
@@ -31,6 +33,7 @@ struct Kernel {
   dim3 grid, block;
   size_t shared_bytes;
   uint64_t seed;
+  Progress* progress = nullptr;
 };
 
 inline uint64_t mix(uint64_t x) {  // splitmix64: neighbouring seeds give unrelated numbers
@@ -65,6 +68,7 @@ struct Barrier {
 };
 
 class Block;
+class Engine;  // what the block has in flight: async.h
 
 struct Fiber {
   Context context;
@@ -76,6 +80,7 @@ struct Fiber {
 class Block {
  public:
   Block();
+  ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
@@ -86,14 +91,22 @@ class Block {
   // The rest is called by the block's own threads.
   const Kernel& kernel() const { return *kernel_; }
   uint3 index() const { return index_; }
-  void* shared() { return shared_; }
+  void* shared() const { return shared_; }
   // Waits at barrier `id` until `needed` threads (0: all that have not exited) have come; returns how many of them
   // brought a true `vote`.
   int barrier(int id, int needed, const char* name, bool vote);
+  // Counts as one of the `needed` threads of barrier `id` and goes on.
+  void barrier_arrive(int id, int needed, const char* name);
   // Waits until all lanes in mine.mask have come with a deposit of the same name and mask.
   void collective(Deposit& mine);
   // Lets others run; the caller stays able to run.
   void yield();
+  // Waits until another thread calls wake() with this one's fiber.
+  void park() { wait(); }
+  void wake(const Fiber& fiber);
+  // Counts everything that let a waiting thread go on, and every exit.
+  uint64_t events() const { return events_; }
+  Engine& engine() { return *engine_; }
   // Lanes of the running warp that have not exited.
   uint32_t alive_lanes() const;
   // Of the signal handler (fault.h): what the running thread did, and the end of that thread and its block.
@@ -108,6 +121,7 @@ class Block {
   void exit_thread();
   bool finish_if_complete(Warp& warp, Deposit& deposit, int warp_index);
   static bool same_collective(const Deposit& a, const Deposit& b);
+  Barrier& come_to_barrier(int id, int needed, const char* name);
   void release(Barrier& barrier, int id);
   void make_ready(int warp_index, uint32_t lanes);
   void wait();
@@ -127,12 +141,14 @@ class Block {
   bool leave_warp_ = false;  // choose a warp anew at the next switch
   bool failed_ = false;
   uint64_t random_ = 1;
+  uint64_t events_ = 0;
   Warp warps_[kMaxWarps];
   Barrier barriers_[kBarriers];
   Fiber main_;  // the OS thread's own context
   std::unique_ptr<Fiber[]> fibers_;
   dim3 shape_ = dim3(0, 0, 0);  // the block shape that fibers_ is numbered for
   Stacks stacks_;
+  std::unique_ptr<Engine> engine_;
   std::unique_ptr<unsigned char[]> arena_;
   unsigned char* shared_ = nullptr;  // in arena_, aligned to 1024 bytes
   char report_[kReportBytes] = "";

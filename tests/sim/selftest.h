@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,24 @@ inline void check_report(cudaError_t error, cudaError_t expected, const std::vec
   for (const std::string& word : words) {
     check(report.find(word) != std::string::npos, "\"" + word + "\" is not in the report: " + report, line);
   }
+}
+
+// Runs the tests named, or all, and returns what main() should.
+inline int run(int count, char** names) {
+  int failed = 0, ran = 0;
+  for (const Test& test : tests()) {
+    bool wanted = count == 1;
+    for (int i = 1; i < count; ++i) wanted = wanted || strcmp(names[i], test.name) == 0;
+    if (!wanted) continue;
+    failures = 0;
+    test.run();
+    ++ran;
+    if (failures == 0) continue;
+    fprintf(stderr, "%s: %d checks failed\n", test.name, failures);
+    ++failed;
+  }
+  printf("%d tests, %d failed\n", ran, failed);
+  return failed > 0 || ran == 0;
 }
 
 }  // namespace selftest

@@ -348,19 +348,4 @@ TEST(two_host_threads_launch_at_once) {
 
 }  // namespace
 
-int main(int count, char** names) {
-  int failed = 0, ran = 0;
-  for (const selftest::Test& test : selftest::tests()) {
-    bool wanted = count == 1;
-    for (int i = 1; i < count; ++i) wanted = wanted || strcmp(names[i], test.name) == 0;
-    if (!wanted) continue;
-    selftest::failures = 0;
-    test.run();
-    ++ran;
-    if (selftest::failures == 0) continue;
-    fprintf(stderr, "%s: %d checks failed\n", test.name, selftest::failures);
-    ++failed;
-  }
-  printf("%d tests, %d failed\n", ran, failed);
-  return failed > 0 || ran == 0;
-}
+int main(int count, char** names) { return selftest::run(count, names); }
