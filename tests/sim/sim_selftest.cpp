@@ -66,6 +66,7 @@ TEST(launches_are_counted_and_checked) {
   CHECK_REFUSED(PYDIT_LAUNCH(nothing, 1, 1025, 0, nullptr), "block", "1025");
   CHECK_REFUSED(PYDIT_LAUNCH(nothing, 1, dim3(32, 32, 2), 0, nullptr), "block", "(32, 32, 2)");
   CHECK_REFUSED(PYDIT_LAUNCH(nothing, 1, 32, 48 * 1024 + 1, nullptr), "shared memory", "49152", "49153");
+  pydit_sim_set_arch(90);
   CHECK_EQUAL(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024), cudaSuccess);
   CHECK_EQUAL(PYDIT_LAUNCH(nothing, 1, 32, 227 * 1024, nullptr), cudaSuccess);
   CHECK_EQUAL(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 228 * 1024),
@@ -78,6 +79,7 @@ TEST(launches_are_counted_and_checked) {
   CHECK(value > 0);
   CHECK_EQUAL(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), cudaSuccess);
   CHECK_EQUAL(value, 227 * 1024);
+  pydit_sim_set_arch(80);
 }
 
 // Shared memory and barriers -------------------------------------------------------------------------------------
