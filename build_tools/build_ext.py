@@ -12,7 +12,8 @@ from pathlib import Path
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-CMAKE_VARIABLES = ("PYDIT_CUDA", "PYDIT_SIM", "PYDIT_CUDA_ARCHS")  # read from the environment, see docs/environment.md
+# Read from the environment, see docs/environment.md.
+CMAKE_VARIABLES = ("PYDIT_CUDA", "PYDIT_SIM", "PYDIT_SIM_RACE", "PYDIT_CUDA_ARCHS")
 
 
 class CMakeBuild(build_ext):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -33,11 +34,22 @@ class Path:
 _taken: dict[str, dict[str, Any]] = {}
 
 
+def _load(path: str) -> ModuleType:
+    if not path:
+        return importlib.import_module("pydit._C")
+    spec = importlib.util.spec_from_file_location("pydit._C", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"PYDIT_EXTENSION: expected the path of a built pydit._C, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @functools.cache
 def extension() -> tuple[ModuleType | None, str | None]:
     """The compiled module and None, or None and why it could not be imported."""
     try:
-        module = importlib.import_module("pydit._C")
+        module = _load(env.path("PYDIT_EXTENSION"))
     except ImportError as error:
         return None, str(error)
     if hasattr(module, "sim"):

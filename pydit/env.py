@@ -29,10 +29,14 @@ VARIABLES = (
              "reference: torch everywhere. sim: CPU tensors run the CUDA kernels in the simulator."),
     Variable("PYDIT_SIM_SEED", "0", (), "run", "Seed of the order in which the simulator resumes warps."),
     Variable("PYDIT_SIM_THREADS", "0", (), "run", "Host threads of the simulator; 0 means one per core."),
+    Variable("PYDIT_EXTENSION", "", (), "run",
+             "Path of another build of pydit._C to load, such as one with the simulator's race detector."),
     Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),
     Variable("PYDIT_CUDA", "auto", ("auto", "on", "off"), "build",
              "auto: build CUDA kernels when nvcc is found. on: fail without nvcc. off: leave them out."),
     Variable("PYDIT_SIM", "on", ("on", "off"), "build", "off: leave the simulator out of the extension."),
+    Variable("PYDIT_SIM_RACE", "off", ("on", "off"), "build",
+             "on: compile the simulated kernels for the race detector; several times slower, for tests."),
     Variable("PYDIT_CUDA_ARCHS", "80;90", (), "build",
              "Semicolon-separated compute capabilities to build machine code for; PTX of the lowest is added."),
 )
@@ -54,6 +58,11 @@ def get(name: str) -> str:
     if variable.values and value not in variable.values:
         raise UserError(f"{name}: expected one of {', '.join(variable.values)}, got {value!r}")
     return value
+
+
+def path(name: str) -> str:
+    """The value of a declared variable as it stands, for a path: case matters."""
+    return os.environ.get(_BY_NAME[name].name, "").strip()
 
 
 def get_int(name: str) -> int:

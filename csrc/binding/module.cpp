@@ -131,5 +131,15 @@ PYBIND11_MODULE(_C, m) {
   sim.def("set_threads", &pydit_sim_set_threads);
   sim.def("launch_count", &pydit_sim_launch_count);
   sim.def("last_report", &pydit_sim_last_report);
+  sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });
+  sim.attr("race_build") = pydit_sim_race_build() != 0;
+  sim.def("counters", [] {
+    uint64_t counts[5];
+    pydit_sim_counters(counts);
+    const char* const names[] = {"global_loaded", "global_stored", "shared_loaded", "shared_stored", "tensor_ops"};
+    py::dict result;
+    for (int i = 0; i < 5; ++i) result[names[i]] = counts[i];
+    return result;
+  });
 #endif
 }

@@ -10,6 +10,7 @@
 
 #ifdef PYDIT_SIM
 #include "sim/control.h"
+#include "sim/race.h"
 #endif
 
 namespace pydit::PYDIT_BACKEND {
@@ -38,6 +39,19 @@ inline int launch_status(const char* op, cudaError_t error) {
 #endif
   snprintf(error_buffer(), kErrorBytes, "%s: launch failed: %s", op, reason);
   return kLaunchFailed;
+}
+
+// Names a tensor that the next launch reads (or writes): in a race build of the simulator, accesses outside the named
+// tensors are errors. `extents` and `strides`, in elements, are those of all but the contiguous last dimension.
+template <int kDimensions>
+inline void name_tensor(const char* name, const void* data, bool writable, size_t element_bytes, int64_t last,
+                        const int64_t (&extents)[kDimensions], const int64_t (&strides)[kDimensions]) {
+#ifdef PYDIT_SIM
+  for (int i = 0; i < kDimensions; ++i) last += (extents[i] - 1) * strides[i];
+  simt::race::allow(data, static_cast<size_t>(last) * element_bytes, writable, name);
+#else
+  (void)name, (void)data, (void)writable, (void)element_bytes, (void)last, (void)extents, (void)strides;
+#endif
 }
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -16,6 +16,7 @@
 //   mbarrier.h, tma.h, wgmma.h    Hopper: barriers that count bytes, bulk copies of boxes, products of a warpgroup.
 //   atomics.h, progress.h         Semaphores between blocks: a block that only polls gives its OS thread away, and a
 //                launch in which everybody only polls is reported.
+//   race.h       In a race build: unordered accesses, unwritten memory, accesses outside tensors; counters.
 //   fault.h      A wild pointer or a stack overflow of a kernel ends the launch, not the process.
 //   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.
 //   control.h    C functions of the host side: seed, OS threads, late or early copies, device, last report, launches.

@@ -124,12 +124,26 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const pydit_qk_n
   }
 }
 
+template <typename T>
+void name_tensors(const pydit_qk_norm_rope_params& p) {
+  const auto heads = [&](const char* name, const pydit_heads& t, bool writable) {
+    name_tensor(name, t.data, writable, sizeof(T), p.head_dim, {p.batch, p.tokens, p.heads},
+                {t.stride_b, t.stride_s, t.stride_h});
+  };
+  heads("q", p.q, false), heads("k", p.k, false), heads("q_out", p.q_out, true), heads("k_out", p.k_out, true);
+  name_tensor("q_weight", p.q_weight, false, sizeof(T), p.head_dim, {1}, {0});
+  name_tensor("k_weight", p.k_weight, false, sizeof(T), p.head_dim, {1}, {0});
+  name_tensor("cos", p.cos, false, sizeof(float), p.head_dim / 2, {p.tokens}, {p.head_dim / 2});
+  name_tensor("sin", p.sin, false, sizeof(float), p.head_dim / 2, {p.tokens}, {p.head_dim / 2});
+}
+
 template <typename T, int kWidth, int kLanes, int kVectors, bool kWide>
 int launch_groups(const pydit_qk_norm_rope_params& p) {
   constexpr int kGroups = kThreads / kLanes;
   const int groups_per_token = 2 * p.heads < kGroups ? 2 * p.heads : kGroups;
   const int tokens_per_block = kGroups / groups_per_token;
   const auto blocks = static_cast<unsigned>((p.tokens + tokens_per_block - 1) / tokens_per_block);
+  name_tensors<T>(p);
   return launch_status("qk_norm_rope", PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide>),
                                                     dim3(blocks, static_cast<unsigned>(p.batch)), dim3(kThreads), 0,
                                                     static_cast<cudaStream_t>(p.stream), p));

@@ -159,10 +159,24 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
   }
 }
 
+template <typename T>
+void name_tensors(const ModulateParams& p) {
+  const int64_t rows[2] = {p.batch, p.tokens}, vectors[2] = {p.batch, p.split < p.tokens ? 2 : 1};
+  const auto tokens = [&](const char* name, const pydit_tokens& t, bool writable) {
+    name_tensor(name, t.data, writable, sizeof(T), p.channels, rows, {t.stride_b, t.stride_s});
+  };
+  const auto modulation = [&](const char* name, const pydit_modulation& m) {
+    name_tensor(name, m.data, false, sizeof(T), p.channels, vectors, {m.stride_b, m.stride_r});
+  };
+  tokens("x", p.x, false), tokens("y", p.y, false), tokens("residual", p.residual, true), tokens("out", p.out, true);
+  modulation("gate", p.gate), modulation("scale", p.scale), modulation("shift", p.shift);
+}
+
 template <typename T, int kWidth, int kThreads, int kVectors, bool kGate, bool kNorm>
 int launch_rows(const char* op, const ModulateParams& p, cudaStream_t stream) {
   constexpr int kRows = kThreads == 32 ? kWarpsPerBlock : 1;
   const auto blocks = static_cast<unsigned>((p.batch * p.tokens + kRows - 1) / kRows);
+  name_tensors<T>(p);
   return launch_status(op, PYDIT_LAUNCH((modulate_kernel<T, kWidth, kThreads, kVectors, kGate, kNorm>), dim3(blocks),
                                         dim3(kThreads * kRows), 0, stream, p));
 }

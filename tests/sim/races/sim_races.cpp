@@ -261,6 +261,19 @@ TEST(neighbouring_halves_of_a_word) {
   PAIR(halves_of_a_word, 64, 0, (Words{"race on", "then write"}), out.data());
 }
 
+__global__ void reads_twice(const volatile float* in, float* out) {
+  out[threadIdx.x] = in[threadIdx.x] + in[threadIdx.x];
+}
+
+TEST(a_second_read_of_a_tensor_is_counted) {
+  std::vector<float> in(32), out(32);
+  uint64_t counts[5];
+  CHECK_EQUAL(PYDIT_LAUNCH(reads_twice, 1, 32, 0, nullptr, in.data(), out.data()), cudaSuccess);
+  pydit_sim_counters(counts);
+  CHECK_EQUAL(counts[0], 256u);
+  CHECK_EQUAL(counts[1], 128u);
+}
+
 TEST(counts_every_access) {
   uint64_t counts[5];
   CHECK_EQUAL(launch_copy<false>(false, true), cudaSuccess);
