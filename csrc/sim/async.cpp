@@ -77,11 +77,10 @@ void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t valid) 
   require_aligned("cp.async", "destination", shared, bytes);
   require_aligned("cp.async", "source", global, bytes);
   if (valid > bytes) fail("cp.async: source size: expected at most %u bytes, got %u", bytes, valid);
-  const Copy copy{shared, global, bytes, valid};
-  if (eager())
-    land(copy);
-  else
-    engine().mine().copies.add(copy);
+  const Copy copy{shared, global, bytes, valid, engine().new_token()};
+  race::engine_write(shared, bytes, copy.token);
+  if (eager()) land(copy);
+  engine().mine().copies.add(copy);
 }
 
 void cp_async_commit() { engine().mine().copies.commit(); }
@@ -89,7 +88,10 @@ void cp_async_commit() { engine().mine().copies.commit(); }
 void cp_async_wait(size_t keep) {
   Groups<Copy>& copies = engine().mine().copies;
   const size_t due = copies.due(keep);
-  for (size_t i = 0; i < due; ++i) land(copies[i]);
+  for (size_t i = 0; i < due; ++i) {
+    if (!eager()) land(copies[i]);
+    race::engine_done(copies[i].token);
+  }
   copies.forget(keep);
 }
 

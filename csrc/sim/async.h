@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "sim/race.h"
 #include "sim/scheduler.h"
 #include "sim/tma.h"
 #include "sim/wgmma.h"
@@ -58,6 +59,7 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t bytes, valid;
+  uint64_t token;  // of the race detector
 };
 
 class Engine {
@@ -98,6 +100,9 @@ class Engine {
   // A polling loop saw the same value once more: lets others run, and in the end reports that nobody can change it.
   void poll(const void* address, uint64_t value);
 
+  // A number for the race detector, used once in the block.
+  uint64_t new_token() { return ++token_; }
+
   void start_block();
   // What the block left unfinished that the GPU would not forgive; empty when nothing. Finishes the rest.
   std::string end_block(const Block& block);
@@ -106,6 +111,7 @@ class Engine {
 
  private:
   bool used_ = false;
+  uint64_t token_ = 0;
   std::vector<Thread> threads_;
   std::vector<BulkLoad> loads_;
   std::vector<Waiter> waiters_;
@@ -124,7 +130,10 @@ void named_barrier(int id, int threads, bool wait);
 // One lane, drawn from the seed: a kernel must not count on lane 0.
 bool elect_one();
 // Orders plain accesses before those of copies and products; the simulator runs them in order as it is.
-inline void proxy_fence() { require_hopper("fence.proxy.async"); }
+inline void proxy_fence() {
+  require_hopper("fence.proxy.async");
+  race::generic_proxy_fence();
+}
 
 inline Engine& engine() { return current->block->engine(); }
 // "byte 1024 of the dynamic shared memory", or the address of something else.

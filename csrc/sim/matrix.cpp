@@ -40,7 +40,10 @@ struct MatrixDeposit : Deposit {
 };
 
 void move_matrices(const char* name, uint32_t* registers, char* row, int matrices, bool store, bool transposed) {
-  if (current->lane < matrices * 8) require_aligned(name, "row address", row, 16);
+  if (current->lane < matrices * 8) {
+    require_aligned(name, "row address", row, 16);
+    store ? race::write(row, 16) : race::read(row, 16);
+  }
   MatrixDeposit deposit;
   deposit.name = name;
   deposit.mask = ~0u;

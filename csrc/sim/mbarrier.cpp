@@ -83,6 +83,7 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const char* name) {
          static_cast<unsigned>(state.count));
   }
   add_bytes(state, bytes, barrier, name);
+  race::release(barrier);
   state.pending -= 1;
   write(barrier, state);
 }
@@ -102,15 +103,20 @@ void mbarrier_complete(uint64_t* barrier, uint32_t bytes) {
 bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   do {
     const State state = read(barrier, "mbarrier.try_wait");
-    if (state.parity != (parity & 1)) return true;
+    if (state.parity != (parity & 1)) {
+      race::acquire(barrier);
+      return true;
+    }
   } while (land_one(barrier));
   engine().poll(barrier, *barrier);
-  return read(barrier, "mbarrier.try_wait").parity != (parity & 1);
+  if (read(barrier, "mbarrier.try_wait").parity == (parity & 1)) return false;
+  race::acquire(barrier);
+  return true;
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   for (;;) {
-    if (read(barrier, "mbarrier.try_wait").parity != (parity & 1)) return;
+    if (read(barrier, "mbarrier.try_wait").parity != (parity & 1)) return race::acquire(barrier);
     if (land_one(barrier)) continue;
     engine().waiters().push_back({current, barrier, parity & 1});
     current->block->park();

@@ -78,6 +78,9 @@ void read_store(BulkStore& store) {
 }
 
 void issue(const BulkLoad& load) {
+  const uint64_t token = engine().new_token();
+  race::engine_write(load.to, load.bytes, token);
+  race::engine_signals(token, load.barrier);
   if (eager()) return land_load(load);
   engine().loads().push_back(load);
   engine().wake(load.barrier);  // who waits already completes the copy
@@ -138,7 +141,8 @@ void tma_store(const TensorMap& map, Coordinates at, const void* shared, bool ad
   const char* name = add ? "cp.reduce.async.bulk.tensor" : "cp.async.bulk.tensor (store)";
   require_hopper(name);
   require_aligned(name, "source", shared, 128);
-  BulkStore& store = engine().mine().stores.add({map, at, shared, add, false, {}});
+  BulkStore& store = engine().mine().stores.add({map, at, shared, engine().new_token(), add, false, {}});
+  race::engine_read(shared, map.box_bytes(), store.token);
   if (eager()) read_store(store);
 }
 
@@ -148,6 +152,7 @@ void bulk_wait(size_t keep, bool read_only) {
   Groups<BulkStore>& stores = engine().mine().stores;
   const size_t due = stores.due(keep);
   for (size_t i = 0; i < due; ++i) {
+    race::engine_done(stores[i].token);
     if (read_only)
       read_store(stores[i]);
     else

@@ -49,6 +49,7 @@ struct BulkStore {
   TensorMap map;
   Coordinates at;
   const void* from;
+  uint64_t token;  // of the race detector
   bool add;
   bool read;                        // `data` holds what shared memory held
   std::vector<unsigned char> data;  // the box, not swizzled
