@@ -22,11 +22,11 @@ inline unsigned add_release(unsigned* pointer, unsigned value) {
   return __atomic_fetch_add(pointer, value, __ATOMIC_RELEASE);
 }
 
-// Two 16-bit sums as one step of 32 bits; each is rounded once.
-template <typename Pair>
-Pair atomic_add_pair(Pair* pointer, Pair term) {
+// Two 16-bit sums as one step of 32 bits; each is rounded once, by `round`.
+template <typename Pair, typename Round>
+Pair atomic_add_pair(Pair* pointer, Pair term, Round round) {
   require_aligned("atomicAdd", "address", pointer, sizeof(Pair));
-  const auto add = [](auto a, auto b) { return decltype(a)(static_cast<float>(a) + static_cast<float>(b)); };
+  const auto add = [&](auto a, auto b) { return round(static_cast<float>(a) + static_cast<float>(b)); };
   return atomic_update(pointer, [&](Pair old) { return Pair{add(old.x, term.x), add(old.y, term.y)}; });
 }
 
@@ -43,5 +43,7 @@ inline float4 atomicAdd(float4* p, float4 x) {
   simt::require_aligned("atomicAdd", "address", p, sizeof *p);
   return {atomicAdd(&p->x, x.x), atomicAdd(&p->y, x.y), atomicAdd(&p->z, x.z), atomicAdd(&p->w, x.w)};
 }
-inline __nv_bfloat162 atomicAdd(__nv_bfloat162* p, __nv_bfloat162 x) { return simt::atomic_add_pair(p, x); }
-inline __half2 atomicAdd(__half2* p, __half2 x) { return simt::atomic_add_pair(p, x); }
+inline __nv_bfloat162 atomicAdd(__nv_bfloat162* p, __nv_bfloat162 x) {
+  return simt::atomic_add_pair(p, x, __float2bfloat16_rn);
+}
+inline __half2 atomicAdd(__half2* p, __half2 x) { return simt::atomic_add_pair(p, x, __float2half_rn); }

@@ -3,6 +3,8 @@
 //
 // There is no implicit conversion and no operator: CUDA's operators round after every step, and code that would
 // silently compute in fp32 here must not compile. Kernels convert to float, compute, and convert back.
+// Nor is there a constructor: g++ gives a static array of a class that has one a hidden "initialised" flag per thread,
+// which the race detector would take for shared memory.
 #pragma once
 
 #include <cstdint>
@@ -62,14 +64,10 @@ inline float float_from_half(uint16_t bits) {
 
 struct __nv_bfloat16 {
   uint16_t bits;
-  __nv_bfloat16() = default;
-  explicit __nv_bfloat16(float x) : bits(simt::bfloat16_from_float(x)) {}
   explicit operator float() const { return simt::float_from_bfloat16(bits); }
 };
 struct __half {
   uint16_t bits;
-  __half() = default;
-  explicit __half(float x) : bits(simt::half_from_float(x)) {}
   explicit operator float() const { return simt::float_from_half(bits); }
 };
 struct alignas(4) __nv_bfloat162 {
@@ -83,10 +81,12 @@ using nv_bfloat162 = __nv_bfloat162;
 using half = __half;
 using half2 = __half2;
 
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
-inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {simt::bfloat16_from_float(x)}; }
+inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return static_cast<float>(x); }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
@@ -97,10 +97,10 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
   return x;
 }
 
-inline __half __float2half_rn(float x) { return __half(x); }
-inline __half __float2half(float x) { return __half(x); }
+inline __half __float2half_rn(float x) { return {simt::half_from_float(x)}; }
+inline __half __float2half(float x) { return __float2half_rn(x); }
 inline float __half2float(__half x) { return static_cast<float>(x); }
-inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }
 inline float2 __half22float2(__half2 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
 inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }

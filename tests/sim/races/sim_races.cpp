@@ -250,11 +250,11 @@ TEST(missing_proxy_fence) {
 // 17. Neighbouring halves of one word are no race; the same half is.
 template <bool kBug>
 __global__ void halves_of_a_word(int* out) {
-  __shared__ unsigned short values[64];
+  __shared__ __nv_bfloat16 values[64];
   const int mine = kBug ? threadIdx.x / 2 : threadIdx.x;
-  values[mine] = 1;
+  values[mine] = __float2bfloat16_rn(1.f);
   __syncthreads();
-  out[threadIdx.x] = values[mine];
+  out[threadIdx.x] = __bfloat162float(values[mine]) == 1.f;
 }
 TEST(neighbouring_halves_of_a_word) {
   std::vector<int> out(64);
