@@ -55,6 +55,8 @@ def extension() -> tuple[ModuleType | None, str | None]:
     if hasattr(module, "sim"):
         module.sim.set_seed(env.get_int("PYDIT_SIM_SEED"))
         module.sim.set_threads(env.get_int("PYDIT_SIM_THREADS"))
+        module.sim.set_async(env.get("PYDIT_SIM_ASYNC") == "eager")
+        module.sim.set_arch({"80": 80, "90a": 90}[env.get("PYDIT_SIM_ARCH")])
     return module, None
 
 
