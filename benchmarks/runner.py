@@ -1,178 +1,171 @@
-"""Runs the benchmark registry: verifies first, then times every provider in turn, and writes JSON.
+"""Runs the benchmark registry: verifies first, then times every provider in turn, and prints and writes what it saw.
 
-    python -m benchmarks.runner [--size full|small] [--filter TEXT] [--json FILE]      (or: pydit bench)
+    python -m benchmarks.runner [--size full|small] [--filter TEXT] [--json FILE] ...      (or: pydit bench)
 
-On a GPU a case is captured as a CUDA graph over enough copies of its inputs to exceed the L2 cache (rotated buffers:
-every call finds its inputs in device memory), providers take turns, and the median over replays counts. % of limit is
-the floor (bytes over the copy bandwidth measured in the same run) over the time.
+A case that computes something wrong gets no figure. ratio is the peer's time over pydit's: above 1, pydit is faster.
+% of limit is the floor (the slower of bytes over copy bandwidth and FLOPs over GEMM rate) over the time; both rates
+are measured in the same run, or the column stays empty.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import subprocess
+import importlib.util
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 
-from benchmarks.registry import Case, cases
+from benchmarks import compare, machine, registry, roofline, table, timing
+from benchmarks.cases import Case
+from benchmarks.registry import SIZES, find
 from pydit import backend
+from pydit.cli.options import Parser, count, positive
+from pydit.errors import UserError
 from pydit.files import write_json
 from pydit.testing import assert_accurate
 
-ROTATED_BYTES = 512 << 20  # several times the 60 MB of L2 of an H200
-ROUNDS = 15
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code (1 when a case computed a wrong result)."""
-    parser = argparse.ArgumentParser(prog="pydit bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=("full", "small"), default="full" if torch.cuda.is_available() else "small")
+    """Command line; returns the exit code: 1 when a case computed a wrong result, 2 on bad input."""
+    try:
+        return _main(_parse(argv))
+    except (UserError, OSError) as error:
+        print(f"pydit bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv):
+    parser = Parser(prog="pydit bench", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="full" if torch.cuda.is_available() else "small",
+                        help="shapes of real models, or ones for a CPU (default: what this machine suits)")
     parser.add_argument("--filter", default="", help="only cases whose name contains this text")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--list", action="store_true", help="name the cases and their peers, time nothing")
+    parser.add_argument("--rounds", type=count, default=15, help="samples per provider, at least 3 (default: 15)")
+    parser.add_argument("--peers", metavar="NAMES", help="only these peers, separated by commas; none for no peer")
+    parser.add_argument("--no-limits", action="store_true", help="skip the ceilings, and with them %% of limit")
+    parser.add_argument("--seconds", type=positive, help="start no case after this time")
+    parser.add_argument("--json", type=Path, help="write all figures to this file, after every case")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="results of an earlier run to compare with")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a roofline picture")
     args = parser.parse_args(argv)
+    if args.rounds < 3:
+        raise UserError(f"rounds: expected at least 3, got {args.rounds}")
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and path.is_dir():
+            raise UserError(f"{name}: expected a file, got the directory {path}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plot: expected matplotlib (pip install 'pydit[bench]'), got none")
+    return args
+
+
+def _main(args) -> int:
+    started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = describe_machine(device)
-    print(json.dumps(machine))
-    limits = measure_limits(device)
-    print(f"copy {limits['copy_gb_s']:.0f} GB/s"
-          + (f", bf16 GEMM {limits['gemm_tflop_s']:.0f} TFLOP/s" if device == "cuda" else ""))
-    rows, wrong = [], 0
-    print(f"{'case':62} {'provider':14} {'us':>9} {'IQR':>7} {'GB/s':>7} {'% limit':>8} {'ratio':>6}")
-    for case in cases(args.size):
-        if args.filter not in case.name:
+    cases = find(args.filter, args.size)
+    peers = _chosen_peers(args.peers)
+    if args.list:
+        print("\n".join(f"{case.name:60} {case.work.bytes:>13,} B {case.work.flops:>15,} FLOP   "
+                        + ", ".join(peer.name for peer in case.peers) for case in cases))
+        return 0
+    old = compare.load(args.compare) if args.compare else None
+    data = {"format": compare.FORMAT, "version": compare.VERSION, "complete": False,
+            "machine": machine.describe(device), "limits": {}, "rows": [], "not_run": [case.name for case in cases]}
+    with machine.Sampler(device) as sampler, torch.no_grad():
+        if not args.no_limits:
+            data["limits"] = timing.measure_limits(device, args.rounds)
+        for case in cases:
+            if args.seconds is not None and time.monotonic() - started > args.seconds:
+                break
+            print(f"{case.name} ...", file=sys.stderr, flush=True)
+            data["rows"].append(run_case(case, device, data["limits"], rounds=args.rounds, peers=peers))
+            data["not_run"].remove(case.name)
+            data["machine"] |= sampler.result()
+            data["paths"] = backend.report()
+            if args.json:
+                write_json(args.json, data)
+    data["complete"] = not data["not_run"]
+    print(table.render(data))
+    if old is not None:
+        data["compared"] = compare.compare(old, data)
+        print("\n" + compare.describe(data["compared"], args.compare))
+    if args.json:
+        write_json(args.json, data)
+    if args.plot:
+        roofline.draw(data, args.plot)
+    return 1 if any("wrong" in row for row in data["rows"]) else 0
+
+
+def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: set[str] | None = None) -> dict:
+    """Verify a case, time it and its peers, and return its row.
+
+    A wrong case has "wrong" instead of "providers". Peers that took no part are in "not_raced" (absent, or left out by
+    ``peers``) or "failed" (raised, or wrong), each with the reason.
+    """
+    row = {"case": case.name, "op": case.op, "model": case.model, "shape": case.shape, "dtype": case.dtype,
+           "bytes": case.work.bytes, "flops": case.work.flops, "floor_us": case.floor_us(limits),
+           "not_raced": {}, "failed": {}}
+    torch.manual_seed(0)
+    args = case.make(device)
+    try:
+        verify(case.run, case, args)
+    except Exception as error:  # a wrong case, however it goes wrong, has no figure and stops no other one
+        return row | {"wrong": _reason(error)}
+    inputs = timing.input_sets(case.make, case.work.bytes, device)
+    long = timing.is_long(case.run, inputs, device)
+    timers, methods = {}, {}
+    timers["pydit"], methods["pydit"] = timing.timer(case.run, inputs, device, long=long)
+    for peer in case.peers:
+        present, reason = peer.available()
+        if peers is not None and peer.name not in peers:
+            present, reason = False, "left out by --peers"
+        if not present:
+            row["not_raced"][peer.name] = reason
             continue
         try:
-            rows.append(run_case(case, device, limits))
-        except AssertionError as error:
-            wrong += 1
-            rows.append({"case": case.name, "wrong": str(error)})
-            print(f"{case.name:62} WRONG: {error}")
-    if args.json:
-        write_json(args.json, {"machine": machine, "limits": limits, "rows": rows, "report": backend.report()})
-    return 1 if wrong else 0
-
-
-def run_case(case: Case, device: str, limits: dict) -> dict:
-    """Verify a case, time it and its peers, print its lines and return its row."""
-    verify(case, device)
-    sets = max(2, -(-ROTATED_BYTES // case.bytes)) if device == "cuda" else 2
-    inputs = [case.make(device) for _ in range(min(sets, 64))]
-    providers = {"pydit": case.run, **case.peers}
-    timers = {name: _graph_timer(function, inputs) if device == "cuda" else _host_timer(function, inputs)
-              for name, function in providers.items()}
-    samples = {name: [] for name in providers}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():  # interleaved, so that drift of the clock hits all alike
-            samples[name].append(timer())
-    floor_us = case.bytes / limits["copy_gb_s"] / 1e3
-    row = {"case": case.name, "bytes": case.bytes, "flops": case.flops, "floor_us": floor_us, "providers": {}}
-    ours = median(samples["pydit"])
-    for name, values in samples.items():
-        us, (low, _, high) = median(values), quantiles(values, n=4)
-        row["providers"][name] = {"us": us, "iqr_us": high - low, "gb_s": case.bytes / us / 1e3,
-                                  "percent_of_limit": 100 * floor_us / us, "ratio": us / ours}
-        print(f"{case.name if name == 'pydit' else '':62} {name:14} {us:9.2f} {high - low:7.2f} "
-              f"{case.bytes / us / 1e3:7.0f} "
-              f"{100 * floor_us / us:7.1f}% {us / ours:6.2f}", flush=True)
+            function = peer.build()
+            verify(function, case, args)
+            timers[peer.name], methods[peer.name] = timing.timer(function, inputs, device, long=long)
+        except Exception as error:
+            row["failed"][peer.name] = _reason(error)
+    samples = timing.interleave(timers, rounds)
+    row["providers"] = {name: timing.summary(values) | {"method": methods[name]} for name, values in samples.items()}
+    ours = row["providers"]["pydit"]["us"]
+    for entry in row["providers"].values():
+        entry |= {"gb_s": case.work.bytes / entry["us"] / 1e3, "tflop_s": case.work.flops / entry["us"] / 1e6,
+                  "percent_of_limit": 100 * row["floor_us"] / entry["us"] if row["floor_us"] else None,
+                  "ratio": entry["us"] / ours}
     return row
 
 
-def verify(case: Case, device: str) -> None:
-    """Hold the op against float64 under the tolerance policy; AssertionError when it is wrong."""
-    args = case.make(device)
-    results, exact, eager = (f(*args) for f in (case.run, case.exact, case.eager))
-    outputs = zip(*(r if isinstance(r, tuple) else (r,) for r in (results, exact, eager)), strict=True)
-    for i, (a, b, c) in enumerate(outputs):
+def verify(function, case: Case, args: tuple) -> None:
+    """Hold a provider of ``case`` against float64 under the tolerance policy; AssertionError when it is wrong."""
+    results, exact, eager = (r if isinstance(r, tuple) else (r,) for r in (function(*args), case.exact(*args),
+                                                                           case.eager(*args)))
+    if not len(results) == len(exact) == len(eager):
+        raise AssertionError(f"{case.name}: expected {len(exact)} outputs, got {len(results)}")
+    for i, (a, b, c) in enumerate(zip(results, exact, eager, strict=True)):
+        if a.dtype != c.dtype:
+            raise AssertionError(f"{case.name} output {i}: expected {c.dtype}, got {a.dtype}")
         assert_accurate(a, b, c, name=f"{case.name} output {i}")
 
 
-def _graph_timer(function, inputs):
-    """A timer of one replay over all input sets, in us per call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for args in inputs[:2]:
-            function(*args)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [function(*args) for args in inputs]  # all outputs live: nothing is written twice
-    graph.replay()
-
-    def timer(_keep=(kept, inputs)):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(3):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / (3 * len(inputs))
-
-    return timer
+def _chosen_peers(text: str | None) -> set[str] | None:
+    """The peers named on the command line; None for all."""
+    if text is None:
+        return None
+    chosen = {name.strip() for name in text.split(",")} - {"none", ""}
+    known = {peer.name for size in SIZES for case in registry.cases(size) for peer in case.peers}
+    if chosen - known:
+        raise UserError(f"peers: expected none or names out of {', '.join(sorted(known))}, "
+                        f"got {', '.join(sorted(chosen - known))}")
+    return chosen
 
 
-def _host_timer(function, inputs):
-    for args in inputs:
-        function(*args)
-
-    def timer():
-        start = time.perf_counter()
-        for _ in range(10):
-            for args in inputs:
-                function(*args)
-        return (time.perf_counter() - start) * 1e6 / (10 * len(inputs))
-
-    return timer
-
-
-def measure_limits(device: str) -> dict:
-    """Copy bandwidth (bytes read + written) at 91, 182 and 364 MB (best counts) and the bf16 GEMM rate, both cold."""
-    if device == "cpu":
-        source = torch.randn(16 << 20)
-        target = torch.empty_like(source)
-        us = median(_host_timer(lambda a, b: b.copy_(a), [(source, target)])() for _ in range(5))
-        return {"copy_gb_s": 2 * source.nbytes / us / 1e3}
-    copies = {}
-    for megabytes in (91, 182, 364, 2048):
-        pairs = [(torch.randn(megabytes * 125_000, device=device), torch.empty(megabytes * 125_000, device=device))
-                 for _ in range(max(2, 1000 // megabytes))]
-        timer = _graph_timer(lambda a, b: b.copy_(a), pairs)
-        copies[megabytes] = megabytes * 1e6 / median(timer() for _ in range(ROUNDS)) / 1e3
-        del pairs, timer
-        torch.cuda.empty_cache()
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    timer = _graph_timer(torch.mm, [(a, b)] * 3)
-    gemm_us = median(timer() for _ in range(ROUNDS))
-    return {"copy_gb_s": max(copies.values()), "copy_gb_s_by_mb": copies, "gemm_tflop_s": 2 * 8192**3 / gemm_us / 1e6}
-
-
-def describe_machine(device: str) -> dict:
-    """The machine line: what a figure is worth without it is nothing."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent).stdout.strip()
-    line = {"device": platform.processor() or platform.machine(), "python": platform.python_version(),
-            "torch": torch.__version__, "pydit": backend.info()["version"], "commit": commit,
-            "cuda_archs": backend.info()["cuda_archs"], "date": time.strftime("%Y-%m-%d")}
-    if device == "cuda":
-        line |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-            line |= {"driver": pynvml.nvmlSystemGetDriverVersion(),
-                     "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
-                     "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)}
-        except Exception as error:  # nvidia-ml-py is optional and may not find its library
-            line["driver"] = f"unknown ({error})"
-    return line
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}")[:400]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Per-head RMSNorm and rotary embedding of queries and keys, bound by memory."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cases import DTYPES, Case, Work
+from benchmarks.peers import compiled, eager_peer, never
+from pydit import ops
+
+SHAPES = {  # model, batch, tokens, heads, head dimension, dtype
+    "full": (("qwen-image", 1, 7401, 24, 128, "bf16"), ("qwen-image", 2, 7401, 24, 128, "bf16"),
+             ("qwen-image-text", 1, 512, 24, 128, "bf16"), ("flux.1", 1, 4608, 24, 128, "bf16"),
+             ("sd3.5-large", 1, 4096, 38, 64, "bf16")),
+    "small": (("tiny", 2, 72, 3, 32, "fp32"),),
+}
+
+
+def cases(size: str) -> list[Case]:
+    return [qk_norm_rope(*shape) for shape in SHAPES[size]]
+
+
+def qk_norm_rope_work(b: int, s: int, h: int, d: int, itemsize: int) -> Work:
+    """q and k in and out, two weights [d], fp32 cos and sin [s, d/2]. Per element: square and sum 2, normalise 1,
+    weight 1, rotation 3."""
+    return Work(bytes=(4 * b * s * h * d + 2 * d) * itemsize + 2 * s * (d // 2) * 4, flops=2 * 7 * b * s * h * d)
+
+
+def qk_norm_rope(model, b, s, h, d, dtype) -> Case:
+    torch_dtype = DTYPES[dtype]
+
+    def make(device):
+        """Queries and keys as views of packed QKV, as a fused projection gives them."""
+        qkv = torch.randn(b, s, 3, h, d, device=device, dtype=torch_dtype)
+        weights = (1 + 0.1 * torch.randn(2, d, device=device)).to(torch_dtype)
+        theta = 6.28 * torch.rand(s, d // 2, device=device)
+        return qkv[:, :, 0], qkv[:, :, 1], weights[0], weights[1], theta.cos(), theta.sin()
+
+    peers = (compiled(_real), eager_peer(_eager),
+             never("sglang", "fused_inplace_qknorm_rope runs inside the SGLang server only"),
+             never("quack", "its RMSNorm and its rotary embedding are separate kernels without this layout"))
+    return Case("qk_norm_rope", model, f"{b}x{s}x{h}x{d}", dtype, qk_norm_rope_work(b, s, h, d, torch_dtype.itemsize),
+                make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers)
+
+
+def _run(q, k, q_weight, k_weight, cos, sin):
+    return ops.qk_norm_rope(q, k, q_weight, k_weight, (cos, sin))
+
+
+def _norm(x, weight):
+    """RMSNorm as diffusers' Qwen-Image runs it: variance in fp32, back to the dtype before the weight."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    normed = x * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + 1e-6)
+    return normed.to(x.dtype) * weight
+
+
+def _eager(q, k, q_weight, k_weight, cos, sin):
+    """Eager diffusers: RMSNorm per stream, rotary embedding as a complex product."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rotation = torch.complex(cos.to(wide), sin.to(wide))[:, None]
+
+    def rotate(x):
+        return torch.view_as_real(torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+
+    return rotate(_norm(q, q_weight)).to(q.dtype), rotate(_norm(k, k_weight)).to(k.dtype)
+
+
+def _real(q, k, q_weight, k_weight, cos, sin):
+    """The same with real arithmetic, which a compiler can fuse."""
+    c, s = cos[:, None], sin[:, None]
+
+    def rotate(x):
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).to(x.dtype)
+
+    return rotate(_norm(q, q_weight)), rotate(_norm(k, k_weight))

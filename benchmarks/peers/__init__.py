@@ -1,0 +1,71 @@
+"""What a case is raced against. A peer that cannot run here is listed with the reason, never dropped."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+def always() -> tuple[bool, str]:
+    """Available everywhere."""
+    return True, ""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``build()`` returns a function of the case's inputs; it is called only where ``available()`` says (True, "").
+
+    An absent peer gives (False, why). A peer that raises or computes a wrong result is reported by the runner.
+    """
+
+    name: str
+    build: Callable[[], Callable]
+    available: Callable[[], tuple[bool, str]] = always
+
+
+def eager_peer(function: Callable) -> Peer:
+    """The op as eager torch or diffusers runs it."""
+    return Peer("eager", lambda: function)
+
+
+def compiled(function: Callable, name: str = "torch.compile") -> Peer:
+    """``function`` through torch.compile, specialised to the shape."""
+
+    def build():
+        torch._dynamo.reset()  # all cases share one code object, whose cache of shapes is limited
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return Peer(name, build)
+
+
+def never(name: str, reason: str) -> Peer:
+    """A peer worth naming that cannot take part, such as one that exists only inside a server."""
+
+    def build():
+        raise RuntimeError(f"{name}: not available: {reason}")
+
+    return Peer(name, build, lambda: (False, reason))
+
+
+def needs_gpu(*modules: str, capability: tuple[int, int] = (8, 0)) -> Callable[[], tuple[bool, str]]:
+    """Availability of a peer that needs importable modules and a GPU of at least a compute capability."""
+
+    def available():
+        for module in modules:
+            try:
+                found = importlib.util.find_spec(module) is not None
+            except (ImportError, ValueError):  # a parent package is missing or broken
+                found = False
+            if not found:
+                return False, f"{module} is not installed"
+        if not torch.cuda.is_available():
+            return False, "no GPU"
+        got = torch.cuda.get_device_capability()
+        if got < capability:
+            return False, f"needs compute capability {capability[0]}.{capability[1]}, got {got[0]}.{got[1]}"
+        return True, ""
+
+    return available

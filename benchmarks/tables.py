@@ -1,0 +1,122 @@
+"""Tables of README.md, generated from the files in ``benchmarks/results/``.
+
+    python -m benchmarks.tables --check      fails when a table differs from the files
+    python -m benchmarks.tables --write      brings the tables up to date
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table: NAME -->``; NAME is ``gpu`` (the newest run of
+each GPU) or ``demo`` (the newest demo run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import compare, machine, table
+from pydit.errors import UserError
+from pydit.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table: \2 -->)", re.S)
+
+
+def gpu_table(results: Path) -> str:
+    """Per GPU the newest complete results file: each case against its fastest peer."""
+    newest: dict[str, tuple[Path, dict]] = {}
+    for path in sorted(results.glob("*.json")):
+        raw = read_json(path, what="results")
+        if not isinstance(raw, dict) or raw.get("format") != compare.FORMAT or raw["machine"].get("kind") != "cuda":
+            continue
+        data = compare.load(path, what="results")
+        known = newest.get(data["machine"]["device"])
+        if known is None or data["machine"].get("date", "") >= known[1]["machine"].get("date", ""):
+            newest[data["machine"]["device"]] = path, data
+    if not newest:
+        return "Not measured yet.\n"
+    return "\n".join(_gpu(path, data) for path, data in newest.values())
+
+
+def _gpu(path: Path, data: dict) -> str:
+    lines = ["| op | shape | dtype | us (IQR) | rate | % of limit | fastest peer | ratio |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in data["rows"]:
+        head = f"| `{row['op']}` | {row['shape']} | {row['dtype']} |"
+        if "wrong" in row:
+            lines.append(f"{head} wrong result | | | | |")
+            continue
+        ours, peers = row["providers"]["pydit"], {n: p for n, p in row["providers"].items() if n != "pydit"}
+        best = min(peers, key=lambda name: peers[name]["us"], default=None)
+        percent = "" if ours["percent_of_limit"] is None else f"{ours['percent_of_limit']:.0f} %"
+        raced = f"{best} | {peers[best]['ratio']:.2f}" if best else "none |"
+        time = f"{ours['us']:.1f} ({ours['iqr_us']:.1f})"
+        lines.append(f"{head} {time} | {table.rate(row, ours)} | {percent} | {raced} |")
+    link = f"[Results](benchmarks/results/{path.name})"
+    return "\n".join([*lines, "", f"{machine.sentence(data['machine'])}. {link}.", ""])
+
+
+def demo_table(results: Path) -> str:
+    """Teacher, pruned and distilled pipeline of the newest ``demo-*.json``."""
+    files = sorted(results.glob("demo-*.json"), key=lambda path: path.stem[-10:])
+    if not files:
+        return "Not measured yet.\n"
+    data = read_json(files[-1], what="results")
+    blocks, parameters = data["blocks"], data["parameters"]
+    lines = ["| demo pipeline, held-out prompts | blocks | transformer parameters | prompts met (mean over "
+             f"{len(data['teacher']['per_category'])} categories) |", "|---|---|---|---|"]
+    for label, key, model in (("teacher", "teacher", "teacher"), ("pruned, untrained", "pruned", "student"),
+                              ("pruned and distilled", "distilled", "student")):
+        lines.append(f"| {label} | {blocks[model]} | {parameters[model]:,} | {100 * data[key]['overall']:.1f} % |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"gpu": gpu_table, "demo": demo_table}
+
+
+def render(text: str, results: Path) -> str:
+    """``text`` with every marked table made anew; UserError when a marker names no table or none is there."""
+    names = re.findall(r"<!-- (?:end of )?table: (\w+) -->", text)
+    if not names or any(name not in TABLES for name in names) or len(names) != 2 * len(MARKED.findall(text)):
+        raise UserError(f"readme: expected pairs of markers `<!-- table: NAME -->` and `<!-- end of table: NAME -->` "
+                        f"with NAME one of {', '.join(TABLES)}, got {names or 'none'}")
+    return MARKED.sub(lambda match: match[1] + TABLES[match[2]](results) + match[4], text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns 1 when --check finds a difference, 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true", help="fail when a table differs from the results files")
+    action.add_argument("--write", action="store_true", help="bring the tables up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    try:
+        old = args.readme.read_text(encoding="utf-8")
+        new = render(old, args.results)
+        if args.write and new != old:
+            _write(args.readme, new)
+    except (UserError, OSError) as error:
+        print(f"tables: error: {error}", file=sys.stderr)
+        return 2
+    if args.check and new != old:
+        print(f"tables: {args.readme} differs from {args.results}; run python -m benchmarks.tables --write",
+              file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(name, path.stat().st_mode & 0o777)
+    os.replace(name, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Peers compute what they are raced for (on the CPU, where they exist there), and say why they are absent."""
+
+import pytest
+import torch
+
+from benchmarks.peers import Peer, compiled, needs_gpu, never
+from benchmarks.peers.attention import attention_peers
+from benchmarks.peers.linear import linear_gated_residual_peers, linear_gelu_peers, linear_residual_peers
+from pydit.testing import assert_accurate
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def attention(q, k, v):
+    weights = torch.einsum("bshd,bthd->bhst", q, k / 8**0.5).exp()
+    return torch.einsum("bhst,bthd->bshd", weights / weights.sum(-1, keepdim=True), v)
+
+
+def test_sdpa_math_is_attention_over_both_streams():
+    image, text = ([draw(2, s, 3, 8) for _ in range(3)] for s in (9, 4))
+    peer = next(peer for peer in attention_peers() if peer.name == "sdpa math")
+    assert peer.available() == (True, "")
+    out_img, out_txt = peer.build()(*image, *text)
+    joint = [torch.cat(pair, 1) for pair in zip(image, text, strict=True)]
+    exact, eager = attention(*(x.double() for x in joint)), attention(*joint)
+    assert_accurate(out_img, exact[:, :9], eager[:, :9], name="image")
+    assert_accurate(out_txt, exact[:, 9:], eager[:, 9:], name="text")
+    assert out_img.is_contiguous() and out_txt.is_contiguous()
+
+
+def test_every_attention_kernel_of_the_plan_is_named():
+    names = [peer.name for peer in attention_peers()]
+    assert names == ["sdpa flash", "sdpa cudnn", "sdpa efficient", "sdpa math", "flex_attention", "flash-attention 4",
+                     "flash-attention 3", "sageattention"]
+
+
+@pytest.mark.parametrize("peers, formula", [
+    (linear_gelu_peers, lambda y, x, r, g: 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))),
+    (linear_gated_residual_peers, lambda y, x, r, g: r + g * y),
+    (linear_residual_peers, lambda y, x, r, g: x + y),
+])
+def test_linear_peers(peers, formula):
+    x, weight, bias, residual, gate = draw(2, 5, 16), draw(16, 16), draw(16), draw(2, 5, 16), draw(2, 1, 16)
+    args = (x, weight, bias, residual, gate) if peers is linear_gated_residual_peers else (x, weight, bias)
+    exact = formula((x.double() @ weight.double().t()) + bias.double(), x.double(), residual.double(), gate.double())
+    eager = next(peer for peer in peers() if peer.name == "eager").build()(*args)
+    for peer in peers():
+        if peer.name not in ("torch.compile", "cublaslt gelu"):  # the latter is tanh on a GPU only
+            assert_accurate(peer.build()(*args), exact, eager, name=peer.name)
+    assert (eager.double() - exact).abs().max() < 1e-4
+
+
+def test_absent_peers_give_their_reason():
+    peer = never("x", "only in a server")
+    assert peer.available() == (False, "only in a server")
+    with pytest.raises(RuntimeError, match="only in a server"):
+        peer.build()
+    assert needs_gpu("no_such_module_of_ours")() == (False, "no_such_module_of_ours is not installed")
+    assert needs_gpu("no_such_package.sub.module")() == (False, "no_such_package.sub.module is not installed")
+    if not torch.cuda.is_available():
+        assert needs_gpu("torch")() == (False, "no GPU")
+    assert Peer("y", lambda: abs).available() == (True, "")
+    assert compiled(abs).name == "torch.compile"

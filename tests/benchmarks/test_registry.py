@@ -1,0 +1,78 @@
+"""The registry: names, byte and FLOP counts against counts made another way, and peers that exist."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import registry
+from benchmarks.cases import Work
+from pydit.errors import UserError
+
+SMALL = registry.cases("small")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_bytes_are_those_of_the_tensors(case):
+    """Counted from the real inputs and outputs; an expanded or repeated view counts once."""
+    args = case.make("cpu")
+    outputs = case.run(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert case.work.bytes == sum(t.numel() * t.element_size() for t in (*args, *outputs))
+
+
+def test_flops_of_one_token():
+    """Counted by hand for one token: LN + modulate of 4 channels, a residual of 4, one head of 4 for q and k."""
+    by_op = {module: __import__(f"benchmarks.cases.{module}", fromlist=["x"]) for module in ("modulate", "qk_norm_rope")}
+    modulate, rope = by_op["modulate"], by_op["qk_norm_rope"]
+    sums, centred, squares, normalised, modulated = 4, 4, 4 + 4, 4, 4 + 4 + 4
+    assert modulate.ada_layer_norm_work(1, 1, 4, 2).flops == sums + centred + squares + normalised + modulated
+    assert modulate.gated_residual_work(1, 1, 4, 2).flops == 4 + 4
+    fused = modulate.gated_residual_ada_layer_norm_work(1, 1, 4, 2).flops
+    assert fused == sums + centred + squares + normalised + modulated + 4 + 4
+    pairs = 2
+    rotation = pairs * (4 + 2)  # 4 products, 2 sums
+    assert rope.qk_norm_rope_work(1, 1, 1, 4, 2).flops == 2 * (8 + 4 + 4 + rotation)
+
+
+def test_full_cases_have_the_shapes_of_real_models():
+    full = registry.cases("full")
+    names = {case.name for case in full}
+    assert len(names) == len(full) and {case.op for case in full} == {case.op for case in SMALL}
+    assert "ada_layer_norm/qwen-image/1x7401x3072/bf16" in names
+    by_name = {case.name: case for case in full}
+    tokens = 7401 * 3072 * 2  # the 45.47 MB of shared design figures
+    work = by_name["gated_residual_ada_layer_norm/qwen-image/1x7401x3072/bf16"].work
+    assert 4 * tokens < work.bytes < 4.001 * tokens
+    rope = by_name["qk_norm_rope/qwen-image/1x7401x24x128/bf16"].work
+    assert rope.bytes == 4 * tokens + 2 * 128 * 2 + 7401 * 128 * 4
+
+
+def test_every_op_is_raced_against_eager_and_the_compiler():
+    for size in registry.SIZES:
+        for case in registry.cases(size):
+            assert {"eager", "torch.compile"} <= {peer.name for peer in case.peers}, case.name
+            assert len({peer.name for peer in case.peers}) == len(case.peers)
+
+
+@pytest.mark.parametrize("flops, expected", [(1, 100.0), (10**12, 500.0)])
+def test_floor_is_the_slower_of_memory_and_arithmetic(flops, expected):
+    case = SMALL[0].__class__(**{**vars(SMALL[0]), "work": Work(bytes=100_000_000, flops=flops)})
+    assert math.isclose(case.floor_us({"copy_gb_s": 1000.0, "gemm_tflop_s": 2000.0}), expected)
+
+
+@pytest.mark.parametrize("limits", [{}, {"copy_gb_s": 1.0}, {"gemm_tflop_s": 1.0}])
+def test_no_floor_unless_both_rates_were_measured(limits):
+    assert SMALL[0].floor_us(limits) is None
+
+
+def test_unknown_filter_is_refused():
+    assert [case.op for case in registry.find("qk_norm", "small")] == ["qk_norm_rope"]
+    with pytest.raises(UserError, match="filter: expected part of a case name .* got 'nothing'"):
+        registry.find("nothing", "small")
+
+
+def test_inputs_are_random_and_not_zero():
+    for case in SMALL:
+        first, second = case.make("cpu"), case.make("cpu")
+        assert not torch.equal(first[0], second[0]) and first[0].std() > 0.5

@@ -1,0 +1,170 @@
+"""The runner: refuses wrong kernels, names every peer, and what it prints and writes can be read back. Times nothing."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import compare, machine, registry, runner, table, timing
+from benchmarks.peers import Peer, never
+from pydit.cli import main as pydit
+
+LIMITS = {"copy_gb_s": 100.0, "gemm_tflop_s": 1.0, "gemm": "fp32 1x1x1"}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """One walk over two input sets; ceilings from a table. Functions run, times mean nothing."""
+    monkeypatch.setitem(timing.MOST_SETS, "cpu", 2)
+    monkeypatch.setattr(timing, "measure_limits", lambda device, rounds: dict(LIMITS))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def case(**changes):
+    found = registry.find("ada_layer_norm/tiny", "small")[0]
+    return dataclasses.replace(found, **{"peers": (), **changes})
+
+
+def run(**changes):
+    return runner.run_case(case(**changes), "cpu", LIMITS, rounds=3)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda x, scale, shift: x * 1.01, "worst error"),
+    (lambda x, scale, shift: x.new_full(x.shape, float("nan")), "not finite"),
+    (lambda x, scale, shift: x[:, 1:], "expected shape"),
+    (lambda x, scale, shift: (x, x), "expected 1 outputs, got 2"),
+    (lambda x, scale, shift: x.double(), "expected torch.float32, got torch.float64"),
+    (lambda x, scale, shift: 1 / 0, "ZeroDivisionError"),
+])
+def test_a_wrong_kernel_gets_no_figure(wrong, message):
+    row = run(run=wrong)
+    assert message in row["wrong"] and "providers" not in row
+    data = {"machine": machine.describe("cpu"), "limits": LIMITS, "rows": [row], "not_run": []}
+    line = table.render(data).splitlines()[-1]
+    assert "WRONG, not timed" in line and message in line
+
+
+def test_a_slightly_wrong_kernel_is_found():
+    """One element off by a little more than the policy allows."""
+    right = case().run
+
+    def planted(*args):
+        out = right(*args)
+        out[1, -1, -1] += 1e-4
+        return out
+
+    assert "(1, 71, 95)" in run(run=planted)["wrong"]
+    assert "wrong" not in run(run=right)
+
+
+def test_peers_that_take_no_part_are_named():
+    def raises():
+        raise ImportError("no such symbol")
+
+    peers = (Peer("good", lambda: case().eager), never("absent", "not installed"), Peer("broken", raises),
+             Peer("crashes", lambda: lambda *args: 1 / 0), Peer("wrong", lambda: lambda x, scale, shift: x))
+    row = run(peers=peers)
+    assert set(row["providers"]) == {"pydit", "good"}
+    assert row["not_raced"] == {"absent": "not installed"}
+    assert row["failed"]["broken"] == "ImportError: no such symbol" and "division" in row["failed"]["crashes"]
+    assert "worst error" in row["failed"]["wrong"]
+    data = {"machine": machine.describe("cpu"), "limits": LIMITS, "rows": [row], "not_run": []}
+    text = table.render(data)
+    assert re.search(r"absent +not raced: not installed", text) and re.search(r"wrong +failed: .*worst error", text)
+
+
+def test_an_unraced_peer_is_not_built():
+    def build():
+        raise AssertionError("built")
+
+    row = runner.run_case(case(peers=(Peer("x", build),)), "cpu", LIMITS, rounds=3, peers=set())
+    assert row["not_raced"] == {"x": "left out by --peers"} and row["failed"] == {}
+
+
+def test_percent_of_limit_needs_both_ceilings():
+    entry = run()["providers"]["pydit"]
+    assert entry["percent_of_limit"] == pytest.approx(100 * case().floor_us(LIMITS) / entry["us"])
+    assert entry["gb_s"] == pytest.approx(case().work.bytes / entry["us"] / 1e3)
+    for limits in ({}, {"copy_gb_s": 1.0}):
+        assert runner.run_case(case(), "cpu", limits, rounds=3)["providers"]["pydit"]["percent_of_limit"] is None
+
+
+def test_interleaving_alternates_and_drops_the_warm_up():
+    calls = []
+    timers = {name: (lambda name=name: calls.append(name) or float(len(calls))) for name in "ab"}
+    samples = timing.interleave(timers, 4)
+    assert "".join(calls) == "abba" * 3
+    assert samples == {"a": [5.0, 8.0, 9.0, 12.0], "b": [6.0, 7.0, 10.0, 11.0]}
+
+
+def test_summary_is_median_and_quartiles():
+    assert timing.summary([5.0, 1.0, 2.0, 3.0, 4.0]) == {"us": 3.0, "q1_us": 2.0, "q3_us": 4.0, "iqr_us": 2.0}
+
+
+def test_inputs_are_rotated(monkeypatch):
+    monkeypatch.setitem(timing.MOST_SETS, "cpu", 256)
+    monkeypatch.setitem(timing.ROTATED_BYTES, "cpu", 1000)
+    assert [len(timing.input_sets(lambda device: (), nbytes, "cpu")) for nbytes in (0, 100, 101, 999, 5000)] == \
+        [256, 10, 10, 2, 2]
+
+
+def test_sensors_are_summarised():
+    rows = [{"sm_clock_mhz": 1980, "power_w": 100.0, "throttle": 0x0}, {"sm_clock_mhz": 1500, "throttle": 0x24},
+            {"sm_clock_mhz": 1700, "throttle": 0x1}]
+    seen = machine.summarise(rows)
+    assert seen["sm_clock_mhz"] == {"min": 1500, "median": 1700, "max": 1980} and seen["power_w"]["median"] == 100.0
+    assert seen["throttled"] == {"software power cap": 1 / 3, "software thermal": 1 / 3} and seen["samples"] == 3
+    line = machine.sentence(machine.describe("cpu") | {"sampled": seen, "power_limit_w": 700.0, "commit": "abc",
+                                                      "dirty": True})
+    assert "1700 MHz SM (1500 to 1980)" in line and "commit abc (dirty tree)" in line and "software thermal 33%" in line
+
+
+def test_command_line_writes_what_it_prints(tmp_path, capsys):
+    path, picture = tmp_path / "new.json", tmp_path / "roofline.png"
+    arguments = ["bench", "--size", "small", "--rounds", "3", "--peers", "eager", "--json", str(path)]
+    assert pydit([*arguments, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    data = compare.load(path)
+    assert data["complete"] and not data["not_run"] and len(data["rows"]) == len(registry.cases("small"))
+    assert data["limits"] == LIMITS and data["machine"]["kind"] == "cpu"
+    assert out.startswith(machine.sentence(data["machine"]))
+    assert table.render(data) in out and picture.read_bytes()[:4] == b"\x89PNG"
+    for row in data["rows"]:
+        assert set(row["providers"]) == {"pydit", "eager"} and "torch.compile" in row["not_raced"]
+    assert pydit([*arguments[:-1], str(tmp_path / "again.json"), "--compare", str(path)]) == 0
+    assert "ratio = old time / new time" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "again.json").read_text())["compared"]["rows"]) == len(data["rows"])
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".part"]
+
+
+def test_a_wrong_case_fails_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "find", lambda text, size: [case(run=lambda x, scale, shift: x)])
+    assert pydit(["bench", "--json", str(tmp_path / "r.json")]) == 1
+    assert "WRONG" in capsys.readouterr().out and "wrong" in compare.load(tmp_path / "r.json")["rows"][0]
+
+
+def test_list_and_time_limit(capsys, tmp_path):
+    assert pydit(["bench", "--list", "--size", "full"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(registry.cases("full"))
+    assert pydit(["bench", "--size", "small", "--seconds", "1e-9", "--json", str(tmp_path / "r.json")]) == 0
+    assert capsys.readouterr().out.count("not run, out of time") == len(registry.cases("small"))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--filter", "nothing"], "filter: expected part of a case name"),
+    (["--peers", "eager,magic"], "peers: expected none or names out of .*, got magic$"),
+    (["--rounds", "2"], "rounds: expected at least 3, got 2"),
+    (["--rounds", "many"], "expected a whole number"),
+    (["--size", "huge"], "invalid choice: 'huge'"),
+    (["--compare", "/nowhere.json"], "compare: expected a JSON file, got a path that does not exist"),
+    (["--json", "/"], "json: expected a file, got the directory /"),
+    (["--json", "/proc/none/x.json"], "/proc/none"),
+    (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+])
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert pydit(["bench", "--size", "small", "--peers", "none", "--rounds", "3", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pydit bench: error: ") and re.search(message, error)

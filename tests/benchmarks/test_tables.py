@@ -1,0 +1,83 @@
+"""README tables come from results files: written, checked, and refused when the markers are not pairs."""
+
+import json
+
+import pytest
+
+from benchmarks import steps, tables
+from pydit.files import read_json
+
+README = "# x\n<!-- table: gpu -->\nold\n<!-- end of table: gpu -->\nbetween\n<!-- table: demo -->\n<!-- end of table: demo -->\n"
+
+
+def entry(us, ratio=1.0, percent=80.0):
+    return {"us": us, "q1_us": us, "q3_us": us, "iqr_us": 0.0, "gb_s": 4000.0, "tflop_s": 1.0, "ratio": ratio,
+            "percent_of_limit": percent, "method": "graph"}
+
+
+def run(device="NVIDIA H200", kind="cuda", date="2026-11-21 10:00:00", us=20.0):
+    return {"format": "pydit-bench", "version": 1, "complete": True, "limits": {}, "not_run": [],
+            "machine": {"device": device, "kind": kind, "date": date, "commit": "abc", "dirty": False},
+            "rows": [{"case": "op/m/1/bf16", "op": "op", "shape": "1x2", "dtype": "bf16", "bytes": 8, "flops": 8,
+                      "providers": {"pydit": entry(us), "eager": entry(60.0, 3.0), "fast": entry(30.0, 1.5)}},
+                     {"case": "bad/m/1/bf16", "op": "bad", "shape": "1x2", "dtype": "bf16", "bytes": 8, "flops": 8,
+                      "wrong": "worst error"}]}
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(README)
+
+    def call(action):
+        return tables.main([action, "--readme", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")])
+
+    call.path = tmp_path
+    return call
+
+
+def test_without_a_gpu_run_the_table_says_so(place):
+    (place.path / "results" / "cpu.json").write_text(json.dumps(run(kind="cpu")))
+    assert place("--check") == 1
+    assert (place.path / "README.md").read_text() == README
+    assert place("--write") == 0 and place("--check") == 0
+    text = (place.path / "README.md").read_text()
+    assert text.count("Not measured yet.") == 2 and "old" not in text and "\nbetween\n" in text
+
+
+def test_newest_run_of_each_gpu_against_its_fastest_peer(place):
+    for name, data in {"a": run(us=99.0, date="2026-11-20 10:00:00"), "b": run(), "c": run(device="NVIDIA H100")}.items():
+        (place.path / "results" / f"{name}.json").write_text(json.dumps(data))
+    assert place("--write") == 0
+    text = (place.path / "README.md").read_text()
+    assert text.count("| `op` | 1x2 | bf16 | 20.0 (0.0) | 4000 GB/s | 80 % | fast | 1.50 |") == 2
+    assert "99.0" not in text and "NVIDIA H100" in text and "(benchmarks/results/b.json)" in text
+    assert text.count("| `bad` | 1x2 | bf16 | wrong result |") == 2
+    (place.path / "results" / "b.json").write_text(json.dumps(run(us=21.0)))
+    assert place("--check") == 1
+
+
+def test_demo_table_of_the_committed_run():
+    text = tables.demo_table(tables.RESULTS)
+    path = max(tables.RESULTS.glob("demo-*.json"), key=lambda path: path.stem[-10:])
+    data = read_json(path, what="results")
+    assert f"| teacher | {data['blocks']['teacher']} | {data['parameters']['teacher']:,} |" in text
+    assert f"| {100 * data['distilled']['overall']:.1f} % |" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["none", "<!-- table: gpu -->\n", "<!-- table: x -->\n<!-- end of table: x -->\n"])
+def test_wrong_markers_are_refused(place, capsys, text):
+    (place.path / "README.md").write_text(text)
+    assert place("--write") == 2
+    assert "expected pairs of markers" in capsys.readouterr().err
+    assert (place.path / "README.md").read_text() == text
+
+
+def test_steps_join_the_results_file(tmp_path, capsys):
+    out, lines = tmp_path / "h200.json", tmp_path / "steps.tsv"
+    lines.write_text("import\tpassed\t3\nmemcheck\tnot run: no compute-sanitizer on PATH\t0\n")
+    out.write_text(json.dumps(run()))
+    assert steps.main([str(lines), str(out)]) == 0
+    assert read_json(out, what="out")["steps"][1] == {"step": "memcheck", "seconds": 0,
+                                                      "state": "not run: no compute-sanitizer on PATH"}
+    assert "1 cases timed, 1 wrong, 0 not run" in capsys.readouterr().out
