@@ -177,6 +177,7 @@ void Engine::start_block() {
     thread.copies.clear();
     thread.stores.clear();
     thread.products.clear();
+    thread.products_issued = 0;
     thread.polled = nullptr;
   }
   loads_.clear();

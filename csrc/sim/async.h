@@ -68,6 +68,7 @@ class Engine {
     Groups<Copy> copies;
     Groups<BulkStore> stores;
     Groups<Product> products;
+    uint64_t products_issued = 0;
     const void* polled = nullptr;  // by its last acquiring load, and what it saw
     uint64_t seen = 0;
   };

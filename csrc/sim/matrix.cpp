@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "sim/async.h"
+#include "sim/race.h"
 #include "sim/warp.h"
 
 namespace simt {
@@ -77,6 +78,7 @@ struct MmaDeposit : Deposit {
       }
     }
     for (int row = 0; row < 16; ++row) multiply_row(a[row], 1, b[0], 8, d[row]);
+    count::tensor_ops(16 * 8 * 16);
     for (int i = 0; i < kLanes; ++i) {
       for (int reg = 0; reg < 4; ++reg) {
         static_cast<MmaDeposit*>(lanes[i])->d[reg] = d[i / 4 + reg / 2 * 8][i % 4 * 2 + reg % 2];

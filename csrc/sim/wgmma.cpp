@@ -1,10 +1,12 @@
 #include "sim/wgmma.h"
 
 #include <cstring>
+#include <vector>
 
 #include "sim/async.h"
 #include "sim/half.h"
 #include "sim/matrix.h"
+#include "sim/race.h"
 #include "sim/warp.h"
 
 namespace simt {
@@ -20,13 +22,15 @@ struct Descriptor {
   }
 };
 
-// The elements (i, k), k = 0..15, of an operand with `rows` rows along M or N, into out[k * pitch + i] as fp32.
-void fetch(uint64_t bits, bool transposed, int first_row, int rows, Element element, float* out, int pitch) {
+// Calls visit(chunk, row, k) for every 16 bytes of an operand with `rows` rows along M or N: the elements (row,
+// k..k+7), or, transposed, (row..row+7, k).
+template <typename Visit>
+void for_each_chunk(uint64_t bits, bool transposed, int first_row, int rows, Visit visit) {
   const Descriptor d(bits);
   const uint32_t span = d.swizzle == 0 ? 16 : d.swizzle;
   const auto base = reinterpret_cast<uintptr_t>(dynamic_shared());
   const size_t bytes = current->block->kernel().shared_bytes;
-  const auto chunk = [&](uint32_t offset) {  // the 8 elements at a 16-byte chunk
+  const auto chunk = [&](uint32_t offset) {
     const uintptr_t place = swizzled(d.start + offset, d.swizzle);
     if (place + 16 > bytes) {
       fail("wgmma: an operand reaches byte %zu of the dynamic shared memory; the launch gave it %zu bytes",
@@ -34,14 +38,12 @@ void fetch(uint64_t bits, bool transposed, int first_row, int rows, Element elem
     }
     return reinterpret_cast<const uint16_t*>(base + place);
   };
-  float values[8];
   if (!transposed) {
     const uint32_t next_k = d.swizzle == 0 ? d.leading : 16;
     for (int row = 0; row < rows; ++row) {
       const uint32_t i = first_row + row;
       for (uint32_t half = 0; half < 2; ++half) {
-        to_floats(chunk(i / 8 * d.stride + i % 8 * span + half * next_k), element, values);
-        for (int k = 0; k < 8; ++k) out[(half * 8 + k) * pitch + row] = values[k];
+        visit(chunk(i / 8 * d.stride + i % 8 * span + half * next_k), row, static_cast<int>(half * 8));
       }
     }
   } else {
@@ -50,11 +52,30 @@ void fetch(uint64_t bits, bool transposed, int first_row, int rows, Element elem
     for (int row = 0; row < rows; row += 8) {
       const uint32_t e = (first_row + row) * 2;
       for (uint32_t k = 0; k < 16; ++k) {
-        to_floats(chunk(e / span * next_rows + e % span + k / 8 * next_k + k % 8 * span), element,
-                  out + k * pitch + row);
+        visit(chunk(e / span * next_rows + e % span + k / 8 * next_k + k % 8 * span), row, static_cast<int>(k));
       }
     }
   }
+}
+
+// The elements (i, k), k = 0..15, of an operand, into out[k * pitch + i] as fp32.
+void fetch(uint64_t bits, bool transposed, int first_row, int rows, Element element, float* out, int pitch) {
+  float values[8];
+  for_each_chunk(bits, transposed, first_row, rows, [&](const uint16_t* chunk, int row, int k) {
+    if (transposed) {
+      to_floats(chunk, element, out + k * pitch + row);
+    } else {
+      to_floats(chunk, element, values);
+      for (int i = 0; i < 8; ++i) out[(k + i) * pitch + row] = values[i];
+    }
+  });
+}
+
+// Tells the race detector of the operands that the running thread's warp has the engine read.
+void observe(const Product& p) {
+  const auto read = [&](const uint16_t* chunk, int, int) { race::engine_read(chunk, 16, p.token); };
+  if (!p.a_in_registers) for_each_chunk(p.a, p.transpose_a, current->warp % 4 * 16, 16, read);
+  for_each_chunk(p.b, p.transpose_b, 0, p.n, read);
 }
 
 // One warp's 16 rows.
@@ -72,6 +93,7 @@ void compute(const Product* const* lanes, int warp_in_group) {
     fetch(p.a, p.transpose_a, warp_in_group * 16, 16, p.element, a, 16);
   }
   fetch(p.b, p.transpose_b, 0, p.n, p.element, b, p.n);
+  count::tensor_ops(16 * 16 * p.n);
   for (int row = 0; row < 16; ++row) {
     float* out = d + row * p.n;
     if (p.accumulate) {
@@ -91,6 +113,7 @@ void compute(const Product* const* lanes, int warp_in_group) {
 struct WaitDeposit : Deposit {
   Engine::Thread* thread;
   size_t keep;
+  std::vector<uint64_t> done;  // tokens of the products waited for
 
   static void finish_all(Deposit* const* deposits, uint32_t participants) {
     if (participants != ~0u) fail("wgmma.wait_group: lanes 0x%08x of the warp have exited", ~participants);
@@ -105,6 +128,9 @@ struct WaitDeposit : Deposit {
       }
     }
     for (size_t i = 0; i < due; ++i) {
+      if (race::enabled) {
+        for (WaitDeposit* lane : lanes) lane->done.push_back(lane->thread->products[i].token);
+      }
       const Product* products[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         products[lane] = &lanes[lane]->thread->products[i];
@@ -142,7 +168,11 @@ uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t s
 
 void wgmma(const Product& product) {
   require_hopper("wgmma.mma_async");
-  engine().mine().products.add(product);
+  Product& mine = engine().mine().products.add(product);
+  // All lanes of a warp issue the same products, so counting them gives one token per product and warp; the high bit
+  // keeps it apart from the tokens of copies.
+  mine.token = uint64_t{1} << 63 | static_cast<uint64_t>(current->warp) << 48 | engine().mine().products_issued++;
+  if (race::enabled && current->lane == 0) observe(mine);
 }
 
 void wgmma_fence() { require_hopper("wgmma.fence"); }
@@ -161,6 +191,7 @@ void wgmma_wait(size_t keep) {
   deposit.thread = &engine().mine();
   deposit.keep = keep;
   current->block->collective(deposit);
+  for (const uint64_t token : deposit.done) race::engine_done(token);
 }
 
 }  // namespace simt

@@ -32,6 +32,7 @@ struct Product {
   bool a_in_registers, transpose_a, transpose_b, accumulate;
   Element element;
   int n;
+  uint64_t token = 0;  // of the race detector; filled by wgmma()
 };
 
 // Where shared memory begins for descriptors and 32-bit shared addresses: the dynamic part.

@@ -22,19 +22,39 @@ COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
 
 
+def compiled(source, folder, *extra):
+    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
+    target = folder / f"{source.parent.name}_{source.stem}.o"
+    result = subprocess.run([*launcher, COMPILER, *FLAGS, *extra, "-c", source, "-o", target], capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def runtime(tmp_path_factory):
+    """The simulator's own objects, which are not observed."""
     folder = tmp_path_factory.mktemp("races")
-    objects = []
-    for source in [*sorted((ROOT / "csrc" / "sim").glob("*.cpp")), CASES]:
-        objects.append(folder / f"{source.stem}.o")
-        extra = OBSERVED if source == CASES else []
-        compiled = subprocess.run([COMPILER, *FLAGS, *extra, "-c", source, "-o", objects[-1]], capture_output=True,
-                                  text=True)
-        assert compiled.returncode == 0, compiled.stderr
+    return folder, [compiled(source, folder) for source in sorted((ROOT / "csrc" / "sim").glob("*.cpp"))]
+
+
+def linked(runtime, name, *sources):
+    folder, objects = runtime
     # The runtime's objects come first, so that inline functions of both are taken from them, unobserved.
-    subprocess.run([COMPILER, *objects, "-pthread", "-ldl", "-o", folder / "races"], check=True)
-    return folder / "races"
+    objects = [*objects, *(compiled(source, folder, *OBSERVED) for source in sources)]
+    subprocess.run([COMPILER, *objects, "-pthread", "-ldl", "-o", folder / name], check=True)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def program(runtime):
+    return linked(runtime, "races", CASES)
+
+
+@pytest.fixture(scope="module")
+def products(runtime):
+    """The matrix products of test_ptx.py, observed."""
+    return linked(runtime, "products", CASES.parents[1] / "ptx" / "test_gemm.cpp")
 
 
 def test_enough_bugs_are_planted():
@@ -48,3 +68,19 @@ def test_planted_bug_and_clean_twin(program, name, copies):
                             env={"PATH": "/usr/bin:/bin", "PYDIT_SIM_ASYNC": copies})
     assert result.returncode == 0, f"PYDIT_SIM_ASYNC={copies} {program} {name}\n{result.stderr}{result.stdout}"
     assert result.stdout == "1 tests, 0 failed\n"
+
+
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+@pytest.mark.parametrize("name", ["gemm_by_mma_sync", "gemm_by_wgmma_swizzle_128", "gemm_by_wgmma_without_swizzle",
+                                  "gemm_by_wgmma_wide", "gemm_by_wgmma_for_several_seeds"])
+def test_products_with_asynchronous_operands_are_silent(products, name, copies):
+    result = subprocess.run([str(products), name], capture_output=True, text=True, timeout=120,
+                            env={"PATH": "/usr/bin:/bin", "PYDIT_SIM_ASYNC": copies})
+    assert result.returncode == 0, f"PYDIT_SIM_ASYNC={copies} {products} {name}\n{result.stderr}{result.stdout}"
+
+
+@pytest.mark.parametrize("name", ["bug_wrong_wait_depth", "bug_missing_syncthreads_between_stages"])
+def test_bugs_that_only_some_orders_show_always_fail_a_launch(products, name):
+    """Unobserved these launches succeed, with wrong numbers in some orders; the detector ends every one of them."""
+    result = subprocess.run([str(products), name], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "expected 0, got 719" in result.stderr

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../selftest.h"
+#include "device/vector.cuh"
 #include "gemm_mma.cuh"
 #include "gemm_wgmma.cuh"
 
@@ -15,7 +16,7 @@ std::vector<T> numbers(size_t count, uint32_t random) {
   std::vector<T> values(count);
   for (T& value : values) {
     random = random * 1664525u + 1013904223u;
-    value = T((static_cast<int>(random >> 27) - 16) * 0.125f);
+    value = from_float<T>((static_cast<int>(random >> 27) - 16) * 0.125f);
   }
   return values;
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../selftest.h"
+#include "device/vector.cuh"
 #include "pieces.cuh"
 #include "pieces_90.cuh"
 
@@ -229,7 +230,7 @@ void check_box(const uint64_t (&size)[4], const uint32_t (&box)[4], int swizzle,
   T *in = aligned(in_memory), *out = aligned(out_memory);
   for (int eager = 0; eager < 2; ++eager) {
     pydit_sim_set_async(eager);
-    for (uint64_t i = 0; i < elements; ++i) in[i] = T(number(i)), out[i] = T(1.f);
+    for (uint64_t i = 0; i < elements; ++i) in[i] = from_float<T>(number(i)), out[i] = from_float<T>(1.f);
     std::vector<float> expected_out(elements, 1.f);
     std::vector<char> dump(count * sizeof(T)), expected_dump(dump.size());
     for (uint32_t i = 0; i < count; ++i) {
@@ -254,7 +255,7 @@ void check_box(const uint64_t (&size)[4], const uint32_t (&box)[4], int swizzle,
         const uint32_t turn = swizzle == 128 ? row % 8 : swizzle == 64 ? row / 2 % 4 : row / 4 % 2;
         place = row * swizzle + (chunk ^ turn) * 16 + byte % 16;
       }
-      const T element(value);
+      const T element = from_float<T>(value);
       memcpy(&expected_dump[place], &element, sizeof element);
     }
     TensorMap in_map, out_map;
