@@ -200,7 +200,7 @@ int launch(const char* op, const ModulateParams& p, cudaStream_t stream) {
   const bool vector = p.channels % kWidth == 0 && vectorizable<T>(p.x) && vectorizable<T>(p.y) &&
                       vectorizable<T>(p.gate) && vectorizable<T>(p.scale) && vectorizable<T>(p.shift) &&
                       vectorizable<T>(p.residual) && vectorizable<T>(p.out);
-  if (!vector) return launch_rows<T, 1, 256, 32, kGate, kNorm>(op, p, stream);
+  if (!vector) return launch_rows<T, 1, 512, 16, kGate, kNorm>(op, p, stream);
   const int64_t vectors = p.channels / kWidth;
   if (vectors <= 32 * 4) return launch_rows<T, kWidth, 32, 4, kGate, kNorm>(op, p, stream);
   if (vectors <= 32 * 12) return launch_rows<T, kWidth, 32, 12, kGate, kNorm>(op, p, stream);
@@ -210,7 +210,7 @@ int launch(const char* op, const ModulateParams& p, cudaStream_t stream) {
 
 template <bool kGate, bool kNorm>
 int run(const char* op, const ModulateParams& p, int32_t dtype, void* stream) {
-  if (p.batch < 0 || p.tokens < 0 || p.batch * p.tokens > INT32_MAX)
+  if (p.batch < 0 || p.tokens < 0 || (p.tokens > 0 && p.batch > INT32_MAX / p.tokens))
     return bad_argument("%s: batch x tokens: expected 0 to 2^31 - 1, got %lld x %lld", op,
                         static_cast<long long>(p.batch), static_cast<long long>(p.tokens));
   if (p.channels < 1 || p.channels > kMaxChannels)

@@ -358,6 +358,14 @@ __global__ void uses_shared(int* out) {
   out[threadIdx.x] = shared[threadIdx.x];
 }
 
+TEST(register_budgets_and_shared_addresses) {
+  uint32_t addresses[256];
+  CHECK_FAILS(PYDIT_LAUNCH(budgets, 1, 256, 1024, nullptr, +addresses), "setmaxnreg");
+  const Hopper hopper;
+  CHECK_EQUAL(PYDIT_LAUNCH(budgets, 1, 256, 1024, nullptr, +addresses), cudaSuccess);
+  for (uint32_t i = 0; i < 256; ++i) CHECK_EQUAL(addresses[i], addresses[0] + 4 * i);
+}
+
 TEST(shared_memory_beyond_48_kb_must_be_asked_for) {
   int out[32], most = 0;
   CHECK_REFUSED(PYDIT_LAUNCH(uses_shared, 1, 32, 48 * 1024 + 1, nullptr, +out), "expected at most 49152 bytes");

@@ -1,0 +1,28 @@
+"""What the static gates expect of single kernels. A kernel that no rule names: no spills, no stack, no local memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# wgmma and TMA loads, in the words of SASS: a Hopper kernel without them fell back to something else.
+HOPPER = frozenset({"HGMMA", "UTMALDG"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Exceptions and demands for the kernels whose name, template arguments included, a regular expression finds."""
+
+    kernel: str
+    reason: str
+    arch: str = ""  # "" is every architecture
+    spill: int = 0  # bytes of spill stores, and of spill loads
+    stack: int = 0  # bytes of stack frame; above 0 local memory may be accessed
+    requires: frozenset[str] = frozenset()  # SASS instructions that must occur
+
+    def covers(self, name: str, arch: str) -> bool:
+        return self.arch in ("", arch) and re.search(self.kernel, name) is not None
+
+
+# Rule("attention_forward_hopper", "TMA feeds wgmma", arch="sm_90a", requires=HOPPER) is how a Hopper kernel enters.
+RULES: tuple[Rule, ...] = ()

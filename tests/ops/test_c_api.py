@@ -1,0 +1,84 @@
+"""The C API behind the ops: what a caller without pydit/ops in front is told, and what a dying kernel leaves behind."""
+
+import pytest
+import torch
+
+from pydit import backend
+
+
+class Shaped:
+    """What the binding asks of a tensor, without memory behind it."""
+
+    def __init__(self, *shape, pointer=1 << 20):
+        self.shape, self.pointer = shape, pointer
+
+    def data_ptr(self):
+        return self.pointer
+
+    def stride(self):
+        return tuple(0 if size > 1 << 20 else 64 for size in self.shape)
+
+
+@pytest.fixture(params=["sim", "cuda"])
+def kernels(request):
+    """A backend's functions. Arguments are checked before anything is launched, so cuda needs no GPU."""
+    module, error = backend.extension()
+    if not hasattr(module, request.param):
+        pytest.skip(f"no {request.param} kernels in pydit._C ({error or 'not built'})")
+    return getattr(module, request.param)
+
+
+def _modulate(kernels, shape, dtype=0):
+    x, row = Shaped(*shape), Shaped(shape[0], 1, shape[2])
+    kernels.ada_layer_norm(x, row, row, x, 1e-6, -1, dtype, 0)
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((1, 2, 0), "channels: expected 1 to 8192, got 0"),
+    ((1, 2, 8193), "channels: expected 1 to 8192, got 8193"),
+    ((-1, 2, 8), "batch x tokens: expected 0 to 2^31 - 1, got -1 x 2"),
+    ((2, 1 << 30, 8), "batch x tokens: expected 0 to 2^31 - 1, got 2 x 1073741824"),
+    ((1 << 62, 1 << 62, 8), "batch x tokens: expected 0 to 2^31 - 1, got 4611686018427387904 x 4611686018427387904"),
+], ids=str)
+def test_modulate_arguments(kernels, shape, message):
+    with pytest.raises(RuntimeError) as caught:
+        _modulate(kernels, shape)
+    assert str(caught.value) == f"ada_layer_norm: {message}"
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((1, 2, 3, 7), "head_dim: expected an even number from 2 to 256, got 7"),
+    ((1, 2, 3, 258), "head_dim: expected an even number from 2 to 256, got 258"),
+    ((65536, 2, 3, 8), "batch: expected 0 to 65535, got 65536"),
+    ((1, 1 << 31, 3, 8), "tokens: expected 0 to 2^31 - 1, got 2147483648"),
+], ids=str)
+def test_qk_norm_rope_arguments(kernels, shape, message):
+    x = Shaped(*shape)
+    with pytest.raises(RuntimeError) as caught:
+        kernels.qk_norm_rope(x, x, None, None, None, None, x, x, 1e-6, 0, 0)
+    assert str(caught.value) == f"qk_norm_rope: {message}"
+
+
+def test_cosine_needs_its_sine(kernels):
+    x = Shaped(1, 2, 3, 8)
+    with pytest.raises(RuntimeError, match="qk_norm_rope: cos, sin: expected both or neither, got one"):
+        kernels.qk_norm_rope(x, x, None, None, Shaped(2, 4), None, x, x, 1e-6, 0, 0)
+
+
+def test_unknown_dtype(kernels):
+    with pytest.raises(RuntimeError) as caught:
+        _modulate(kernels, (1, 2, 8), dtype=3)
+    assert str(caught.value) == "ada_layer_norm: dtype: expected float32 (0), float16 (1) or bfloat16 (2), got 3"
+
+
+def test_a_simulated_kernel_that_dies_raises_and_the_next_launch_works():
+    module, error = backend.extension()
+    if not hasattr(module, "sim"):
+        pytest.skip(f"the simulator is not built ({error or 'PYDIT_SIM=off'})")
+    nowhere = Shaped(1, 2, 8, pointer=16)
+    with pytest.raises(RuntimeError, match=r"gated_residual: launch failed: .*modulate_kernel"):
+        module.sim.gated_residual(nowhere, nowhere, Shaped(1, 1, 8, pointer=16), nowhere, -1, 0, 0)
+    x = torch.arange(16.0).view(1, 2, 8)
+    gate, out = torch.full((1, 1, 8), 2.0), torch.empty_like(x)
+    module.sim.gated_residual(x, x, gate, out, -1, 0, 0)
+    assert torch.equal(out, 3 * x)
