@@ -53,11 +53,22 @@ def extension() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, str(error)
     if hasattr(module, "sim"):
-        module.sim.set_seed(env.get_int("PYDIT_SIM_SEED"))
-        module.sim.set_threads(env.get_int("PYDIT_SIM_THREADS"))
-        module.sim.set_async(env.get("PYDIT_SIM_ASYNC") == "eager")
-        module.sim.set_arch({"80": 80, "90a": 90}[env.get("PYDIT_SIM_ARCH")])
+        _configure(module.sim)
     return module, None
+
+
+def _configure(sim: Any) -> None:
+    sim.set_seed(env.get_int("PYDIT_SIM_SEED"))
+    sim.set_threads(env.get_int("PYDIT_SIM_THREADS"))
+    sim.set_async(env.get("PYDIT_SIM_ASYNC") == "eager")
+    sim.set_arch({"80": 80, "90a": 90}[env.get("PYDIT_SIM_ARCH")])
+
+
+def configure_sim() -> None:
+    """Read the PYDIT_SIM_* variables again; they are otherwise read once, when the extension is loaded."""
+    module, _ = extension()
+    if module is not None and hasattr(module, "sim"):
+        _configure(module.sim)
 
 
 def info() -> dict[str, Any]:

@@ -1,19 +1,27 @@
-"""Fixtures shared by all families: the backend under test, and memory that punishes unwritten outputs."""
+"""Fixtures shared by all families: the backend under test, and memory that punishes unwritten outputs.
+
+Each simulated case runs under a seed and a copy mode drawn from its name, so that one run of the suite covers many of
+both and every run is the same. PYDIT_SIM_SEED and PYDIT_SIM_ASYNC in the environment take precedence; a failing case
+prints the line that runs it again.
+"""
 
 import os
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
-from pydit import backend
+from pydit import backend, env
+
+SIM_SETTINGS = pytest.StashKey[dict]()
 
 
 def _missing(name):
     """Why a backend cannot run here, or None."""
     info = backend.info()
-    if name == "sim" and not info["sim"]:
+    if name.startswith("sim") and not info["sim"]:
         return f"the simulator is not built ({info['extension_error'] or 'PYDIT_SIM=off'})"
     if name == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
@@ -24,15 +32,47 @@ def _missing(name):
 
 @pytest.fixture(params=["reference", "sim", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request, monkeypatch):
-    """Run a test on each backend: tensors made on the returned device go through that backend."""
+    """Run a test on each backend: tensors made on the returned device go through that backend.
+
+    A test of Hopper kernels names the backends itself, with indirect parameters: "sim-90a" is the simulator as sm_90a.
+    """
     name = request.param
     reason = _missing(name)
     if reason:
-        if name == "sim" and os.environ.get("CI"):
+        if name.startswith("sim") and os.environ.get("CI"):
             pytest.fail(f"CI must test the simulator: {reason}")
         pytest.skip(reason)
-    monkeypatch.setenv("PYDIT_BACKEND", "sim" if name == "sim" else "auto")
-    return torch.device("cuda" if name == "cuda" else "cpu")
+    if not name.startswith("sim"):
+        monkeypatch.setenv("PYDIT_BACKEND", "auto")
+        yield torch.device("cuda" if name == "cuda" else "cpu")
+        return
+    settings = _sim_settings(request.node.nodeid, name)
+    request.node.stash[SIM_SETTINGS] = settings
+    for variable, value in settings.items():
+        monkeypatch.setenv(variable, value)
+    backend.configure_sim()
+    yield torch.device("cpu")
+    monkeypatch.undo()
+    backend.configure_sim()
+
+
+def _sim_settings(nodeid, name):
+    """The environment of one simulated case."""
+    drawn = zlib.crc32(nodeid.encode())
+    drawn = {"PYDIT_SIM_SEED": str(drawn >> 1), "PYDIT_SIM_ASYNC": ("lazy", "eager")[drawn & 1],
+             "PYDIT_SIM_ARCH": name.partition("-")[2] or env.get("PYDIT_SIM_ARCH")}
+    given = {variable: os.environ[variable] for variable in drawn if os.environ.get(variable)}
+    return {"PYDIT_BACKEND": "sim", **drawn, **given}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Add to the report of a failing simulated case the line that reproduces it."""
+    report = yield
+    if report.failed and (settings := item.stash.get(SIM_SETTINGS, None)):
+        line = " ".join(f"{variable}={value}" for variable, value in settings.items())
+        report.sections.append(("to reproduce", f"{line} python -m pytest '{item.nodeid}'"))
+    return report
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 // The calls that -fsanitize=thread makes g++ put into kernels: before each load and store, and in place of each atomic.
-// In an ordinary build nothing calls them.
+// Part of the race build alone: other sanitizers declare the same names.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

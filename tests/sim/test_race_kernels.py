@@ -55,14 +55,16 @@ def environment():
     return {**os.environ, "PYDIT_EXTENSION": str(extension), "PYDIT_BACKEND": "sim"}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kernels_are_free_of_races(environment, seed):
+@pytest.mark.parametrize(("seed", "copies"), [(0, "lazy"), (1, "eager")])
+def test_kernels_are_free_of_races(environment, seed, copies):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k",
                "sim and (values or layouts or split or expanded)"]
-    done = subprocess.run(command, cwd=ROOT, env={**environment, "PYDIT_SIM_SEED": str(seed)}, capture_output=True,
-                          text=True, timeout=600)
-    line = f"PYDIT_EXTENSION={environment['PYDIT_EXTENSION']} PYDIT_BACKEND=sim PYDIT_SIM_SEED={seed}"
-    assert done.returncode == 0, f"{line} {' '.join(command)}\n{done.stdout[-4000:]}"
+    settings = {"PYDIT_SIM_SEED": str(seed), "PYDIT_SIM_ASYNC": copies}
+    done = subprocess.run(command, cwd=ROOT, env={**environment, **settings}, capture_output=True, text=True,
+                          timeout=600)
+    line = " ".join(f"{name}={value}" for name, value in settings.items())
+    assert done.returncode == 0, (f"PYDIT_EXTENSION={environment['PYDIT_EXTENSION']} PYDIT_BACKEND=sim {line} "
+                                  f"{' '.join(command)}\n{done.stdout[-4000:]}")
     assert " passed" in done.stdout
 
 

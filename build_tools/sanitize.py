@@ -1,0 +1,56 @@
+"""The simulated kernels under AddressSanitizer and UBSan. ``python -m build_tools.sanitize [pytest options]``.
+
+Builds pydit._C with both sanitizers and runs the op tests that vary shapes and layouts on it. An access outside a
+tensor, a misaligned vector access or a signed overflow ends the process with a report of the source line.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from build_tools import cmake
+
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+TESTS = ("tests/ops", "-k", "sim and (values or layouts or split or expanded or optional or strided)")
+
+
+def build(folder: Path) -> Path:
+    """The path of the sanitized extension."""
+    # RelWithDebInfo, because pybind11 strips a Release module, and the report would name no function.
+    cmake.build(folder, "_C", {"PYDIT_CUDA": "off", "CMAKE_CXX_FLAGS": FLAGS, "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+                               "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1 -g1"})
+    return cmake.extension(folder)
+
+
+def environment(extension: Path) -> dict[str, str]:
+    """Variables under which a Python that was built without sanitizers can load ``extension``."""
+    compiler = cmake.find_tool("c++")
+    # The runtime must come before everything else in the process; libstdc++ beside it, because the runtime looks for
+    # the function that throws when it starts, and Python alone does not bring one.
+    libraries = [cmake.run(compiler, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
+    for path in libraries:
+        if not Path(path).is_absolute():
+            raise cmake.BuildError(f"{path}: expected it among the libraries of {compiler}, got nothing")
+    # Python keeps memory to its end, which is no leak of ours.
+    return {**os.environ, "PYDIT_EXTENSION": str(extension), "PYDIT_BACKEND": "sim",
+            "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of pytest, or 2 where the sanitizers cannot be built."""
+    options = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        variables = environment(build(cmake.BUILD / "sanitize"))
+    except cmake.BuildError as error:
+        print(f"sanitize: {error}", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *options]
+    return subprocess.run(command, cwd=cmake.ROOT, env=variables).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
