@@ -40,7 +40,7 @@ def link(objects: Sequence[Path], library: Path) -> None:
 
 
 def cuobjdump() -> str | None:
-    """Path of cuobjdump, from PATH or from the ``gates`` extra; None without it."""
+    """Path of cuobjdump, from PATH or from the ``test`` extra; None without it."""
     if found := shutil.which("cuobjdump"):
         return found
     spec = importlib.util.find_spec("nvidia")

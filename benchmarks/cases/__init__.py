@@ -31,7 +31,8 @@ class Case:
     """One benchmark. ``make(device)`` draws inputs; ``run``, ``exact``, ``eager`` and every peer take them.
 
     ``exact`` is the answer in float64; ``eager`` is plain torch in the case's dtype, against whose error the tolerance
-    policy measures.
+    policy measures. ``reread``: the bytes beyond ``work.bytes`` that the portable kernel asks for again and finds in a
+    cache, counted by a formula of its design; tests hold the sum against the simulator's counters.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Case:
     exact: Callable
     eager: Callable
     peers: tuple[Peer, ...] = ()
+    reread: int | None = None
 
     @property
     def name(self) -> str:

@@ -70,8 +70,10 @@ def _case(op, model, b, s, c, dtype, work, run, eager, kinds, peers) -> Case:
         return tuple(torch.randn(b, s, c, device=device, dtype=torch_dtype) if kind == "x" else next(packed)
                      for kind in kinds)
 
+    # every token reads the modulation of its sample
+    reread = kinds.count("m") * b * (s - 1) * c * torch_dtype.itemsize
     return Case(op, model, f"{b}x{s}x{c}", dtype, work(b, s, c, torch_dtype.itemsize), make, run,
-                lambda *args: eager(*(a.double() for a in args)), eager, tuple(peers))
+                lambda *args: eager(*(a.double() for a in args)), eager, tuple(peers), reread)
 
 
 def _eager_ada_layer_norm(x, scale, shift):

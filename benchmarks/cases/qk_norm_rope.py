@@ -39,8 +39,10 @@ def qk_norm_rope(model, b, s, h, d, dtype) -> Case:
     peers = (compiled(_real), eager_peer(_eager),
              never("sglang", "fused_inplace_qknorm_rope runs inside the SGLang server only"),
              never("quack", "its RMSNorm and its rotary embedding are separate kernels without this layout"))
+    # every head of every token reads its weight and the angles of its token
+    reread = 2 * d * torch_dtype.itemsize * (b * s * h - 1) + 2 * (d // 2) * 4 * s * (2 * b * h - 1)
     return Case("qk_norm_rope", model, f"{b}x{s}x{h}x{d}", dtype, qk_norm_rope_work(b, s, h, d, torch_dtype.itemsize),
-                make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers)
+                make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers, reread)
 
 
 def _run(q, k, q_weight, k_weight, cos, sin):

@@ -136,11 +136,12 @@ PYBIND11_MODULE(_C, m) {
   sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });
   sim.attr("race_build") = pydit_sim_race_build() != 0;
   sim.def("counters", [] {
-    uint64_t counts[5];
+    uint64_t counts[PYDIT_SIM_COUNTERS];
     pydit_sim_counters(counts);
-    const char* const names[] = {"global_loaded", "global_stored", "shared_loaded", "shared_stored", "tensor_ops"};
+    const char* const names[PYDIT_SIM_COUNTERS] = {"global_loaded", "global_stored",   "shared_loaded", "shared_stored",
+                                                   "tensor_ops",    "shared_requests", "bank_conflicts"};
     py::dict result;
-    for (int i = 0; i < 5; ++i) result[names[i]] = counts[i];
+    for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) result[names[i]] = counts[i];
     return result;
   });
 #endif

@@ -1,14 +1,9 @@
 #include "sim/race.h"
 
-#include <dlfcn.h>
-#include <link.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,8 +11,10 @@
 #include <unordered_map>
 #include <vector>
 
+#include "sim/banks.h"
 #include "sim/control.h"
 #include "sim/scheduler.h"
+#include "sim/symbols.h"
 
 namespace simt::race {
 
@@ -32,11 +29,6 @@ void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t al
 
 namespace {
 
-struct Range {
-  uintptr_t begin = 0, end = 0;
-  bool holds(uintptr_t first, size_t bytes) const { return first >= begin && first + bytes <= end; }
-};
-
 struct Span {
   Range range;
   bool writable;
@@ -45,42 +37,14 @@ struct Span {
 
 struct Launch {
   std::vector<Span> spans;
-  std::atomic<uint64_t> counts[5] = {};  // in the order of pydit_sim_counters
+  std::atomic<uint64_t> counts[PYDIT_SIM_COUNTERS] = {};  // in the order of pydit_sim_counters
 };
-enum Counter { kGlobalLoaded, kGlobalStored, kSharedLoaded, kSharedStored, kTensorOps };
+enum Counter { kGlobalLoaded, kGlobalStored, kSharedLoaded, kSharedStored, kTensorOps, kSharedRequests, kConflicts };
 
 std::mutex mutex;
 std::map<const Kernel*, std::unique_ptr<Launch>> launches;
-uint64_t last_counts[5] = {};
+uint64_t last_counts[PYDIT_SIM_COUNTERS] = {};
 thread_local std::vector<Span> named;  // by allow(), for the next launch of this host thread
-
-// This module's memory, which holds constants and code, and its thread-local storage on this OS thread, which holds
-// static __shared__ variables.
-struct Module {
-  Range image, thread_local_storage;
-};
-
-int find_module(dl_phdr_info* info, size_t, void* pointer) {
-  Module& module = *static_cast<Module*>(pointer);
-  const auto here = reinterpret_cast<uintptr_t>(&find_module);
-  Module found;
-  found.image.begin = UINTPTR_MAX;
-  bool mine = false;
-  for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr) & header = info->dlpi_phdr[i];
-    const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
-    if (header.p_type == PT_LOAD) {
-      mine = mine || (here >= begin && here < begin + header.p_memsz);
-      found.image.begin = std::min(found.image.begin, begin);
-      found.image.end = std::max(found.image.end, begin + header.p_memsz);
-    } else if (header.p_type == PT_TLS && info->dlpi_tls_data != nullptr) {
-      found.thread_local_storage.begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
-      found.thread_local_storage.end = found.thread_local_storage.begin + header.p_memsz;
-    }
-  }
-  if (mine) module = found;
-  return mine;
-}
 
 // Who made an access: a thread in one of its epochs, or an engine for a thread, named by a token.
 struct Access {
@@ -114,7 +78,7 @@ class Detector {
       const auto found = launches.find(&kernel);
       launch_ = found == launches.end() ? nullptr : found->second.get();
     }
-    dl_iterate_phdr(find_module, &module_);
+    module_ = this_module();
     dynamic_.begin = reinterpret_cast<uintptr_t>(shared);
     dynamic_.end = dynamic_.begin + kernel.shared_bytes;
     const size_t fixed = module_.thread_local_storage.end - module_.thread_local_storage.begin;
@@ -125,12 +89,18 @@ class Detector {
     objects_.clear();
     done_.clear();
     signals_.clear();
+    banks_.assign((threads + kLanes - 1) / kLanes, BankCounter());
     std::fill(std::begin(counts_), std::end(counts_), 0);
   }
 
   void end() {
     if (launch_ == nullptr) return;
-    for (int i = 0; i < 5; ++i) launch_->counts[i] += counts_[i];
+    for (BankCounter& warp : banks_) {
+      warp.flush();
+      count(kSharedRequests, warp.total.requests);
+      count(kConflicts, warp.total.conflicts);
+    }
+    for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) launch_->counts[i] += counts_[i];
     launch_ = nullptr;
   }
 
@@ -148,6 +118,7 @@ class Detector {
     if (first < 0) return access_global(address, bytes, write, pc);
     count(write ? kSharedStored : kSharedLoaded, bytes);
     const int me = self();
+    banks_[current->warp].access(current->lane, pc, static_cast<uint32_t>(first), static_cast<uint32_t>(bytes));
     touch(first, bytes, write, {pc, 0, clocks_[me][me], static_cast<uint16_t>(me), atomic, false});
   }
 
@@ -172,6 +143,11 @@ class Detector {
 
   void acquire(const void* object) { acquire_as(object, self()); }
 
+  void barrier_passed(const void* object, int warp, uint32_t lanes) {
+    banks_[warp].flush();
+    for (; lanes != 0; lanes &= lanes - 1) acquire_as(object, warp * kLanes + __builtin_ctz(lanes));
+  }
+
   void acquire_as(const void* object, int thread) {
     const auto found = objects_.find(object);
     if (found != objects_.end()) join(clocks_[thread], found->second);
@@ -183,6 +159,7 @@ class Detector {
   void forget(const void* object) { objects_.erase(object); }
 
   void join_lanes(int warp, uint32_t lanes) {
+    banks_[warp].flush();
     scratch_.assign(threads_, 0);
     for (uint32_t left = lanes; left != 0; left &= left - 1)
       join(scratch_, clocks_[warp * kLanes + __builtin_ctz(left)]);
@@ -342,32 +319,6 @@ class Detector {
     current->block->abandon((std::string(reason) + ", at " + source_line(pc)).c_str());
   }
 
-  // "file:line" (of the innermost inlined call, and of the outermost), or the address in the module.
-  static std::string source_line(const void* pc) {
-    Dl_info info;
-    if (dladdr(pc, &info) == 0) return "an unknown place";
-    const auto address = reinterpret_cast<uintptr_t>(pc) - 1;  // in the call, not behind it
-    char text[512];
-    // An executable may be linked to a fixed address, which addr2line then expects.
-    const auto base = reinterpret_cast<uintptr_t>(info.dli_fbase);
-    const auto* header = static_cast<const ElfW(Ehdr)*>(info.dli_fbase);
-    const auto location = static_cast<unsigned long long>(header->e_type == ET_EXEC ? address : address - base);
-    snprintf(text, sizeof text, "addr2line -i -e '%s' 0x%llx 2>/dev/null", info.dli_fname, location);
-    std::string first, last;
-    if (FILE* pipe = popen(text, "r")) {
-      while (fgets(text, sizeof text, pipe) != nullptr) {
-        text[strcspn(text, " \n")] = '\0';
-        const char* slash = strrchr(text, '/');
-        last = slash != nullptr ? slash + 1 : text;
-        if (first.empty()) first = last;
-      }
-      pclose(pipe);
-    }
-    if (!first.empty() && first[0] != '?') return first == last ? first : first + " (called from " + last + ")";
-    snprintf(text, sizeof text, "%s+0x%llx", info.dli_fname, location);
-    return text;
-  }
-
   const Kernel* kernel_ = nullptr;
   const Fiber* fibers_ = nullptr;
   int threads_ = 0;
@@ -380,7 +331,8 @@ class Detector {
   std::unordered_map<const void*, Clock> objects_;
   std::unordered_map<uint64_t, std::vector<Done>> done_;            // who waited for a token, and when
   std::unordered_map<const void*, std::vector<uint64_t>> signals_;  // tokens that complete an object
-  uint64_t counts_[5] = {};
+  std::vector<BankCounter> banks_;                                  // of each warp
+  uint64_t counts_[PYDIT_SIM_COUNTERS] = {};
 };
 
 Detector& detector() {
@@ -406,7 +358,7 @@ LaunchScope::~LaunchScope() {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = launches.find(&kernel_);
   if (found == launches.end()) return;
-  for (int i = 0; i < 5; ++i) last_counts[i] = found->second->counts[i];
+  for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) last_counts[i] = found->second->counts[i];
   launches.erase(found);
 }
 
@@ -425,9 +377,7 @@ void engine_signals(uint64_t token, const void* object) { detector().engine_sign
 void forget(const void* object) { detector().forget(object); }
 void generic_proxy_fence() { detector().fence(); }
 void join_warp(int warp, uint32_t lanes) { detector().join_lanes(warp, lanes); }
-void acquire_lanes(const void* object, int warp, uint32_t lanes) {
-  for (; lanes != 0; lanes &= lanes - 1) detector().acquire_as(object, warp * kLanes + __builtin_ctz(lanes));
-}
+void acquire_lanes(const void* object, int warp, uint32_t lanes) { detector().barrier_passed(object, warp, lanes); }
 void start_block(const Kernel& kernel, const Fiber* fibers, int threads, const void* shared) {
   detector().start(kernel, fibers, threads, shared);
 }
@@ -453,7 +403,7 @@ int pydit_sim_race_build(void) {
   return 0;
 #endif
 }
-void pydit_sim_counters(uint64_t counts[5]) {
+void pydit_sim_counters(uint64_t counts[PYDIT_SIM_COUNTERS]) {
   const std::lock_guard<std::mutex> lock(simt::race::mutex);
   std::copy(std::begin(simt::race::last_counts), std::end(simt::race::last_counts), counts);
 }

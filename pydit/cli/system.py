@@ -15,8 +15,8 @@ def add_bench(commands: Any) -> None:
     parser = command(
         commands, "bench", _bench, "time the kernels against their peers",
         "Runs benchmarks/runner.py of a source checkout, which verifies every case first. All options but --path are\n"
-        "the runner's: --size, --filter, --list, --rounds, --peers, --json, --compare OLD.json, --plot FILE.png and more\n"
-        "(`python -m benchmarks.runner --help`).",
+        "the runner's: --size, --filter, --list, --rounds, --peers, --json, --compare OLD.json, --plot FILE.png and\n"
+        "more (`python -m benchmarks.runner --help`).",
         "pydit bench --filter ada_layer_norm --json results.json", figures=False)
     parser.add_argument("--path", type=Path, help="source checkout (default: the one this package is imported from)")
 

@@ -34,7 +34,7 @@ def built():
 def sass(built):
     listing = gates.read_sass(built[2])
     if listing is None:
-        pytest.skip("cuobjdump is neither on PATH nor installed by the gates extra")
+        pytest.skip("cuobjdump is neither on PATH nor installed by the test extra")
     return listing
 
 
@@ -88,7 +88,7 @@ def test_planted_faults_are_found_with_this_nvcc(tmp_path):
     assert any("(C75" in reason for reason in gates.problems(kernels["touched_early"], None))
     listing = gates.read_sass(cubin)
     if listing is None:
-        pytest.skip("the logs are as recorded; SASS: cuobjdump is neither on PATH nor installed by the gates extra")
+        pytest.skip("the logs are as recorded; SASS: cuobjdump is neither on PATH nor installed by the test extra")
     assert any("local memory" in reason for reason in gates.problems(kernels["too_many_values<float, 64>"], listing,
                                                                       [Rule("too_many", "", spill=9999)]))
     assert "SASS: expected UTMALDG (planted), got none" in gates.problems(

@@ -16,7 +16,7 @@ CASES = Path(__file__).parent / "races" / "sim_races.cpp"
 TESTS = re.findall(r"^TEST\((\w+)\)", CASES.read_text(), re.MULTILINE)
 FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread", "-DPYDIT_SIM",
          "-DPYDIT_SIM_RACE", f"-I{ROOT / 'csrc'}"]
-OBSERVED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]
+OBSERVED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1", "-fno-tree-sra"]
 COMPILER = shutil.which("g++")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../selftest.h"
+#include "sim/matrix.h"
 #include "sim/race.h"
 
 namespace {
@@ -267,7 +268,7 @@ __global__ void reads_twice(const volatile float* in, float* out) {
 
 TEST(a_second_read_of_a_tensor_is_counted) {
   std::vector<float> in(32), out(32);
-  uint64_t counts[5];
+  uint64_t counts[PYDIT_SIM_COUNTERS];
   CHECK_EQUAL(PYDIT_LAUNCH(reads_twice, 1, 32, 0, nullptr, in.data(), out.data()), cudaSuccess);
   pydit_sim_counters(counts);
   CHECK_EQUAL(counts[0], 256u);
@@ -275,12 +276,59 @@ TEST(a_second_read_of_a_tensor_is_counted) {
 }
 
 TEST(counts_every_access) {
-  uint64_t counts[5];
+  uint64_t counts[PYDIT_SIM_COUNTERS];
   CHECK_EQUAL(launch_copy<false>(false, true), cudaSuccess);
   pydit_sim_counters(counts);
   CHECK_EQUAL(counts[0], 128u);
   CHECK_EQUAL(counts[1], 128u);
   CHECK_EQUAL(counts[2], 0u);
+}
+
+// Bank conflicts: the cycles a request takes beyond one per 128 bytes. Of each kernel only the last access may
+// conflict.
+template <int kPitch>
+__global__ void column(float* out) {
+  __shared__ float values[32 * kPitch];
+  for (int row = 0; row < 32; ++row) values[row * kPitch + threadIdx.x] = 1;
+  __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x * kPitch];
+}
+__global__ void vectors(float* out) {
+  __shared__ float4 values[32];
+  float4 ones = {1, 1, 1, 1};
+  values[threadIdx.x] = ones;
+  __syncwarp();
+  const float4 mine = values[31 - threadIdx.x];
+  out[threadIdx.x] = mine.x + mine.y + mine.z + mine.w;
+}
+template <bool kSwizzle>
+__global__ void matrices(float* out) {  // rows of 128 bytes, eight of which ldmatrix takes in one pass
+  __shared__ uint4 rows[8 * 8];
+  const uint4 ones = {1, 1, 1, 1};
+  for (int i = threadIdx.x; i < 64; i += 32) rows[i] = ones;
+  __syncwarp();
+  uint32_t registers[4];
+  const int row = threadIdx.x % 8, vector = threadIdx.x / 8;
+  simt::ldmatrix(registers, &rows[row * 8 + (kSwizzle ? vector ^ row : vector)], 4, false);
+  out[threadIdx.x] = static_cast<float>(registers[0]);
+}
+
+template <typename Kernel>
+void check_conflicts(int line, Kernel kernel, uint64_t requests, uint64_t conflicts) {
+  std::vector<float> out(32);
+  uint64_t counts[PYDIT_SIM_COUNTERS];
+  selftest::check(PYDIT_LAUNCH(kernel, 1, 32, 0, nullptr, out.data()) == cudaSuccess, pydit_sim_last_report(), line);
+  pydit_sim_counters(counts);
+  const std::string found = std::to_string(counts[5]) + " requests, " + std::to_string(counts[6]) + " conflicts";
+  selftest::check(counts[5] == requests && counts[6] == conflicts, found, line);
+}
+TEST(bank_conflicts) {
+  check_conflicts(__LINE__, column<32>, 33, 31);  // a column of a matrix of 32 words a row
+  check_conflicts(__LINE__, column<33>, 33, 0);
+  check_conflicts(__LINE__, column<34>, 33, 1);  // every second bank
+  check_conflicts(__LINE__, vectors, 2, 0);      // consecutive vectors of 16 bytes
+  check_conflicts(__LINE__, matrices<true>, 3, 0);
+  check_conflicts(__LINE__, matrices<false>, 3, 4 * 7);
 }
 
 }  // namespace
