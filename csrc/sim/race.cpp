@@ -60,6 +60,11 @@ struct Byte {
   std::vector<Access> reads;
 };
 
+struct Accumulator {
+  Range range;
+  uint64_t token;
+};
+
 using Clock = std::vector<uint32_t>;
 struct Done {
   int thread;
@@ -89,6 +94,7 @@ class Detector {
     objects_.clear();
     done_.clear();
     signals_.clear();
+    accumulators_.assign(threads, {});
     banks_.assign((threads + kLanes - 1) / kLanes, BankCounter());
     std::fill(std::begin(counts_), std::end(counts_), 0);
   }
@@ -110,7 +116,7 @@ class Detector {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     const Context& stack = current->context;
     const auto bottom = reinterpret_cast<uintptr_t>(stack.stack_bottom);
-    if (address >= bottom && address < bottom + stack.stack_bytes) return;  // a local variable
+    if (address >= bottom && address < bottom + stack.stack_bytes) return access_local(address, write, pc);
     const ptrdiff_t first = offset(address, bytes);
     if (first < 0 && !is_global(address, bytes)) return;
     if (address % alignment != 0)
@@ -171,7 +177,16 @@ class Detector {
     }
   }
 
-  void engine_done(uint64_t token) { finish(token, self()); }
+  void engine_done(uint64_t token) {
+    finish(token, self());
+    std::vector<Accumulator>& mine = accumulators_[self()];
+    mine.erase(std::remove_if(mine.begin(), mine.end(), [token](const Accumulator& a) { return a.token == token; }),
+               mine.end());
+  }
+  void accumulates(const void* pointer, size_t bytes, uint64_t token) {
+    const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    accumulators_[self()].push_back({{begin, begin + bytes}, token});
+  }
   void engine_signals(uint64_t token, const void* object) { signals_[object].push_back(token); }
 
   void fence() {
@@ -212,6 +227,15 @@ class Detector {
       if (near(fibers_[t].context.stack_bottom, fibers_[t].context.stack_bytes)) return false;
     }
     return true;
+  }
+
+  // A local variable.
+  void access_local(uintptr_t address, bool write, const void* pc) {
+    for (const Accumulator& a : accumulators_[self()]) {
+      if (!a.range.holds(address, 1)) continue;
+      stop(pc, "%s of register %zu of a wgmma accumulator before wgmma.wait_group", write ? "write" : "read",
+           (address - a.range.begin) / sizeof(float));
+    }
   }
 
   void access_global(uintptr_t address, size_t bytes, bool write, const void* pc) {
@@ -331,6 +355,7 @@ class Detector {
   std::unordered_map<const void*, Clock> objects_;
   std::unordered_map<uint64_t, std::vector<Done>> done_;            // who waited for a token, and when
   std::unordered_map<const void*, std::vector<uint64_t>> signals_;  // tokens that complete an object
+  std::vector<std::vector<Accumulator>> accumulators_;              // of each thread, not waited for
   std::vector<BankCounter> banks_;                                  // of each warp
   uint64_t counts_[PYDIT_SIM_COUNTERS] = {};
 };
@@ -374,6 +399,7 @@ void release(const void* object) { detector().release(object); }
 void acquire(const void* object) { detector().acquire(object); }
 void engine_done(uint64_t token) { detector().engine_done(token); }
 void engine_signals(uint64_t token, const void* object) { detector().engine_signals(token, object); }
+void accumulates(const void* pointer, size_t bytes, uint64_t token) { detector().accumulates(pointer, bytes, token); }
 void forget(const void* object) { detector().forget(object); }
 void generic_proxy_fence() { detector().fence(); }
 void join_warp(int warp, uint32_t lanes) { detector().join_lanes(warp, lanes); }

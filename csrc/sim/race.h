@@ -45,6 +45,7 @@ void release(const void* object);
 void acquire(const void* object);
 void engine_done(uint64_t token);
 void engine_signals(uint64_t token, const void* object);
+void accumulates(const void* pointer, size_t bytes, uint64_t token);
 void forget(const void* object);
 void generic_proxy_fence();
 void join_warp(int warp, uint32_t lanes);
@@ -86,6 +87,10 @@ inline void engine_done(uint64_t token) {
 // Completion of `token` counts as an arrival: whoever acquires `object` has waited for it (a TMA load's mbarrier).
 inline void engine_signals(uint64_t token, const void* object) {
   if (__builtin_expect(enabled, false)) detail::engine_signals(token, object);
+}
+// Until the running thread has waited for `token`, these registers of it (a local array) are the engine's.
+inline void accumulates(const void* pointer, size_t bytes, uint64_t token) {
+  if (__builtin_expect(enabled, false)) detail::accumulates(pointer, bytes, token);
 }
 // fence.proxy.async by the running thread.
 inline void generic_proxy_fence() {

@@ -172,6 +172,7 @@ void wgmma(const Product& product) {
   // All lanes of a warp issue the same products, so counting them gives one token per product and warp; the high bit
   // keeps it apart from the tokens of copies.
   mine.token = uint64_t{1} << 63 | static_cast<uint64_t>(current->warp) << 48 | engine().mine().products_issued++;
+  race::accumulates(mine.accumulator, mine.n / 2 * sizeof(float), mine.token);
   if (race::enabled && current->lane == 0) observe(mine);
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../selftest.h"
+#include "device/ptx.cuh"
 #include "sim/matrix.h"
 #include "sim/race.h"
 
@@ -260,6 +261,45 @@ __global__ void halves_of_a_word(int* out) {
 TEST(neighbouring_halves_of_a_word) {
   std::vector<int> out(64);
   PAIR(halves_of_a_word, 64, 0, (Words{"race on", "then write"}), out.data());
+}
+
+// 20. and 21. A product of ones (any layout of them is the same matrix): its accumulator read before the wait; its
+// operands written through the generic proxy without a fence.
+enum class ProductBug { kRead, kWrite, kProxy };
+template <ProductBug kKind, bool kBug>
+__global__ void product(float* out) {
+  PYDIT_DYNAMIC_SHARED(char, shared);
+  auto* operands = reinterpret_cast<__nv_bfloat16*>(shared);  // 64 x 16, then 8 x 16
+  for (int i = threadIdx.x; i < 72 * 16; i += 128) operands[i] = __float2bfloat16_rn(1.f);
+  if (!(kBug && kKind == ProductBug::kProxy)) pydit::sim::fence_proxy_async();
+  __syncthreads();
+  float d[4] = {1, 1, 1, 1};
+  pydit::sim::wgmma_fence();
+  pydit::sim::wgmma<__nv_bfloat16, 8>(d, pydit::sim::matrix_descriptor<0>(shared, 128, 256),
+                                      pydit::sim::matrix_descriptor<0>(shared + 64 * 32, 128, 256), true);
+  pydit::sim::wgmma_commit_group();
+  if (kBug && kKind == ProductBug::kRead) out[threadIdx.x] = d[1];
+  if (kBug && kKind == ProductBug::kWrite) d[2] = 0;
+  pydit::sim::wgmma_wait_group<0>();
+  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
+template <ProductBug kKind>
+void check_product(int line, const Words& words) {
+  pydit_sim_set_arch(90);
+  std::vector<float> out(128);
+  const auto launch = [&](auto kernel) { return PYDIT_LAUNCH(kernel, 1, 128, 72 * 32, nullptr, out.data()); };
+  check_pair(line, [&] { return launch(product<kKind, false>); }, [&] { return launch(product<kKind, true>); }, words);
+  selftest::check(launch(product<kKind, false>) == cudaSuccess && out[77] == 4 * 17, "not the product", line);
+  pydit_sim_set_arch(80);
+}
+TEST(accumulator_read_before_its_wait) {
+  check_product<ProductBug::kRead>(__LINE__, {"read of register 1 of a wgmma accumulator before wgmma.wait_group"});
+}
+TEST(accumulator_written_before_its_wait) {
+  check_product<ProductBug::kWrite>(__LINE__, {"write of register 2 of a wgmma accumulator before", "sim_races.cpp:"});
+}
+TEST(operand_written_without_a_proxy_fence) {
+  check_product<ProductBug::kProxy>(__LINE__, {"then read by the async proxy without fence.proxy.async"});
 }
 
 __global__ void reads_twice(const volatile float* in, float* out) {
