@@ -21,9 +21,9 @@ import torch
 
 from pydit import doctor
 from pydit.analysis import ActivationStats, collect
-from pydit.demo import choose, console, data, report, story, world
+from pydit.demo import choose, console, data, parallel, report, story, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
-from pydit.distill import DistillConfig, distill
+from pydit.distill import DistillConfig
 from pydit.errors import UserError
 from pydit.files import read_json, write_json
 from pydit.inference.pipeline import check_pipeline, content_hash, load_pipeline, save_pipeline
@@ -49,7 +49,8 @@ class Settings:
     batch_size: int = 32
     evaluation_share: float = 0.15  # of the budget, for all three models
     images: int = 6144  # rendered and encoded once for distillation
-    cache_batches: int = 1000  # of the output phase, whose teacher velocities are kept
+    workers: int = 1  # processes of the distillation, each with batches of batch_size
+    cache_batches: int = 0  # keeping the teacher's velocities is faster, and the student learns them by heart
     layers_lr: float = 2e-3
     output_lr: float = 2e-3
     muon_lr: float = 0.01
@@ -63,7 +64,7 @@ class Settings:
     def make(cls, *, seed: int, budget_minutes: float, prompts: int | None, quick: bool) -> Settings:
         """The settings of the command's options."""
         if not quick:
-            return cls(seed, budget_minutes, prompts, quick)
+            return cls(seed, budget_minutes, prompts, quick, workers=min(4, parallel.available_cores()))
         return cls(seed, budget_minutes, prompts or 14, quick, steps=4, calibration_batches=8, batch_size=8,
                    images=256, layers_steps=12, output_steps=8, gallery=7)
 
@@ -102,7 +103,7 @@ def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | 
                  started=started)
     if work.stages:
         console.line(f"Continuing the run in {out} after the stage '{list(work.stages)[-1]}' (--fresh starts over).")
-    return _Demo(out, settings, pipe, work).run()
+    return _Demo(out, settings, pipe, work, folder).run()
 
 
 def data_teacher() -> Path:
@@ -163,8 +164,8 @@ class _Work:
 class _Demo:
     """One run, stage by stage."""
 
-    def __init__(self, out: Path, settings: Settings, pipe, work: _Work) -> None:
-        self.out, self.settings, self.pipe, self.work = out, settings, pipe, work
+    def __init__(self, out: Path, settings: Settings, pipe, work: _Work, folder: Path) -> None:
+        self.out, self.settings, self.pipe, self.work, self.folder = out, settings, pipe, work, folder
         self.teacher = pipe.transformer
         self.results: dict[str, Result] = {}
 
@@ -283,9 +284,10 @@ class _Demo:
         results = []
 
         def compute() -> dict[str, Any]:
-            results.append(distill(self.teacher, student, lambda start: data.make_batches(
-                self.pipe, batch_size=settings.batch_size, seed=settings.seed + 3, start_step=start,
-                images=settings.images), config))
+            results.append(parallel.train(
+                self.pipe, student, config, folder=self.folder, work=self.work.path / "distill",
+                workers=settings.workers,
+                batches={"batch_size": settings.batch_size, "seed": settings.seed + 3, "images": settings.images}))
             return {"seconds": results[0].seconds, "steps": results[0].steps}
 
         self.work.stage("distill", compute)
