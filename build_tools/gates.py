@@ -26,11 +26,12 @@ Sass = dict[tuple[str, str], Counter[str]]
 def build(folder: Path) -> tuple[list[Path], str]:
     """Compile every kernel file; return the objects and the log of ptxas."""
     cmake.find_tool("nvcc")
-    compiled = folder / "CMakeFiles" / "pydit_cuda.dir"
-    shutil.rmtree(compiled, ignore_errors=True)  # the log holds what is compiled now; ccache replays what nvcc said
+    compiled = [folder / "CMakeFiles" / f"{target}.dir" for target in ("pydit_cuda", "pydit_hopper")]
+    for objects in compiled:
+        shutil.rmtree(objects, ignore_errors=True)  # the log holds what is compiled now; ccache replays what nvcc said
     log = cmake.build(folder, "pydit_cuda", {"PYDIT_CUDA": "on", "PYDIT_SIM": "off",
                                              "PYDIT_CUDA_ARCHS": ";".join(ARCHS), "CMAKE_CUDA_FLAGS": "-Xptxas=-v"})
-    return sorted(compiled.rglob("*.o")), log
+    return sorted(path for objects in compiled for path in objects.rglob("*.o")), log
 
 
 def link(objects: Sequence[Path], library: Path) -> None:

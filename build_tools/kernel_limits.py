@@ -24,5 +24,7 @@ class Rule:
         return self.arch in ("", arch) and re.search(self.kernel, name) is not None
 
 
-# Rule("attention_forward_hopper", "TMA feeds wgmma", arch="sm_90a", requires=HOPPER) is how a Hopper kernel enters.
-RULES: tuple[Rule, ...] = ()
+RULES: tuple[Rule, ...] = (
+    Rule("joint_attention_sm90", "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a",
+         requires=HOPPER | {"USETMAXREG"}),
+)

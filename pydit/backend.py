@@ -126,10 +126,21 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
         path = Path(None, "reference", "the tensors are on the CPU")
     if path.kernels is not None and tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{op}: expected float32, float16 or bfloat16 on the {path.name} backend, got {tensor.dtype}")
-    entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
-    entry["path"], entry["reason"] = path.name, path.reason
-    entry["calls"] += 1
+    record(op, path.name, path.reason)
     return path
+
+
+def explain(op: str, reason: str) -> None:
+    """Add to the report of the call that :func:`choose` has just recorded which of several kernels it took."""
+    entry = _taken[op]
+    entry["reason"] = f"{entry['reason']}; {reason}" if entry["reason"] else reason
+
+
+def record(op: str, path: str, reason: str) -> None:
+    """Note for :func:`report` that a call of ``op`` took a path."""
+    entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
+    entry["path"], entry["reason"] = path, reason
+    entry["calls"] += 1
 
 
 def stream_of(tensor: torch.Tensor) -> int:

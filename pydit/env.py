@@ -34,6 +34,8 @@ VARIABLES = (
     Variable("PYDIT_SIM_ARCH", "80", ("80", "90a"), "run", "The device that the simulator plays."),
     Variable("PYDIT_EXTENSION", "", (), "run",
              "Path of another build of pydit._C to load, such as one with the simulator's race detector."),
+    Variable("PYDIT_CHECK", "0", ("0", "1"), "run",
+             "1: ops check the contents of index tensors (txt_lens) too, which waits for the GPU."),
     Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),
     Variable("PYDIT_CUDA", "auto", ("auto", "on", "off"), "build",
              "auto: build CUDA kernels when nvcc is found. on: fail without nvcc. off: leave them out."),

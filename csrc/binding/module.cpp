@@ -39,6 +39,10 @@ pydit_heads heads(py::handle tensor) {  // [B, S, H, D]
   return {data(tensor), stride(strides, 0), stride(strides, 1), stride(strides, 2)};
 }
 
+pydit_heads heads_or_null(py::handle tensor) {
+  return tensor.is_none() ? pydit_heads{nullptr, 0, 0, 0} : heads(tensor);
+}
+
 template <typename Params>
 void set_token_shape(Params& p, py::handle x, int64_t split) {
   const py::tuple shape = x.attr("shape");
@@ -53,6 +57,8 @@ struct Backend {
   int (*gated_residual)(const pydit_gated_residual_params*);
   int (*gated_residual_ada_layer_norm)(const pydit_gated_residual_ada_layer_norm_params*);
   int (*qk_norm_rope)(const pydit_qk_norm_rope_params*);
+  int (*joint_attention)(const pydit_joint_attention_params*);
+  int (*joint_attention_path)(const pydit_joint_attention_params*);
 };
 
 template <typename Params>
@@ -106,12 +112,28 @@ void define_ops(py::module_ m, const Backend& backend) {
     p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
     call(backend, backend.qk_norm_rope, p);
   });
+  m.def("joint_attention", [backend](Tensor q_img, Tensor k_img, Tensor v_img, Tensor q_txt, Tensor k_txt, Tensor v_txt,
+                                     Tensor txt_lens, Tensor out_img, Tensor out_txt, Tensor lse_img, Tensor lse_txt,
+                                     double scale, int dtype, uintptr_t stream) {
+    pydit_joint_attention_params p = {};
+    p.q_img = heads(q_img), p.k_img = heads(k_img), p.v_img = heads(v_img), p.out_img = heads(out_img);
+    p.q_txt = heads_or_null(q_txt), p.k_txt = heads(k_txt), p.v_txt = heads(v_txt), p.out_txt = heads_or_null(out_txt);
+    p.lse_img = static_cast<float*>(data_or_null(lse_img)), p.lse_txt = static_cast<float*>(data_or_null(lse_txt));
+    p.txt_lens = static_cast<const int32_t*>(data_or_null(txt_lens));
+    const py::tuple shape = q_img.attr("shape"), text = k_txt.attr("shape");
+    p.batch = stride(shape, 0), p.img_tokens = stride(shape, 1), p.txt_tokens = stride(text, 1);
+    p.heads = shape[2].cast<int32_t>(), p.head_dim = shape[3].cast<int32_t>();
+    p.scale = static_cast<float>(scale), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    call(backend, backend.joint_attention, p);
+    return backend.joint_attention_path(&p);
+  });
 }
 
-#define PYDIT_BACKEND_TABLE(name)                                                            \
-  Backend {                                                                                  \
-    pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual, \
-        pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope            \
+#define PYDIT_BACKEND_TABLE(name)                                                                                  \
+  Backend {                                                                                                        \
+    pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual,                       \
+        pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_attention, \
+        pydit_##name##_joint_attention_path                                                                        \
   }
 
 }  // namespace

@@ -6,6 +6,8 @@ the public ops: modulation vectors are [B, C], [B, 1, C], or [B, 2, C] together 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -48,6 +50,49 @@ def rotate(value, cos, sin):
     cos, sin = cos[:, None, :].to(value.dtype), sin[:, None, :].to(value.dtype)
     even, odd = value.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, scale=None, return_lse=False):
+    """softmax(scale * q k^T) v over the keys [B, S, H, D] of both streams; text from txt_lens [B] on takes no part."""
+    scale = q_img.shape[3] ** -0.5 if scale is None else scale
+    keep = None if txt_lens is None else kept(txt_lens, k_txt.shape[1])
+
+    def text(x):  # replaced, not multiplied: padding may hold NaN
+        return x if keep is None else torch.where(keep[:, :, None, None], x, 0)
+
+    keys = torch.cat((wide(k_img), wide(text(k_txt))), 1)
+    values = torch.cat((wide(v_img), wide(text(v_txt))), 1)
+    seen = None if keep is None else torch.cat((keep.new_ones(keep.shape[0], k_img.shape[1]), keep), 1)
+    out_img, lse_img = _attend(wide(q_img), keys, values, seen, scale)
+    out_txt = lse_txt = None
+    if q_txt is not None:
+        out_txt, lse_txt = _attend(wide(text(q_txt)), keys, values, seen, scale)
+        if keep is not None:
+            lse_txt = torch.where(keep[:, None], lse_txt, -math.inf)
+        out_txt = text(out_txt).to(q_txt.dtype)
+    out_img = out_img.to(q_img.dtype)
+    return (out_img, out_txt, lse_img, lse_txt) if return_lse else (out_img, out_txt)
+
+
+def kept(txt_lens, tokens):
+    """[B, tokens] bool: which text tokens are below their sample's length."""
+    return torch.arange(tokens, device=txt_lens.device) < txt_lens[:, None]
+
+
+def _attend(query, keys, values, seen, scale):
+    """(out [B, S, H, D], lse [B, H, S]) in the dtype of query, for a part of the queries at a time."""
+    batch, tokens, heads, _ = query.shape
+    step = max(1, (1 << 26) // max(1, batch * heads * keys.shape[1]))
+    outs, sums = [query[:, :0]], [query.new_empty(batch, heads, 0)]
+    for first in range(0, tokens, step):
+        scores = torch.einsum("bqhd,bkhd->bhqk", query[:, first:first + step], keys) * scale
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+        lse = torch.logsumexp(scores, -1)
+        weights = torch.exp(scores - torch.where(lse == -math.inf, 0, lse)[..., None])
+        outs.append(torch.einsum("bhqk,bkhd->bqhd", weights, values))
+        sums.append(lse)
+    return torch.cat(outs, 1), torch.cat(sums, 2)
 
 
 def normalize(value, eps):

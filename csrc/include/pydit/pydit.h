@@ -108,12 +108,44 @@ typedef struct {
   void* stream;
 } pydit_qk_norm_rope_params;
 
+/* One softmax over the keys of both streams, whose tensors stay apart:
+ *   s = scale * q k^T over all keys,  out = softmax(s) v,  lse = ln(sum(exp(s))).
+ * Keys of the image stream and, per sample, the first len keys of the text stream take part; len is txt_lens[b] clamped
+ * to 0 .. txt_tokens, or txt_tokens when txt_lens is NULL. What keys and values past len hold is never used. Queries of
+ * both streams see the same keys; a text query past len gives out 0 and lse -inf, as does any query without a key.
+ *   q_img, k_img, v_img, out_img [B, S_img, H, D];  q_txt, k_txt, v_txt, out_txt [B, S_txt, H, D];  all of `dtype`,
+ *   float16 or bfloat16; D 32, 64 or 128. q_txt.data NULL: the text gives keys and values only, out_txt is not written.
+ *   lse_img [B, H, S_img], lse_txt [B, H, S_txt] fp32 contiguous, or NULL.
+ * scale > 0. Outputs alias nothing. FLOPs: 4 B H D (S_img + S_txt)^2. */
+typedef struct {
+  pydit_heads q_img, k_img, v_img; /* [B, S_img, H, D] in */
+  pydit_heads q_txt, k_txt, v_txt; /* [B, S_txt, H, D] in */
+  pydit_heads out_img, out_txt;    /* out */
+  float *lse_img, *lse_txt;        /* out or NULL */
+  const int32_t* txt_lens;         /* [B] on the device, or NULL */
+  int64_t batch, img_tokens, txt_tokens;
+  int32_t heads, head_dim;
+  float scale;
+  int32_t dtype;
+  void* stream;
+} pydit_joint_attention_params;
+
+/* Which kernel joint_attention takes for these arguments on the current device: joint_attention_path(). */
+enum {
+  PYDIT_PATH_HOPPER = 0,     /* TMA and wgmma */
+  PYDIT_PATH_NOT_HOPPER = 1, /* portable: the device is not of compute capability 9.x */
+  PYDIT_PATH_UNALIGNED = 2,  /* portable: a pointer or stride is not a multiple of 16 bytes */
+  PYDIT_PATH_NOT_BUILT = 3   /* portable: built without sm_90a */
+};
+
 #define PYDIT_DECLARE_BACKEND(backend)                                                                    \
   const char* pydit_##backend##_last_error(void);                                                         \
   int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                               \
   int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                               \
   int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*); \
-  int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);
+  int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);                                   \
+  int pydit_##backend##_joint_attention(const pydit_joint_attention_params*);                             \
+  int pydit_##backend##_joint_attention_path(const pydit_joint_attention_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)
 PYDIT_DECLARE_BACKEND(sim)

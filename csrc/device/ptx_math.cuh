@@ -1,0 +1,21 @@
+// Approximate functions of the special function units.
+#pragma once
+
+#include <cmath>
+
+#include "device/platform.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+
+// 2^x within 2 ulp; results below 2^-126 are 0, 2^-inf is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef PYDIT_SIM
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+}  // namespace pydit::PYDIT_BACKEND

@@ -1,0 +1,280 @@
+// Joint attention, portable (sm_80 and up): cp.async, ldmatrix, mma.sync. And the entry point, which prefers Hopper's.
+//
+// out = softmax(scale * q k^T) v over the keys of two streams that stay where they are; see pydit.h.
+//
+// A block has 128 queries of one stream, head and sample, 16 a warp, and walks through all keys in tiles of kN that
+// never mix the streams; while it multiplies one tile the next is copied. Queries stay in registers. FLOPs 4 D S per
+// query; bytes: Q and O once, K and V once per tile of queries, which neighbouring blocks share through L2. mma.sync
+// reaches about 60 % of wgmma's rate on Hopper; on sm_80 it is the way to the tensor cores.
+//
+// Text padding: rows past the sample's length are filled with zeros by the copy, whatever they hold, and their scores
+// become -inf.
+//
+// Shared memory is at most 96 KB, which every device since sm_80 can give to a block. Rows of 16-byte vectors are
+// permuted so that neither ldmatrix nor the copies meet bank conflicts.
+#include "device/check.h"
+#include "device/dispatch.h"
+#include "device/ptx.cuh"
+#include "kernels/attention/joint_attention.cuh"
+#include "kernels/attention/joint_attention.h"
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kM = 16 * kWarps, kStages = 2;
+
+template <int kD>
+struct Tile {
+  static constexpr int kN = kD == 128 ? 64 : 128;  // 64 at D = 128: two stages of K and V fit 96 KB beside Q
+  static constexpr int kRowBytes = kD * 2, kVectors = kD / 8;
+  static constexpr int kQBytes = kM * kRowBytes, kKeyBytes = kN * kRowBytes;
+  static constexpr int kStageBytes = 2 * kKeyBytes;
+  static constexpr int kSharedBytes = kQBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= 96 * 1024, "more than a block gets on sm_86, sm_89 and sm_120");
+
+  // Where the 16-byte vector `vector` of a row lies: eight rows that ldmatrix takes together are in different banks.
+  static __device__ __forceinline__ int offset(int row, int vector) {
+    const int turn = kVectors >= 8 ? row % 8 : row / 2 % kVectors;
+    return row * kRowBytes + (vector ^ turn) * 16;
+  }
+};
+
+// Device code ----------------------------------------------------------------------------------------------------
+
+// Copies rows `first` .. first + kRows - 1 of a head; those from `valid` on become zeros. kAligned: by cp.async.
+template <typename T, int kD, int kRows, bool kAligned>
+__device__ __forceinline__ void copy_rows(char* to, const pydit_heads& t, const Work& work, int first, int valid) {
+  const T* base = static_cast<const T*>(t.data) + work.batch * t.stride_b + work.head * t.stride_h;
+  constexpr int kVectors = Tile<kD>::kVectors;
+#pragma unroll
+  for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
+    const int row = i / kVectors, vector = i % kVectors;
+    const bool exists = row < valid;
+    const T* from = base + (exists ? (first + row) * t.stride_s + vector * 8 : 0);
+    char* place = to + Tile<kD>::offset(row, vector);
+    if constexpr (kAligned) {
+      cp_async<16>(place, from, exists ? 16 : 0);
+    } else {
+      Pack<T, 8> values;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values.value[j] = exists ? from[j] : from_float<T>(0.f);
+      *reinterpret_cast<Pack<T, 8>*>(place) = values;
+    }
+  }
+}
+
+template <typename T, int kD, bool kAligned>
+__device__ __forceinline__ void copy_keys(char* stage, const pydit_joint_attention_params& p, const Work& work,
+                                          int tile) {
+  using Shape = Tile<kD>;
+  const bool image = tile < work.image_tiles;
+  const int first = (image ? tile : tile - work.image_tiles) * Shape::kN;
+  const int valid = keys_in<Shape::kN>(work, static_cast<int>(p.img_tokens), tile);
+  copy_rows<T, kD, Shape::kN, kAligned>(stage, image ? p.k_img : p.k_txt, work, first, valid);
+  copy_rows<T, kD, Shape::kN, kAligned>(stage + Shape::kKeyBytes, image ? p.v_img : p.v_txt, work, first, valid);
+}
+
+// scores = Q K^T for the warp's 16 queries. Of K, ldmatrix fetches 16 keys x 16 columns: the right operands of two
+// products.
+template <typename T, int kD>
+__device__ __forceinline__ void multiply_keys(float (&scores)[Tile<kD>::kN / 2], const uint32_t (&queries)[kD / 16][4],
+                                              const char* k) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Tile<kD>::kN / 2; ++i) scores[i] = 0;
+#pragma unroll
+  for (int d = 0; d < kD / 16; ++d) {
+#pragma unroll
+    for (int key = 0; key < Tile<kD>::kN; key += 16) {
+      uint32_t b[4];
+      ldmatrix(b, k + Tile<kD>::offset(key + lane / 16 * 8 + lane % 8, d * 2 + lane / 8 % 2));
+      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(scores[key / 2]), queries[d],
+                      reinterpret_cast<const uint32_t (&)[2]>(b[0]));
+      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(scores[key / 2 + 4]), queries[d],
+                      reinterpret_cast<const uint32_t (&)[2]>(b[2]));
+    }
+  }
+}
+
+// out += P V. V is [keys, D], so ldmatrix transposes.
+template <typename T, int kD>
+__device__ __forceinline__ void multiply_values(Softmax<T, Tile<kD>::kN, kD>& state, const char* v) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int key = 0; key < Tile<kD>::kN; key += 16) {
+#pragma unroll
+    for (int d = 0; d < kD; d += 16) {
+      uint32_t b[4];
+      ldmatrix<true>(b, v + Tile<kD>::offset(key + lane % 16, d / 8 + lane / 16));
+      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(state.out[d / 2]), state.probabilities[key / 16],
+                      reinterpret_cast<const uint32_t (&)[2]>(b[0]));
+      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(state.out[d / 2 + 4]), state.probabilities[key / 16],
+                      reinterpret_cast<const uint32_t (&)[2]>(b[2]));
+    }
+  }
+}
+
+// Through shared memory, so that whole rows are written: the warp's 16 rows of the place where its queries were.
+template <typename T, int kD, bool kAligned>
+__device__ __forceinline__ void store_outputs(const pydit_joint_attention_params& p, const Work& work, char* shared,
+                                              const float (&out)[kD / 2]) {
+  using Shape = Tile<kD>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int group = 0; group < kD / 8; ++group) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float* pair = out + group * 4 + row * 2;
+      char* place = shared + Shape::offset(warp * 16 + lane / 4 + row * 8, group) + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(place) = pack<T>(pair[0], pair[1]);
+    }
+  }
+  __syncwarp();
+  const pydit_heads& t = work.image ? p.out_img : p.out_txt;
+  const int tokens = static_cast<int>(work.image ? p.img_tokens : p.txt_tokens);
+  T* base = static_cast<T*>(t.data) + work.batch * t.stride_b + work.head * t.stride_h;
+#pragma unroll
+  for (int i = lane; i < 16 * Shape::kVectors; i += 32) {
+    const int row = warp * 16 + i / Shape::kVectors, vector = i % Shape::kVectors;
+    if (work.first_query + row >= tokens) continue;
+    const auto values = *reinterpret_cast<const Pack<T, 8>*>(shared + Shape::offset(row, vector));
+    T* to = base + (work.first_query + row) * t.stride_s + vector * 8;
+    if constexpr (kAligned) {
+      values.store(to);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) to[j] = values.value[j];
+    }
+  }
+}
+
+// Kernel ---------------------------------------------------------------------------------------------------------
+
+template <typename T, int kD, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydit_joint_attention_params p) {
+  using Shape = Tile<kD>;
+  constexpr int kN = Shape::kN;
+  PYDIT_DYNAMIC_SHARED(char, shared);
+  const Work work = decode<kM, kN>(p, static_cast<int>(blockIdx.x));
+  const int tiles = work.tiles(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int image_tokens = static_cast<int>(p.img_tokens);
+  if (tiles == 0) return store_nothing<T, kD>(p, work, kM, static_cast<int>(threadIdx.x), kThreads);
+  char* stages = shared + Shape::kQBytes;
+  const float scale = p.scale * kLog2E;
+
+  copy_rows<T, kD, kM, kAligned>(shared, work.image ? p.q_img : p.q_txt, work, work.first_query, work.queries);
+  cp_async_commit_group();
+  copy_keys<T, kD, kAligned>(stages, p, work, 0);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
+  __syncthreads();
+  uint32_t queries[kD / 16][4];
+#pragma unroll
+  for (int d = 0; d < kD / 16; ++d)
+    ldmatrix(queries[d], shared + Shape::offset(warp * 16 + lane % 16, d * 2 + lane / 16));
+
+  Softmax<T, kN, kD> state;
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) state.out[i] = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles)
+      copy_keys<T, kD, kAligned>(stages + (tile + 1) % kStages * Shape::kStageBytes, p, work, tile + 1);
+    cp_async_commit_group();
+    cp_async_wait_group<1>();
+    __syncthreads();
+    const char* stage = stages + tile % kStages * Shape::kStageBytes;
+    float scores[kN / 2], factor[2];
+    multiply_keys<T, kD>(scores, queries, stage);
+    const int existing = keys_in<kN>(work, image_tokens, tile);
+    if (existing < kN) mask_keys(scores, existing);
+    state.step(scores, scale, factor, tile == 0);
+    state.rescale(factor);
+    state.keep(scores);
+    multiply_values<T, kD>(state, stage + Shape::kKeyBytes);
+    __syncthreads();  // the stage is read; the next round writes to it
+  }
+  state.finish(p, work, warp * 16 + lane / 4);
+  store_outputs<T, kD, kAligned>(p, work, shared, state.out);
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+// A text query past the length is not copied, so its row of Q is zero here; finish() makes its output zero.
+template <typename T, int kD, bool kAligned>
+int launch(const pydit_joint_attention_params& p) {
+  const auto tiles = [](int64_t tokens) { return (tokens + kM - 1) / kM; };
+  const int64_t blocks =
+      p.batch * p.heads * (tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens)));
+  if (blocks > INT32_MAX) return bad_argument("joint_attention: expected at most 2^31 - 1 tiles, got more");
+  constexpr int kBytes = Tile<kD>::kSharedBytes;
+  const cudaError_t error = cudaFuncSetAttribute(joint_attention_kernel<T, kD, kAligned>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return launch_status("joint_attention", error);
+  name_joint_attention_tensors<T>(p);
+  return launch_status("joint_attention",
+                       PYDIT_LAUNCH((joint_attention_kernel<T, kD, kAligned>), dim3(static_cast<unsigned>(blocks)),
+                                    dim3(kThreads), kBytes, static_cast<cudaStream_t>(p.stream), p));
+}
+
+// Whether 16-byte accesses are legal everywhere, which is also what the copy engine asks for.
+bool aligned(const pydit_joint_attention_params& p) {
+  const auto legal = [&](const pydit_heads& t, int64_t tokens) {
+    return aligned16(t.data) && (p.batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
+           (p.heads <= 1 || t.stride_h % 8 == 0);
+  };
+  bool all = true;
+  for (const pydit_heads* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img}) all = all && legal(*t, p.img_tokens);
+  for (const pydit_heads* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.out_txt}) all = all && legal(*t, p.txt_tokens);
+  return all;
+}
+
+template <typename T, int kD>
+int launch_alignment(const pydit_joint_attention_params& p) {
+  return aligned(p) ? launch<T, kD, true>(p) : launch<T, kD, false>(p);
+}
+
+template <typename T>
+int launch_head_dim(const pydit_joint_attention_params& p) {
+  if (p.head_dim == 32) return launch_alignment<T, 32>(p);
+  if (p.head_dim == 64) return launch_alignment<T, 64>(p);
+  return launch_alignment<T, 128>(p);
+}
+
+}  // namespace
+}  // namespace pydit::PYDIT_BACKEND
+
+using namespace pydit::PYDIT_BACKEND;
+
+extern "C" int PYDIT_ENTRY(joint_attention_path)(const pydit_joint_attention_params* p) {
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9)
+    return PYDIT_PATH_NOT_HOPPER;
+  return aligned(*p) ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED;
+#else
+  (void)p;
+  return PYDIT_PATH_NOT_BUILT;
+#endif
+}
+
+extern "C" int PYDIT_ENTRY(joint_attention)(const pydit_joint_attention_params* p) {
+  if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
+    return bad_argument("joint_attention: dtype: expected float16 (1) or bfloat16 (2), got %d", p->dtype);
+  if (p->head_dim != 32 && p->head_dim != 64 && p->head_dim != 128)
+    return bad_argument("joint_attention: head_dim: expected 32, 64 or 128, got %d", p->head_dim);
+  if (!(p->scale > 0)) return bad_argument("joint_attention: scale: expected more than 0, got %g", p->scale);
+  for (const int64_t tokens : {p->img_tokens, p->txt_tokens}) {
+    if (tokens < 0 || tokens > INT32_MAX / 2)
+      return bad_argument("joint_attention: tokens: expected 0 to 2^30, got %lld", static_cast<long long>(tokens));
+  }
+  if (p->batch < 0 || p->batch > INT32_MAX || p->heads < 0)
+    return bad_argument("joint_attention: batch, heads: expected 0 or more, got %lld, %d",
+                        static_cast<long long>(p->batch), p->heads);
+  const bool queries = p->img_tokens > 0 || (p->txt_tokens > 0 && p->q_txt.data != nullptr);
+  if (p->batch == 0 || p->heads == 0 || !queries) return kOk;
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  if (PYDIT_ENTRY(joint_attention_path)(p) == PYDIT_PATH_HOPPER) return launch_joint_attention_sm90(*p);
+#endif
+  return p->dtype == PYDIT_FLOAT16 ? launch_head_dim<__half>(*p) : launch_head_dim<__nv_bfloat16>(*p);
+}

@@ -1,0 +1,169 @@
+// What the kernels of joint attention share: which queries and keys a tile has, and the online softmax.
+#pragma once
+
+#include "device/platform.cuh"
+#include "device/ptx_math.cuh"
+#include "device/vector.cuh"
+#include "pydit/pydit.h"
+
+namespace pydit::PYDIT_BACKEND {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Tiles ----------------------------------------------------------------------------------------------------------
+
+// A tile of queries of one stream, head and sample, and the tiles of keys it needs: first those of the image, then
+// those of the text. Tiles that are neighbours in `index` share their keys.
+struct Work {
+  int batch, head, first_query;
+  int queries;    // that exist from first_query on, which may be more than the tile holds, or none
+  bool image;     // whose queries
+  int text_keys;  // of this sample
+  int image_tiles, text_tiles;
+  __device__ __forceinline__ int tiles() const { return image_tiles + text_tiles; }
+};
+
+template <int kM, int kN>
+__device__ __forceinline__ Work decode(const pydit_joint_attention_params& p, int index) {
+  const int image_tokens = static_cast<int>(p.img_tokens), text_tokens = static_cast<int>(p.txt_tokens);
+  const int image_queries = (image_tokens + kM - 1) / kM;
+  const int text_queries = p.q_txt.data == nullptr ? 0 : (text_tokens + kM - 1) / kM;
+  Work work;
+  const int tile = index % (image_queries + text_queries), rest = index / (image_queries + text_queries);
+  work.head = rest % p.heads;
+  work.batch = rest / p.heads;
+  work.image = tile < image_queries;
+  work.first_query = (work.image ? tile : tile - image_queries) * kM;
+  work.text_keys = p.txt_lens == nullptr ? text_tokens : min(max(p.txt_lens[work.batch], 0), text_tokens);
+  work.queries = (work.image ? image_tokens : work.text_keys) - work.first_query;
+  work.image_tiles = work.queries > 0 ? (image_tokens + kN - 1) / kN : 0;
+  work.text_tiles = work.queries > 0 ? (work.text_keys + kN - 1) / kN : 0;
+  return work;
+}
+
+// The keys that exist from the first of a tile on; all of a tile exist when there are kN or more.
+template <int kN>
+__device__ __forceinline__ int keys_in(const Work& work, int image_tokens, int tile) {
+  return tile < work.image_tiles ? image_tokens - tile * kN : work.text_keys - (tile - work.image_tiles) * kN;
+}
+
+// Zeros and -inf for `rows` queries without a key, or past the sample's length. All threads of a group call.
+template <typename T, int kD>
+__device__ __forceinline__ void store_nothing(const pydit_joint_attention_params& p, const Work& work, int rows,
+                                              int thread, int threads) {
+  const pydit_heads& out = work.image ? p.out_img : p.out_txt;
+  float* lse = work.image ? p.lse_img : p.lse_txt;
+  const int tokens = static_cast<int>(work.image ? p.img_tokens : p.txt_tokens);
+  for (int i = thread; i < rows * kD; i += threads) {
+    const int row = work.first_query + i / kD;
+    if (row >= tokens) return;
+    T* to = static_cast<T*>(out.data) + work.batch * out.stride_b + row * out.stride_s + work.head * out.stride_h;
+    to[i % kD] = from_float<T>(0.f);
+    if (lse != nullptr && i % kD == 0)
+      lse[(static_cast<int64_t>(work.batch) * p.heads + work.head) * tokens + row] = -INFINITY;
+  }
+}
+
+// Online softmax -------------------------------------------------------------------------------------------------
+//
+// A warp holds 16 rows (queries) of scores as the tensor cores leave them: lane l has of each group of 8 columns
+// columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8. Element i of a thread is in group i / 4, row i / 2 % 2.
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Scores of keys from `keys` on become -inf. For the last tile of a stream.
+template <int kElements>
+__device__ __forceinline__ void mask_keys(float (&scores)[kElements], int keys) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    if (i / 4 * 8 + i % 2 + column >= keys) scores[i] = -INFINITY;
+  }
+}
+
+template <typename T, int kN, int kD>
+struct Softmax {
+  float out[kD / 2];
+  float maximum[2], sum[2];            // of scaled scores, base 2; the sum is over this thread's columns only
+  uint32_t probabilities[kN / 16][4];  // as the left operand of a product
+
+  // Turns scores into exp2(scale * score - maximum) and brings `sum` up to date. factor: what earlier sums and outputs
+  // are to be multiplied by. The maximum that is subtracted is the one that lse adds, so its rounding cancels.
+  __device__ __forceinline__ void step(float (&scores)[kN / 2], float scale, float (&factor)[2], bool first) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float largest = scores[2 * row];
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        if (i / 2 % 2 == row) largest = fmaxf(largest, scores[i]);
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+      largest *= scale;
+      const float before = maximum[row];
+      const float now = first ? largest : fmaxf(before, largest);
+      factor[row] = first ? 0.f : exp2_approx(before - now);
+      maximum[row] = now;
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        if (i / 2 % 2 != row) continue;
+        scores[i] = exp2_approx(fmaf(scores[i], scale, -now));
+        total += scores[i];
+      }
+      sum[row] = first ? total : fmaf(sum[row], factor[row], total);
+    }
+  }
+
+  __device__ __forceinline__ void keep(const float (&scores)[kN / 2]) {
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) probabilities[k][i] = pack<T>(scores[8 * k + 2 * i], scores[8 * k + 2 * i + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) out[i] *= factor[i / 2 % 2];
+  }
+
+  // The sum over all columns, per row.
+  __device__ __forceinline__ float total(int row) const {
+    const float pair = sum[row] + __shfl_xor_sync(0xffffffffu, sum[row], 1);
+    return pair + __shfl_xor_sync(0xffffffffu, pair, 2);
+  }
+
+  // Divides the outputs by the sums and stores lse. `in_tile` is the tile's row of this thread's first row; rows from
+  // work.queries on, which read whatever is there, NaN included, become 0.
+  __device__ __forceinline__ void finish(const pydit_joint_attention_params& p, const Work& work, int in_tile) {
+    float* lse = work.image ? p.lse_img : p.lse_txt;
+    const int tokens = static_cast<int>(work.image ? p.img_tokens : p.txt_tokens);
+    if (lse != nullptr) lse += (static_cast<int64_t>(work.batch) * p.heads + work.head) * tokens + work.first_query;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float all = total(row), inverse = 1 / all;
+      const int here = in_tile + 8 * row;
+      const bool exists = here < work.queries;
+#pragma unroll
+      for (int i = 0; i < kD / 2; ++i) {
+        if (i / 2 % 2 == row) out[i] = exists ? out[i] * inverse : 0.f;
+      }
+      if (lse != nullptr && threadIdx.x % 4 == 0 && work.first_query + here < tokens)
+        lse[here] = exists ? kLn2 * (maximum[row] + log2f(all)) : -INFINITY;
+    }
+  }
+};
+
+}  // namespace pydit::PYDIT_BACKEND

@@ -1,0 +1,33 @@
+// What the implementations of joint attention share.
+#pragma once
+
+#include "device/check.h"
+#include "pydit/pydit.h"
+
+namespace pydit::PYDIT_BACKEND {
+
+// The Hopper kernel, for arguments that the entry point has checked. Tensors must suit the copy engine: bases and
+// strides that are multiples of 16 bytes; scale > 0.
+int launch_joint_attention_sm90(const pydit_joint_attention_params& p);
+
+// For the race detector of the simulator.
+template <typename T>
+void name_joint_attention_tensors(const pydit_joint_attention_params& p) {
+  const auto heads = [&](const char* name, const pydit_heads& t, int64_t tokens, bool writable) {
+    if (t.data != nullptr && tokens > 0)
+      name_tensor(name, t.data, writable, sizeof(T), p.head_dim, {p.batch, tokens, p.heads},
+                  {t.stride_b, t.stride_s, t.stride_h});
+  };
+  heads("q_img", p.q_img, p.img_tokens, false), heads("k_img", p.k_img, p.img_tokens, false);
+  heads("v_img", p.v_img, p.img_tokens, false), heads("q_txt", p.q_txt, p.txt_tokens, false);
+  heads("k_txt", p.k_txt, p.txt_tokens, false), heads("v_txt", p.v_txt, p.txt_tokens, false);
+  heads("out_img", p.out_img, p.img_tokens, true), heads("out_txt", p.out_txt, p.txt_tokens, true);
+  const auto rows = [&](const char* name, float* lse, int64_t tokens) {
+    if (lse != nullptr && tokens > 0)
+      name_tensor(name, lse, true, sizeof(float), tokens, {p.batch * p.heads}, {tokens});
+  };
+  rows("lse_img", p.lse_img, p.img_tokens), rows("lse_txt", p.lse_txt, p.txt_tokens);
+  if (p.txt_lens != nullptr) name_tensor("txt_lens", p.txt_lens, false, sizeof(int32_t), p.batch, {1}, {0});
+}
+
+}  // namespace pydit::PYDIT_BACKEND

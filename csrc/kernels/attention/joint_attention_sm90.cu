@@ -1,0 +1,359 @@
+// Joint attention for Hopper (sm_90a): TMA, wgmma, warp specialisation.
+//
+// out = softmax(scale * q k^T) v over the keys of two streams that stay where they are; see pydit.h.
+//
+// Work. A tile is kM queries of one stream, head and sample, against all keys of both streams in steps of kN. Blocks
+// are persistent, one per SM, and take tiles in turn; tiles of one head and sample are neighbours, so K and V come from
+// L2. At S = 6889 + 512, H = 24, D = 128 (bf16): 673 GFLOP, 680 us at 989 TFLOP/s; 58 x 24 tiles on 132 SMs are 10.5
+// waves. 182 MB of memory (38 us) and, from L2, all K and V once per tile: 5.3 GB, 7.8 TB/s at the floor, near what L2
+// gives, which is why kM is not smaller.
+//
+// Roles. One warp produces: it waits for a stage of K or V to be free and has the copy engine fill it. kConsumers
+// warpgroups of 64 queries each multiply. Their registers are taken from the producer's (setmaxnreg).
+//
+// Overlap. Inside a warpgroup S_j = Q K_j^T is issued together with O += P_{j-1} V_{j-1}, and the softmax of S_j runs
+// while the second product does. Between warpgroups a ring of named barriers lets one issue its products while the
+// other is in its softmax (ping-pong): exponentials take about as long as half a product at D = 128.
+//
+// Text padding. Tiles of keys past the sample's length are not loaded. In the one tile that the length cuts, scores of
+// padded keys become -inf; padded rows of V, which may hold NaN, are zeroed in shared memory before they are used.
+#include "device/check.h"
+#include "device/dispatch.h"
+#include "device/ptx.cuh"
+#include "kernels/attention/joint_attention.cuh"
+#include "kernels/attention/joint_attention.h"
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+constexpr int kWarpgroup = 128;
+constexpr int kStages = 2;  // of K, and of V
+
+// Tile sizes. Accumulators of a thread: kN / 2 scores, kD / 2 outputs, and kN / 4 registers of probabilities.
+template <int kD>
+struct Tile {
+  static constexpr int kConsumers = kD == 128 ? 2 : 3;
+  static constexpr int kN = kD == 128 ? 176 : 128;
+  static constexpr int kM = 64 * kConsumers;
+  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  // A row of D elements lies in kBoxes boxes, each kSpan bytes wide and swizzled.
+  static constexpr int kSpan = kD == 32 ? 64 : 128;
+  static constexpr int kBoxes = kD * 2 / kSpan;
+  static constexpr int kBoxColumns = kSpan / 2;
+  // Shared memory: Q, later the outputs; stages of K and V; barriers.
+  static constexpr int kQBytes = kM * kD * 2, kKeyBytes = kN * kD * 2;
+  static constexpr int kK = kQBytes, kV = kK + kStages * kKeyBytes, kBarriers = kV + kStages * kKeyBytes;
+  static constexpr int kSharedBytes = kBarriers + 128;
+  static_assert(kQBytes % 1024 == 0 && kN * kSpan % 1024 == 0, "a box begins at a multiple of the swizzle's period");
+};
+
+struct Maps {
+  TensorMap q_img, k_img, v_img, q_txt, k_txt, v_txt, out_img, out_txt;
+};
+
+struct Barriers {
+  uint64_t q_full, q_empty, v_landed;
+  uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+// Slot and parity of the n-th use of a ring of kStages slots.
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == kStages) slot = 0, parity ^= 1;
+  }
+};
+
+template <int kD>
+__device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64_t* barrier, int rows, int first,
+                                          int head, int batch) {
+  using Shape = Tile<kD>;
+#pragma unroll
+  for (int box = 0; box < Shape::kBoxes; ++box)
+    tma_load_4d(to + box * rows * Shape::kSpan, map, barrier, box * Shape::kBoxColumns, first, head, batch);
+}
+
+// Producer -------------------------------------------------------------------------------------------------------
+
+// One warp; all lanes keep count, one issues.
+template <typename T, int kD>
+__device__ __forceinline__ void produce(const pydit_joint_attention_params& p, const Maps& maps, char* shared,
+                                        Barriers* barriers, int total) {
+  using Shape = Tile<kD>;
+  constexpr int kN = Shape::kN;
+  const int lane = threadIdx.x % 32;
+  const bool issuer = elect_one();
+  Ring keys, values;
+  uint32_t q_parity = 1, landed_parity = 0;
+  for (int index = blockIdx.x; index < total; index += gridDim.x) {
+    const Work work = decode<Shape::kM, kN>(p, index);
+    const int tiles = work.tiles();
+    if (tiles == 0) continue;
+    mbarrier_wait(&barriers->q_empty, q_parity);
+    q_parity ^= 1;
+    if (issuer) {
+      mbarrier_arrive_expect_tx(&barriers->q_full, Shape::kQBytes);
+      load_rows<kD>(shared, work.image ? maps.q_img : maps.q_txt, &barriers->q_full, Shape::kM, work.first_query,
+                    work.head, work.batch);
+    }
+    // K is one step ahead of V, as its consumers are.
+    for (int step = 0; step <= tiles; ++step) {
+      if (step < tiles) {
+        const bool image = step < work.image_tiles;
+        const int first = (image ? step : step - work.image_tiles) * kN;
+        mbarrier_wait(&barriers->k_empty[keys.slot], keys.parity ^ 1);
+        if (issuer) {
+          mbarrier_arrive_expect_tx(&barriers->k_full[keys.slot], Shape::kKeyBytes);
+          load_rows<kD>(shared + Shape::kK + keys.slot * Shape::kKeyBytes, image ? maps.k_img : maps.k_txt,
+                        &barriers->k_full[keys.slot], kN, first, work.head, work.batch);
+        }
+        keys.next();
+      }
+      if (step > 0) {
+        const bool image = step - 1 < work.image_tiles;
+        const int first = (image ? step - 1 : step - 1 - work.image_tiles) * kN;
+        char* to = shared + Shape::kV + values.slot * Shape::kKeyBytes;
+        uint64_t* full = &barriers->v_full[values.slot];
+        mbarrier_wait(&barriers->v_empty[values.slot], values.parity ^ 1);
+        const bool padded = !image && work.text_keys - first < kN && work.text_keys < p.txt_tokens;
+        uint64_t* landed = padded ? &barriers->v_landed : full;
+        if (issuer) {
+          mbarrier_arrive_expect_tx(landed, Shape::kKeyBytes);
+          load_rows<kD>(to, image ? maps.v_img : maps.v_txt, landed, kN, first, work.head, work.batch);
+        }
+        if (padded) {
+          mbarrier_wait(landed, landed_parity);
+          landed_parity ^= 1;
+          const int kept = work.text_keys - first;
+          constexpr int kVectors = Shape::kSpan / 16;  // of a row of a box, whose swizzle stays inside the row
+          const uint4 zero = make_uint4(0, 0, 0, 0);
+          for (int i = kept * kVectors + lane; i < kN * kVectors; i += 32) {
+#pragma unroll
+            for (int box = 0; box < Shape::kBoxes; ++box)
+              *reinterpret_cast<uint4*>(to + box * kN * Shape::kSpan + i * 16) = zero;
+          }
+          fence_proxy_async();
+          __syncwarp();
+          if (issuer) mbarrier_arrive(full);
+        }
+        values.next();
+      }
+    }
+  }
+}
+
+// Consumers ------------------------------------------------------------------------------------------------------
+
+// S = Q K^T, issued and committed.
+template <typename T, int kD>
+__device__ __forceinline__ void multiply_keys(float (&scores)[Tile<kD>::kN / 2], const char* q, const char* k) {
+  using Shape = Tile<kD>;
+#pragma unroll
+  for (int d = 0; d < kD; d += 16) {
+    const int box = d / Shape::kBoxColumns, inside = d % Shape::kBoxColumns * 2;
+    wgmma<T, Shape::kN>(
+        scores, matrix_descriptor<Shape::kSpan>(q + box * Shape::kM * Shape::kSpan + inside, 16, 8 * Shape::kSpan),
+        matrix_descriptor<Shape::kSpan>(k + box * Shape::kN * Shape::kSpan + inside, 16, 8 * Shape::kSpan), d > 0);
+  }
+  wgmma_commit_group();
+}
+
+// O (+)= P V, issued and committed. V is [keys, D]: contiguous along the columns of the product.
+template <typename T, int kD>
+__device__ __forceinline__ void multiply_values(Softmax<T, Tile<kD>::kN, kD>& state, const char* v, bool accumulate) {
+  using Shape = Tile<kD>;
+#pragma unroll
+  for (int k = 0; k < Shape::kN / 16; ++k) {
+    wgmma<T, kD, true>(
+        state.out, state.probabilities[k],
+        matrix_descriptor<Shape::kSpan>(v + k * 16 * Shape::kSpan, Shape::kN * Shape::kSpan, 8 * Shape::kSpan),
+        accumulate || k > 0);
+  }
+  wgmma_commit_group();
+}
+
+// One warpgroup of 64 queries; `group` counts the consumers from 0.
+template <typename T, int kD>
+__device__ __forceinline__ void consume(const pydit_joint_attention_params& p, const Maps& maps, char* shared,
+                                        Barriers* barriers, int total, int group) {
+  using Shape = Tile<kD>;
+  constexpr int kN = Shape::kN;
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
+  const int image_tokens = static_cast<int>(p.img_tokens);
+  const float scale = p.scale * kLog2E;
+  const int my_turn = 1 + group, next_turn = 1 + (group + 1) % Shape::kConsumers, whole_group = 8 + group;
+  char* my_rows = shared + group * 64 * Shape::kSpan;  // of the first box of Q; the outputs take their place
+  Ring keys, values;
+  uint32_t q_parity = 0;
+  if (group == Shape::kConsumers - 1) barrier_arrive(1, 2 * kWarpgroup);  // the first warpgroup begins
+  Softmax<T, Tile<kD>::kN, kD> state;
+  for (int index = blockIdx.x; index < total; index += gridDim.x) {
+    const Work work = decode<Shape::kM, kN>(p, index);
+    const int tiles = work.tiles();
+    if (tiles == 0) {
+      store_nothing<T, kD>(p, work, Shape::kM, group * kWarpgroup + thread, Shape::kConsumers * kWarpgroup);
+      continue;
+    }
+    float scores[kN / 2], factor[2];
+    mbarrier_wait(&barriers->q_full, q_parity);
+    q_parity ^= 1;
+    mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
+    wgmma_fence();
+    multiply_keys<T, kD>(scores, my_rows, shared + Shape::kK + keys.slot * Shape::kKeyBytes);
+    wgmma_wait_group<0>();
+    if (lane == 0) mbarrier_arrive(&barriers->k_empty[keys.slot]);
+    keys.next();
+    const int first_keys = keys_in<kN>(work, image_tokens, 0);
+    if (first_keys < kN) mask_keys(scores, first_keys);
+    state.step(scores, scale, factor, true);
+    state.keep(scores);
+    for (int tile = 1; tile < tiles; ++tile) {
+      mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
+      barrier_sync(my_turn, 2 * kWarpgroup);
+      wgmma_fence();
+      multiply_keys<T, kD>(scores, my_rows, shared + Shape::kK + keys.slot * Shape::kKeyBytes);
+      mbarrier_wait(&barriers->v_full[values.slot], values.parity);
+      wgmma_fence();  // the probabilities and outputs were written before; ptxas would insert it behind the wait
+      multiply_values<T, kD>(state, shared + Shape::kV + values.slot * Shape::kKeyBytes, tile > 1);
+      barrier_arrive(next_turn, 2 * kWarpgroup);
+      wgmma_wait_group<1>();
+      if (lane == 0) mbarrier_arrive(&barriers->k_empty[keys.slot]);
+      keys.next();
+      const int existing = keys_in<kN>(work, image_tokens, tile);
+      if (existing < kN) mask_keys(scores, existing);
+      state.step(scores, scale, factor, false);
+      wgmma_wait_group<0>();
+      if (lane == 0) mbarrier_arrive(&barriers->v_empty[values.slot]);
+      values.next();
+      state.rescale(factor);
+      state.keep(scores);
+    }
+    mbarrier_wait(&barriers->v_full[values.slot], values.parity);
+    wgmma_fence();
+    multiply_values<T, kD>(state, shared + Shape::kV + values.slot * Shape::kKeyBytes, tiles > 1);
+    wgmma_wait_group<0>();
+    if (lane == 0) mbarrier_arrive(&barriers->v_empty[values.slot]);
+    values.next();
+    state.finish(p, work, group * 64 + warp * 16 + lane / 4);
+    barrier_sync(whole_group, kWarpgroup);  // all warps have read their queries
+#pragma unroll
+    for (int column = 0; column < kD; column += 16) {
+      const float* o = state.out + column / 2;
+      const uint32_t matrices[4] = {pack<T>(o[0], o[1]), pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7])};
+      const int row = warp * 16 + lane % 16, d = column + lane / 16 * 8;
+      const int offset = row * Shape::kSpan + d * 2 % Shape::kSpan;
+      char* box = my_rows + d * 2 / Shape::kSpan * Shape::kM * Shape::kSpan;
+      stmatrix(box + (offset ^ (offset >> 7 & (Shape::kSpan / 16 - 1)) << 4), matrices);
+    }
+    fence_proxy_async();
+    barrier_sync(whole_group, kWarpgroup);
+    if (thread == 0) {
+#pragma unroll
+      for (int box = 0; box < Shape::kBoxes; ++box)
+        tma_store_4d(work.image ? maps.out_img : maps.out_txt, my_rows + box * Shape::kM * Shape::kSpan,
+                     box * Shape::kBoxColumns, work.first_query + group * 64, work.head, work.batch);
+      bulk_commit_group();
+      bulk_wait_group_read<0>();
+      mbarrier_arrive(&barriers->q_empty);
+    }
+  }
+}
+
+// Kernel ---------------------------------------------------------------------------------------------------------
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(Tile<kD>::kThreads, 1)
+    joint_attention_sm90_kernel(const __grid_constant__ pydit_joint_attention_params p,
+                                const __grid_constant__ Maps maps, int total) {
+  using Shape = Tile<kD>;
+  PYDIT_DYNAMIC_SHARED(char, shared);
+  auto* barriers = reinterpret_cast<Barriers*>(shared + Shape::kBarriers);
+  if (threadIdx.x == 0) {
+    mbarrier_init(&barriers->q_full, 1);
+    mbarrier_init(&barriers->q_empty, Shape::kConsumers);
+    mbarrier_init(&barriers->v_landed, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&barriers->k_full[stage], 1);
+      mbarrier_init(&barriers->v_full[stage], 1);
+      mbarrier_init(&barriers->k_empty[stage], 4 * Shape::kConsumers);  // a lane of each warp
+      mbarrier_init(&barriers->v_empty[stage], 4 * Shape::kConsumers);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    set_max_registers_down<Shape::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<T, kD>(p, maps, shared, barriers, total);
+  } else {
+    set_max_registers_up<Shape::kConsumerRegisters>();
+    consume<T, kD>(p, maps, shared, barriers, total, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+  }
+}
+
+// Launcher -------------------------------------------------------------------------------------------------------
+
+template <typename T, int kD>
+const char* encode(TensorMap* map, const pydit_heads& t, int64_t tokens, const pydit_joint_attention_params& p,
+                   int rows) {
+  using Shape = Tile<kD>;
+  if (t.data == nullptr || tokens == 0) return nullptr;  // never used
+  const uint64_t size[4] = {kD, static_cast<uint64_t>(tokens), static_cast<uint64_t>(p.heads),
+                            static_cast<uint64_t>(p.batch)};
+  const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements) * sizeof(T); };
+  // A stride of a dimension of one element is never used, but must be valid.
+  const uint64_t stride[3] = {tokens > 1 ? bytes(t.stride_s) : 16, p.heads > 1 ? bytes(t.stride_h) : 16,
+                              p.batch > 1 ? bytes(t.stride_b) : 16};
+  const uint32_t box[4] = {Shape::kBoxColumns, static_cast<uint32_t>(rows), 1, 1};
+  return encode_tensor_map(map, static_cast<const T*>(t.data), 4, size, stride, box,
+                           static_cast<Swizzle>(Shape::kSpan));
+}
+
+template <typename T, int kD>
+int launch(const pydit_joint_attention_params& p) {
+  using Shape = Tile<kD>;
+  Maps maps;
+  const char* reason = nullptr;
+  const auto add = [&](TensorMap* map, const pydit_heads& t, int64_t tokens, int rows) {
+    if (reason == nullptr) reason = encode<T, kD>(map, t, tokens, p, rows);
+  };
+  add(&maps.q_img, p.q_img, p.img_tokens, Shape::kM), add(&maps.q_txt, p.q_txt, p.txt_tokens, Shape::kM);
+  add(&maps.k_img, p.k_img, p.img_tokens, Shape::kN), add(&maps.k_txt, p.k_txt, p.txt_tokens, Shape::kN);
+  add(&maps.v_img, p.v_img, p.img_tokens, Shape::kN), add(&maps.v_txt, p.v_txt, p.txt_tokens, Shape::kN);
+  add(&maps.out_img, p.out_img, p.img_tokens, 64);
+  add(&maps.out_txt, p.q_txt.data == nullptr ? p.q_txt : p.out_txt, p.txt_tokens, 64);
+  if (reason != nullptr) return bad_argument("joint_attention: %s", reason);
+  const auto tiles = [](int64_t tokens) { return (tokens + Shape::kM - 1) / Shape::kM; };
+  const int64_t total = p.batch * p.heads * (tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens)));
+  if (total > INT32_MAX) return bad_argument("joint_attention: expected at most 2^31 - 1 tiles, got more");
+  constexpr auto kernel = joint_attention_sm90_kernel<T, kD>;
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  if (error != cudaSuccess) return launch_status("joint_attention", error);
+  const auto blocks = static_cast<unsigned>(total < processors ? total : processors);
+  name_joint_attention_tensors<T>(p);
+  return launch_status(
+      "joint_attention",
+      PYDIT_LAUNCH((joint_attention_sm90_kernel<T, kD>), dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes,
+                   static_cast<cudaStream_t>(p.stream), p, maps, static_cast<int>(total)));
+}
+
+template <typename T>
+int launch_head_dim(const pydit_joint_attention_params& p) {
+  if (p.head_dim == 32) return launch<T, 32>(p);
+  if (p.head_dim == 64) return launch<T, 64>(p);
+  return launch<T, 128>(p);
+}
+
+}  // namespace
+
+int launch_joint_attention_sm90(const pydit_joint_attention_params& p) {
+  return p.dtype == PYDIT_FLOAT16 ? launch_head_dim<__half>(p) : launch_head_dim<__nv_bfloat16>(p);
+}
+
+}  // namespace pydit::PYDIT_BACKEND

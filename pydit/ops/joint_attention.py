@@ -1,0 +1,232 @@
+"""Joint attention over an image and a text stream that stay in tensors of their own.
+
+Notation: B batch, S tokens of a stream, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pydit import backend, env
+from pydit.ops import reference
+from pydit.ops._library import _check_last_dim, _check_tensor, define, define_backward
+from pydit.ops.reference import wide
+
+_OP = "joint_attention"
+_HEAD_DIMS = (32, 64, 128)
+_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the device is not of compute capability 9.x",
+          "the portable kernel: a tensor's address or strides are not multiples of 16 bytes",
+          "the portable kernel: built without sm_90a")
+_CHUNK = 1 << 25  # scores that the backward holds at once
+
+
+def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, scale=None, return_lse=False):
+    """softmax(scale * q k^T) v over the keys of both streams, without concatenating them.
+
+    Parameters
+    ----------
+    q_img, k_img, v_img : torch.Tensor, shape (B, S_img, H, D). float16 or bfloat16; also float32 and float64 on the
+        reference backend. D is 32, 64 or 128. Any strides with a contiguous last dimension (views of packed QKV); an
+        address or stride that is not a multiple of 16 bytes costs the fast path.
+    q_txt, k_txt, v_txt : torch.Tensor, shape (B, S_txt, H, D). S_txt may be 0. ``q_txt=None``: the text gives keys and
+        values only, and ``out_txt`` is None.
+    txt_lens : torch.Tensor, int32, shape (B,), on the same device, or None. Text tokens from a sample's length on take
+        no part whatever they hold (NaN included): their keys are not seen, their outputs and all their gradients are
+        0. It is read on the device, without a synchronisation, and clamped to 0 .. S_txt; with ``PYDIT_CHECK=1`` a
+        length outside raises, at the price of a synchronisation. For a mask with holes see :func:`pack_text`.
+    scale : float > 0, or None for 1 / sqrt(D).
+    return_lse : also return the log-sum-exp of the scaled scores.
+
+    Returns
+    -------
+    (out_img, out_txt) or (out_img, out_txt, lse_img, lse_txt)
+        Outputs as the queries; lse float32 (float64 for float64), shape (B, H, S), natural logarithm. A query without
+        any key gives 0 and -inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, device, shape or stride; the message names the argument, what was expected, what came.
+
+    Notes
+    -----
+    Online softmax: Milakov & Gimelshein 2018; tiling: Dao et al. 2022 (FlashAttention). Differentiable in all six
+    tensors, through lse as well. The order of the streams is of no consequence.
+    """
+    _check_stream("img", q_img, k_img, v_img, q_img)
+    _check_stream("txt", q_txt, k_txt, v_txt, q_img)
+    _check_lens(txt_lens, k_txt)
+    if scale is None:
+        scale = 1 / math.sqrt(q_img.shape[3])
+    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
+        raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {scale!r}")
+    out_img, out_txt, lse_img, lse_txt = torch.ops.pydit.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt,
+                                                                         txt_lens, float(scale))
+    if q_txt is None:
+        out_txt = lse_txt = None
+    return (out_img, out_txt, lse_img, lse_txt) if return_lse else (out_img, out_txt)
+
+
+def pack_text(mask, *tensors):
+    """Move the text tokens that a mask keeps to the front, without a synchronisation.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, bool, shape (B, S): True is kept. It may have holes.
+    tensors : torch.Tensor, shape (B, S, ...) each.
+
+    Returns
+    -------
+    (txt_lens, order, *packed)
+        txt_lens int32 (B,); order int64 (B, S), the index each place was filled from; the tensors in that order, kept
+        tokens first and in their sequence. ``torch.empty_like(x).scatter_(1, index, x)`` with ``order`` expanded to the
+        shape of x undoes it, as :func:`unpack_text` does.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"pack_text: mask: expected a bool tensor [B, S], got {got}")
+    for x in tensors:
+        if x.shape[:2] != mask.shape:
+            raise ValueError(f"pack_text: expected tensors [{mask.shape[0]}, {mask.shape[1]}, ...] like mask, "
+                             f"got {list(x.shape)}")
+    order = torch.argsort(~mask, dim=1, stable=True)
+    return (mask.sum(1, dtype=torch.int32), order, *(x.gather(1, _expand(order, x)) for x in tensors))
+
+
+def unpack_text(order, x):
+    """Put the tokens of x [B, S, ...], packed by :func:`pack_text` with this ``order``, back to their places."""
+    return torch.empty_like(x).scatter(1, _expand(order, x), x)
+
+
+def _expand(order, x):
+    return order.view(*order.shape, *[1] * (x.ndim - 2)).expand_as(x)
+
+
+def _check_stream(stream, q, k, v, like):
+    for letter, x in (("q", q), ("k", k), ("v", v)):
+        name = f"{letter}_{stream}"
+        if x is None and name == "q_txt":
+            continue
+        _check_tensor(_OP, name, x, None if x is like else like)
+        if x.ndim != 4:
+            raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
+        if x.shape[3] not in _HEAD_DIMS:
+            raise ValueError(f"{_OP}: {name}: expected a head dim of 32, 64 or 128, got {x.shape[3]}")
+        expected = [like.shape[0], k.shape[1] if k.ndim == 4 else "S", like.shape[2], like.shape[3]]
+        if list(x.shape) != expected:
+            raise ValueError(f"{_OP}: {name}: expected shape {expected}, got {list(x.shape)}")
+        _check_last_dim(_OP, name, x)
+
+
+def _check_lens(lens, k_txt):
+    if lens is None:
+        return
+    if not isinstance(lens, torch.Tensor):
+        raise TypeError(f"{_OP}: txt_lens: expected a torch.Tensor or None, got {type(lens).__name__}")
+    if lens.dtype != torch.int32:
+        raise TypeError(f"{_OP}: txt_lens: expected torch.int32, got {lens.dtype}")
+    if lens.device != k_txt.device:
+        raise ValueError(f"{_OP}: txt_lens: expected device {k_txt.device} like k_txt, got {lens.device}")
+    if tuple(lens.shape) != (k_txt.shape[0],):
+        raise ValueError(f"{_OP}: txt_lens: expected shape [{k_txt.shape[0]}], got {list(lens.shape)}")
+    if not lens.is_contiguous():
+        raise ValueError(f"{_OP}: txt_lens: expected a contiguous tensor, got strides {list(lens.stride())}")
+    if torch.compiler.is_compiling() or env.get("PYDIT_CHECK") == "0":
+        return
+    if bool(((lens < 0) | (lens > k_txt.shape[1])).any()):
+        raise ValueError(f"{_OP}: txt_lens: expected lengths from 0 to {k_txt.shape[1]}, got {lens.tolist()}")
+
+
+def _outputs(q_img, q_txt, k_txt):
+    """Empty outputs. A text stream without queries has outputs of no tokens."""
+    batch, _, heads, dim = q_img.shape
+    lse = torch.float64 if q_img.dtype == torch.float64 else torch.float32
+    tokens = 0 if q_txt is None else k_txt.shape[1]
+    return (q_img.new_empty(q_img.shape), q_img.new_empty(batch, tokens, heads, dim),
+            q_img.new_empty(batch, heads, q_img.shape[1], dtype=lse),
+            q_img.new_empty(batch, heads, tokens, dtype=lse))
+
+
+def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale):
+    path = backend.choose(_OP, q_img)
+    outputs = _outputs(q_img, q_txt, k_txt)
+    if path.kernels is None:
+        found = reference.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens=txt_lens, scale=scale,
+                                          return_lse=True)
+        return tuple(empty if value is None else value.contiguous()
+                     for value, empty in zip(found, outputs, strict=True))
+    if q_img.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"{_OP}: expected float16 or bfloat16 on the {path.name} backend, got {q_img.dtype}")
+    out_img, out_txt, lse_img, lse_txt = outputs
+    text = (None, None) if q_txt is None else (out_txt, lse_txt)
+    with backend.device_of(q_img):
+        taken = path.kernels.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, out_img, text[0],
+                                             lse_img, text[1], scale, backend.DTYPE_CODES[q_img.dtype],
+                                             backend.stream_of(q_img))
+    backend.explain(_OP, _PATHS[taken])
+    return outputs
+
+
+define("joint_attention(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt, Tensor k_txt, Tensor v_txt, "
+       "Tensor? txt_lens, float scale) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
+       lambda q_img, k_img, v_img, q_txt, k_txt, *_: _outputs(q_img, q_txt, k_txt))
+
+
+# Backward: the formulas of FlashAttention-2 (Dao 2023, algorithm 2) in torch, for a part of the queries at a time. ----
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, *grads):
+    q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, out_img, out_txt, lse_img, lse_txt = ctx.saved_tensors
+    backend.record(f"{_OP} backward", "reference", "the formula in torch, for a part of the queries at a time")
+    keep = None if txt_lens is None else reference.kept(txt_lens, k_txt.shape[1])
+
+    def text(x):
+        return x if keep is None else torch.where(keep[:, :, None, None], x, 0)
+
+    split = k_img.shape[1]
+    keys = torch.cat((wide(k_img), wide(text(k_txt))), 1)
+    values = torch.cat((wide(v_img), wide(text(v_txt))), 1)
+    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+    seen = None if keep is None else torch.cat((keep.new_ones(len(keep), split), keep), 1)[:, None, None]
+
+    def stream(q, out, lse, grad_out, grad_lse, rows):
+        """d q, with d k and d v added up. Rows that take no part have a gradient of 0, whatever came in."""
+        d_q = torch.empty_like(q, dtype=keys.dtype)
+        step = max(1, _CHUNK // max(1, q.shape[0] * q.shape[2] * keys.shape[1]))
+        for first in range(0, q.shape[1], step):
+            part = slice(first, first + step)
+
+            def rows_of(x, part=part):
+                x = wide(x[:, part])
+                return x if rows is None else torch.where(rows[:, part, None, None], x, 0)
+
+            query, grad, bottom = rows_of(q), rows_of(grad_out), lse[:, :, part, None].to(keys.dtype)
+            scores = torch.einsum("bqhd,bkhd->bhqk", query, keys) * ctx.scale
+            if seen is not None:
+                scores = scores.masked_fill(~seen, -math.inf)
+            weights = torch.exp(scores - torch.where(bottom.isinf(), 0, bottom))
+            weights = torch.where(bottom.isinf(), 0, weights)
+            inner = torch.einsum("bqhd,bkhd->bhqk", grad, values)
+            delta = (grad * rows_of(out)).sum(-1).transpose(1, 2)[..., None]
+            d_lse = torch.where(bottom.isinf(), 0, grad_lse[:, :, part, None].to(keys.dtype))
+            d_scores = weights * (inner - delta + d_lse) * ctx.scale
+            d_values.add_(torch.einsum("bhqk,bqhd->bkhd", weights, grad))
+            d_keys.add_(torch.einsum("bhqk,bqhd->bkhd", d_scores, query))
+            d_q[:, part] = torch.einsum("bhqk,bkhd->bqhd", d_scores, keys)
+        return d_q.to(q.dtype)
+
+    d_q_img = stream(q_img, out_img, lse_img, grads[0], grads[2], None)
+    d_q_txt = None if q_txt is None else stream(q_txt, out_txt, lse_txt, grads[1], grads[3], keep)
+    d_keys, d_values = d_keys.to(k_img.dtype), d_values.to(v_img.dtype)
+    return (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt, d_keys[:, split:], d_values[:, split:],
+            None, None)
+
+
+define_backward(_OP, _backward, _setup)

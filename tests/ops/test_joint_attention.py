@@ -1,0 +1,299 @@
+"""Joint attention against softmax in float64, on every backend and both simulated kernels."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pydit import backend, ops
+from pydit.testing import assert_accurate
+
+BACKENDS = ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)]
+every_kernel = pytest.mark.parametrize("device", BACKENDS, indirect=True)
+NAMES = ("q_img", "k_img", "v_img", "q_txt", "k_txt", "v_txt")
+# (B, S_img, S_txt, H, D): several tiles of each stream and ragged ends; one token; no text; no image
+SHAPES = [(2, 150, 70, 2, 128), (1, 300, 140, 1, 64), (2, 129, 33, 1, 32), (1, 1, 1, 2, 64), (1, 70, 0, 1, 128),
+          (1, 0, 45, 2, 32), (0, 8, 8, 1, 32)]
+LAYOUTS = ["contiguous", "packed", "heads first", "unaligned"]
+
+
+def make(shape, dtype, device, *, seed=0, layout="contiguous", size=1.0):
+    """The six tensors, in one of the layouts the contract allows."""
+    batch, image, text, heads, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(tokens):
+        if layout == "packed":  # a slice of a projection to q, k and v
+            wide = torch.randn(batch, tokens, 3, heads, dim, generator=generator)
+            return (size * wide).to(device, dtype)[:, :, 1]
+        if layout == "heads first":
+            return (size * torch.randn(batch, heads, tokens, dim, generator=generator)).to(device, dtype).transpose(1, 2)
+        if layout == "unaligned":
+            flat = size * torch.randn(batch * tokens * heads * dim + 1, generator=generator)
+            return flat.to(device, dtype)[1:].view(batch, tokens, heads, dim)
+        return (size * torch.randn(batch, tokens, heads, dim, generator=generator)).to(device, dtype)
+
+    return [tensor(tokens) for tokens in (image, image, image, text, text, text)]
+
+
+def expected(tensors, lens=None, scale=None):
+    """(out_img, out_txt, lse_img, lse_txt), sample by sample with torch's softmax, in the dtype of the tensors."""
+    q_img, k_img, v_img, q_txt, k_txt, v_txt = tensors
+    scale = q_img.shape[3] ** -0.5 if scale is None else scale
+    outs, lses = [[], []], [[], []]
+    for b in range(q_img.shape[0]):
+        n = k_txt.shape[1] if lens is None else min(max(int(lens[b]), 0), k_txt.shape[1])
+        keys, values = torch.cat((k_img[b], k_txt[b, :n])), torch.cat((v_img[b], v_txt[b, :n]))
+        for stream, query in enumerate((q_img[b], None if q_txt is None else q_txt[b, :n])):
+            if query is None:
+                continue
+            scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
+            out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+            lse = scores.logsumexp(-1) if keys.shape[0] else scores.new_full(scores.shape[:2], -math.inf)
+            rest = k_txt.shape[1] - n if stream else 0
+            outs[stream].append(torch.cat((out, out.new_zeros(rest, *out.shape[1:]))))
+            lses[stream].append(torch.cat((lse, lse.new_full((lse.shape[0], rest), -math.inf)), 1))
+    found = [torch.stack(x) if x else None for x in (*outs, *lses)]
+    return [like.new_zeros(like.shape) if value is None and like is not None else value for value, like in
+            zip(found, (q_img, q_txt, None, None), strict=True)]
+
+
+def check(tensors, device, *, lens=None, scale=None):
+    lengths = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
+    with torch.no_grad():
+        found = ops.joint_attention(*tensors, txt_lens=lengths, scale=scale, return_lse=True)
+    host = [None if t is None else t.detach().cpu() for t in tensors]
+    exact = expected([None if t is None else t.double() for t in host], lens, scale)
+    same = expected(host, lens, scale)
+    for name, a, r, t in zip(("out_img", "out_txt"), found[:2], exact[:2], same[:2], strict=True):
+        if r is None:
+            assert a is None
+            continue
+        assert a.dtype == tensors[0].dtype and a.is_contiguous()
+        assert_accurate(a, r, t, name=name)
+    single = expected([None if t is None else t.float() for t in host], lens, scale)  # the dtype of lse
+    for name, a, r, t in zip(("lse_img", "lse_txt"), found[2:], exact[2:], single[2:], strict=True):
+        if r is None:
+            continue
+        finite = r.isfinite()
+        assert torch.equal(a.cpu() == -math.inf, ~finite), name
+        if finite.any():
+            assert_accurate(a.cpu()[finite], r[finite], t[finite], name=name)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values(shape, dtype, device):
+    check(make(shape, dtype, device), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_of_wide_dtypes(dtype):
+    tensors = make(SHAPES[0], dtype, "cpu")
+    exact = expected([t.double() for t in tensors], [70, 5])
+    found = ops.joint_attention(*tensors, txt_lens=torch.tensor([70, 5], dtype=torch.int32), return_lse=True)
+    for a, r in zip(found[:2], exact[:2], strict=True):
+        torch.testing.assert_close(a.double(), r, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-13)
+    assert found[2].dtype == dtype
+
+
+@every_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, device):
+    check(make((2, 70, 40, 2, 64), torch.bfloat16, device, layout=layout), device, lens=[40, 7])
+
+
+@every_kernel
+@pytest.mark.parametrize("lens", [[70, 70], [0, 70], [1, 69], [64, 12], [-5, 1000]])
+def test_lengths_values(lens, device):
+    tensors = make((2, 60, 70, 1, 128), torch.float16, device)
+    for b, n in enumerate(lens):
+        for x in tensors[3:]:
+            x[b, max(n, 0):] = math.nan
+    check(tensors, device, lens=lens)
+
+
+@every_kernel
+def test_no_key_at_all(device):
+    tensors = make((2, 0, 40, 2, 64), torch.bfloat16, device)
+    check(tensors, device, lens=[0, 40])
+    out_img, out_txt, _, lse = ops.joint_attention(*make((1, 0, 0, 1, 32), torch.bfloat16, device), return_lse=True)
+    assert out_img.shape == out_txt.shape == (1, 0, 1, 32) and lse.shape == (1, 1, 0)
+
+
+@every_kernel
+def test_text_without_queries(device):
+    tensors = make((1, 70, 30, 2, 64), torch.bfloat16, device)
+    tensors[3] = None
+    check(tensors, device, lens=[20])
+    assert ops.joint_attention(*tensors)[1] is None
+
+
+@every_kernel
+def test_more_tiles_than_multiprocessors(device):
+    """Persistent blocks take several tiles each, some of them empty."""
+    check(make((2, 80, 12, 70, 32), torch.bfloat16, device), device, lens=[12, 0])
+
+
+@every_kernel
+@pytest.mark.parametrize(("size", "scale"), [(30.0, None), (1e-4, None), (1.0, 1e-6), (1.0, 50.0)])
+def test_extreme_values(size, scale, device):
+    """Huge and tiny logits: no overflow, no NaN."""
+    tensors = make((1, 90, 20, 1, 64), torch.bfloat16, device, size=size)
+    check(tensors, device, lens=[13], scale=scale)
+
+
+@every_kernel
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(device, data):
+    shape = (data.draw(st.integers(1, 2), "B"), data.draw(st.integers(0, 200), "S_img"),
+             data.draw(st.integers(0, 90), "S_txt"), data.draw(st.integers(1, 2), "H"),
+             data.draw(st.sampled_from([32, 64, 128]), "D"))
+    lens = data.draw(st.none() | st.lists(st.integers(0, shape[2]), min_size=shape[0], max_size=shape[0]), "lens")
+    tensors = make(shape, data.draw(st.sampled_from([torch.bfloat16, torch.float16])), device,
+                   seed=data.draw(st.integers(0, 9)), layout=data.draw(st.sampled_from(LAYOUTS)))
+    check(tensors, device, lens=lens, scale=data.draw(st.none() | st.floats(0.01, 2)))
+
+
+@every_kernel
+def test_run_to_run_equality(device):
+    tensors = make(SHAPES[0], torch.bfloat16, device)
+    first, second = (ops.joint_attention(*tensors, return_lse=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _gradients(tensors, lens, grads, attention):
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    outs = attention(leaves, lens)
+    sums = [(o * g).sum() for o, g in zip(outs, grads, strict=True) if o is not None]
+    torch.stack(sums).sum().backward()
+    return [None if t is None else t.grad for t in leaves]
+
+
+@every_kernel
+@pytest.mark.parametrize("queries", [True, False])
+def test_gradients(queries, device):
+    """Against float64 autograd; what is past the length has a gradient of 0, whatever it and its gradient hold."""
+    shape, lens = (2, 40, 30, 2, 32), [30, 11]
+    tensors = make(shape, torch.bfloat16, device)
+    generator = torch.Generator().manual_seed(5)
+    grads = [torch.randn(2, n, 2, 32, generator=generator).to(device, torch.bfloat16) for n in (40, 30)]
+    if not queries:
+        tensors[3] = None
+    host = [None if t is None else t.detach().cpu() for t in tensors]
+    reference = _gradients([None if t is None else t.double() for t in host], lens, [g.cpu().double() for g in grads],
+                           lambda x, n: expected(x, n)[:2 if queries else 1] + ([] if queries else [None]))
+    same = _gradients(host, lens, [g.cpu() for g in grads],
+                      lambda x, n: expected(x, n)[:2 if queries else 1] + ([] if queries else [None]))
+    for x in tensors[3:]:
+        if x is not None:
+            x[1, 11:] = math.nan
+    grads[1][1, 11:] = math.nan
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    lengths = torch.tensor(lens, dtype=torch.int32, device=device)
+    outs = ops.joint_attention(*leaves, txt_lens=lengths)
+    torch.autograd.backward([o for o in outs if o is not None], grads[:2 if queries else 1])
+    for name, leaf, r, s in zip(NAMES, leaves, reference, same, strict=True):
+        if leaf is None:
+            continue
+        assert_accurate(leaf.grad, r, s, name=name)
+        if name.endswith("txt"):
+            assert leaf.grad[1, 11:].abs().max() == 0
+
+
+def test_gradient_of_lse():
+    tensors = make((1, 6, 4, 1, 32), torch.float64, "cpu")
+    for t in tensors:
+        t.requires_grad_()
+    lens = torch.tensor([3], dtype=torch.int32)
+    assert torch.autograd.gradcheck(
+        lambda *t: [x[:, :, :3] if i == 3 else x for i, x in
+                    enumerate(ops.joint_attention(*t, txt_lens=lens, return_lse=True))], tensors, fast_mode=True)
+
+
+@every_kernel
+def test_opcheck(device):
+    tensors = make((1, 20, 10, 1, 32), torch.bfloat16, device)
+    for t in tensors:
+        t.requires_grad_()
+    lens = torch.tensor([7], dtype=torch.int32, device=device)
+    torch.library.opcheck(torch.ops.pydit.joint_attention.default, (*tensors, lens, 0.2))
+    torch.library.opcheck(torch.ops.pydit.joint_attention.default, (*tensors[:3], None, *tensors[4:], None, 0.2))
+
+
+@every_kernel
+def test_compiles_whole(device):
+    tensors = make((1, 20, 10, 1, 32), torch.bfloat16, device)
+    lens = torch.tensor([7], dtype=torch.int32, device=device)
+    compiled = torch.compile(lambda *t: ops.joint_attention(*t, txt_lens=lens), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*tensors), ops.joint_attention(*tensors, txt_lens=lens), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("device", "layout", "words"), [
+    ("sim", "contiguous", "not of compute capability 9.x"), ("sim-90a", "packed", "the Hopper kernel"),
+    ("sim-90a", "unaligned", "not multiples of 16 bytes"), ("reference", "packed", "the tensors are on the CPU")],
+    indirect=["device"])
+def test_report_names_the_kernel(device, layout, words):
+    ops.joint_attention(*make((1, 20, 10, 1, 64), torch.bfloat16, device, layout=layout))
+    assert words in backend.report()["joint_attention"]["reason"]
+
+
+def test_a_mask_with_holes(device):
+    """Packing by the mask equals attention that sees the kept tokens only."""
+    tensors = make((2, 30, 12, 1, 32), torch.bfloat16, device)
+    mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)).to(device) < 0.6
+    lens, order, *packed = ops.pack_text(mask, *tensors[3:])
+    out_img, out_txt = ops.joint_attention(*tensors[:3], *packed, txt_lens=lens)
+    out_txt = ops.unpack_text(order, out_txt)
+    assert (out_txt[~mask] == 0).all()
+    for b in range(2):
+        kept = [t[b:b + 1] for t in tensors[:3]] + [t[b:b + 1, mask[b]] for t in tensors[3:]]
+        alone_img, alone_txt = ops.joint_attention(*kept)
+        assert torch.equal(out_img[b], alone_img[0]) and torch.equal(out_txt[b, mask[b]], alone_txt[0])
+    with pytest.raises(TypeError, match=r"mask: expected a bool tensor \[B, S\], got torch.float32 \[2, 3\]"):
+        ops.pack_text(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"expected tensors \[2, 12, ...\] like mask, got \[2, 5\]"):
+        ops.pack_text(mask, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [
+    (dict(q_img=lambda t: t.tolist()), TypeError, "q_img: expected a torch.Tensor, got list"),
+    (dict(k_img=lambda t: t.float()), TypeError, "k_img: expected torch.bfloat16 like the first argument"),
+    (dict(v_img=lambda t: t[0]), ValueError, r"v_img: expected shape \[B, S, H, D\], got \[8, 2, 32\]"),
+    (dict(k_img=lambda t: t[:, :, :1]), ValueError, r"k_img: expected shape \[1, 8, 2, 32\], got \[1, 8, 1, 32\]"),
+    (dict(v_txt=lambda t: t[:, :3]), ValueError, r"v_txt: expected shape \[1, 4, 2, 32\], got \[1, 3, 2, 32\]"),
+    (dict(q_txt=lambda t: t[..., :16]), ValueError, "q_txt: expected a head dim of 32, 64 or 128, got 16"),
+    (dict(k_txt=lambda t: t.transpose(1, 3).contiguous().transpose(1, 3)), ValueError,
+     "k_txt: expected a contiguous last dimension, got stride 8"),
+    (dict(k_txt=lambda t: t.to("meta")), ValueError, "k_txt: expected device cpu like the first argument, got meta"),
+    (dict(txt_lens=[3]), TypeError, "txt_lens: expected a torch.Tensor or None, got list"),
+    (dict(txt_lens=torch.tensor([3])), TypeError, "txt_lens: expected torch.int32, got torch.int64"),
+    (dict(txt_lens=torch.tensor([3, 1], dtype=torch.int32)), ValueError, r"txt_lens: expected shape \[1\], got \[2\]"),
+    (dict(scale=0), ValueError, "scale: expected a finite number above 0 or None, got 0"),
+    (dict(scale="x"), ValueError, "scale: expected a finite number above 0 or None, got 'x'")])
+def test_bad_arguments(change, error, words):
+    arguments = dict(zip(NAMES, make((1, 8, 4, 2, 32), torch.bfloat16, "cpu"), strict=True))
+    for name, value in change.items():
+        arguments[name] = value(arguments[name]) if callable(value) else value
+    with pytest.raises(error, match=f"joint_attention: {words}"):
+        ops.joint_attention(**arguments)
+
+
+def test_lengths_outside_are_reported_on_request(monkeypatch):
+    tensors = make((1, 8, 4, 2, 32), torch.bfloat16, "cpu")
+    lens = torch.tensor([5], dtype=torch.int32)
+    assert torch.equal(ops.joint_attention(*tensors, txt_lens=lens)[0], ops.joint_attention(*tensors)[0])
+    monkeypatch.setenv("PYDIT_CHECK", "1")
+    with pytest.raises(ValueError, match=r"txt_lens: expected lengths from 0 to 4, got \[5\]"):
+        ops.joint_attention(*tensors, txt_lens=lens)
+
+
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_kernels_refuse_wide_dtypes(device):
+    with pytest.raises(TypeError, match="expected float16 or bfloat16 on the sim backend, got torch.float32"):
+        ops.joint_attention(*make((1, 8, 4, 2, 32), torch.float32, device))
