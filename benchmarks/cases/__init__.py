@@ -31,8 +31,9 @@ class Case:
     """One benchmark. ``make(device)`` draws inputs; ``run``, ``exact``, ``eager`` and every peer take them.
 
     ``exact`` is the answer in float64; ``eager`` is plain torch in the case's dtype, against whose error the tolerance
-    policy measures. ``reread``: the bytes beyond ``work.bytes`` that the portable kernel asks for again and finds in a
-    cache, counted by a formula of its design; tests hold the sum against the simulator's counters.
+    policy measures. ``beyond``: what the portable kernel does by design beyond ``work``, bytes that it asks for again
+    (on a GPU a cache has them) and products on the padding of its tiles; tests hold the sums against the simulator's
+    counters. None: not modelled.
     """
 
     op: str
@@ -45,7 +46,7 @@ class Case:
     exact: Callable
     eager: Callable
     peers: tuple[Peer, ...] = ()
-    reread: int | None = None
+    beyond: Work | None = None
 
     @property
     def name(self) -> str:

@@ -73,7 +73,7 @@ def _case(op, model, b, s, c, dtype, work, run, eager, kinds, peers) -> Case:
     # every token reads the modulation of its sample
     reread = kinds.count("m") * b * (s - 1) * c * torch_dtype.itemsize
     return Case(op, model, f"{b}x{s}x{c}", dtype, work(b, s, c, torch_dtype.itemsize), make, run,
-                lambda *args: eager(*(a.double() for a in args)), eager, tuple(peers), reread)
+                lambda *args: eager(*(a.double() for a in args)), eager, tuple(peers), Work(reread, 0))
 
 
 def _eager_ada_layer_norm(x, scale, shift):

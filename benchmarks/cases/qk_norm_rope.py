@@ -42,7 +42,8 @@ def qk_norm_rope(model, b, s, h, d, dtype) -> Case:
     # every head of every token reads its weight and the angles of its token
     reread = 2 * d * torch_dtype.itemsize * (b * s * h - 1) + 2 * (d // 2) * 4 * s * (2 * b * h - 1)
     return Case("qk_norm_rope", model, f"{b}x{s}x{h}x{d}", dtype, qk_norm_rope_work(b, s, h, d, torch_dtype.itemsize),
-                make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers, reread)
+                make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers,
+                Work(reread, 0))
 
 
 def _run(q, k, q_weight, k_weight, cos, sin):

@@ -77,8 +77,23 @@ void read_store(BulkStore& store) {
                  [&](const char* from, uint32_t at, uint32_t bytes) { memcpy(&store.data[at], from, bytes); });
 }
 
+// Tells the race detector what the box has of global memory: for its bounds and its counters.
+void observe_box(const TensorMap& map, const Coordinates& at, uint64_t token, bool write) {
+  const uint32_t size = element_bytes(map.element);
+  for_each_row(map, at, [&](uint32_t, char* address, int64_t begin, int64_t end) {
+    if (end <= begin) return;
+    const size_t bytes = static_cast<size_t>(end - begin) * size;
+    write ? race::engine_write(address + begin * size, bytes, token)
+          : race::engine_read(address + begin * size, bytes, token);
+  });
+}
+
 void issue(const BulkLoad& load) {
   const uint64_t token = engine().new_token();
+  if (load.from != nullptr)
+    race::engine_read(load.from, load.bytes, token);
+  else if (race::enabled)
+    observe_box(load.map, load.at, token, false);
   race::engine_write(load.to, load.bytes, token);
   race::engine_signals(token, load.barrier);
   if (eager()) return land_load(load);
@@ -143,6 +158,7 @@ void tma_store(const TensorMap& map, Coordinates at, const void* shared, bool ad
   require_aligned(name, "source", shared, 128);
   BulkStore& store = engine().mine().stores.add({map, at, shared, engine().new_token(), add, false, {}});
   race::engine_read(shared, map.box_bytes(), store.token);
+  if (race::enabled) observe_box(map, at, store.token, true);
   if (eager()) read_store(store);
 }
 

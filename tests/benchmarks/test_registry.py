@@ -18,7 +18,11 @@ def test_bytes_are_those_of_the_tensors(case):
     args = case.make("cpu")
     outputs = case.run(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert case.work.bytes == sum(t.numel() * t.element_size() for t in (*args, *outputs))
+    size = sum(t.numel() * t.element_size() for t in (*args, *outputs) if t is not None)
+    if any(t is not None and t.dtype == torch.int32 for t in args):  # lengths: padding is not read
+        assert 0.5 * size < case.work.bytes < size
+    else:
+        assert case.work.bytes == size
 
 
 def test_flops_of_one_token():
@@ -30,6 +34,8 @@ def test_flops_of_one_token():
     assert modulate.gated_residual_work(1, 1, 4, 2).flops == 4 + 4
     fused = modulate.gated_residual_ada_layer_norm_work(1, 1, 4, 2).flops
     assert fused == sums + centred + squares + normalised + modulated + 4 + 4
+    attention = __import__("benchmarks.cases.attention", fromlist=["x"]).joint_attention_work
+    assert attention(1, 1, (1, 0), 1, 4).flops == (4 + 1) * 2 * (2 * 4)  # pairs x products x (multiply, add) x D
     pairs = 2
     rotation = pairs * (4 + 2)  # 4 products, 2 sums
     assert rope.qk_norm_rope_work(1, 1, 1, 4, 2).flops == 2 * (8 + 4 + 4 + rotation)

@@ -1,0 +1,113 @@
+"""Joint attention: bound by the tensor cores. The peers concatenate the streams before and split the result after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import DTYPES, Case, Work
+from benchmarks.peers import compiled, eager_peer, never
+from benchmarks.peers.attention import attention_peers, joint
+from pydit import ops
+
+SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, text lengths or None
+    "full": (("qwen-image", 1, 6889, 512, 24, 128, "bf16", None), ("qwen-image", 2, 6889, 512, 24, 128, "bf16", None),
+             ("qwen-image", 2, 6889, 512, 24, 128, "bf16", (512, 37)),
+             ("qwen-image-1024", 1, 4096, 128, 24, 128, "bf16", None),
+             ("qwen-image-2048", 1, 16384, 512, 24, 128, "bf16", None),
+             ("flux.1", 1, 4096, 512, 24, 128, "bf16", None), ("sd3.5-large", 2, 4096, 333, 38, 64, "fp16", None)),
+    "small": (("tiny", 2, 150, 40, 2, 64, "bf16", None), ("tiny", 1, 200, 40, 1, 128, "bf16", None),
+              ("tiny", 2, 70, 40, 1, 128, "fp16", (40, 9))),
+}
+
+
+def cases(size: str) -> list[Case]:
+    return [joint_attention(*shape) for shape in SHAPES[size]]
+
+
+def joint_attention_work(s_img: int, s_txt: int, lens: tuple[int, ...], h: int, d: int) -> Work:
+    """Two products of 2 d FLOPs per query and key that exist; q, k and v of those tokens in and all outputs written,
+    those of padded text as zeros, 16 bits each."""
+    pairs = sum((s_img + n) ** 2 for n in lens)
+    tokens = sum(3 * (s_img + n) + s_img + s_txt for n in lens)
+    return Work(bytes=tokens * h * d * 2, flops=4 * pairs * h * d)
+
+
+def joint_attention(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
+    torch_dtype = DTYPES[dtype]
+    lengths = lens or (s_txt,) * b
+
+    def make(device):
+        """Views of a packed projection, as a fused QKV layer gives them."""
+        image, text = (torch.randn(b, tokens, 3, h, d, device=device, dtype=torch_dtype) for tokens in (s_img, s_txt))
+        limits = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
+        return (*image.unbind(2), *text.unbind(2), limits)
+
+    plain = (eager_peer(_eager), compiled(_eager))
+    peers = (*(_without_lengths(peer) for peer in attention_peers()), *plain) if lens is None else (
+        *plain, never("flash-attention varlen", "packs the batch, which waits for the GPU"))
+    shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
+    work = joint_attention_work(s_img, s_txt, lengths, h, d)
+    beyond = portable_kernel(work, s_img, s_txt, lengths, lens is not None, h, d)
+    return Case("joint_attention", model, shape, dtype, work, make, _run, _exact, _eager, peers, beyond)
+
+
+def portable_kernel(work: Work, s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: bool, h: int,
+                    d: int) -> Work:
+    """What blocks of 128 queries and tiles of 64 or 128 keys add: each block reads its sample's keys and values, each
+    of its 256 threads the length; lse is written in fp32; products are of whole tiles."""
+    def tiles(tokens, size):
+        return -(-tokens // size)
+
+    keys = 64 if d == 128 else 128
+    bytes_again, flops = len(lens) * (s_img + s_txt) * h * 4, 0
+    for n in lens:
+        blocks = tiles(s_img, 128) + tiles(n, 128)
+        bytes_again += (blocks - 1) * 2 * (s_img + n) * h * d * 2
+        flops += 4 * blocks * 128 * (tiles(s_img, keys) + tiles(n, keys)) * keys * h * d
+        if reads_lens:
+            bytes_again += (tiles(s_img, 128) + tiles(s_txt, 128)) * h * 256 * 4
+    return Work(bytes_again, flops - work.flops)
+
+
+def _without_lengths(peer):
+    """The peers of benchmarks/peers/attention.py take six tensors; cases have the lengths behind them."""
+    def build():
+        run = peer.build()
+        return lambda *args: run(*args[:6])
+
+    return replace(peer, build=build)
+
+
+def _run(*args):
+    return ops.joint_attention(*args[:6], txt_lens=args[6])
+
+
+def _eager(q_img, k_img, v_img, q_txt, k_txt, v_txt, lens):
+    """As diffusers runs it: concatenation, torch's attention with a mask where lengths differ, split."""
+    mask = keep = None
+    if lens is not None:
+        keep = torch.arange(k_txt.shape[1], device=lens.device) < lens[:, None]
+        mask = torch.cat((keep.new_ones(len(keep), k_img.shape[1]), keep), 1)[:, None, None]
+
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+    out_img, out_txt = joint(attention)(q_img, k_img, v_img, q_txt, k_txt, v_txt)
+    return out_img, out_txt if keep is None else out_txt * keep[:, :, None, None]
+
+
+def _exact(*args):
+    """float64, one sample and head at a time: the scores of all would not fit."""
+    q_img, k_img, v_img, q_txt, k_txt, v_txt, lens = args
+    outs = [torch.zeros(q.shape, dtype=torch.float64, device=q.device) for q in (q_img, q_txt)]
+    for b in range(q_img.shape[0]):
+        n = k_txt.shape[1] if lens is None else int(lens[b])
+        for h in range(q_img.shape[2]):
+            q, k, v = (torch.cat((i[b, :, h], t[b, :n, h])).double()
+                       for i, t in ((q_img, q_txt), (k_img, k_txt), (v_img, v_txt)))
+            out = torch.softmax(q @ k.T * q.shape[1] ** -0.5, -1) @ v
+            outs[0][b, :, h], outs[1][b, :n, h] = out[:q_img.shape[1]], out[q_img.shape[1]:]
+    return tuple(outs)
