@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import compiled, eager_peer, never
+from benchmarks.peers import Peer, compiled, eager_peer, never
 from pydit import ops
 
 SHAPES = {  # model, batch, tokens, heads, head dimension, dtype
@@ -16,8 +16,15 @@ SHAPES = {  # model, batch, tokens, heads, head dimension, dtype
 }
 
 
+JOINT = {  # model, batch, image tokens, text tokens, heads, head dim, dtype
+    "full": (("qwen-image", 1, 6889, 512, 24, 128, "bf16"), ("qwen-image", 2, 6889, 512, 24, 128, "bf16"),
+             ("flux.1", 1, 4096, 512, 24, 128, "bf16")),
+    "small": (("tiny", 2, 72, 9, 3, 32, "fp32"),),
+}
+
+
 def cases(size: str) -> list[Case]:
-    return [qk_norm_rope(*shape) for shape in SHAPES[size]]
+    return [*(qk_norm_rope(*shape) for shape in SHAPES[size]), *(joint_qk_norm_rope(*shape) for shape in JOINT[size])]
 
 
 def qk_norm_rope_work(b: int, s: int, h: int, d: int, itemsize: int) -> Work:
@@ -44,6 +51,26 @@ def qk_norm_rope(model, b, s, h, d, dtype) -> Case:
     return Case("qk_norm_rope", model, f"{b}x{s}x{h}x{d}", dtype, qk_norm_rope_work(b, s, h, d, torch_dtype.itemsize),
                 make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers,
                 Work(reread, 0))
+
+
+def joint_qk_norm_rope(model, b, s_img, s_txt, h, d, dtype) -> Case:
+    streams = [qk_norm_rope(model, b, s, h, d, dtype) for s in (s_img, s_txt)]
+
+    def both(function):
+        return lambda *args: (*function(*args[:6]), *function(*args[6:]))
+
+    peers = (compiled(both(_real)), eager_peer(both(_eager)), Peer("two launches", lambda: both(_run)),
+             never("sglang", "fused_inplace_qknorm_rope runs inside the SGLang server only"))
+    return Case("joint_qk_norm_rope", model, f"{b}x{s_img}+{s_txt}x{h}x{d}", dtype,
+                Work(*(sum(parts) for parts in zip(*((c.work.bytes, c.work.flops) for c in streams), strict=True))),
+                lambda device: (*streams[0].make(device), *streams[1].make(device)), _run_joint,
+                lambda *args: both(_eager)(*(a.double() for a in args)), both(_eager), peers,
+                Work(sum(c.beyond.bytes for c in streams), 0))
+
+
+def _run_joint(*args):
+    (q_img, k_img, *w_img, cos_img, sin_img), (q_txt, k_txt, *w_txt, cos_txt, sin_txt) = args[:6], args[6:]
+    return ops.joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, (*w_img, *w_txt), (cos_img, sin_img), (cos_txt, sin_txt))
 
 
 def _run(q, k, q_weight, k_weight, cos, sin):

@@ -57,6 +57,7 @@ struct Backend {
   int (*gated_residual)(const pydit_gated_residual_params*);
   int (*gated_residual_ada_layer_norm)(const pydit_gated_residual_ada_layer_norm_params*);
   int (*qk_norm_rope)(const pydit_qk_norm_rope_params*);
+  int (*joint_qk_norm_rope)(const pydit_joint_qk_norm_rope_params*);
   int (*joint_attention)(const pydit_joint_attention_params*);
   int (*joint_attention_path)(const pydit_joint_attention_params*);
 };
@@ -69,6 +70,20 @@ void call(const Backend& backend, int (*op)(const Params*), const Params& params
     status = op(&params);
   }
   if (status != 0) throw std::runtime_error(backend.last_error());
+}
+
+pydit_qk_norm_rope_params norm_rope(py::handle q, py::handle k, py::handle q_weight, py::handle k_weight,
+                                    py::handle cos, py::handle sin, py::handle q_out, py::handle k_out, double eps,
+                                    int dtype, uintptr_t cuda_stream) {
+  pydit_qk_norm_rope_params p = {};
+  p.q = heads(q), p.k = heads(k), p.q_out = heads(q_out), p.k_out = heads(k_out);
+  p.q_weight = data_or_null(q_weight), p.k_weight = data_or_null(k_weight);
+  p.cos = static_cast<const float*>(data_or_null(cos)), p.sin = static_cast<const float*>(data_or_null(sin));
+  const py::tuple shape = q.attr("shape");
+  p.batch = stride(shape, 0), p.tokens = stride(shape, 1);
+  p.heads = shape[2].cast<int32_t>(), p.head_dim = shape[3].cast<int32_t>();
+  p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(cuda_stream);
+  return p;
 }
 
 void define_ops(py::module_ m, const Backend& backend) {
@@ -102,15 +117,16 @@ void define_ops(py::module_ m, const Backend& backend) {
         });
   m.def("qk_norm_rope", [backend](Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
                                   Tensor q_out, Tensor k_out, double eps, int dtype, uintptr_t stream) {
-    pydit_qk_norm_rope_params p = {};
-    p.q = heads(q), p.k = heads(k), p.q_out = heads(q_out), p.k_out = heads(k_out);
-    p.q_weight = data_or_null(q_weight), p.k_weight = data_or_null(k_weight);
-    p.cos = static_cast<const float*>(data_or_null(cos)), p.sin = static_cast<const float*>(data_or_null(sin));
-    const py::tuple shape = q.attr("shape");
-    p.batch = stride(shape, 0), p.tokens = stride(shape, 1);
-    p.heads = shape[2].cast<int32_t>(), p.head_dim = shape[3].cast<int32_t>();
-    p.eps = static_cast<float>(eps), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    const auto p = norm_rope(q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps, dtype, stream);
     call(backend, backend.qk_norm_rope, p);
+  });
+  m.def("joint_qk_norm_rope", [backend](Tensor q_img, Tensor k_img, Tensor q_txt, Tensor k_txt, py::tuple weights,
+                                        Tensor cos_img, Tensor sin_img, Tensor cos_txt, Tensor sin_txt, py::tuple out,
+                                        double eps, int dtype, uintptr_t stream) {
+    pydit_joint_qk_norm_rope_params p = {};
+    p.img = norm_rope(q_img, k_img, weights[0], weights[1], cos_img, sin_img, out[0], out[1], eps, dtype, stream);
+    p.txt = norm_rope(q_txt, k_txt, weights[2], weights[3], cos_txt, sin_txt, out[2], out[3], eps, dtype, stream);
+    call(backend, backend.joint_qk_norm_rope, p);
   });
   m.def("joint_attention", [backend](Tensor q_img, Tensor k_img, Tensor v_img, Tensor q_txt, Tensor k_txt, Tensor v_txt,
                                      Tensor txt_lens, Tensor out_img, Tensor out_txt, Tensor lse_img, Tensor lse_txt,
@@ -129,11 +145,11 @@ void define_ops(py::module_ m, const Backend& backend) {
   });
 }
 
-#define PYDIT_BACKEND_TABLE(name)                                                                                  \
-  Backend {                                                                                                        \
-    pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual,                       \
-        pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_attention, \
-        pydit_##name##_joint_attention_path                                                                        \
+#define PYDIT_BACKEND_TABLE(name)                                                                                     \
+  Backend {                                                                                                           \
+    pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual,                          \
+        pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_qk_norm_rope, \
+        pydit_##name##_joint_attention, pydit_##name##_joint_attention_path                                           \
   }
 
 }  // namespace

@@ -61,43 +61,45 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
     return out[0], out[1]
 
 
-def _check_heads(name, x, like):
-    _check_tensor(_OP, name, x, like)
+def _check_heads(name, x, like, *, op=_OP, same_tokens=True):
+    _check_tensor(op, name, x, like)
     if x.ndim != 4:
-        raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
+        raise ValueError(f"{op}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
     if x.shape[3] % 2 or not 2 <= x.shape[3] <= 256:
-        raise ValueError(f"{_OP}: {name}: expected an even head dim from 2 to 256, got {x.shape[3]}")
-    if like is not None and x.shape != like.shape:
-        raise ValueError(f"{_OP}: {name}: expected shape {list(like.shape)} like q, got {list(x.shape)}")
-    _check_last_dim(_OP, name, x)
+        raise ValueError(f"{op}: {name}: expected an even head dim from 2 to 256, got {x.shape[3]}")
+    if like is not None:
+        expected = [like.shape[0], like.shape[1] if same_tokens else x.shape[1], *like.shape[2:]]
+        if list(x.shape) != expected:
+            raise ValueError(f"{op}: {name}: expected shape {expected} like the first argument, got {list(x.shape)}")
+    _check_last_dim(op, name, x)
 
 
-def _check_weight(name, weight, q):
+def _check_weight(name, weight, q, *, op=_OP):
     if weight is None:
         return
-    _check_tensor(_OP, name, weight, q)
+    _check_tensor(op, name, weight, q)
     if tuple(weight.shape) != (q.shape[3],):
-        raise ValueError(f"{_OP}: {name}: expected shape [{q.shape[3]}], got {list(weight.shape)}")
-    _check_last_dim(_OP, name, weight)
+        raise ValueError(f"{op}: {name}: expected shape [{q.shape[3]}], got {list(weight.shape)}")
+    _check_last_dim(op, name, weight)
 
 
-def _check_freqs(freqs, q):
+def _check_freqs(freqs, q, *, op=_OP, name="freqs"):
     if freqs is None:
         return None, None
     if not isinstance(freqs, (tuple, list)) or len(freqs) != 2:
-        raise TypeError(f"{_OP}: freqs: expected a pair (cos, sin) or None, got {type(freqs).__name__}")
-    for name, table in zip(("freqs cos", "freqs sin"), freqs, strict=True):
+        raise TypeError(f"{op}: {name}: expected a pair (cos, sin) or None, got {type(freqs).__name__}")
+    for part, table in zip(("cos", "sin"), freqs, strict=True):
         if not isinstance(table, torch.Tensor):
-            raise TypeError(f"{_OP}: {name}: expected a torch.Tensor, got {type(table).__name__}")
+            raise TypeError(f"{op}: {name} {part}: expected a torch.Tensor, got {type(table).__name__}")
         if table.dtype != torch.float32 and not (table.dtype == q.dtype == torch.float64):
-            raise TypeError(f"{_OP}: {name}: expected torch.float32, got {table.dtype}")
+            raise TypeError(f"{op}: {name} {part}: expected torch.float32, got {table.dtype}")
         if table.device != q.device:
-            raise ValueError(f"{_OP}: {name}: expected device {q.device} like q, got {table.device}")
+            raise ValueError(f"{op}: {name} {part}: expected device {q.device} like q, got {table.device}")
         if tuple(table.shape) != (q.shape[1], q.shape[3] // 2):
-            raise ValueError(f"{_OP}: {name}: expected shape [{q.shape[1]}, {q.shape[3] // 2}], "
+            raise ValueError(f"{op}: {name} {part}: expected shape [{q.shape[1]}, {q.shape[3] // 2}], "
                              f"got {list(table.shape)}")
         if not table.is_contiguous():
-            raise ValueError(f"{_OP}: {name}: expected a contiguous tensor, got strides {list(table.stride())}")
+            raise ValueError(f"{op}: {name} {part}: expected a contiguous tensor, got strides {list(table.stride())}")
     return freqs[0], freqs[1]
 
 

@@ -35,6 +35,13 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6):
     return _norm_rope(q, q_weight, freqs, eps), _norm_rope(k, k_weight, freqs, eps)
 
 
+def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt, *, eps=1e-6):
+    """qk_norm_rope of both streams; weights are those of q_img, k_img, q_txt and k_txt."""
+    weights = (None,) * 4 if weights is None else weights
+    return (*qk_norm_rope(q_img, k_img, *weights[:2], freqs_img, eps=eps),
+            *qk_norm_rope(q_txt, k_txt, *weights[2:], freqs_txt, eps=eps))
+
+
 def _norm_rope(x, weight, freqs, eps):
     value = wide(x)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)

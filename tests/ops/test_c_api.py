@@ -59,6 +59,37 @@ def test_qk_norm_rope_arguments(kernels, shape, message):
     assert str(caught.value) == f"qk_norm_rope: {message}"
 
 
+def _attend(kernels, image, text, scale=1.0, dtype=2):
+    i, t = Shaped(*image), Shaped(*text)
+    kernels.joint_attention(i, i, i, t, t, t, None, i, t, None, None, scale, dtype, 0)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(image=(1, 2, 3, 48)), "head_dim: expected 32, 64 or 128, got 48"),
+    (dict(image=(1, 1 << 31, 3, 64)), "tokens: expected 0 to 2^30, got 2147483648"),
+    (dict(image=(-1, 2, 3, 64)), "batch, heads: expected 0 or more, got -1, 3"),
+    (dict(image=(1, 2, 3, 64), scale=0.0), "scale: expected more than 0, got 0"),
+    (dict(image=(1, 2, 3, 64), scale=float("nan")), "scale: expected more than 0, got nan"),
+    (dict(image=(1, 2, 3, 64), dtype=0), "dtype: expected float16 (1) or bfloat16 (2), got 0"),
+    (dict(image=(1 << 30, 200, 4, 64)), "expected at most 2^31 - 1 tiles, got more")], ids=str)
+def test_joint_attention_arguments(kernels, arguments, message):
+    with pytest.raises(RuntimeError) as caught:
+        _attend(kernels, **{"text": (1, 2, 3, 64), **arguments})
+    assert str(caught.value) == f"joint_attention: {message}"
+
+
+@pytest.mark.parametrize(("image", "text", "message"), [
+    ((1, 2, 3, 8), (1, 2, 4, 8), "expected the same batch, heads, head_dim, dtype and stream for both streams"),
+    ((1, (1 << 31) - 1, 3, 8), (1, 2, 3, 8),
+     "tokens: expected at most 2^31 - 1 in both streams together, got 2147483649"),
+    ((1, 2, 3, 8), (1, 2, 3, 7), "head_dim: expected an even number from 2 to 256, got 7")], ids=str)
+def test_joint_qk_norm_rope_arguments(kernels, image, text, message):
+    i, t = Shaped(*image), Shaped(*text)
+    with pytest.raises(RuntimeError) as caught:
+        kernels.joint_qk_norm_rope(i, i, t, t, (None,) * 4, None, None, None, None, (i, i, t, t), 1e-6, 0, 0)
+    assert str(caught.value) == f"joint_qk_norm_rope: {message}"
+
+
 def test_cosine_needs_its_sine(kernels):
     x = Shaped(1, 2, 3, 8)
     with pytest.raises(RuntimeError, match="qk_norm_rope: cos, sin: expected both or neither, got one"):

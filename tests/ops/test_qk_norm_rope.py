@@ -138,7 +138,7 @@ _Q = torch.zeros(2, 3, 4, 8)
     ({"q": torch.zeros(2, 3, 8)}, ValueError, r"q: expected shape \[B, S, H, D\], got \[2, 3, 8\]"),
     ({"q": torch.zeros(2, 3, 4, 7)}, ValueError, "q: expected an even head dim from 2 to 256, got 7"),
     ({"q": torch.zeros(2, 3, 4, 258)}, ValueError, "q: expected an even head dim from 2 to 256, got 258"),
-    ({"k": torch.zeros(2, 3, 5, 8)}, ValueError, r"k: expected shape \[2, 3, 4, 8\] like q, got \[2, 3, 5, 8\]"),
+    ({"k": torch.zeros(2, 3, 5, 8)}, ValueError, r"k: expected shape \[2, 3, 4, 8\] like the first argument, got \[2, 3, 5, 8\]"),
     ({"k": _Q.half()}, TypeError, "k: expected torch.float32 like the first argument, got torch.float16"),
     ({"q_weight": torch.zeros(4)}, ValueError, r"q_weight: expected shape \[8\], got \[4\]"),
     ({"k_weight": torch.zeros(8).double()}, TypeError, "k_weight: expected torch.float32"),
@@ -147,7 +147,7 @@ _Q = torch.zeros(2, 3, 4, 8)
     ({"freqs": (torch.zeros(3, 8),) * 2}, ValueError, r"freqs cos: expected shape \[3, 4\], got \[3, 8\]"),
     ({"freqs": (torch.zeros(3, 4), torch.zeros(4, 3).T)}, ValueError, "freqs sin: expected a contiguous tensor"),
     ({"out": _Q}, TypeError, "out: expected a pair of tensors, got Tensor"),
-    ({"out": (_Q, torch.zeros(2, 3, 4, 6))}, ValueError, r"out\[1\]: expected shape \[2, 3, 4, 8\] like q"),
+    ({"out": (_Q, torch.zeros(2, 3, 4, 6))}, ValueError, r"out\[1\]: expected shape \[2, 3, 4, 8\] like the first argument"),
     ({"q": torch.zeros(2, 3, 4, 8, requires_grad=True), "out": (_Q, _Q)}, ValueError, "out: expected tensors that need no gradient"),
     ({"eps": float("nan")}, ValueError, "eps: expected a finite number"),
 ])

@@ -108,6 +108,12 @@ typedef struct {
   void* stream;
 } pydit_qk_norm_rope_params;
 
+/* qk_norm_rope of both streams in one launch. batch, heads, head_dim, eps, dtype and stream are the same in both;
+ * either may have no tokens. */
+typedef struct {
+  pydit_qk_norm_rope_params img, txt;
+} pydit_joint_qk_norm_rope_params;
+
 /* One softmax over the keys of both streams, whose tensors stay apart:
  *   s = scale * q k^T over all keys,  out = softmax(s) v,  lse = ln(sum(exp(s))).
  * Keys of the image stream and, per sample, the first len keys of the text stream take part; len is txt_lens[b] clamped
@@ -144,6 +150,7 @@ enum {
   int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                               \
   int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*); \
   int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);                                   \
+  int pydit_##backend##_joint_qk_norm_rope(const pydit_joint_qk_norm_rope_params*);                       \
   int pydit_##backend##_joint_attention(const pydit_joint_attention_params*);                             \
   int pydit_##backend##_joint_attention_path(const pydit_joint_attention_params*);
 

@@ -9,6 +9,9 @@
 // of a token walk over its 2H head vectors (q heads, then k heads), so the token's cos and sin are read once per
 // thread. Every thread keeps taking part in the shuffles, with or without a vector of its own.
 //
+// joint_qk_norm_rope does both streams of a block in one launch: the first blocks take the image's tokens, the rest the
+// text's, which alone would not fill the GPU.
+//
 // Floor: 4 B S H D accesses of sizeof(T) + the cos/sin table.
 
 #include "device/check.h"
@@ -30,8 +33,17 @@ __device__ __forceinline__ T* head_vector(const pydit_heads& t, int64_t b, int64
 
 // Lane l of a group holds the kWidth elements from (i * kLanes + l) * kWidth for i < kVectors; kWidth is even, so a
 // pair never crosses lanes. kWide: whole 16-byte accesses; otherwise element by element.
-template <typename T, int kWidth, int kLanes, int kVectors, bool kWide>
-__global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const pydit_qk_norm_rope_params p) {
+// One or two streams that share all but tensors and tokens; the first has `first_blocks` blocks.
+template <int kStreams>
+struct Streams {
+  pydit_qk_norm_rope_params stream[kStreams];
+  unsigned first_blocks;
+};
+
+template <typename T, int kWidth, int kLanes, int kVectors, bool kWide, int kStreams>
+__global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const __grid_constant__ Streams<kStreams> streams) {
+  const bool second = kStreams == 2 && blockIdx.x >= streams.first_blocks;
+  const pydit_qk_norm_rope_params& p = streams.stream[second ? kStreams - 1 : 0];
   using Vec = Pack<T, kWide ? kWidth : 1>;
   constexpr int kGroups = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes;
@@ -40,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const pydit_qk_n
   const int groups_per_token = vectors_per_token < kGroups ? vectors_per_token : kGroups;
   const int tokens_per_block = kGroups / groups_per_token;
   const int token_in_block = group / groups_per_token;
-  const int64_t s = static_cast<int64_t>(blockIdx.x) * tokens_per_block + token_in_block;
+  const unsigned block = second ? blockIdx.x - streams.first_blocks : blockIdx.x;
+  const int64_t s = static_cast<int64_t>(block) * tokens_per_block + token_in_block;
   const int64_t b = blockIdx.y;
   const bool has_token = token_in_block < tokens_per_block && s < p.tokens;
 
@@ -137,16 +150,21 @@ void name_tensors(const pydit_qk_norm_rope_params& p) {
   name_tensor("sin", p.sin, false, sizeof(float), p.head_dim / 2, {p.tokens}, {p.head_dim / 2});
 }
 
-template <typename T, int kWidth, int kLanes, int kVectors, bool kWide>
-int launch_groups(const pydit_qk_norm_rope_params& p) {
+template <typename T, int kWidth, int kLanes, int kVectors, bool kWide, int kStreams>
+int launch_groups(const char* op, Streams<kStreams> streams) {
   constexpr int kGroups = kThreads / kLanes;
-  const int groups_per_token = 2 * p.heads < kGroups ? 2 * p.heads : kGroups;
+  const pydit_qk_norm_rope_params& first = streams.stream[0];
+  const int groups_per_token = 2 * first.heads < kGroups ? 2 * first.heads : kGroups;
   const int tokens_per_block = kGroups / groups_per_token;
-  const auto blocks = static_cast<unsigned>((p.tokens + tokens_per_block - 1) / tokens_per_block);
-  name_tensors<T>(p);
-  return launch_status("qk_norm_rope", PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide>),
-                                                    dim3(blocks, static_cast<unsigned>(p.batch)), dim3(kThreads), 0,
-                                                    static_cast<cudaStream_t>(p.stream), p));
+  unsigned blocks = 0;
+  for (const pydit_qk_norm_rope_params& p : streams.stream) {
+    if (&p == &first + 1) streams.first_blocks = blocks;
+    blocks += static_cast<unsigned>((p.tokens + tokens_per_block - 1) / tokens_per_block);
+    if (p.tokens > 0) name_tensors<T>(p);
+  }
+  return launch_status(op, PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide, kStreams>),
+                                        dim3(blocks, static_cast<unsigned>(first.batch)), dim3(kThreads), 0,
+                                        static_cast<cudaStream_t>(first.stream), streams));
 }
 
 template <typename T>
@@ -155,15 +173,31 @@ bool vectorizable(const pydit_heads& t) {
   return aligned16(t.data) && t.stride_b % kWidth == 0 && t.stride_s % kWidth == 0 && t.stride_h % kWidth == 0;
 }
 
-template <typename T>
-int launch(const pydit_qk_norm_rope_params& p) {
+template <typename T, int kStreams>
+int launch(const char* op, const Streams<kStreams>& streams) {
   constexpr int kWidth = kElementsIn16Bytes<T>;
-  const bool wide = vectorizable<T>(p.q) && vectorizable<T>(p.k) && vectorizable<T>(p.q_out) &&
-                    vectorizable<T>(p.k_out) && aligned16(p.q_weight) && aligned16(p.k_weight);
-  if (wide && p.head_dim == 32) return launch_groups<T, kWidth, 32 / kWidth, 1, true>(p);
-  if (wide && p.head_dim == 64) return launch_groups<T, kWidth, 64 / kWidth, 1, true>(p);
-  if (wide && p.head_dim == 128) return launch_groups<T, kWidth, 128 / kWidth, 1, true>(p);
-  return launch_groups<T, 2, 32, kMaxHeadDim / 64, false>(p);
+  bool wide = true;
+  for (const pydit_qk_norm_rope_params& p : streams.stream) {
+    wide = wide && vectorizable<T>(p.q) && vectorizable<T>(p.k) && vectorizable<T>(p.q_out) &&
+           vectorizable<T>(p.k_out) && aligned16(p.q_weight) && aligned16(p.k_weight);
+  }
+  const int head_dim = streams.stream[0].head_dim;
+  if (wide && head_dim == 32) return launch_groups<T, kWidth, 32 / kWidth, 1, true>(op, streams);
+  if (wide && head_dim == 64) return launch_groups<T, kWidth, 64 / kWidth, 1, true>(op, streams);
+  if (wide && head_dim == 128) return launch_groups<T, kWidth, 128 / kWidth, 1, true>(op, streams);
+  return launch_groups<T, 2, 32, kMaxHeadDim / 64, false>(op, streams);
+}
+
+int check(const char* op, const pydit_qk_norm_rope_params& p) {
+  if (p.head_dim < 2 || p.head_dim > kMaxHeadDim || p.head_dim % 2 != 0)
+    return bad_argument("%s: head_dim: expected an even number from 2 to %d, got %d", op, kMaxHeadDim, p.head_dim);
+  if (p.batch < 0 || p.batch > 65535)
+    return bad_argument("%s: batch: expected 0 to 65535, got %lld", op, static_cast<long long>(p.batch));
+  if (p.tokens < 0 || p.tokens > INT32_MAX)
+    return bad_argument("%s: tokens: expected 0 to 2^31 - 1, got %lld", op, static_cast<long long>(p.tokens));
+  if ((p.cos == nullptr) != (p.sin == nullptr))
+    return bad_argument("%s: cos, sin: expected both or neither, got one", op);
+  return kOk;
 }
 
 }  // namespace
@@ -172,15 +206,26 @@ int launch(const pydit_qk_norm_rope_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(qk_norm_rope)(const pydit_qk_norm_rope_params* p) {
-  if (p->head_dim < 2 || p->head_dim > kMaxHeadDim || p->head_dim % 2 != 0)
-    return bad_argument("qk_norm_rope: head_dim: expected an even number from 2 to %d, got %d", kMaxHeadDim,
-                        p->head_dim);
-  if (p->batch < 0 || p->batch > 65535)
-    return bad_argument("qk_norm_rope: batch: expected 0 to 65535, got %lld", static_cast<long long>(p->batch));
-  if (p->tokens < 0 || p->tokens > INT32_MAX)
-    return bad_argument("qk_norm_rope: tokens: expected 0 to 2^31 - 1, got %lld", static_cast<long long>(p->tokens));
-  if ((p->cos == nullptr) != (p->sin == nullptr))
-    return bad_argument("qk_norm_rope: cos, sin: expected both or neither, got one");
+  const char* op = "qk_norm_rope";
+  if (const int status = check(op, *p)) return status;
   if (p->batch == 0 || p->tokens == 0 || p->heads == 0) return kOk;
-  return dispatch_dtype("qk_norm_rope", p->dtype, [&](auto tag) { return launch<typename decltype(tag)::type>(*p); });
+  return dispatch_dtype(op, p->dtype,
+                        [&](auto tag) { return launch<typename decltype(tag)::type>(op, Streams<1>{{*p}, 0}); });
+}
+
+extern "C" int PYDIT_ENTRY(joint_qk_norm_rope)(const pydit_joint_qk_norm_rope_params* p) {
+  const char* op = "joint_qk_norm_rope";
+  const pydit_qk_norm_rope_params &image = p->img, &text = p->txt;
+  if (const int status = check(op, image)) return status;
+  if (const int status = check(op, text)) return status;
+  if (image.batch != text.batch || image.heads != text.heads || image.head_dim != text.head_dim ||
+      image.dtype != text.dtype || image.stream != text.stream)
+    return bad_argument("%s: expected the same batch, heads, head_dim, dtype and stream for both streams", op);
+  if (image.tokens + text.tokens > INT32_MAX)
+    return bad_argument("%s: tokens: expected at most 2^31 - 1 in both streams together, got %lld", op,
+                        static_cast<long long>(image.tokens + text.tokens));
+  if (image.batch == 0 || image.heads == 0 || image.tokens + text.tokens == 0) return kOk;
+  return dispatch_dtype(op, image.dtype, [&](auto tag) {
+    return launch<typename decltype(tag)::type>(op, Streams<2>{{image, text}, 0});
+  });
 }
