@@ -174,7 +174,7 @@ define("joint_attention(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt,
        lambda q_img, k_img, v_img, q_txt, k_txt, *_: _outputs(q_img, q_txt, k_txt))
 
 
-# Backward: the formulas of FlashAttention-2 (Dao 2023, algorithm 2) in torch, for a part of the queries at a time. ----
+# Backward: an op of its own, so that it can be traced. --------------------------------------------------------------
 
 
 def _setup(ctx, inputs, output):
@@ -183,8 +183,44 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, *grads):
-    q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, out_img, out_txt, lse_img, lse_txt = ctx.saved_tensors
-    backend.record(f"{_OP} backward", "reference", "the formula in torch, for a part of the queries at a time")
+    grads = torch.ops.pydit.joint_attention_backward(*ctx.saved_tensors, *grads, ctx.scale)
+    if ctx.saved_tensors[3] is None:
+        grads[3] = None
+    return *grads, None, None
+
+
+def _gradients_like(q_img, k_img, v_img, q_txt, k_txt, v_txt, *_):
+    return [x.new_empty(x.shape) for x in (q_img, k_img, v_img, k_txt.new_empty(0) if q_txt is None else q_txt, k_txt,
+                                           v_txt)]
+
+
+def _gradients(*arguments):
+    *tensors, txt_lens, out_img, out_txt, lse_img, lse_txt, d_img, d_txt, d_lse_img, d_lse_txt, scale = arguments
+    path = backend.choose(f"{_OP}_backward", tensors[0])
+    if path.kernels is None:
+        return _formula(tensors, txt_lens, (out_img, out_txt), (lse_img, lse_txt), (d_img, d_txt),
+                        (d_lse_img, d_lse_txt), scale)
+    found = _gradients_like(*tensors)
+    delta = [_delta(*stream) for stream in ((d_img, out_img, d_lse_img), (d_txt, out_txt, d_lse_txt))]
+    d_out, lse, d_inputs = [d_img.contiguous(), d_txt.contiguous()], [lse_img, lse_txt], list(found)
+    if tensors[3] is None:
+        d_out[1] = lse[1] = delta[1] = d_inputs[3] = None
+    with backend.device_of(tensors[0]):
+        path.kernels.joint_attention_backward(tuple(tensors), txt_lens, tuple(d_out), tuple(lse), tuple(delta),
+                                              tuple(d_inputs), scale, backend.DTYPE_CODES[tensors[0].dtype],
+                                              backend.stream_of(tensors[0]))
+    backend.explain(f"{_OP}_backward", "the portable kernel, deterministic")
+    return found
+
+
+def _delta(d_out, out, d_lse):
+    """[B, H, S] fp32: the sum over D of d_out * out, minus the gradient of lse."""
+    return ((d_out.float() * out.float()).sum(-1).transpose(1, 2) - d_lse).contiguous()
+
+
+def _formula(tensors, txt_lens, outs, lses, d_outs, d_lses, scale):
+    """FlashAttention-2's backward (Dao 2023, algorithm 2) in torch, for a part of the queries at a time."""
+    q_img, k_img, v_img, q_txt, k_txt, v_txt = tensors
     keep = None if txt_lens is None else reference.kept(txt_lens, k_txt.shape[1])
 
     def text(x):
@@ -196,9 +232,9 @@ def _backward(ctx, *grads):
     d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
     seen = None if keep is None else torch.cat((keep.new_ones(len(keep), split), keep), 1)[:, None, None]
 
-    def stream(q, out, lse, grad_out, grad_lse, rows):
+    def stream(q, out, lse, d_out, d_lse, rows):
         """d q, with d k and d v added up. Rows that take no part have a gradient of 0, whatever came in."""
-        d_q = torch.empty_like(q, dtype=keys.dtype)
+        d_q = torch.empty(q.shape, dtype=keys.dtype, device=q.device)
         step = max(1, _CHUNK // max(1, q.shape[0] * q.shape[2] * keys.shape[1]))
         for first in range(0, q.shape[1], step):
             part = slice(first, first + step)
@@ -207,26 +243,29 @@ def _backward(ctx, *grads):
                 x = wide(x[:, part])
                 return x if rows is None else torch.where(rows[:, part, None, None], x, 0)
 
-            query, grad, bottom = rows_of(q), rows_of(grad_out), lse[:, :, part, None].to(keys.dtype)
-            scores = torch.einsum("bqhd,bkhd->bhqk", query, keys) * ctx.scale
+            query, grad, bottom = rows_of(q), rows_of(d_out), lse[:, :, part, None].to(keys.dtype)
+            none = bottom.isinf()  # queries without a key
+            scores = torch.einsum("bqhd,bkhd->bhqk", query, keys) * scale
             if seen is not None:
                 scores = scores.masked_fill(~seen, -math.inf)
-            weights = torch.exp(scores - torch.where(bottom.isinf(), 0, bottom))
-            weights = torch.where(bottom.isinf(), 0, weights)
+            weights = torch.where(none, 0, torch.exp(scores - torch.where(none, 0, bottom)))
             inner = torch.einsum("bqhd,bkhd->bhqk", grad, values)
             delta = (grad * rows_of(out)).sum(-1).transpose(1, 2)[..., None]
-            d_lse = torch.where(bottom.isinf(), 0, grad_lse[:, :, part, None].to(keys.dtype))
-            d_scores = weights * (inner - delta + d_lse) * ctx.scale
+            delta = delta - torch.where(none, 0, d_lse[:, :, part, None].to(keys.dtype))
+            d_scores = weights * (inner - delta) * scale
             d_values.add_(torch.einsum("bhqk,bqhd->bkhd", weights, grad))
             d_keys.add_(torch.einsum("bhqk,bqhd->bkhd", d_scores, query))
             d_q[:, part] = torch.einsum("bhqk,bkhd->bqhd", d_scores, keys)
         return d_q.to(q.dtype)
 
-    d_q_img = stream(q_img, out_img, lse_img, grads[0], grads[2], None)
-    d_q_txt = None if q_txt is None else stream(q_txt, out_txt, lse_txt, grads[1], grads[3], keep)
+    d_q_img = stream(q_img, outs[0], lses[0], d_outs[0], d_lses[0], None)
+    d_q_txt = k_txt.new_empty(0) if q_txt is None else stream(q_txt, outs[1], lses[1], d_outs[1], d_lses[1], keep)
     d_keys, d_values = d_keys.to(k_img.dtype), d_values.to(v_img.dtype)
-    return (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt, d_keys[:, split:], d_values[:, split:],
-            None, None)
+    return [x.contiguous() for x in (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt, d_keys[:, split:],
+                                     d_values[:, split:])]
 
 
+define("joint_attention_backward(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt, Tensor k_txt, Tensor v_txt, "
+       "Tensor? txt_lens, Tensor out_img, Tensor out_txt, Tensor lse_img, Tensor lse_txt, Tensor d_out_img, "
+       "Tensor d_out_txt, Tensor d_lse_img, Tensor d_lse_txt, float scale) -> Tensor[]", _gradients, _gradients_like)
 define_backward(_OP, _backward, _setup)

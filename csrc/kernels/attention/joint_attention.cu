@@ -17,6 +17,7 @@
 #include "device/ptx.cuh"
 #include "kernels/attention/joint_attention.cuh"
 #include "kernels/attention/joint_attention.h"
+#include "kernels/attention/joint_attention_mma.cuh"
 
 namespace pydit::PYDIT_BACKEND {
 namespace {
@@ -26,42 +27,13 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps, kM = 16 * kWarps, kStages = 2;
 template <int kD>
 struct Tile {
   static constexpr int kN = kD == 128 ? 64 : 128;  // 64 at D = 128: two stages of K and V fit 96 KB beside Q
-  static constexpr int kRowBytes = kD * 2, kVectors = kD / 8;
-  static constexpr int kQBytes = kM * kRowBytes, kKeyBytes = kN * kRowBytes;
+  static constexpr int kQBytes = kM * Rows<kD>::kBytes, kKeyBytes = kN * Rows<kD>::kBytes;
   static constexpr int kStageBytes = 2 * kKeyBytes;
   static constexpr int kSharedBytes = kQBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= 96 * 1024, "more than a block gets on sm_86, sm_89 and sm_120");
-
-  // Where the 16-byte vector `vector` of a row lies: eight rows that ldmatrix takes together are in different banks.
-  static __device__ __forceinline__ int offset(int row, int vector) {
-    const int turn = kVectors >= 8 ? row % 8 : row / 2 % kVectors;
-    return row * kRowBytes + (vector ^ turn) * 16;
-  }
 };
 
 // Device code ----------------------------------------------------------------------------------------------------
-
-// Copies rows `first` .. first + kRows - 1 of a head; those from `valid` on become zeros. kAligned: by cp.async.
-template <typename T, int kD, int kRows, bool kAligned>
-__device__ __forceinline__ void copy_rows(char* to, const pydit_heads& t, const Work& work, int first, int valid) {
-  const T* base = static_cast<const T*>(t.data) + work.batch * t.stride_b + work.head * t.stride_h;
-  constexpr int kVectors = Tile<kD>::kVectors;
-#pragma unroll
-  for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
-    const int row = i / kVectors, vector = i % kVectors;
-    const bool exists = row < valid;
-    const T* from = base + (exists ? (first + row) * t.stride_s + vector * 8 : 0);
-    char* place = to + Tile<kD>::offset(row, vector);
-    if constexpr (kAligned) {
-      cp_async<16>(place, from, exists ? 16 : 0);
-    } else {
-      Pack<T, 8> values;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values.value[j] = exists ? from[j] : from_float<T>(0.f);
-      *reinterpret_cast<Pack<T, 8>*>(place) = values;
-    }
-  }
-}
 
 template <typename T, int kD, bool kAligned>
 __device__ __forceinline__ void copy_keys(char* stage, const pydit_joint_attention_params& p, const Work& work,
@@ -70,82 +42,10 @@ __device__ __forceinline__ void copy_keys(char* stage, const pydit_joint_attenti
   const bool image = tile < work.image_tiles;
   const int first = (image ? tile : tile - work.image_tiles) * Shape::kN;
   const int valid = keys_in<Shape::kN>(work, static_cast<int>(p.img_tokens), tile);
-  copy_rows<T, kD, Shape::kN, kAligned>(stage, image ? p.k_img : p.k_txt, work, first, valid);
-  copy_rows<T, kD, Shape::kN, kAligned>(stage + Shape::kKeyBytes, image ? p.v_img : p.v_txt, work, first, valid);
-}
-
-// scores = Q K^T for the warp's 16 queries. Of K, ldmatrix fetches 16 keys x 16 columns: the right operands of two
-// products.
-template <typename T, int kD>
-__device__ __forceinline__ void multiply_keys(float (&scores)[Tile<kD>::kN / 2], const uint32_t (&queries)[kD / 16][4],
-                                              const char* k) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < Tile<kD>::kN / 2; ++i) scores[i] = 0;
-#pragma unroll
-  for (int d = 0; d < kD / 16; ++d) {
-#pragma unroll
-    for (int key = 0; key < Tile<kD>::kN; key += 16) {
-      uint32_t b[4];
-      ldmatrix(b, k + Tile<kD>::offset(key + lane / 16 * 8 + lane % 8, d * 2 + lane / 8 % 2));
-      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(scores[key / 2]), queries[d],
-                      reinterpret_cast<const uint32_t (&)[2]>(b[0]));
-      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(scores[key / 2 + 4]), queries[d],
-                      reinterpret_cast<const uint32_t (&)[2]>(b[2]));
-    }
-  }
-}
-
-// out += P V. V is [keys, D], so ldmatrix transposes.
-template <typename T, int kD>
-__device__ __forceinline__ void multiply_values(Softmax<T, Tile<kD>::kN, kD>& state, const char* v) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int key = 0; key < Tile<kD>::kN; key += 16) {
-#pragma unroll
-    for (int d = 0; d < kD; d += 16) {
-      uint32_t b[4];
-      ldmatrix<true>(b, v + Tile<kD>::offset(key + lane % 16, d / 8 + lane / 16));
-      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(state.out[d / 2]), state.probabilities[key / 16],
-                      reinterpret_cast<const uint32_t (&)[2]>(b[0]));
-      mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(state.out[d / 2 + 4]), state.probabilities[key / 16],
-                      reinterpret_cast<const uint32_t (&)[2]>(b[2]));
-    }
-  }
-}
-
-// Through shared memory, so that whole rows are written: the warp's 16 rows of the place where its queries were.
-template <typename T, int kD, bool kAligned>
-__device__ __forceinline__ void store_outputs(const pydit_joint_attention_params& p, const Work& work, char* shared,
-                                              const float (&out)[kD / 2]) {
-  using Shape = Tile<kD>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int group = 0; group < kD / 8; ++group) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float* pair = out + group * 4 + row * 2;
-      char* place = shared + Shape::offset(warp * 16 + lane / 4 + row * 8, group) + lane % 4 * 4;
-      *reinterpret_cast<uint32_t*>(place) = pack<T>(pair[0], pair[1]);
-    }
-  }
-  __syncwarp();
-  const pydit_heads& t = work.image ? p.out_img : p.out_txt;
-  const int tokens = static_cast<int>(work.image ? p.img_tokens : p.txt_tokens);
-  T* base = static_cast<T*>(t.data) + work.batch * t.stride_b + work.head * t.stride_h;
-#pragma unroll
-  for (int i = lane; i < 16 * Shape::kVectors; i += 32) {
-    const int row = warp * 16 + i / Shape::kVectors, vector = i % Shape::kVectors;
-    if (work.first_query + row >= tokens) continue;
-    const auto values = *reinterpret_cast<const Pack<T, 8>*>(shared + Shape::offset(row, vector));
-    T* to = base + (work.first_query + row) * t.stride_s + vector * 8;
-    if constexpr (kAligned) {
-      values.store(to);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) to[j] = values.value[j];
-    }
-  }
+  copy_rows<T, kD, Shape::kN, kThreads, kAligned>(stage, image ? p.k_img : p.k_txt, work.batch, work.head, first,
+                                                  valid);
+  copy_rows<T, kD, Shape::kN, kThreads, kAligned>(stage + Shape::kKeyBytes, image ? p.v_img : p.v_txt, work.batch,
+                                                  work.head, first, valid);
 }
 
 // Kernel ---------------------------------------------------------------------------------------------------------
@@ -162,7 +62,8 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
   char* stages = shared + Shape::kQBytes;
   const float scale = p.scale * kLog2E;
 
-  copy_rows<T, kD, kM, kAligned>(shared, work.image ? p.q_img : p.q_txt, work, work.first_query, work.queries);
+  copy_rows<T, kD, kM, kThreads, kAligned>(shared, work.image ? p.q_img : p.q_txt, work.batch, work.head,
+                                           work.first_query, work.queries);
   cp_async_commit_group();
   copy_keys<T, kD, kAligned>(stages, p, work, 0);
   cp_async_commit_group();
@@ -171,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
   uint32_t queries[kD / 16][4];
 #pragma unroll
   for (int d = 0; d < kD / 16; ++d)
-    ldmatrix(queries[d], shared + Shape::offset(warp * 16 + lane % 16, d * 2 + lane / 16));
+    ldmatrix(queries[d], shared + Rows<kD>::offset(warp * 16 + lane % 16, d * 2 + lane / 16));
 
   Softmax<T, kN, kD> state;
 #pragma unroll
@@ -184,17 +85,21 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
     __syncthreads();
     const char* stage = stages + tile % kStages * Shape::kStageBytes;
     float scores[kN / 2], factor[2];
-    multiply_keys<T, kD>(scores, queries, stage);
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) scores[i] = 0;
+#pragma unroll
+    for (int d = 0; d < kD / 16; ++d) multiply_transposed<T, kN, kD>(scores, queries[d], stage, d);
     const int existing = keys_in<kN>(work, image_tokens, tile);
     if (existing < kN) mask_keys(scores, existing);
     state.step(scores, scale, factor, tile == 0);
     state.rescale(factor);
     state.keep(scores);
-    multiply_values<T, kD>(state, stage + Shape::kKeyBytes);
+    multiply<T, kN, kD>(state.out, state.probabilities, stage + Shape::kKeyBytes);
     __syncthreads();  // the stage is read; the next round writes to it
   }
   state.finish(p, work, warp * 16 + lane / 4);
-  store_outputs<T, kD, kAligned>(p, work, shared, state.out);
+  store_rows<T, kD, kAligned>(work.image ? p.out_img : p.out_txt, work.batch, work.head, work.first_query,
+                              static_cast<int>(work.image ? p.img_tokens : p.txt_tokens), shared, state.out);
 }
 
 // Launchers ------------------------------------------------------------------------------------------------------

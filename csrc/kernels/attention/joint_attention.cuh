@@ -161,7 +161,7 @@ struct Softmax {
         if (i / 2 % 2 == row) out[i] = exists ? out[i] * inverse : 0.f;
       }
       if (lse != nullptr && threadIdx.x % 4 == 0 && work.first_query + here < tokens)
-        lse[here] = exists ? kLn2 * (maximum[row] + log2f(all)) : -INFINITY;
+        lse[here] = exists ? fmaf(maximum[row], kLn2, logf(all)) : -INFINITY;
     }
   }
 };
