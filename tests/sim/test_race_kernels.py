@@ -46,7 +46,7 @@ def environment():
 @pytest.mark.parametrize(("seed", "copies"), [(0, "lazy"), (1, "eager")])
 def test_kernels_are_free_of_races(environment, seed, copies):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k",
-               "sim and (values or layouts or split or expanded)"]
+               "sim and (values or layouts or split or expanded or gradients)"]
     settings = {"PYDIT_SIM_SEED": str(seed), "PYDIT_SIM_ASYNC": copies}
     done = subprocess.run(command, cwd=ROOT, env={**environment, **settings}, capture_output=True, text=True,
                           timeout=600)

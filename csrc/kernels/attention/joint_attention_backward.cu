@@ -23,17 +23,19 @@
 namespace pydit::PYDIT_BACKEND {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kM = 16 * kWarps, kN = 64, kStages = 2;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kM = 16 * kWarps, kStages = 2;
 
-template <int kD>
+// kKeys: the block owns keys. Two accumulators of D = 128 then leave registers for 32 columns of scores.
+template <int kD, bool kKeys>
 struct Tile {
-  static constexpr int kBytes = kM * Rows<kD>::kBytes;         // of 64 rows of one tensor
-  static constexpr int kStageBytes = 2 * kBytes + 2 * kN * 4;  // two tensors, lse and delta
-  static constexpr int kSharedBytes = 2 * kBytes + kStages * kStageBytes;
-  static_assert(kM == kN && kSharedBytes <= 99 * 1024, "more than a block gets on sm_86, sm_89 and sm_120");
+  static constexpr int kN = kKeys && kD == 128 ? 32 : 64;
+  static constexpr int kOwnBytes = kM * Rows<kD>::kBytes, kOtherBytes = kN * Rows<kD>::kBytes;  // of one tensor
+  static constexpr int kStageBytes = 2 * kOtherBytes + 2 * kN * 4;                              // two, lse and delta
+  static constexpr int kSharedBytes = 2 * kOwnBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "more than a block gets on sm_86, sm_89 and sm_120");
 };
 
-// What a block owns and what it walks through. kKeys: it owns keys.
+// What a block owns and what it walks through.
 struct OwnRows {
   int batch, head, first;
   int rows;    // own rows that exist from `first` on
@@ -44,7 +46,7 @@ struct OwnRows {
   int tiles;
 };
 
-template <bool kKeys>
+template <bool kKeys, int kN>
 __device__ __forceinline__ OwnRows decode_rows(const pydit_joint_attention_backward_params& p, int index) {
   const int image_tokens = static_cast<int>(p.img_tokens), text_tokens = static_cast<int>(p.txt_tokens);
   const bool text_queries = p.q_txt.data != nullptr;
@@ -71,20 +73,22 @@ __device__ __forceinline__ OwnRows decode_rows(const pydit_joint_attention_backw
 template <typename T, int kD, bool kKeys, bool kAligned>
 __device__ __forceinline__ void copy_other(char* stage, const pydit_joint_attention_backward_params& p,
                                            const OwnRows& own, int tile) {
-  using Shape = Tile<kD>;
+  using Shape = Tile<kD, kKeys>;
+  constexpr int kN = Shape::kN;
   const bool image = tile < own.image_tiles;
   const int first = (image ? tile : tile - own.image_tiles) * kN;
   const int valid = (image ? static_cast<int>(p.img_tokens) : own.text) - first;
   const pydit_heads& one = kKeys ? (image ? p.q_img : p.q_txt) : (image ? p.k_img : p.k_txt);
   const pydit_heads& two = kKeys ? (image ? p.d_out_img : p.d_out_txt) : (image ? p.v_img : p.v_txt);
   copy_rows<T, kD, kN, kThreads, kAligned>(stage, one, own.batch, own.head, first, valid);
-  copy_rows<T, kD, kN, kThreads, kAligned>(stage + Shape::kBytes, two, own.batch, own.head, first, valid);
+  copy_rows<T, kD, kN, kThreads, kAligned>(stage + Shape::kOtherBytes, two, own.batch, own.head, first, valid);
   if constexpr (kKeys) {
-    auto* rows = reinterpret_cast<float*>(stage + 2 * Shape::kBytes);
+    auto* rows = reinterpret_cast<float*>(stage + 2 * Shape::kOtherBytes);
     const int64_t tokens = image ? p.img_tokens : p.txt_tokens;
     const int64_t base = (static_cast<int64_t>(own.batch) * p.heads + own.head) * tokens + first;
     const int row = threadIdx.x % kN;
     const bool exists = row < valid;
+    if (threadIdx.x >= 2 * kN) return;
     if (threadIdx.x < kN)
       rows[row] = exists ? (image ? p.lse_img : p.lse_txt)[base + row] * kLog2E : INFINITY;
     else
@@ -92,7 +96,7 @@ __device__ __forceinline__ void copy_other(char* stage, const pydit_joint_attent
   }
 }
 
-template <typename T>
+template <typename T, int kN>
 __device__ __forceinline__ void pack_left(uint32_t (&left)[kN / 16][4], const float (&values)[kN / 2]) {
 #pragma unroll
   for (int k = 0; k < kN / 16; ++k) {
@@ -106,11 +110,12 @@ __device__ __forceinline__ void pack_left(uint32_t (&left)[kN / 16][4], const fl
 template <typename T, int kD, bool kKeys, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
     joint_attention_backward_kernel(const pydit_joint_attention_backward_params p) {
-  using Shape = Tile<kD>;
+  using Shape = Tile<kD, kKeys>;
+  constexpr int kN = Shape::kN;
   PYDIT_DYNAMIC_SHARED(char, shared);
-  const OwnRows own = decode_rows<kKeys>(p, static_cast<int>(blockIdx.x));
+  const OwnRows own = decode_rows<kKeys, kN>(p, static_cast<int>(blockIdx.x));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  char *own_one = shared, *own_two = shared + Shape::kBytes, *stages = shared + 2 * Shape::kBytes;
+  char *own_one = shared, *own_two = shared + Shape::kOwnBytes, *stages = shared + 2 * Shape::kOwnBytes;
   const float scale = p.scale * kLog2E;
 
   // sums[0]: d_q or d_k; sums[1]: d_v.
@@ -147,8 +152,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     cp_async_wait_group<1>();
     __syncthreads();
     const char* one = stages + tile % kStages * Shape::kStageBytes;
-    const char* two = one + Shape::kBytes;
-    const auto* rows = reinterpret_cast<const float*>(one + 2 * Shape::kBytes);
+    const char* two = one + Shape::kOtherBytes;
+    const auto* rows = reinterpret_cast<const float*>(one + 2 * Shape::kOtherBytes);
     float scores[kN / 2], inner[kN / 2];
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) scores[i] = inner[i] = 0;
@@ -170,10 +175,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     uint32_t left[kN / 16][4];
     if constexpr (kKeys) {
-      pack_left<T>(left, scores);
+      pack_left<T, kN>(left, scores);
       multiply<T, kN, kD>(sums[1], left, two);
     }
-    pack_left<T>(left, inner);
+    pack_left<T, kN>(left, inner);
     multiply<T, kN, kD>(sums[0], left, one);
     __syncthreads();  // the stage is read; the next round writes to it
   }
@@ -223,7 +228,7 @@ int launch(const pydit_joint_attention_backward_params& p) {
       p.batch * p.heads * (tiles(p.img_tokens) + (kKeys || p.q_txt.data != nullptr ? tiles(p.txt_tokens) : 0));
   if (blocks > INT32_MAX) return bad_argument("joint_attention_backward: expected at most 2^31 - 1 tiles, got more");
   if (blocks == 0) return kOk;
-  constexpr int kBytes = Tile<kD>::kSharedBytes;
+  constexpr int kBytes = Tile<kD, kKeys>::kSharedBytes;
   const cudaError_t error = cudaFuncSetAttribute(joint_attention_backward_kernel<T, kD, kKeys, kAligned>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return launch_status("joint_attention_backward", error);
