@@ -184,10 +184,23 @@ def _gradients(tensors, lens, grads, attention):
     ((2, 33, 20, 1, 128), [0, 20], "unaligned", True), ((1, 0, 20, 1, 64), [20], "contiguous", True),
     ((1, 70, 0, 1, 64), [0], "contiguous", True)], ids=str)
 def test_gradients(shape, lens, layout, queries, device):
+    check_gradients(shape, lens, layout, queries, torch.bfloat16, device)
+
+
+@every_kernel
+@pytest.mark.parametrize(("shape", "lens", "layout"), [
+    ((2, 40, 30, 1, 32), [-3, 99], "packed"), ((1, 70, 20, 1, 64), [11], "unaligned"),
+    ((1, 33, 20, 2, 128), [20], "heads first")], ids=str)
+def test_gradients_of_float16(shape, lens, layout, device):
+    """Lengths outside are clamped here too."""
+    check_gradients(shape, lens, layout, True, torch.float16, device)
+
+
+def check_gradients(shape, lens, layout, queries, dtype, device):
     """Against float64 autograd; what is past the length has a gradient of 0, whatever it and its gradient hold."""
-    tensors = make(shape, torch.bfloat16, device, layout=layout)
+    tensors = make(shape, dtype, device, layout=layout)
     generator = torch.Generator().manual_seed(5)
-    grads = [torch.randn(shape[0], tokens, *shape[3:], generator=generator).to(device, torch.bfloat16)
+    grads = [torch.randn(shape[0], tokens, *shape[3:], generator=generator).to(device, dtype)
              for tokens in shape[1:3]]
     if not queries:
         tensors[3] = None
@@ -202,7 +215,7 @@ def test_gradients(shape, lens, layout, queries, device):
     for b, n in enumerate(lens):
         for x in (*tensors[3:], grads[1]):
             if x is not None:
-                x[b, n:] = math.nan
+                x[b, max(n, 0):] = math.nan
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     lengths = torch.tensor(lens, dtype=torch.int32, device=device)
     outs = ops.joint_attention(*leaves, txt_lens=lengths)
@@ -212,7 +225,7 @@ def test_gradients(shape, lens, layout, queries, device):
             continue
         assert_accurate(leaf.grad, r, s, name=name)
         for b, n in enumerate(lens):
-            assert not name.endswith("txt") or not leaf.grad[b, n:].any()
+            assert not name.endswith("txt") or not leaf.grad[b, max(n, 0):].any()
 
 
 @every_kernel
