@@ -51,9 +51,9 @@ class Settings:
     images: int = 6144  # rendered and encoded once for distillation
     workers: int = 1  # processes of the distillation, each with batches of batch_size
     cache_batches: int = 0  # keeping the teacher's velocities is faster, and the student learns them by heart
-    layers_lr: float = 2e-3
-    output_lr: float = 2e-3
-    muon_lr: float = 0.01
+    layers_lr: float = 2e-4  # a start as near to the teacher as this one is lost at the rates that training took
+    output_lr: float = 4e-4
+    muon_lr: float = 0.0015
     output_share: float = 0.95  # the layer phase lowers its own losses here, not the velocity error
     magnitude: float = 0.1
     layers_steps: int | None = None  # None: until the time is up
