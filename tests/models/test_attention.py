@@ -1,0 +1,106 @@
+"""Attention processors against the stock ones, in whole tiny models."""
+
+import pytest
+import torch
+
+from pydit.models.attention import QwenImageAttnProcessor
+from pydit.testing import assert_accurate
+from tests.models import tiny
+
+BACKENDS = ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def _run(model, batch):
+    with torch.no_grad():
+        return model(**batch, return_dict=False)[0]
+
+
+def _batch(mask):
+    batch = tiny.batch(masked=mask != "none")
+    if mask == "holes":
+        batch["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0, 1], [1] * 7])
+    return batch
+
+
+def _to(batch, device):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("device", BACKENDS, indirect=True)
+@pytest.mark.parametrize("mask", ["none", "prefix", "holes"])
+def test_equals_the_stock_processor(mask, device):
+    batch = _batch(mask)
+    exact = _run(tiny.transformer(num_layers=3).double(), tiny.cast(batch, torch.float64))
+    model = tiny.transformer(num_layers=3).to(device, torch.bfloat16)
+    batch = _to(tiny.cast(batch, torch.bfloat16), device)
+    stock = _run(model, batch)
+    model.set_attn_processor(QwenImageAttnProcessor())
+    ours = _run(model, batch)
+    assert_accurate(ours, exact.to(device), stock)
+    assert not torch.equal(ours, stock)  # it is another computation
+
+
+def test_single_precision_is_close():
+    batch, model = _batch("holes"), tiny.transformer(num_layers=3)
+    stock = _run(model, batch)
+    model.set_attn_processor(QwenImageAttnProcessor())
+    torch.testing.assert_close(_run(model, batch), stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", ["none", "prefix"])
+def test_gradients_reach_every_projection(mask):
+    batch, found = _batch(mask), {}
+    for key in ("stock", "ours"):
+        model = tiny.transformer(num_layers=2)
+        if key == "ours":
+            model.set_attn_processor(QwenImageAttnProcessor())
+        model(**batch, return_dict=False)[0].square().sum().backward()
+        found[key] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found["stock"].keys() == found["ours"].keys()
+    for name, grad in found["stock"].items():
+        torch.testing.assert_close(found["ours"][name], grad, rtol=2e-3, atol=2e-4 * grad.abs().max().item() + 1e-6)
+
+
+def test_a_wrapped_projection_is_called():
+    """As LoRA does it: the projection is replaced by a module that adds to it."""
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) + 0.1 * x
+
+    model, batch = tiny.transformer(num_layers=2), _batch("prefix")
+    for block in model.transformer_blocks:
+        block.attn.to_q = Adapted(block.attn.to_q)
+        block.attn.add_k_proj = Adapted(block.attn.add_k_proj)
+    stock = _run(model, batch)
+    model.set_attn_processor(QwenImageAttnProcessor())
+    torch.testing.assert_close(_run(model, batch), stock, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_fullgraph():
+    model, batch = tiny.transformer(num_layers=2), _batch("prefix")
+    model.set_attn_processor(QwenImageAttnProcessor())
+    compiled = torch.compile(model.transformer_blocks[0].attn, fullgraph=True, backend="aot_eager")
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(3, 16, 64, generator=generator), torch.randn(3, 7, 64, generator=generator)
+    rotation = model.pos_embed(batch["img_shapes"][0], max_txt_seq_len=7, device=image.device)
+    arguments = dict(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=rotation,
+                     encoder_hidden_states_mask=batch["encoder_hidden_states_mask"].bool())
+    with torch.no_grad():
+        for a, b in zip(compiled(**arguments), model.transformer_blocks[0].attn(**arguments), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_bad_arguments():
+    processor, attn = QwenImageAttnProcessor(), tiny.transformer(num_layers=1).transformer_blocks[0].attn
+    x = torch.zeros(1, 2, 64)
+    with pytest.raises(ValueError, match="encoder_hidden_states: expected the text stream, got None"):
+        processor(attn, x)
+    with pytest.raises(ValueError, match=r"attention_mask: expected None, .* got a mask of shape \[1, 4\]"):
+        processor(attn, x, x, attention_mask=torch.ones(1, 4))
+    attn.norm_k = None
+    with pytest.raises(ValueError, match="attn: expected RMSNorm on queries and keys"):
+        processor(attn, x, x)
