@@ -1,9 +1,10 @@
 """Attention processors for diffusers' dual-stream models, on :mod:`pydit.ops`.
 
-    transformer.set_attn_processor(QwenImageAttnProcessor())
+    transformer.set_attn_processor(QwenImageAttnProcessor())      # FluxAttnProcessor(), SD3AttnProcessor()
 
 QK-RMSNorm and rotary embedding of both streams are one launch, and the streams are not concatenated. Projections stay
-the modules they are, so LoRA on them keeps working.
+the modules they are, so LoRA on them keeps working. Results equal the stock processors' up to rounding: norm and
+rotation round once instead of two or three times.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from pydit import ops
 class QwenImageAttnProcessor:
     """Drop-in for ``QwenDoubleStreamAttnProcessor2_0`` of Qwen-Image (diffusers 0.39 and later).
 
-    Equal to it up to rounding: norm and rotation round once instead of three times. Text tokens that the mask leaves
-    out, which need not be at the end, are moved there on the device. Their rows of the text output are 0 before the
-    output projection; the stock processor lets them attend, but nothing reads the result.
+    Text tokens that the mask leaves out, which need not be at the end, are moved there on the device. Their rows of the
+    text output are 0 before the output projection; the stock processor lets them attend, but nothing reads the result.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
@@ -36,30 +36,111 @@ class QwenImageAttnProcessor:
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None, because Qwen-Image masks text by "
                              f"encoder_hidden_states_mask, got a mask of shape {list(attention_mask.shape)}")
-        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
-        if any(norm is None for norm in norms):
-            raise ValueError("attn: expected RMSNorm on queries and keys of both streams, got a module without")
-        dim = attn.inner_dim // attn.heads
-
-        def heads(x):
-            return x.unflatten(-1, (-1, dim))
-
-        image = [heads(project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v)]
-        text = [heads(project(encoder_hidden_states)) for project in (attn.add_q_proj, attn.add_k_proj,
-                                                                     attn.add_v_proj)]
+        image = _project(attn, hidden_states, "to_q", "to_k", "to_v")
+        text = _project(attn, encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
         tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        q_img, k_img, q_txt, k_txt = ops.joint_qk_norm_rope(*image[:2], *text[:2], [norm.weight for norm in norms],
-                                                            *tables, eps=attn.norm_q.eps)
+        q_img, k_img, q_txt, k_txt = _norm_and_rotate(attn, image, text, tables)
         if encoder_hidden_states_mask is None:
             out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt, k_txt, text[2])
         else:
             lens, order, *packed = ops.pack_text(encoder_hidden_states_mask.bool(), q_txt, k_txt, text[2])
             out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], *packed, txt_lens=lens)
             out_txt = ops.unpack_text(order, out_txt)
-        out_img = attn.to_out[0](out_img.flatten(2))
-        if len(attn.to_out) > 1:
-            out_img = attn.to_out[1](out_img)  # dropout
-        return out_img, attn.to_add_out(out_txt.flatten(2))
+        return _output(attn, out_img), attn.to_add_out(out_txt.flatten(2))
+
+
+class FluxAttnProcessor:
+    """Drop-in for diffusers' ``FluxAttnProcessor``, in dual and in single blocks.
+
+    A single block's sequence is one stream already, text first; it is attended as an image stream without text.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        """hidden_states [B, S, C], encoder_hidden_states [B, S_txt, C] or None, image_rotary_emb (cos, sin) fp32
+        [S_txt + S_img, D] with every angle twice -> (image, text) or the one stream.
+
+        Raises
+        ------
+        ValueError
+            An attention_mask: FLUX.1 has none.
+        """
+        if attention_mask is not None:
+            raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
+        fused = attn.fused_projections
+        image = _project(attn, hidden_states, *(["to_qkv"] if fused else ["to_q", "to_k", "to_v"]))
+        table = None if image_rotary_emb is None else [t[:, ::2].float().contiguous() for t in image_rotary_emb]
+        if encoder_hidden_states is None:
+            q, k = ops.qk_norm_rope(*image[:2], attn.norm_q.weight, attn.norm_k.weight, table, eps=attn.norm_q.eps)
+            return _output(attn, _alone(q, k, image[2]))
+        text = _project(attn, encoder_hidden_states,
+                        *(["to_added_qkv"] if fused else ["add_q_proj", "add_k_proj", "add_v_proj"]))
+        tokens = encoder_hidden_states.shape[1]
+        tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
+        q_img, k_img, q_txt, k_txt = _norm_and_rotate(attn, image, text, tables)
+        out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt, k_txt, text[2])
+        return _output(attn, out_img), attn.to_add_out(out_txt.flatten(2))
+
+
+class SD3AttnProcessor:
+    """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
+
+    In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
+    it. Models without QK norm (SD3 medium) are attended as they are.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> (image, text) or the image alone.
+
+        Raises
+        ------
+        ValueError
+            An attention_mask, which these models do not have, or QK norm in some streams only.
+        """
+        if attention_mask is not None:
+            raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
+        q_img, k_img, v_img = _project(attn, hidden_states, "to_q", "to_k", "to_v")
+        if encoder_hidden_states is None:
+            if attn.norm_q is not None:
+                q_img, k_img = ops.qk_norm_rope(q_img, k_img, attn.norm_q.weight, attn.norm_k.weight, None,
+                                                eps=attn.norm_q.eps)
+            return _output(attn, _alone(q_img, k_img, v_img))
+        q_txt, k_txt, v_txt = _project(attn, encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
+        if attn.norm_q is not None:
+            q_img, k_img, q_txt, k_txt = _norm_and_rotate(attn, (q_img, k_img), (q_txt, k_txt), (None, None))
+        q_txt = None if attn.context_pre_only else q_txt
+        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt)
+        return _output(attn, out_img), None if out_txt is None else attn.to_add_out(out_txt.flatten(2))
+
+
+def _project(attn, x, *names):
+    """Query, key and value [B, S, H, D] from one projection each or from one for all."""
+    projected = [getattr(attn, name)(x) for name in names]
+    if len(projected) == 1:
+        projected = projected[0].chunk(3, -1)
+    dim = attn.inner_dim // attn.heads
+    return [part.unflatten(-1, (-1, dim)) for part in projected]
+
+
+def _norm_and_rotate(attn, image, text, tables):
+    """q_img, k_img, q_txt, k_txt after RMSNorm and rotation by the tables of (image, text)."""
+    norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+    if any(norm is None for norm in norms):
+        raise ValueError("attn: expected RMSNorm on queries and keys of both streams, got a module without")
+    return ops.joint_qk_norm_rope(*image[:2], *text[:2], [norm.weight for norm in norms], *tables,
+                                  eps=attn.norm_q.eps)
+
+
+def _alone(q, k, v):
+    """Attention of one stream."""
+    return ops.joint_attention(q, k, v, None, k[:, :0], v[:, :0])[0]
+
+
+def _output(attn, x):
+    """The output projection and, where there is one, its dropout; a single block of FLUX.1 projects by itself."""
+    x = x.flatten(2)
+    for module in getattr(attn, "to_out", ()):
+        x = module(x)
+    return x
 
 
 def _cosine_and_sine(rotation):
