@@ -61,6 +61,8 @@ struct Backend {
   int (*joint_attention)(const pydit_joint_attention_params*);
   int (*joint_attention_backward)(const pydit_joint_attention_backward_params*);
   int (*joint_attention_path)(const pydit_joint_attention_params*);
+  int (*joint_attention_backward_path)(const pydit_joint_attention_backward_params*);
+  int64_t (*joint_attention_backward_workspace)(const pydit_joint_attention_backward_params*);
 };
 
 template <typename Params>
@@ -144,25 +146,30 @@ void define_ops(py::module_ m, const Backend& backend) {
     call(backend, backend.joint_attention, p);
     return backend.joint_attention_path(&p);
   });
-  // inputs: q_img, k_img, v_img, q_txt, k_txt, v_txt; gradients: of the outputs, then of the inputs in their order
-  m.def("joint_attention_backward", [backend](py::tuple inputs, Tensor txt_lens, py::tuple d_out, py::tuple lse,
-                                              py::tuple delta, py::tuple d_inputs, double scale, int dtype,
-                                              uintptr_t stream) {
+  // inputs: q_img, k_img, v_img, q_txt, k_txt, v_txt; d_inputs: their gradients. Pairs of image and text: outputs. Asks
+  // `allocate` for so many bytes of workspace.
+  m.def("joint_attention_backward", [backend](py::tuple inputs, Tensor txt_lens, py::tuple out, py::tuple d_out,
+                                              py::tuple lse, py::tuple d_lse, py::tuple d_inputs, double scale,
+                                              bool deterministic, py::function allocate, int dtype, uintptr_t stream) {
     pydit_joint_attention_backward_params p = {};
     p.q_img = heads(inputs[0]), p.k_img = heads(inputs[1]), p.v_img = heads(inputs[2]);
     p.q_txt = heads_or_null(inputs[3]), p.k_txt = heads(inputs[4]), p.v_txt = heads(inputs[5]);
+    p.out_img = heads(out[0]), p.out_txt = heads_or_null(out[1]);
     p.d_out_img = heads(d_out[0]), p.d_out_txt = heads_or_null(d_out[1]);
     p.d_q_img = heads(d_inputs[0]), p.d_k_img = heads(d_inputs[1]), p.d_v_img = heads(d_inputs[2]);
     p.d_q_txt = heads_or_null(d_inputs[3]), p.d_k_txt = heads(d_inputs[4]), p.d_v_txt = heads(d_inputs[5]);
-    p.lse_img = static_cast<const float*>(data(lse[0])), p.lse_txt = static_cast<const float*>(data_or_null(lse[1]));
-    p.delta_img = static_cast<const float*>(data(delta[0]));
-    p.delta_txt = static_cast<const float*>(data_or_null(delta[1]));
+    const auto rows = [](py::handle tensor) { return static_cast<const float*>(data_or_null(tensor)); };
+    p.lse_img = rows(lse[0]), p.lse_txt = rows(lse[1]), p.d_lse_img = rows(d_lse[0]), p.d_lse_txt = rows(d_lse[1]);
     p.txt_lens = static_cast<const int32_t*>(data_or_null(txt_lens));
     const py::tuple shape = inputs[0].attr("shape"), text = inputs[4].attr("shape");
     p.batch = stride(shape, 0), p.img_tokens = stride(shape, 1), p.txt_tokens = stride(text, 1);
     p.heads = shape[2].cast<int32_t>(), p.head_dim = shape[3].cast<int32_t>();
-    p.scale = static_cast<float>(scale), p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    p.scale = static_cast<float>(scale), p.dtype = dtype, p.deterministic = deterministic;
+    p.stream = reinterpret_cast<void*>(stream);
+    const py::object workspace = allocate(backend.joint_attention_backward_workspace(&p));
+    p.workspace = data(workspace);
     call(backend, backend.joint_attention_backward, p);
+    return backend.joint_attention_backward_path(&p);
   });
 }
 
@@ -170,7 +177,8 @@ void define_ops(py::module_ m, const Backend& backend) {
   Backend {                                                                                                           \
     pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual,                          \
         pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_qk_norm_rope, \
-        pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path  \
+        pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path, \
+        pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace               \
   }
 
 }  // namespace

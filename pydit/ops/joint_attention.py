@@ -53,7 +53,8 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     Notes
     -----
     Online softmax: Milakov & Gimelshein 2018; tiling: Dao et al. 2022 (FlashAttention). Differentiable in all six
-    tensors, through lse as well. The order of the streams is of no consequence.
+    tensors, through lse as well; on Hopper the gradients of the queries are sums in no fixed order, unless
+    ``torch.use_deterministic_algorithms(True)`` asks for one. The order of the streams is of no consequence.
     """
     _check_stream("img", q_img, k_img, v_img, q_img)
     _check_stream("txt", q_txt, k_txt, v_txt, q_img)
@@ -201,21 +202,19 @@ def _gradients(*arguments):
         return _formula(tensors, txt_lens, (out_img, out_txt), (lse_img, lse_txt), (d_img, d_txt),
                         (d_lse_img, d_lse_txt), scale)
     found = _gradients_like(*tensors)
-    delta = [_delta(*stream) for stream in ((d_img, out_img, d_lse_img), (d_txt, out_txt, d_lse_txt))]
-    d_out, lse, d_inputs = [d_img.contiguous(), d_txt.contiguous()], [lse_img, lse_txt], list(found)
+    outs, lses, d_inputs = [out_img, out_txt], [lse_img, lse_txt], list(found)
+    d_outs, d_lses = [d_img.contiguous(), d_txt.contiguous()], [d_lse_img.contiguous(), d_lse_txt.contiguous()]
     if tensors[3] is None:
-        d_out[1] = lse[1] = delta[1] = d_inputs[3] = None
+        outs[1] = lses[1] = d_outs[1] = d_lses[1] = d_inputs[3] = None
+    deterministic = torch.are_deterministic_algorithms_enabled()
     with backend.device_of(tensors[0]):
-        path.kernels.joint_attention_backward(tuple(tensors), txt_lens, tuple(d_out), tuple(lse), tuple(delta),
-                                              tuple(d_inputs), scale, backend.DTYPE_CODES[tensors[0].dtype],
-                                              backend.stream_of(tensors[0]))
-    backend.explain(f"{_OP}_backward", "the portable kernel, deterministic")
+        taken = path.kernels.joint_attention_backward(
+            tuple(tensors), txt_lens, tuple(outs), tuple(d_outs), tuple(lses), tuple(d_lses), tuple(d_inputs), scale,
+            deterministic, lambda size: tensors[0].new_empty(size, dtype=torch.uint8),
+            backend.DTYPE_CODES[tensors[0].dtype], backend.stream_of(tensors[0]))
+    order = "" if taken or not deterministic else ", additions in a fixed order (torch.use_deterministic_algorithms)"
+    backend.explain(f"{_OP}_backward", _PATHS[taken] + order)
     return found
-
-
-def _delta(d_out, out, d_lse):
-    """[B, H, S] fp32: the sum over D of d_out * out, minus the gradient of lse."""
-    return ((d_out.float() * out.float()).sum(-1).transpose(1, 2) - d_lse).contiguous()
 
 
 def _formula(tensors, txt_lens, outs, lses, d_outs, d_lses, scale):

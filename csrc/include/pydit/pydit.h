@@ -136,24 +136,29 @@ typedef struct {
   void* stream;
 } pydit_joint_attention_params;
 
-/* Gradients of joint_attention. lse as it returned them; delta = sum over D of d_out * out, minus the gradient of lse,
- * fp32 [B, H, S]. Deterministic. Gradients of padded text are 0 whatever inputs and d_out hold there.
- * q_txt.data NULL: the text gave keys and values only; d_out_txt, d_q_txt, lse_txt and delta_txt are not used.
- * FLOPs: 14 B H D (S_img + S_txt)^2. */
+/* Gradients of joint_attention. out and lse as it returned them; d_lse the gradient of lse, or NULL for none. Gradients
+ * of padded text are 0 whatever inputs, out and d_out hold there. q_txt.data NULL: the text gave keys and values only;
+ * out_txt, d_out_txt, d_q_txt, lse_txt and d_lse_txt are not used.
+ *   out, d_out and the gradients [B, S, H, D] of `dtype`;  lse, d_lse [B, H, S] fp32 contiguous.
+ * workspace: joint_attention_backward_workspace() bytes at a multiple of 16, of any content; free again when the stream
+ * is past this call. deterministic: not 0 asks for the same bits in every run, which the portable kernel always gives.
+ * FLOPs: 10 B H D (S_img + S_txt)^2, of the portable kernel 14. */
 typedef struct {
   pydit_heads q_img, k_img, v_img, q_txt, k_txt, v_txt;             /* in */
-  pydit_heads d_out_img, d_out_txt;                                 /* in */
+  pydit_heads out_img, out_txt, d_out_img, d_out_txt;               /* in */
   pydit_heads d_q_img, d_k_img, d_v_img, d_q_txt, d_k_txt, d_v_txt; /* out */
-  const float *lse_img, *lse_txt, *delta_img, *delta_txt;           /* in */
+  const float *lse_img, *lse_txt, *d_lse_img, *d_lse_txt;           /* in */
   const int32_t* txt_lens;
+  void* workspace;
   int64_t batch, img_tokens, txt_tokens;
   int32_t heads, head_dim;
   float scale;
-  int32_t dtype;
+  int32_t dtype, deterministic;
   void* stream;
 } pydit_joint_attention_backward_params;
 
-/* Which kernel joint_attention takes for these arguments on the current device: joint_attention_path(). */
+/* Which kernel joint_attention, or its backward, takes for these arguments on the current device:
+ * joint_attention_path(), joint_attention_backward_path(). */
 enum {
   PYDIT_PATH_HOPPER = 0,     /* TMA and wgmma */
   PYDIT_PATH_NOT_HOPPER = 1, /* portable: the device is not of compute capability 9.x */
@@ -170,7 +175,9 @@ enum {
   int pydit_##backend##_joint_qk_norm_rope(const pydit_joint_qk_norm_rope_params*);                       \
   int pydit_##backend##_joint_attention(const pydit_joint_attention_params*);                             \
   int pydit_##backend##_joint_attention_backward(const pydit_joint_attention_backward_params*);           \
-  int pydit_##backend##_joint_attention_path(const pydit_joint_attention_params*);
+  int pydit_##backend##_joint_attention_path(const pydit_joint_attention_params*);                        \
+  int pydit_##backend##_joint_attention_backward_path(const pydit_joint_attention_backward_params*);      \
+  int64_t pydit_##backend##_joint_attention_backward_workspace(const pydit_joint_attention_backward_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)
 PYDIT_DECLARE_BACKEND(sim)

@@ -152,11 +152,7 @@ using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(joint_attention_path)(const pydit_joint_attention_params* p) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9)
-    return PYDIT_PATH_NOT_HOPPER;
-  return aligned(*p) ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED;
+  return on_hopper() ? aligned(*p) ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
 #else
   (void)p;
   return PYDIT_PATH_NOT_BUILT;

@@ -6,6 +6,13 @@
 
 namespace pydit::PYDIT_BACKEND {
 
+// Whether the current device runs machine code for sm_90a.
+inline bool on_hopper() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
 // The Hopper kernel, for arguments that the entry point has checked. Tensors must suit the copy engine: bases and
 // strides that are multiples of 16 bytes; scale > 0.
 int launch_joint_attention_sm90(const pydit_joint_attention_params& p);

@@ -1,23 +1,27 @@
-// Backward of joint attention, portable (sm_80 and up).
+// Backward of joint attention: the entry point, what both implementations begin with, and the portable kernel (sm_80
+// and up).
 //
 // With P = exp(scale q k^T - lse) and delta = sum(d_out * out) - d_lse per query:
 //   d_v = P^T d_out,   d_s = P * (d_out v^T - delta),   d_q = scale d_s k,   d_k = scale d_s^T q.
 //
-// One kernel, run twice, does both halves. A block owns 64 rows: queries with their d_out, or keys with their values.
-// It walks through the tiles of the other side, of both streams, which are copied while it multiplies:
+// First delta, one pass over out and d_out: 2 B S H D elements read. Then, portable, one kernel, run twice, does both
+// halves. A block owns 64 rows: queries with their d_out, or keys with their values. It walks through the tiles of the
+// other side, of both streams, which are copied while it multiplies:
 //   own Q, d_out; other K, V:   scores = Q K^T,  inner = d_out V^T,  d_q += d_s K
 //   own K, V; other Q, d_out:   scores = K Q^T,  inner = V d_out^T,  d_v += P d_out,  d_k += d_s Q
 // No block adds to what another computes, so there are no atomics, results are the same in every run, and no fp32
 // buffer of d_q is needed. The price: scores and inner are computed twice, 7 products of 2 D FLOPs per pair instead
 // of 5.
 //
-// Padding. Rows that do not exist are zeros in shared memory, whatever the tensors hold. A key that does not exist adds
-// P * (0 - delta) * 0 = 0 to d_q; a query that does not has lse = inf, so P = 0. Gradients past the length are stored
-// as 0.
+// Padding. Rows that do not exist are zeros in shared memory, whatever the tensors hold. The scores of keys that do not
+// exist are -inf and queries that do not have lse = inf, so P = 0. Gradients past the length are stored as 0.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
+#include "device/reduce.cuh"
 #include "kernels/attention/joint_attention.cuh"
+#include "kernels/attention/joint_attention.h"
+#include "kernels/attention/joint_attention_backward.h"
 #include "kernels/attention/joint_attention_mma.cuh"
 
 namespace pydit::PYDIT_BACKEND {
@@ -47,7 +51,7 @@ struct OwnRows {
 };
 
 template <bool kKeys, int kN>
-__device__ __forceinline__ OwnRows decode_rows(const pydit_joint_attention_backward_params& p, int index) {
+__device__ __forceinline__ OwnRows decode_rows(const BackwardParams& p, int index) {
   const int image_tokens = static_cast<int>(p.img_tokens), text_tokens = static_cast<int>(p.txt_tokens);
   const bool text_queries = p.q_txt.data != nullptr;
   const int own_image = (image_tokens + kM - 1) / kM;
@@ -67,17 +71,59 @@ __device__ __forceinline__ OwnRows decode_rows(const pydit_joint_attention_backw
   return own;
 }
 
+// Rows that exist from the first of a tile of the other side on.
+__device__ __forceinline__ int rows_of(const BackwardParams& p, const OwnRows& own, int size, int tile) {
+  return tile < own.image_tiles ? static_cast<int>(p.img_tokens) - tile * size
+                                : own.text - (tile - own.image_tiles) * size;
+}
+
+// Delta ----------------------------------------------------------------------------------------------------------
+
+constexpr int kDeltaThreads = 256;
+
+// kD / 8 lanes per row; rows in the order of memory, those of the image first. Rows of padding become whatever they
+// are: nobody reads them.
+template <typename T, int kD, bool kAligned>
+__global__ void __launch_bounds__(kDeltaThreads) joint_attention_delta_kernel(const BackwardParams p) {
+  constexpr int kLanes = kD / 8;
+  const int64_t image_rows = p.batch * p.img_tokens * p.heads;
+  const int64_t text_rows = p.q_txt.data == nullptr ? 0 : p.batch * p.txt_tokens * p.heads;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x) / kLanes;
+  const bool exists = index < image_rows + text_rows, image = index < image_rows;
+  const int64_t row = image ? index : index - image_rows, tokens = image ? p.img_tokens : p.txt_tokens;
+  const int lane = threadIdx.x % kLanes;
+  float sum = 0;
+  int64_t to = 0;
+  if (exists) {
+    const int64_t head = row % p.heads, token = row / p.heads % tokens, batch = row / p.heads / tokens;
+    const auto load = [&](const pydit_heads& t) {
+      const T* from = static_cast<const T*>(t.data) + batch * t.stride_b + token * t.stride_s + head * t.stride_h;
+      if constexpr (kAligned) return Pack<T, 8>::load(from + lane * 8);
+      Pack<T, 8> values;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values.value[i] = from[lane * 8 + i];
+      return values;
+    };
+    const auto out = load(image ? p.out_img : p.out_txt), d_out = load(image ? p.d_out_img : p.d_out_txt);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(out[i], d_out[i], sum);
+    to = (batch * p.heads + head) * tokens + token;
+  }
+  sum = lane_group_sum<kLanes>(sum);
+  if (!exists || lane != 0) return;
+  const float* d_lse = image ? p.d_lse_img : p.d_lse_txt;
+  (image ? p.delta_img : p.delta_txt)[to] = d_lse == nullptr ? sum : sum - d_lse[to];
+}
+
 // Device code ----------------------------------------------------------------------------------------------------
 
 // One tile of the other side: both tensors, and for queries their lse (in base 2) and delta.
 template <typename T, int kD, bool kKeys, bool kAligned>
-__device__ __forceinline__ void copy_other(char* stage, const pydit_joint_attention_backward_params& p,
-                                           const OwnRows& own, int tile) {
+__device__ __forceinline__ void copy_other(char* stage, const BackwardParams& p, const OwnRows& own, int tile) {
   using Shape = Tile<kD, kKeys>;
   constexpr int kN = Shape::kN;
   const bool image = tile < own.image_tiles;
-  const int first = (image ? tile : tile - own.image_tiles) * kN;
-  const int valid = (image ? static_cast<int>(p.img_tokens) : own.text) - first;
+  const int first = (image ? tile : tile - own.image_tiles) * kN, valid = rows_of(p, own, kN, tile);
   const pydit_heads& one = kKeys ? (image ? p.q_img : p.q_txt) : (image ? p.k_img : p.k_txt);
   const pydit_heads& two = kKeys ? (image ? p.d_out_img : p.d_out_txt) : (image ? p.v_img : p.v_txt);
   copy_rows<T, kD, kN, kThreads, kAligned>(stage, one, own.batch, own.head, first, valid);
@@ -108,8 +154,7 @@ __device__ __forceinline__ void pack_left(uint32_t (&left)[kN / 16][4], const fl
 // Kernel ---------------------------------------------------------------------------------------------------------
 
 template <typename T, int kD, bool kKeys, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 1)
-    joint_attention_backward_kernel(const pydit_joint_attention_backward_params p) {
+__global__ void __launch_bounds__(kThreads, 1) joint_attention_backward_kernel(const BackwardParams p) {
   using Shape = Tile<kD, kKeys>;
   constexpr int kN = Shape::kN;
   PYDIT_DYNAMIC_SHARED(char, shared);
@@ -165,6 +210,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_left<kD>(left, own_two, warp * 16, d);
       multiply_transposed<T, kN, kD>(inner, left, two, d);
     }
+    if constexpr (!kKeys) {
+      const int existing = rows_of(p, own, kN, tile);
+      if (existing < kN) mask_keys(scores, existing);  // 0 in shared memory, which may be far above what exists
+    }
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) {
       const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -199,72 +248,87 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-template <typename T>
-void name_tensors(const pydit_joint_attention_backward_params& p) {
-  const auto heads = [&](const char* name, const pydit_heads& t, int64_t tokens, bool writable) {
-    if (t.data != nullptr && tokens > 0)
-      name_tensor(name, t.data, writable, sizeof(T), p.head_dim, {p.batch, tokens, p.heads},
-                  {t.stride_b, t.stride_s, t.stride_h});
-  };
-  const auto rows = [&](const char* name, const float* t, int64_t tokens) {
-    if (t != nullptr && tokens > 0) name_tensor(name, t, false, sizeof(float), tokens, {p.batch * p.heads}, {tokens});
-  };
-  heads("q_img", p.q_img, p.img_tokens, false), heads("q_txt", p.q_txt, p.txt_tokens, false);
-  heads("k_img", p.k_img, p.img_tokens, false), heads("k_txt", p.k_txt, p.txt_tokens, false);
-  heads("v_img", p.v_img, p.img_tokens, false), heads("v_txt", p.v_txt, p.txt_tokens, false);
-  heads("d_out_img", p.d_out_img, p.img_tokens, false), heads("d_out_txt", p.d_out_txt, p.txt_tokens, false);
-  heads("d_q_img", p.d_q_img, p.img_tokens, true), heads("d_q_txt", p.d_q_txt, p.txt_tokens, true);
-  heads("d_k_img", p.d_k_img, p.img_tokens, true), heads("d_k_txt", p.d_k_txt, p.txt_tokens, true);
-  heads("d_v_img", p.d_v_img, p.img_tokens, true), heads("d_v_txt", p.d_v_txt, p.txt_tokens, true);
-  rows("lse_img", p.lse_img, p.img_tokens), rows("lse_txt", p.lse_txt, p.txt_tokens);
-  rows("delta_img", p.delta_img, p.img_tokens), rows("delta_txt", p.delta_txt, p.txt_tokens);
-  if (p.txt_lens != nullptr) name_tensor("txt_lens", p.txt_lens, false, sizeof(int32_t), p.batch, {1}, {0});
+template <typename T, int kD, bool kAligned>
+int launch_delta(const BackwardParams& p) {
+  const int64_t rows = p.batch * p.heads * (p.img_tokens + (p.q_txt.data == nullptr ? 0 : p.txt_tokens));
+  const int64_t blocks = (rows * (kD / 8) + kDeltaThreads - 1) / kDeltaThreads;
+  if (blocks > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 blocks, got more", kBackward);
+  if (blocks == 0) return kOk;
+  name_backward_tensors<T>(p);
+  return launch_status(
+      kBackward, PYDIT_LAUNCH((joint_attention_delta_kernel<T, kD, kAligned>), dim3(static_cast<unsigned>(blocks)),
+                              dim3(kDeltaThreads), 0, static_cast<cudaStream_t>(p.stream), p));
 }
 
 template <typename T, int kD, bool kKeys, bool kAligned>
-int launch(const pydit_joint_attention_backward_params& p) {
+int launch(const BackwardParams& p) {
   const auto tiles = [](int64_t tokens) { return (tokens + kM - 1) / kM; };
   const int64_t blocks =
       p.batch * p.heads * (tiles(p.img_tokens) + (kKeys || p.q_txt.data != nullptr ? tiles(p.txt_tokens) : 0));
-  if (blocks > INT32_MAX) return bad_argument("joint_attention_backward: expected at most 2^31 - 1 tiles, got more");
+  if (blocks > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kBackward);
   if (blocks == 0) return kOk;
   constexpr int kBytes = Tile<kD, kKeys>::kSharedBytes;
   const cudaError_t error = cudaFuncSetAttribute(joint_attention_backward_kernel<T, kD, kKeys, kAligned>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return launch_status("joint_attention_backward", error);
-  name_tensors<T>(p);
-  return launch_status(
-      "joint_attention_backward",
-      PYDIT_LAUNCH((joint_attention_backward_kernel<T, kD, kKeys, kAligned>), dim3(static_cast<unsigned>(blocks)),
-                   dim3(kThreads), kBytes, static_cast<cudaStream_t>(p.stream), p));
+  if (error != cudaSuccess) return launch_status(kBackward, error);
+  name_backward_tensors<T>(p);
+  return launch_status(kBackward, PYDIT_LAUNCH((joint_attention_backward_kernel<T, kD, kKeys, kAligned>),
+                                               dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kBytes,
+                                               static_cast<cudaStream_t>(p.stream), p));
 }
 
+// Whether 16-byte accesses are legal everywhere, which is also what the copy engine asks for.
 bool aligned(const pydit_joint_attention_backward_params& p) {
   const auto legal = [&](const pydit_heads& t, int64_t tokens) {
     return aligned16(t.data) && (p.batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
            (p.heads <= 1 || t.stride_h % 8 == 0);
   };
   bool all = true;
-  for (const pydit_heads* t : {&p.q_img, &p.k_img, &p.v_img, &p.d_out_img, &p.d_q_img, &p.d_k_img, &p.d_v_img})
+  for (const auto* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img, &p.d_out_img, &p.d_q_img, &p.d_k_img, &p.d_v_img})
     all = all && legal(*t, p.img_tokens);
-  for (const pydit_heads* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.d_out_txt, &p.d_q_txt, &p.d_k_txt, &p.d_v_txt})
+  for (const auto* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.out_txt, &p.d_out_txt, &p.d_q_txt, &p.d_k_txt, &p.d_v_txt})
     all = all && legal(*t, p.txt_tokens);
   return all;
 }
 
-template <typename T, int kD>
-int launch_both(const pydit_joint_attention_backward_params& p) {
-  const bool fast = aligned(p);
-  const int status = fast ? launch<T, kD, false, true>(p) : launch<T, kD, false, false>(p);
+template <typename T, int kD, bool kAligned>
+int launch_aligned(const BackwardParams& p, bool hopper) {
+  int status = launch_delta<T, kD, kAligned>(p);
   if (status != kOk) return status;
-  return fast ? launch<T, kD, true, true>(p) : launch<T, kD, true, false>(p);
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  if (hopper) return launch_joint_attention_backward_sm90(p);
+#endif
+  (void)hopper;
+  status = launch<T, kD, false, kAligned>(p);
+  return status != kOk ? status : launch<T, kD, true, kAligned>(p);
+}
+
+template <typename T, int kD>
+int launch_alignment(const BackwardParams& p, bool hopper) {
+  return aligned(p) ? launch_aligned<T, kD, true>(p, hopper) : launch_aligned<T, kD, false>(p, false);
 }
 
 template <typename T>
-int launch_head_dim(const pydit_joint_attention_backward_params& p) {
-  if (p.head_dim == 32) return launch_both<T, 32>(p);
-  if (p.head_dim == 64) return launch_both<T, 64>(p);
-  return launch_both<T, 128>(p);
+int launch_head_dim(const BackwardParams& p, bool hopper) {
+  if (p.head_dim == 32) return launch_alignment<T, 32>(p, hopper);
+  if (p.head_dim == 64) return launch_alignment<T, 64>(p, hopper);
+  return launch_alignment<T, 128>(p, hopper);
+}
+
+// Where things lie in the workspace; returns its size in bytes.
+int64_t divide(BackwardParams* p, bool hopper) {
+  const int64_t cleared = hopper ? bytes_to_clear(*p) : 0, rows = p->batch * p->heads;
+  const int64_t image = rows * p->img_tokens, text = p->q_txt.data == nullptr ? 0 : rows * p->txt_tokens;
+  if (auto* base = static_cast<char*>(p->workspace)) {
+    if (hopper) {
+      p->sums = reinterpret_cast<float*>(base);
+      p->semaphores = reinterpret_cast<unsigned*>(base + count_sums(*p) * 4);
+      p->ticket = p->semaphores + rows * query_tiles(*p);
+    }
+    p->delta_img = reinterpret_cast<float*>(base + cleared);
+    p->delta_txt = p->delta_img + image;
+  }
+  return cleared + (image + text) * 4;
 }
 
 }  // namespace
@@ -272,19 +336,39 @@ int launch_head_dim(const pydit_joint_attention_backward_params& p) {
 
 using namespace pydit::PYDIT_BACKEND;
 
+extern "C" int PYDIT_ENTRY(joint_attention_backward_path)(const pydit_joint_attention_backward_params* p) {
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  return on_hopper() ? aligned(*p) ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
+#else
+  (void)p;
+  return PYDIT_PATH_NOT_BUILT;
+#endif
+}
+
+extern "C" int64_t PYDIT_ENTRY(joint_attention_backward_workspace)(const pydit_joint_attention_backward_params* p) {
+  BackwardParams all = {};
+  static_cast<pydit_joint_attention_backward_params&>(all) = *p;
+  all.workspace = nullptr;
+  return divide(&all, PYDIT_ENTRY(joint_attention_backward_path)(p) == PYDIT_PATH_HOPPER);
+}
+
 extern "C" int PYDIT_ENTRY(joint_attention_backward)(const pydit_joint_attention_backward_params* p) {
-  const char* op = "joint_attention_backward";
   if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
-    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", op, p->dtype);
+    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kBackward, p->dtype);
   if (p->head_dim != 32 && p->head_dim != 64 && p->head_dim != 128)
-    return bad_argument("%s: head_dim: expected 32, 64 or 128, got %d", op, p->head_dim);
+    return bad_argument("%s: head_dim: expected 32, 64 or 128, got %d", kBackward, p->head_dim);
   for (const int64_t tokens : {p->img_tokens, p->txt_tokens}) {
     if (tokens < 0 || tokens > INT32_MAX / 2)
-      return bad_argument("%s: tokens: expected 0 to 2^30, got %lld", op, static_cast<long long>(tokens));
+      return bad_argument("%s: tokens: expected 0 to 2^30, got %lld", kBackward, static_cast<long long>(tokens));
   }
   if (p->batch < 0 || p->batch > INT32_MAX || p->heads < 0)
-    return bad_argument("%s: batch, heads: expected 0 or more, got %lld, %d", op, static_cast<long long>(p->batch),
-                        p->heads);
+    return bad_argument("%s: batch, heads: expected 0 or more, got %lld, %d", kBackward,
+                        static_cast<long long>(p->batch), p->heads);
   if (p->batch == 0 || p->heads == 0) return kOk;
-  return p->dtype == PYDIT_FLOAT16 ? launch_head_dim<__half>(*p) : launch_head_dim<__nv_bfloat16>(*p);
+  const bool hopper = PYDIT_ENTRY(joint_attention_backward_path)(p) == PYDIT_PATH_HOPPER;
+  BackwardParams all = {};
+  static_cast<pydit_joint_attention_backward_params&>(all) = *p;
+  if (divide(&all, hopper) > 0 && (p->workspace == nullptr || !aligned16(p->workspace)))
+    return bad_argument("%s: workspace: expected memory at a multiple of 16 bytes, got %p", kBackward, p->workspace);
+  return p->dtype == PYDIT_FLOAT16 ? launch_head_dim<__half>(all, hopper) : launch_head_dim<__nv_bfloat16>(all, hopper);
 }
