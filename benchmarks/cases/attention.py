@@ -1,4 +1,6 @@
-"""Joint attention: bound by the tensor cores. The peers concatenate the streams before and split the result after."""
+"""Joint attention, alone and with the norms and rotary embeddings before it: bound by the tensor cores. The peers
+concatenate the streams before and split the result after.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES, Case, Work
+from benchmarks.cases.qk_norm_rope import joint_qk_norm_rope
 from benchmarks.peers import compiled, eager_peer, never
 from benchmarks.peers.attention import attention_peers, joint
 from pydit import ops
@@ -25,8 +28,16 @@ SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, t
 }
 
 
+WITH_NORMS = {  # model, batch, image tokens, text tokens, heads, head dim, dtype
+    "full": (("qwen-image", 1, 6889, 512, 24, 128, "bf16"), ("qwen-image", 2, 6889, 512, 24, 128, "bf16"),
+             ("qwen-image-1024", 1, 4096, 128, 24, 128, "bf16"), ("flux.1", 1, 4096, 512, 24, 128, "bf16")),
+    "small": (("tiny", 1, 100, 40, 1, 64, "bf16"),),
+}
+
+
 def cases(size: str) -> list[Case]:
-    return [joint_attention(*shape) for shape in SHAPES[size]]
+    return [*(joint_attention(*shape) for shape in SHAPES[size]),
+            *(normed_attention(*shape) for shape in WITH_NORMS[size])]
 
 
 def joint_attention_work(s_img: int, s_txt: int, lens: tuple[int, ...], h: int, d: int) -> Work:
@@ -47,13 +58,13 @@ def joint_attention(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
         limits = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
         return (*image.unbind(2), *text.unbind(2), limits)
 
-    plain = (eager_peer(_eager), compiled(_eager))
-    peers = (*(_without_lengths(peer) for peer in attention_peers()), *plain) if lens is None else (
+    plain = (eager_peer(eager), compiled(eager))
+    peers = (*(without_lengths(peer) for peer in attention_peers()), *plain) if lens is None else (
         *plain, never("flash-attention varlen", "packs the batch, which waits for the GPU"))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     work = joint_attention_work(s_img, s_txt, lengths, h, d)
     beyond = portable_kernel(work, s_img, s_txt, lengths, lens is not None, h, d)
-    return Case("joint_attention", model, shape, dtype, work, make, _run, _exact, _eager, peers, beyond)
+    return Case("joint_attention", model, shape, dtype, work, make, _run, _exact, eager, peers, beyond)
 
 
 def portable_kernel(work: Work, s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: bool, h: int,
@@ -74,7 +85,7 @@ def portable_kernel(work: Work, s_img: int, s_txt: int, lens: tuple[int, ...], r
     return Work(bytes_again, flops - work.flops)
 
 
-def _without_lengths(peer):
+def without_lengths(peer):
     """The peers of benchmarks/peers/attention.py take six tensors; cases have the lengths behind them."""
     def build():
         run = peer.build()
@@ -83,11 +94,53 @@ def _without_lengths(peer):
     return replace(peer, build=build)
 
 
+def normed_attention(model, b, s_img, s_txt, h, d, dtype) -> Case:
+    """From the QKV projections to the outputs of attention: what a processor does, two launches of ours."""
+    rope = joint_qk_norm_rope(model, b, s_img, s_txt, h, d, dtype)
+    attention = joint_attention_work(s_img, s_txt, (s_txt,) * b, h, d)
+    small = rope.work.bytes - 4 * b * (s_img + s_txt) * h * d * 2  # weights and angles
+
+    def make(device):
+        """Per stream q, k, two weights, cos, sin; then the values."""
+        streams = rope.make(device)
+        values = (torch.randn(b, tokens, h, d, device=device, dtype=DTYPES[dtype]) for tokens in (s_img, s_txt))
+        return (*streams, *values)
+
+    def normed(before, attend):
+        def run(*args):
+            q_img, k_img, q_txt, k_txt = before(*args[:12])
+            return attend(q_img, k_img, args[12], q_txt, k_txt, args[13], None)
+
+        return run
+
+    def after_eager_norms(peer):
+        """What users run: the model's own norms and embeddings, then that kernel."""
+        return replace(peer, build=lambda: normed(rope.eager, without_lengths(peer).build()))
+
+    def exact(*args):
+        return normed(lambda *x: [t.double() for t in rope.exact(*x)], _exact)(*args)
+
+    plain = normed(rope.eager, eager)
+    compiler = next(peer for peer in rope.peers if peer.name == "torch.compile")
+    peers = (*map(after_eager_norms, attention_peers()), eager_peer(plain),
+             replace(compiler, build=lambda: normed(compiler.build(), torch.compile(eager, dynamic=False))))
+    return Case("normed_attention", model, rope.shape, dtype, Work(attention.bytes + small,
+                                                                   attention.flops + rope.work.flops),
+                make, _run_normed, exact, plain, peers)
+
+
+def _run_normed(*args):
+    img, txt = args[:6], args[6:12]
+    q_img, k_img, q_txt, k_txt = ops.joint_qk_norm_rope(
+        *img[:2], *txt[:2], (*img[2:4], *txt[2:4]), img[4:6], txt[4:6])
+    return ops.joint_attention(q_img, k_img, args[12], q_txt, k_txt, args[13])
+
+
 def _run(*args):
     return ops.joint_attention(*args[:6], txt_lens=args[6])
 
 
-def _eager(q_img, k_img, v_img, q_txt, k_txt, v_txt, lens):
+def eager(q_img, k_img, v_img, q_txt, k_txt, v_txt, lens):
     """As diffusers runs it: concatenation, torch's attention with a mask where lengths differ, split."""
     mask = keep = None
     if lens is not None:
