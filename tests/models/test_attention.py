@@ -81,6 +81,31 @@ def test_a_wrapped_projection_is_called():
     torch.testing.assert_close(_run(model, batch), stock, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen", "flux", "sd3.5"])
+def test_lora_of_peft(family):
+    """Adapters on the projections are called, can be trained and be taken off again."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
+    from peft import LoraConfig
+
+    make, batch, processor = {"qwen": (lambda: tiny.transformer(num_layers=2), lambda: _batch("prefix"),
+                                       QwenImageAttnProcessor), **FAMILIES}[family]
+    model, batch = make(), batch()
+    plain = _run(model, batch)
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v", "add_k_proj"]))
+    stock = _run(model, batch)
+    model.set_attn_processor(processor())
+    ours = _run(model, batch)
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, plain, rtol=1e-2, atol=1e-2)
+    model(**batch, return_dict=False)[0].square().sum().backward()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    model.disable_adapters()
+    torch.testing.assert_close(_run(model, batch), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_compiles_fullgraph():
     model, batch = tiny.transformer(num_layers=2), _batch("prefix")
     model.set_attn_processor(QwenImageAttnProcessor())
@@ -168,6 +193,15 @@ def test_other_families_are_close_in_single_precision(make, batch, processor):
     ours = _run(model, batch())
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
     assert not torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_compile_fullgraph(family):
+    make, batch, processor = FAMILIES[family]
+    model = make()
+    model.set_attn_processor(processor())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(_run(compiled, batch()), _run(model, batch()))
 
 
 def test_fused_projections_of_flux():
