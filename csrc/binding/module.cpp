@@ -63,6 +63,8 @@ struct Backend {
   int (*joint_attention_path)(const pydit_joint_attention_params*);
   int (*joint_attention_backward_path)(const pydit_joint_attention_backward_params*);
   int64_t (*joint_attention_backward_workspace)(const pydit_joint_attention_backward_params*);
+  int (*second_moments)(const pydit_second_moments_params*);
+  int64_t (*second_moments_workspace)(const pydit_second_moments_params*);
 };
 
 template <typename Params>
@@ -171,6 +173,23 @@ void define_ops(py::module_ m, const Backend& backend) {
     call(backend, backend.joint_attention_backward, p);
     return backend.joint_attention_backward_path(&p);
   });
+  // sums: xx, xy, sum_x, sum_y, sum_yy
+  m.def("second_moments",
+        [backend](Tensor x, Tensor y, py::tuple sums, py::function allocate, int dtype, uintptr_t stream) {
+          pydit_second_moments_params p = {};
+          const py::tuple shape = x.attr("shape"), strides = x.attr("stride")();
+          p.x = data(x), p.tokens = stride(shape, 0), p.dim_x = stride(shape, 1), p.stride_x = stride(strides, 0);
+          if (!y.is_none()) {
+            p.y = data(y), p.dim_y = stride(py::tuple(y.attr("shape")), 1);
+            p.stride_y = stride(py::tuple(y.attr("stride")()), 0);
+          }
+          double** const outputs[5] = {&p.xx, &p.xy, &p.sum_x, &p.sum_y, &p.sum_yy};
+          for (int i = 0; i < 5; ++i) *outputs[i] = static_cast<double*>(data(sums[i]));
+          p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+          const py::object workspace = allocate(backend.second_moments_workspace(&p));
+          p.workspace = data(workspace);
+          call(backend, backend.second_moments, p);
+        });
 }
 
 #define PYDIT_BACKEND_TABLE(name)                                                                                     \
@@ -178,7 +197,8 @@ void define_ops(py::module_ m, const Backend& backend) {
     pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual,                          \
         pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_qk_norm_rope, \
         pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path, \
-        pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace               \
+        pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace,              \
+        pydit_##name##_second_moments, pydit_##name##_second_moments_workspace                                        \
   }
 
 }  // namespace

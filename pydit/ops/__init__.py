@@ -9,6 +9,7 @@ from pydit.ops.block import ada_layer_norm, gated_residual, gated_residual_ada_l
 from pydit.ops.joint_attention import joint_attention, pack_text, unpack_text
 from pydit.ops.joint_qk_norm_rope import joint_qk_norm_rope
 from pydit.ops.qk_norm_rope import qk_norm_rope
+from pydit.ops.second_moments import second_moments
 
 __all__ = ["ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "joint_attention", "joint_qk_norm_rope",
-           "pack_text", "qk_norm_rope", "reference", "unpack_text"]
+           "pack_text", "qk_norm_rope", "reference", "second_moments", "unpack_text"]

@@ -42,6 +42,13 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
             *qk_norm_rope(q_txt, k_txt, *weights[2:], freqs_txt, eps=eps))
 
 
+def second_moments(x, y=None):
+    """x^T x, x^T y and the column sums of x, y and y^2 over the rows of x [N, d] and y [N, e], in float64."""
+    u = x.double()
+    v = u[:, :0] if y is None else y.double()
+    return u.T @ u, u.T @ v, u.sum(0), v.sum(0), v.square().sum(0)
+
+
 def _norm_rope(x, weight, freqs, eps):
     value = wide(x)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)

@@ -157,6 +157,23 @@ typedef struct {
   void* stream;
 } pydit_joint_attention_backward_params;
 
+/* Sums over tokens, added to what the outputs hold:
+ *   xx += x^T x,  xy += x^T y,  sum_x += sum of x,  sum_y += sum of y,  sum_yy += sum of y^2, per column.
+ * Of xx the blocks of 128 x 128 on and above the diagonal are written; those below are left as they are.
+ *   x [N, dim_x], y [N, dim_y] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  dim_y 0: no y.
+ *   xx [dim_x, dim_x], xy [dim_x, dim_y], sums [dim_x] or [dim_y], fp64 contiguous. Outputs alias nothing.
+ * workspace: second_moments_workspace() bytes of any content; free again when the stream is past this call.
+ * Run to run the bits are the same on one device. FLOPs: N dim_x (dim_x + 1) + 2 N dim_x dim_y. */
+typedef struct {
+  const void *x, *y;
+  int64_t stride_x, stride_y;
+  double *xx, *xy, *sum_x, *sum_y, *sum_yy;
+  void* workspace;
+  int64_t tokens, dim_x, dim_y;
+  int32_t dtype;
+  void* stream;
+} pydit_second_moments_params;
+
 /* Which kernel joint_attention, or its backward, takes for these arguments on the current device:
  * joint_attention_path(), joint_attention_backward_path(). */
 enum {
@@ -166,18 +183,20 @@ enum {
   PYDIT_PATH_NOT_BUILT = 3   /* portable: built without sm_90a */
 };
 
-#define PYDIT_DECLARE_BACKEND(backend)                                                                    \
-  const char* pydit_##backend##_last_error(void);                                                         \
-  int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                               \
-  int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                               \
-  int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*); \
-  int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);                                   \
-  int pydit_##backend##_joint_qk_norm_rope(const pydit_joint_qk_norm_rope_params*);                       \
-  int pydit_##backend##_joint_attention(const pydit_joint_attention_params*);                             \
-  int pydit_##backend##_joint_attention_backward(const pydit_joint_attention_backward_params*);           \
-  int pydit_##backend##_joint_attention_path(const pydit_joint_attention_params*);                        \
-  int pydit_##backend##_joint_attention_backward_path(const pydit_joint_attention_backward_params*);      \
-  int64_t pydit_##backend##_joint_attention_backward_workspace(const pydit_joint_attention_backward_params*);
+#define PYDIT_DECLARE_BACKEND(backend)                                                                        \
+  const char* pydit_##backend##_last_error(void);                                                             \
+  int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                                   \
+  int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                                   \
+  int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*);     \
+  int pydit_##backend##_qk_norm_rope(const pydit_qk_norm_rope_params*);                                       \
+  int pydit_##backend##_joint_qk_norm_rope(const pydit_joint_qk_norm_rope_params*);                           \
+  int pydit_##backend##_joint_attention(const pydit_joint_attention_params*);                                 \
+  int pydit_##backend##_joint_attention_backward(const pydit_joint_attention_backward_params*);               \
+  int pydit_##backend##_joint_attention_path(const pydit_joint_attention_params*);                            \
+  int pydit_##backend##_joint_attention_backward_path(const pydit_joint_attention_backward_params*);          \
+  int64_t pydit_##backend##_joint_attention_backward_workspace(const pydit_joint_attention_backward_params*); \
+  int pydit_##backend##_second_moments(const pydit_second_moments_params*);                                   \
+  int64_t pydit_##backend##_second_moments_workspace(const pydit_second_moments_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)
 PYDIT_DECLARE_BACKEND(sim)

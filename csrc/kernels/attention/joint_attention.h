@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/check.h"
+#include "device/tensor_map.h"
 #include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
@@ -16,6 +17,21 @@ inline bool on_hopper() {
 // The Hopper kernel, for arguments that the entry point has checked. Tensors must suit the copy engine: bases and
 // strides that are multiples of 16 bytes; scale > 0.
 int launch_joint_attention_sm90(const pydit_joint_attention_params& p);
+
+// How the copy engine sees a stream's tensor: boxes of `rows` tokens by `span` bytes of a head, swizzled over `span`.
+// Params has batch, heads and head_dim. Returns null or what is wrong; an absent tensor is never used.
+template <typename T, typename Params>
+const char* encode_heads(TensorMap* map, const pydit_heads& t, int64_t tokens, const Params& p, int rows, int span) {
+  if (t.data == nullptr || tokens == 0) return nullptr;
+  const uint64_t size[4] = {static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(tokens),
+                            static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.batch)};
+  const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements) * sizeof(T); };
+  // A stride of a dimension of one element is never used, but must be valid.
+  const uint64_t stride[3] = {tokens > 1 ? bytes(t.stride_s) : 16, p.heads > 1 ? bytes(t.stride_h) : 16,
+                              p.batch > 1 ? bytes(t.stride_b) : 16};
+  const uint32_t box[4] = {static_cast<uint32_t>(span / sizeof(T)), static_cast<uint32_t>(rows), 1, 1};
+  return encode_tensor_map(map, static_cast<const T*>(t.data), 4, size, stride, box, static_cast<Swizzle>(span));
+}
 
 // For the race detector of the simulator.
 template <typename T>

@@ -25,7 +25,9 @@
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
+#include "device/ring.cuh"
 #include "kernels/attention/joint_attention.cuh"
+#include "kernels/attention/joint_attention.h"
 #include "kernels/attention/joint_attention_backward.h"
 
 namespace pydit::PYDIT_BACKEND {
@@ -97,16 +99,6 @@ __device__ __forceinline__ Keys decode_keys(const BackwardParams& p, int index) 
   keys.sums = rest * query_tiles(p);
   return keys;
 }
-
-// Slot and parity of the n-th use of a ring of kSlots slots.
-template <int kSlots>
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == kSlots) slot = 0, parity ^= 1;
-  }
-};
 
 // Loading --------------------------------------------------------------------------------------------------------
 
@@ -529,25 +521,10 @@ __global__ void __launch_bounds__(kConvertThreads) joint_attention_d_q_kernel(co
 // Launcher -------------------------------------------------------------------------------------------------------
 
 template <typename T, int kD>
-const char* encode(TensorMap* map, const pydit_heads& t, int64_t tokens, const BackwardParams& p, int rows) {
-  using Shape = Tile<kD>;
-  if (t.data == nullptr || tokens == 0) return nullptr;  // never used
-  const uint64_t size[4] = {kD, static_cast<uint64_t>(tokens), static_cast<uint64_t>(p.heads),
-                            static_cast<uint64_t>(p.batch)};
-  const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements) * sizeof(T); };
-  // A stride of a dimension of one element is never used, but must be valid.
-  const uint64_t stride[3] = {tokens > 1 ? bytes(t.stride_s) : 16, p.heads > 1 ? bytes(t.stride_h) : 16,
-                              p.batch > 1 ? bytes(t.stride_b) : 16};
-  const uint32_t box[4] = {Shape::kBoxColumns, static_cast<uint32_t>(rows), 1, 1};
-  return encode_tensor_map(map, static_cast<const T*>(t.data), 4, size, stride, box,
-                           static_cast<Swizzle>(Shape::kSpan));
-}
-
-template <typename T, int kD>
 const char* encode_all(Maps& maps, const BackwardParams& p) {
   const char* reason = nullptr;
   const auto add = [&](TensorMap* map, const pydit_heads& t, int64_t tokens, int rows) {
-    if (reason == nullptr) reason = encode<T, kD>(map, t, tokens, p, rows);
+    if (reason == nullptr) reason = encode_heads<T>(map, t, tokens, p, rows, Tile<kD>::kSpan);
   };
   add(&maps.q_img, p.q_img, p.img_tokens, kM), add(&maps.q_txt, p.q_txt, p.txt_tokens, kM);
   add(&maps.d_out_img, p.d_out_img, p.img_tokens, kM), add(&maps.d_out_txt, p.d_out_txt, p.txt_tokens, kM);

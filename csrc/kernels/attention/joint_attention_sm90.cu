@@ -20,6 +20,7 @@
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
+#include "device/ring.cuh"
 #include "kernels/attention/joint_attention.cuh"
 #include "kernels/attention/joint_attention.h"
 
@@ -58,15 +59,6 @@ struct Barriers {
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// Slot and parity of the n-th use of a ring of kStages slots.
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == kStages) slot = 0, parity ^= 1;
-  }
-};
-
 template <int kD>
 __device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64_t* barrier, int rows, int first,
                                           int head, int batch) {
@@ -86,7 +78,7 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
   constexpr int kN = Shape::kN;
   const int lane = threadIdx.x % 32;
   const bool issuer = elect_one();
-  Ring keys, values;
+  Ring<kStages> keys, values;
   uint32_t q_parity = 1, landed_parity = 0;
   for (int index = blockIdx.x; index < total; index += gridDim.x) {
     const Work work = decode<Shape::kM, kN>(p, index);
@@ -186,7 +178,7 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
   const float scale = p.scale * kLog2E;
   const int my_turn = 1 + group, next_turn = 1 + (group + 1) % Shape::kConsumers, whole_group = 8 + group;
   char* my_rows = shared + group * 64 * Shape::kSpan;  // of the first box of Q; the outputs take their place
-  Ring keys, values;
+  Ring<kStages> keys, values;
   uint32_t q_parity = 0;
   if (group == Shape::kConsumers - 1) barrier_arrive(1, 2 * kWarpgroup);  // the first warpgroup begins
   Softmax<T, Tile<kD>::kN, kD> state;
@@ -296,28 +288,12 @@ __global__ void __launch_bounds__(Tile<kD>::kThreads, 1)
 // Launcher -------------------------------------------------------------------------------------------------------
 
 template <typename T, int kD>
-const char* encode(TensorMap* map, const pydit_heads& t, int64_t tokens, const pydit_joint_attention_params& p,
-                   int rows) {
-  using Shape = Tile<kD>;
-  if (t.data == nullptr || tokens == 0) return nullptr;  // never used
-  const uint64_t size[4] = {kD, static_cast<uint64_t>(tokens), static_cast<uint64_t>(p.heads),
-                            static_cast<uint64_t>(p.batch)};
-  const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements) * sizeof(T); };
-  // A stride of a dimension of one element is never used, but must be valid.
-  const uint64_t stride[3] = {tokens > 1 ? bytes(t.stride_s) : 16, p.heads > 1 ? bytes(t.stride_h) : 16,
-                              p.batch > 1 ? bytes(t.stride_b) : 16};
-  const uint32_t box[4] = {Shape::kBoxColumns, static_cast<uint32_t>(rows), 1, 1};
-  return encode_tensor_map(map, static_cast<const T*>(t.data), 4, size, stride, box,
-                           static_cast<Swizzle>(Shape::kSpan));
-}
-
-template <typename T, int kD>
 int launch(const pydit_joint_attention_params& p) {
   using Shape = Tile<kD>;
   Maps maps;
   const char* reason = nullptr;
   const auto add = [&](TensorMap* map, const pydit_heads& t, int64_t tokens, int rows) {
-    if (reason == nullptr) reason = encode<T, kD>(map, t, tokens, p, rows);
+    if (reason == nullptr) reason = encode_heads<T>(map, t, tokens, p, rows, Shape::kSpan);
   };
   add(&maps.q_img, p.q_img, p.img_tokens, Shape::kM), add(&maps.q_txt, p.q_txt, p.txt_tokens, Shape::kM);
   add(&maps.k_img, p.k_img, p.img_tokens, Shape::kN), add(&maps.k_txt, p.k_txt, p.txt_tokens, Shape::kN);

@@ -1,0 +1,255 @@
+// Second moments of activations: xx += x^T x (blocks on and above the diagonal), xy += x^T y, and column sums of x, y
+// and y^2, of 16-bit tokens in fp64; see pydit.h. The portable kernel (sm_80 and up), and the entry point.
+//
+// Cost at N = 7401, d = 3072: the triangle is 69.9 GFLOP, 72.2 with whole diagonal tiles: 73 us at 989 TFLOP/s. Memory:
+// x once (45 MB; each of 24 x 25 / 2 tiles reads 2 x 1.9 MB of it from L2, 1.1 GB), and 128 KB read and written per
+// tile and block, 300 + 132 times: 113 MB, mostly L2.
+//
+// Numbers. Products of 16-bit values are exact in fp32; a chunk of 256 is summed in fp32 by the tensor cores and added
+// to fp64 registers. Relative to sums of squares the error is that of 256 fp32 additions however many tokens there are.
+// Values are not shifted first, which would round them again: with a mean of r standard deviations the centred moments
+// lose a factor of r^2.
+//
+// A block: 8 warps of 64 x 32 elements each; token steps of 32 come by cp.async, four stages ahead. Both operands lie
+// as tokens by columns, so ldmatrix transposes both.
+#include "device/dispatch.h"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
+#include "kernels/stats/second_moments.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+constexpr const char* kOp = "second_moments";
+constexpr int kThreads = 256, kStep = 32, kStages = 4;
+constexpr int kRowBytes = kTile * 2, kOperandBytes = kStep * kRowBytes, kStageBytes = 2 * kOperandBytes;
+constexpr int kSharedBytes = kStages * kStageBytes;
+static_assert(kChunkTokens % kStep == 0 && kSharedBytes <= 99 * 1024, "whole steps; what sm_86 gives a block");
+
+// Device code ----------------------------------------------------------------------------------------------------
+
+// Where 16-byte vector `vector` of a token's 16 lies: the eight tokens that ldmatrix takes are in different banks.
+__device__ __forceinline__ int place(int token, int vector) { return token * kRowBytes + (vector ^ token % 8) * 16; }
+
+// kStep tokens of kTile columns; what does not exist becomes zero.
+template <typename T, bool kAligned>
+__device__ __forceinline__ void copy_step(char* to, const void* from, int64_t stride, int64_t tokens, int64_t columns,
+                                          int64_t first_token, int first_column) {
+  constexpr int kVectors = kRowBytes / 16;
+#pragma unroll
+  for (int i = threadIdx.x; i < kStep * kVectors; i += kThreads) {
+    const int token = i / kVectors, column = first_column + i % kVectors * 8;
+    const int64_t left = first_token + token < tokens ? columns - column : 0;
+    const int exist = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+    const T* source = static_cast<const T*>(from) + (exist > 0 ? (first_token + token) * stride + column : 0);
+    char* target = to + place(token, i % kVectors);
+    if constexpr (kAligned) {
+      cp_async<16>(target, source, exist * 2);
+    } else {
+      Pack<T, 8> values;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values.value[j] = j < exist ? source[j] : from_float<T>(0.f);
+      *reinterpret_cast<Pack<T, 8>*>(target) = values;
+    }
+  }
+}
+
+// sums += left^T right over kStep tokens, for a warp's 64 x 32.
+template <typename T>
+__device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char* left, const char* right, int row,
+                                              int column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kStep; k += 16) {
+    uint32_t b[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) ldmatrix<true>(b[n], right + place(k + lane % 16, column / 8 + n * 2 + lane / 16));
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      uint32_t a[4];
+      ldmatrix<true>(a, left + place(k + lane / 16 * 8 + lane % 8, row / 8 + m * 2 + lane / 8 % 2));
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        mma_m16n8k16<T>(sums[m][n], a, reinterpret_cast<const uint32_t (&)[2]>(b[n / 2][n % 2 * 2]));
+    }
+  }
+}
+
+// A thread's part of the column sums of one step: of its column, the tokens of its half.
+template <typename T>
+__device__ __forceinline__ float2 sum_step(const char* operand) {
+  const int column = threadIdx.x % kTile;
+  float2 sums = make_float2(0.f, 0.f);
+#pragma unroll 4
+  for (int i = 0; i < kStep / 2; ++i) {
+    const int token = threadIdx.x / kTile * (kStep / 2) + i;
+    const float value = to_float(*reinterpret_cast<const T*>(operand + place(token, column / 8) + column % 8 * 2));
+    sums.x += value;
+    sums.y = fmaf(value, value, sums.y);
+  }
+  return sums;
+}
+
+// Kernel ---------------------------------------------------------------------------------------------------------
+
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit_second_moments_params p) {
+  PYDIT_DYNAMIC_SHARED(char, shared);
+  auto* done = static_cast<unsigned*>(p.workspace);  // per tile; the last is the ticket
+  const int64_t tiles = count_tiles(p);
+  auto* drawn = reinterpret_cast<unsigned*>(shared);
+  if (threadIdx.x == 0) *drawn = atomicAdd(done + tiles, 1u);
+  __syncthreads();
+  const unsigned ticket = *drawn;
+  __syncthreads();
+  const Run run = run_of(p, ticket, gridDim.x);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int my_row = warp / 4 * 64, my_column = warp % 4 * 32;
+
+  for (int64_t last = run.last; last > run.first;) {
+    const int index = static_cast<int>((last - 1) / run.chunks);
+    const int64_t base = static_cast<int64_t>(index) * run.chunks;
+    const int from = static_cast<int>(base > run.first ? 0 : run.first - base), to = static_cast<int>(last - base);
+    last = base + from;
+    const TileOfSums tile = decode_tile(p, index);
+    const bool square = !tile.cross && tile.row == tile.column;   // both operands are the same columns
+    const bool counts = square || (tile.cross && tile.row == 0);  // column sums are this tile's as well
+    const void* right = tile.cross ? p.y : p.x;
+    const int64_t right_stride = tile.cross ? p.stride_y : p.stride_x, right_columns = tile.cross ? p.dim_y : p.dim_x;
+    const int steps = (to - from) * (kChunkTokens / kStep);
+    const auto copy = [&](int step) {
+      char* stage = shared + step % kStages * kStageBytes;
+      const int64_t token = static_cast<int64_t>(from) * kChunkTokens + step * kStep;
+      copy_step<T, kAligned>(stage, p.x, p.stride_x, p.tokens, p.dim_x, token, tile.row * kTile);
+      if (!square)
+        copy_step<T, kAligned>(stage + kOperandBytes, right, right_stride, p.tokens, right_columns, token,
+                               tile.column * kTile);
+    };
+    for (int step = 0; step < kStages - 1; ++step) {
+      if (step < steps) copy(step);
+      cp_async_commit_group();
+    }
+    double sums[4][4][4], columns[2] = {0, 0};
+    float partial[4][4][4], partial_columns[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0;
+    for (int step = 0; step < steps; ++step) {
+      if (step % (kChunkTokens / kStep) == 0) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) partial[i / 16][i / 4 % 4][i % 4] = 0;
+        partial_columns[0] = partial_columns[1] = 0;
+      }
+      cp_async_wait_group<kStages - 2>();
+      __syncthreads();  // the step is here, and everyone is done with the stage that is filled next
+      if (step + kStages - 1 < steps) copy(step + kStages - 1);
+      cp_async_commit_group();
+      const char* stage = shared + step % kStages * kStageBytes;
+      const char* other = square ? stage : stage + kOperandBytes;
+      multiply_step<T>(partial, stage, other, my_row, my_column);
+      if (counts) {
+        const float2 more = sum_step<T>(other);
+        partial_columns[0] += more.x, partial_columns[1] += more.y;
+      }
+      if ((step + 1) % (kChunkTokens / kStep) == 0) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] += partial[i / 16][i / 4 % 4][i % 4];
+        columns[0] += partial_columns[0], columns[1] += partial_columns[1];
+      }
+    }
+    __syncthreads();  // stages are free: the next tile's copies, and the column sums of the upper half
+    wait_for_earlier(done + index, from);
+    double* target = tile.cross ? p.xy : p.xx;
+    const int64_t rows = p.dim_x, width = right_columns;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t row = tile.row * kTile + my_row + m * 16 + lane / 4 + i / 2 * 8;
+          const int64_t column = tile.column * kTile + my_column + n * 8 + lane % 4 * 2 + i % 2;
+          if (row < rows && column < width) target[row * width + column] += sums[m][n][i];
+        }
+      }
+    }
+    if (counts) {
+      auto* upper = reinterpret_cast<double*>(shared);
+      const int column = threadIdx.x % kTile;
+      if (threadIdx.x >= kTile) upper[2 * column] = columns[0], upper[2 * column + 1] = columns[1];
+      __syncthreads();
+      const int64_t place = tile.column * kTile + column;
+      if (threadIdx.x < kTile && place < width) {
+        (square ? p.sum_x : p.sum_y)[place] += columns[0] + upper[2 * column];
+        if (!square) p.sum_yy[place] += columns[1] + upper[2 * column + 1];
+      }
+      __syncthreads();
+    }
+    tell_later(done + index, to, run.chunks);
+  }
+}
+
+// Launcher -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void name_tensors(const pydit_second_moments_params& p) {
+  name_tensor("x", p.x, false, sizeof(T), p.dim_x, {p.tokens}, {p.stride_x});
+  name_tensor("xx", p.xx, true, sizeof(double), p.dim_x, {p.dim_x}, {p.dim_x});
+  name_tensor("sum_x", p.sum_x, true, sizeof(double), p.dim_x, {1}, {0});
+  name_tensor("workspace", p.workspace, true, sizeof(unsigned), count_tiles(p) + 1, {1}, {0});
+  if (p.dim_y == 0) return;
+  name_tensor("y", p.y, false, sizeof(T), p.dim_y, {p.tokens}, {p.stride_y});
+  name_tensor("xy", p.xy, true, sizeof(double), p.dim_y, {p.dim_x}, {p.dim_y});
+  name_tensor("sum_y", p.sum_y, true, sizeof(double), p.dim_y, {1}, {0});
+  name_tensor("sum_yy", p.sum_yy, true, sizeof(double), p.dim_y, {1}, {0});
+}
+
+template <typename T, bool kAligned>
+int launch(const pydit_second_moments_params& p) {
+  const int64_t units = count_tiles(p) * ceil_div(p.tokens, kChunkTokens);
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(second_moments_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kSharedBytes);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  if (error == cudaSuccess)
+    error = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(count_tiles(p) + 1) * sizeof(unsigned), stream);
+  if (error != cudaSuccess) return launch_status(kOp, error);
+  const auto blocks = static_cast<unsigned>(units < processors ? units : processors);
+  name_tensors<T>(p);
+  return launch_status(
+      kOp, PYDIT_LAUNCH((second_moments_kernel<T, kAligned>), dim3(blocks), dim3(kThreads), kSharedBytes, stream, p));
+}
+
+template <typename T>
+int launch_alignment(const pydit_second_moments_params& p) {
+  const auto legal = [&](const void* data, int64_t stride) {
+    return aligned16(data) && (p.tokens <= 1 || stride % 8 == 0);
+  };
+  return legal(p.x, p.stride_x) && (p.dim_y == 0 || legal(p.y, p.stride_y)) ? launch<T, true>(p) : launch<T, false>(p);
+}
+
+}  // namespace
+}  // namespace pydit::PYDIT_BACKEND
+
+using namespace pydit::PYDIT_BACKEND;
+
+extern "C" int64_t PYDIT_ENTRY(second_moments_workspace)(const pydit_second_moments_params* p) {
+  return (count_tiles(*p) + 1) * static_cast<int64_t>(sizeof(unsigned));
+}
+
+extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p) {
+  if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
+    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kOp, p->dtype);
+  if (p->tokens < 0) return bad_argument("%s: tokens: expected 0 or more, got %lld", kOp, (long long)p->tokens);
+  for (const int64_t dim : {p->dim_x, p->dim_y}) {
+    if (dim < 0 || dim > 1 << 20)
+      return bad_argument("%s: dim: expected 0 to 2^20, got %lld", kOp, static_cast<long long>(dim));
+  }
+  if (p->tokens == 0 || p->dim_x == 0) return kOk;
+  if (count_tiles(*p) > INT32_MAX || ceil_div(p->tokens, kChunkTokens) > INT32_MAX)
+    return bad_argument("%s: expected at most 2^31 - 1 tiles and chunks, got more", kOp);
+  if (p->workspace == nullptr) return bad_argument("%s: workspace: expected memory, got a null pointer", kOp);
+  return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
+}

@@ -1,0 +1,70 @@
+// What the kernels of second moments share: how the work is cut into tiles and chunks and dealt to blocks, and how a
+// tile's sums get to memory.
+//
+// A tile is kTile x kTile elements of x^T x, on or above the diagonal, or of x^T y. A unit is a tile over one chunk of
+// tokens. Units are numbered tile by tile; each block takes an equal run of them (stream-K: Osama et al. 2023) and
+// works from its last tile to its first. A tile that two blocks share is then the first that the lower block does and
+// the last of the higher one, which waits for it: sums are added in the order of the tokens, the same in every run, and
+// a block waits only for blocks with a lower ticket.
+#pragma once
+
+#include "device/check.h"
+#include "device/platform.cuh"
+#include "device/ptx_atomic.cuh"
+#include "pydit/pydit.h"
+
+namespace pydit::PYDIT_BACKEND {
+
+constexpr int kTile = 128;         // columns of x, and of x or y
+constexpr int kChunkTokens = 256;  // summed in fp32 by the tensor cores before they are added in fp64
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__host__ __device__ inline int64_t count_tiles(const pydit_second_moments_params& p) {
+  const int64_t rows = ceil_div(p.dim_x, kTile);
+  return rows * (rows + 1) / 2 + rows * ceil_div(p.dim_y, kTile);
+}
+
+struct TileOfSums {
+  int row, column;  // of tiles
+  bool cross;       // x^T y
+};
+
+__device__ __forceinline__ TileOfSums decode_tile(const pydit_second_moments_params& p, int index) {
+  const int rows = static_cast<int>(ceil_div(p.dim_x, kTile)), triangle = rows * (rows + 1) / 2;
+  if (index >= triangle) {
+    const int columns = static_cast<int>(ceil_div(p.dim_y, kTile));
+    return {(index - triangle) / columns, (index - triangle) % columns, true};
+  }
+  int row = 0;
+  for (; index >= rows - row; ++row) index -= rows - row;
+  return {row, row + index, false};
+}
+
+// A block's run of units: [first, last).
+struct Run {
+  int64_t first, last;
+  int chunks;
+};
+
+__device__ __forceinline__ Run run_of(const pydit_second_moments_params& p, unsigned ticket, unsigned blocks) {
+  const int chunks = static_cast<int>(ceil_div(p.tokens, kChunkTokens));
+  const int64_t units = count_tiles(p) * chunks;
+  return {units * ticket / blocks, units * (ticket + 1) / blocks, chunks};
+}
+
+// Before a tile's sums of chunks from `chunk` on are added: everything before must have been. The block calls.
+__device__ __forceinline__ void wait_for_earlier(unsigned* done, int chunk) {
+  if (chunk == 0) return;
+  if (threadIdx.x == 0) wait_at_least(done, static_cast<unsigned>(chunk));
+  __syncthreads();
+}
+
+// After the sums of chunks up to `chunk` have been added. The block calls; nobody waits for the last.
+__device__ __forceinline__ void tell_later(unsigned* done, int chunk, int chunks) {
+  if (chunk == chunks) return;
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(done, static_cast<unsigned>(chunk));
+}
+
+}  // namespace pydit::PYDIT_BACKEND
