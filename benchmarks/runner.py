@@ -141,8 +141,8 @@ def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: 
 
 def verify(function, case: Case, args: tuple) -> None:
     """Hold a provider of ``case`` against float64 under the tolerance policy; AssertionError when it is wrong."""
-    results, exact, eager = (r if isinstance(r, tuple) else (r,) for r in (function(*args), case.exact(*args),
-                                                                           case.eager(*args)))
+    results, exact, eager = (r if isinstance(r, tuple) else (r,)
+                             for r in (case.call(f, args) for f in (function, case.exact, case.eager)))
     if not len(results) == len(exact) == len(eager):
         raise AssertionError(f"{case.name}: expected {len(exact)} outputs, got {len(results)}")
     for i, (a, b, c) in enumerate(zip(results, exact, eager, strict=True)):

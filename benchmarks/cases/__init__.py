@@ -26,6 +26,10 @@ class Work:
     flops: int
 
 
+def _call(function, args):
+    return function(*args)
+
+
 @dataclass(frozen=True)
 class Case:
     """One benchmark. ``make(device)`` draws inputs; ``run``, ``exact``, ``eager`` and every peer take them.
@@ -33,7 +37,8 @@ class Case:
     ``exact`` is the answer in float64; ``eager`` is plain torch in the case's dtype, against whose error the tolerance
     policy measures. ``beyond``: what the portable kernel does by design beyond ``work``, bytes that it asks for again
     (on a GPU a cache has them) and products on the padding of its tiles; tests hold the sums against the simulator's
-    counters. None: not modelled.
+    counters. None: not modelled. ``call(function, args)`` is how a check runs a provider, where it takes more than a
+    plain call, as it does when arguments are updated.
     """
 
     op: str
@@ -47,6 +52,7 @@ class Case:
     eager: Callable
     peers: tuple[Peer, ...] = ()
     beyond: Work | None = None
+    call: Callable = _call
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from pydit.ops import reference
 from pydit.ops._library import _check_last_dim, _check_tensor, define
 
 _OP = "second_moments"
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def second_moments(x, y=None, *, shift_x=None, shift_y=None):
@@ -82,7 +82,7 @@ def mirror(xx: torch.Tensor) -> torch.Tensor:
 
 def _add(x, y, xx, xy, sum_x, sum_y, sum_yy):
     sums = (xx, xy, sum_x, sum_y, sum_yy)
-    if x.dtype not in _KERNEL_DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         backend.record(_OP, "reference", f"{x.dtype}: torch multiplies in float64; the kernel takes 16-bit activations")
     else:
         path = backend.choose(_OP, x)

@@ -1,0 +1,61 @@
+"""Second moments of a layer's activations, added to what earlier tokens left: bound by the tensor cores.
+
+pydit adds to float64 sums and makes the column sums on the way; the peers add x^T x to float32 sums and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cases import DTYPES, Case, Work
+from benchmarks.peers import compiled, eager_peer
+from pydit.ops.second_moments import add_second_moments
+
+SHAPES = {  # model, tokens, channels, dtype
+    "full": (("qwen-image", 7401, 3072, "bf16"), ("flux.1", 4608, 3072, "bf16"), ("sd3.5-large", 4429, 2432, "fp16")),
+    "small": (("tiny", 300, 136, "bf16"),),
+}
+
+
+def cases(size: str) -> list[Case]:
+    return [second_moments(*shape) for shape in SHAPES[size]]
+
+
+def second_moments_work(n: int, d: int) -> Work:
+    """x in; the float64 triangle and the column sums in and out; a multiplication and an addition per token and element
+    of the triangle, an addition per element of x."""
+    return Work(bytes=n * d * 2 + 2 * 8 * (d * (d + 1) // 2 + d), flops=n * d * (d + 1) + n * d)
+
+
+def second_moments(model, n, d, dtype) -> Case:
+    def make(device):
+        """x, pydit's sums (xx, sum_x) and the peers' (xx)."""
+        x = torch.randn(n, d, device=device, dtype=DTYPES[dtype])
+        return (x, *(torch.zeros(shape, device=device, dtype=torch.float64) for shape in ((d, d), (d,))),
+                torch.zeros(d, d, device=device))
+
+    return Case("second_moments", model, f"{n}x{d}", dtype, second_moments_work(n, d), make, _run, _exact, eager,
+                (eager_peer(eager), compiled(eager)), call=_call)
+
+
+def eager(x, _xx, _sum_x, narrow):
+    """``narrow`` += x^T x by cuBLAS with float32 sums; on a CPU, which has no such product, in float32 throughout."""
+    if x.is_cuda:
+        return torch.addmm(narrow, x.T, x, out_dtype=torch.float32, out=narrow)
+    return narrow.addmm_(x.T.float(), x.float())
+
+
+def _run(x, xx, sum_x, _narrow):
+    nothing = sum_x[:0]
+    add_second_moments(x, None, (xx, xx[:, :0], sum_x, nothing, nothing))
+    return xx
+
+
+def _exact(x, xx, _sum_x, _narrow):
+    return xx + x.double().T @ x.double()
+
+
+def _call(function, args):
+    """With copies of the sums, which are updated; of the result the triangle, in the peers' dtype."""
+    result = function(args[0], *(t.clone() for t in args[1:])).triu()
+    return result if function is _exact else result.float()

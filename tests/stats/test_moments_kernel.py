@@ -1,0 +1,97 @@
+"""Moments of 16-bit rows, which kernels add to plain sums: same state, merges and errors as the shifted path."""
+
+import copy
+
+import pytest
+import torch
+
+from pydit.errors import UserError
+from pydit.stats import Moments
+from tests.stats.test_moments import FIELDS, assert_same, reference, rows
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def accumulate(x, y, sizes):
+    moments = Moments(x.shape[1], y.shape[1], device=x.device)
+    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+        moments.update(a, b)
+    return moments
+
+
+def exact(x, y):
+    return {name: value.to(x.device) for name, value in reference(x.cpu(), y.cpu()).items()}
+
+
+def half_rows(dtype, device, **changes):
+    return (t.to(device) for t in rows(n=600, d=24, e=12, dtype=dtype, **changes))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("sizes", [[600], [1, 0, 299, 300]])
+def test_streamed_equals_whole(dtype, sizes, device):
+    x, y = half_rows(dtype, device)
+    moments = accumulate(x, y, sizes)
+    assert moments.count == 600
+    assert_same(moments, exact(x, y), rtol=1e-5)
+    assert torch.equal(moments.m_xx, moments.m_xx.T)
+
+
+@pytest.mark.parametrize("ratio", [3, 30])
+def test_error_of_a_mean_of_many_deviations(ratio, device):
+    """The documented bound on a variance, 1.5e-5 (1 + r^2)."""
+    x, y = half_rows(torch.float16, device, offset=ratio)
+    moments, right = accumulate(x, y, [600]), exact(x, y)
+    spread = right["m_xx"].diagonal()
+    r = 600 * right["mean_x"].square() / spread
+    error = (moments.m_xx.diagonal() - spread).abs() / spread
+    assert (error <= 1.5e-5 * (1 + r)).all()
+    assert (moments.mean_x - right["mean_x"]).abs().max() < 1e-5 * ratio
+
+
+def test_reading_between_updates_changes_nothing(device):
+    x, y = half_rows(torch.bfloat16, device, offset=2.0)
+    moments = Moments(24, 12, device=device)
+    for a, b in zip(x.split(200), y.split(200), strict=True):
+        moments.update(a, b)
+        before = {name: getattr(moments, name).clone() for name in FIELDS}
+        for name in FIELDS:
+            assert torch.equal(getattr(moments, name), before[name])
+    assert_same(moments, exact(x, y), rtol=1e-5)
+
+
+def test_merge_resume_and_mixed_dtypes(device):
+    """Parts that were streamed in bfloat16 and float32, merged either way round, saved and continued."""
+    x, y = half_rows(torch.bfloat16, device, offset=1.0)
+    halves = list(zip(x.split(300), y.split(300), strict=True))
+    narrow = Moments(24, 12, device=device).update(*halves[0])
+    wide = Moments(24, 12, device=device).update(*(t.float() for t in halves[1]))
+    for first, second in ((narrow, wide), (wide, narrow)):
+        assert_same(copy.deepcopy(first).merge(copy.deepcopy(second)), exact(x, y), rtol=1e-5)
+    resumed = Moments(24, 12, device=device)
+    resumed.update(*halves[1])
+    resumed.load_state_dict(narrow.state_dict())
+    assert_same(resumed.update(*halves[1]), exact(x, y), rtol=1e-5)
+    assert_same(narrow.update(*(t.float() for t in halves[1])), exact(x, y), rtol=1e-5)
+
+
+def test_x_alone_and_strided_rows(device):
+    x, y = half_rows(torch.bfloat16, device)
+    moments = Moments(24, device=device).update(x[::2]).update(x[1::2].T.contiguous().T)
+    torch.testing.assert_close(moments.m_xx, exact(x, y)["m_xx"], rtol=1e-5, atol=1e-4)
+
+
+def test_not_finite_is_found_when_the_state_is_read(device):
+    x, y = half_rows(torch.bfloat16, device)
+    x[7, 3] = torch.nan
+    moments = Moments(24, 12, device=device)
+    for _ in range(2):
+        with pytest.raises(UserError, match="expected finite values"):
+            moments.update(x, y).m_xx  # noqa: B018 - reading raises
+
+
+def test_constant_channels_have_no_spread(device):
+    x = torch.full((513, 4), 0.1, dtype=torch.bfloat16, device=device)
+    moments = Moments(4, 4, device=device).update(x, x)
+    assert (moments.s_yy >= 0).all() and (moments.m_xx.diagonal() >= 0).all()
+    assert moments.m_xx.abs().max() < 1.5e-5 * 513 * 0.1 ** 2
