@@ -65,6 +65,8 @@ struct Backend {
   int64_t (*joint_attention_backward_workspace)(const pydit_joint_attention_backward_params*);
   int (*second_moments)(const pydit_second_moments_params*);
   int64_t (*second_moments_workspace)(const pydit_second_moments_params*);
+  int (*hsic_matrix)(const pydit_hsic_matrix_params*);
+  int64_t (*hsic_matrix_workspace)(const pydit_hsic_matrix_params*);
 };
 
 template <typename Params>
@@ -190,6 +192,22 @@ void define_ops(py::module_ m, const Backend& backend) {
           p.workspace = data(workspace);
           call(backend, backend.second_moments, p);
         });
+  m.def("hsic_matrix", [backend](py::list features, Tensor hsic, py::function allocate, int64_t gram_bytes, int dtype,
+                                 uintptr_t stream) {
+    pydit_hsic_matrix_params p = {};
+    p.layers = static_cast<int32_t>(features.size());
+    if (p.layers > PYDIT_MAX_LAYERS) throw std::invalid_argument("hsic_matrix: expected at most 128 features");
+    for (int i = 0; i < p.layers; ++i) {
+      const py::tuple shape = features[i].attr("shape");
+      p.features[i] = data(features[i]), p.rows = stride(shape, 0), p.dim[i] = shape[1].cast<int32_t>();
+      p.stride[i] = stride(py::tuple(features[i].attr("stride")()), 0);
+    }
+    p.hsic = static_cast<double*>(data(hsic)), p.gram_bytes = gram_bytes, p.dtype = dtype,
+    p.stream = reinterpret_cast<void*>(stream);
+    const py::object workspace = allocate(backend.hsic_matrix_workspace(&p));
+    p.workspace = data(workspace);
+    call(backend, backend.hsic_matrix, p);
+  });
 }
 
 #define PYDIT_BACKEND_TABLE(name)                                                                                     \
@@ -198,7 +216,8 @@ void define_ops(py::module_ m, const Backend& backend) {
         pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_qk_norm_rope, \
         pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path, \
         pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace,              \
-        pydit_##name##_second_moments, pydit_##name##_second_moments_workspace                                        \
+        pydit_##name##_second_moments, pydit_##name##_second_moments_workspace, pydit_##name##_hsic_matrix,           \
+        pydit_##name##_hsic_matrix_workspace                                                                          \
   }
 
 }  // namespace

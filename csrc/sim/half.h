@@ -90,6 +90,10 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 x, __nv_bfloat162 y) {
+  return __floats2bfloat162_rn(static_cast<float>(x.x) - static_cast<float>(y.x),
+                               static_cast<float>(x.y) - static_cast<float>(y.y));
+}
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
   __nv_bfloat16 x;
@@ -104,6 +108,10 @@ inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x),
 inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }
 inline float2 __half22float2(__half2 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
 inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
+inline __half2 __hsub2(__half2 x, __half2 y) {
+  return __floats2half2_rn(static_cast<float>(x.x) - static_cast<float>(y.x),
+                           static_cast<float>(x.y) - static_cast<float>(y.y));
+}
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline __half __ushort_as_half(unsigned short bits) {
   __half x;

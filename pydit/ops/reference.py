@@ -49,6 +49,36 @@ def second_moments(x, y=None):
     return u.T @ u, u.T @ v, u.sum(0), v.sum(0), v.square().sum(0)
 
 
+def hsic_matrix(features):
+    """Unbiased HSIC_1 [L, L], float64, of every pair of L features [n, d_l], n >= 4."""
+    n = len(features[0])
+    grams = torch.stack([u_centred_gram(x).flatten() for x in features])
+    hsic = grams @ grams.T / (2 * n * (n - 3))
+    return hsic + hsic.T  # a matrix product need not be symmetric to the last bit
+
+
+def u_centred_gram(x):
+    """U-centred Gram matrices (Szekely and Rizzo 2014), float64 [..., n, n], of features [..., n, d], n >= 4."""
+    n = x.shape[-2]
+    # HSIC_1 does not change under translation; removing the mean first saves the digits an offset would cost.
+    x = centred(x)
+    gram = x @ x.mT
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = gram.sum(-1) / (n - 2)
+    rows = rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))
+    gram = gram - rows.unsqueeze(-1) - rows.unsqueeze(-2)
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    return gram
+
+
+def centred(x):
+    """Features [..., n, d] minus their column means, float64; exactly 0 where they are constant up to rounding."""
+    x = x.double()
+    out = x - x.mean(-2, keepdim=True)
+    scale = x.abs().amax((-2, -1), keepdim=True)
+    return torch.where(out.abs().amax((-2, -1), keepdim=True) <= 1e-13 * scale, 0.0, out)
+
+
 def _norm_rope(x, weight, freqs, eps):
     value = wide(x)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)

@@ -14,32 +14,10 @@ import torch
 import torch.distributed as dist
 
 from pydit.errors import UserError
+from pydit.ops import hsic_matrix
+from pydit.ops.reference import centred, u_centred_gram
 
 _MAX_GRAM_ROWS = 2048  # beyond this many rows an [n, n] Gram matrix costs more memory than the feature form
-
-
-def u_centred_gram(x: torch.Tensor) -> torch.Tensor:
-    """U-centred Gram matrices, float64 [..., n, n], of features [..., n, d], any float dtype, n >= 4."""
-    n = x.shape[-2]
-    if n < 4:
-        raise UserError(f"x: expected at least 4 rows for the unbiased HSIC, got {n}")
-    # HSIC_1 does not change under translation; removing the mean first saves the digits an offset would cost.
-    x = centred(x)
-    gram = x @ x.mT
-    gram.diagonal(dim1=-2, dim2=-1).zero_()
-    rows = gram.sum(-1) / (n - 2)
-    rows = rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))
-    gram = gram - rows.unsqueeze(-1) - rows.unsqueeze(-2)
-    gram.diagonal(dim1=-2, dim2=-1).zero_()
-    return gram
-
-
-def centred(x: torch.Tensor) -> torch.Tensor:
-    """Features [..., n, d] minus their column means, float64; exactly 0 where they are constant up to rounding."""
-    x = x.double()
-    out = x - x.mean(-2, keepdim=True)
-    scale = x.abs().amax((-2, -1), keepdim=True)
-    return torch.where(out.abs().amax((-2, -1), keepdim=True) <= 1e-13 * scale, 0.0, out)
 
 
 def normalise(cross: torch.Tensor, self_x: torch.Tensor, self_y: torch.Tensor) -> torch.Tensor:
@@ -83,9 +61,10 @@ class CKA:
         shapes = [tuple(x.shape) for x in features]
         if any(x.ndim != 2 or not x.is_floating_point() or len(x) != len(features[0]) for x in features):
             raise UserError(f"features: expected float [n, d] tensors with one n, got {shapes}")
-        n = len(features[0])
-        grams = torch.stack([u_centred_gram(x.detach()).flatten() for x in features])
-        hsic = (grams @ grams.T / (n * (n - 3))).cpu()
+        if len(features[0]) < 4:
+            raise UserError(f"features: expected at least 4 rows for the unbiased HSIC, got {len(features[0])}")
+        one_dtype = len({x.dtype for x in features}) == 1
+        hsic = hsic_matrix([x.detach() if one_dtype else x.detach().double() for x in features]).cpu()
         if not bool(torch.isfinite(hsic).all()):
             raise UserError("features: expected finite values, got NaN or infinity")
         self._hsic.append(hsic)

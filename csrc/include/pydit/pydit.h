@@ -174,6 +174,25 @@ typedef struct {
   void* stream;
 } pydit_second_moments_params;
 
+/* hsic[i, j] = unbiased HSIC_1 (Song et al. 2012) of features i and j, <U_i, U_j> / (n (n - 3)), where U is the Gram
+ * matrix x x^T with its diagonal set to 0, U-centred (Szekely and Rizzo 2014).
+ *   features[l]: [n, dim[l]] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  n = rows >= 4
+ *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike has HSIC 0 exactly.
+ * workspace: hsic_matrix_workspace() bytes of any content; free again when the stream is past this call. Gram matrices
+ * take at most `gram_bytes` of it, or those of one tile; if not all fit, each is computed twice.
+ * Run to run the bits are the same on one device. FLOPs: n (n + 1) sum(dim) + n^2 layers (layers + 1) / 2. */
+#define PYDIT_MAX_LAYERS 128
+typedef struct {
+  const void* features[PYDIT_MAX_LAYERS];
+  int64_t stride[PYDIT_MAX_LAYERS];
+  int32_t dim[PYDIT_MAX_LAYERS];
+  double* hsic;
+  void* workspace;
+  int64_t rows, gram_bytes;
+  int32_t layers, dtype;
+  void* stream;
+} pydit_hsic_matrix_params;
+
 /* Which kernel joint_attention, or its backward, takes for these arguments on the current device:
  * joint_attention_path(), joint_attention_backward_path(). */
 enum {
@@ -196,7 +215,9 @@ enum {
   int pydit_##backend##_joint_attention_backward_path(const pydit_joint_attention_backward_params*);          \
   int64_t pydit_##backend##_joint_attention_backward_workspace(const pydit_joint_attention_backward_params*); \
   int pydit_##backend##_second_moments(const pydit_second_moments_params*);                                   \
-  int64_t pydit_##backend##_second_moments_workspace(const pydit_second_moments_params*);
+  int64_t pydit_##backend##_second_moments_workspace(const pydit_second_moments_params*);                     \
+  int pydit_##backend##_hsic_matrix(const pydit_hsic_matrix_params*);                                         \
+  int64_t pydit_##backend##_hsic_matrix_workspace(const pydit_hsic_matrix_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)
 PYDIT_DECLARE_BACKEND(sim)

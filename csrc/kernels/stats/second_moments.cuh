@@ -11,18 +11,16 @@
 #include "device/check.h"
 #include "device/platform.cuh"
 #include "device/ptx_atomic.cuh"
+#include "kernels/stats/tiles.cuh"
 #include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
 
-constexpr int kTile = 128;         // columns of x, and of x or y
 constexpr int kChunkTokens = 256;  // summed in fp32 by the tensor cores before they are added in fp64
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __host__ __device__ inline int64_t count_tiles(const pydit_second_moments_params& p) {
   const int64_t rows = ceil_div(p.dim_x, kTile);
-  return rows * (rows + 1) / 2 + rows * ceil_div(p.dim_y, kTile);
+  return count_triangle(rows) + rows * ceil_div(p.dim_y, kTile);
 }
 
 struct TileOfSums {
@@ -31,14 +29,13 @@ struct TileOfSums {
 };
 
 __device__ __forceinline__ TileOfSums decode_tile(const pydit_second_moments_params& p, int index) {
-  const int rows = static_cast<int>(ceil_div(p.dim_x, kTile)), triangle = rows * (rows + 1) / 2;
+  const int rows = static_cast<int>(ceil_div(p.dim_x, kTile)), triangle = static_cast<int>(count_triangle(rows));
   if (index >= triangle) {
     const int columns = static_cast<int>(ceil_div(p.dim_y, kTile));
     return {(index - triangle) / columns, (index - triangle) % columns, true};
   }
-  int row = 0;
-  for (; index >= rows - row; ++row) index -= rows - row;
-  return {row, row + index, false};
+  const TileAt at = triangle_tile(rows, index);
+  return {at.row, at.column, false};
 }
 
 // A block's run of units: [first, last).

@@ -19,9 +19,10 @@ from pydit.analysis.activations import ActivationStats
 from pydit.analysis.criteria.base import Scores, register, removal_target
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
+from pydit.ops.reference import u_centred_gram
 from pydit.plan import PruningPlan
 from pydit.stats import LinearProbe
-from pydit.stats.cka import bootstrap_weights, normalise, u_centred_gram
+from pydit.stats.cka import bootstrap_weights, normalise
 
 _CHOICES = {"reference": ("same-depth", "fixed"), "first_probe": ("u+1", "u"),
             "streams": ("mean", "min", "image", "text"), "selection": ("difference", "optimal")}

@@ -1,0 +1,84 @@
+"""HSIC of all pairs of L layers: bound by the tensor cores, then by how often the Gram matrices move.
+
+Peers: all Gram matrices in one ``bmm`` with float32 sums, U-centred, and one product V V^T of L rows (eager and
+compiled); and one pair of layers after another, as torch_cka and its relatives do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cases import DTYPES, Case, Work
+from benchmarks.peers import Peer, compiled, eager_peer
+from pydit import ops
+from pydit.ops import reference
+
+SHAPES = {  # model, rows, layers, channels, dtype
+    "full": (("qwen-image", 256, 60, 3072, "bf16"), ("qwen-image", 512, 60, 3072, "bf16"),
+             ("qwen-image", 1024, 60, 3072, "bf16"), ("qwen-image", 2048, 60, 3072, "bf16"),
+             ("sd3.5-large", 512, 38, 2432, "fp16")),
+    "small": (("tiny", 40, 3, 72, "bf16"),),
+}
+
+
+def cases(size: str) -> list[Case]:
+    return [hsic_matrix(*shape) for shape in SHAPES[size]]
+
+
+def hsic_matrix_work(n: int, layers: int, d: int) -> Work:
+    """Features in, [L, L] float64 out; the triangle of every Gram matrix, and of it the triangle of all pairs."""
+    return Work(bytes=layers * n * d * 2 + layers * layers * 8,
+                flops=n * (n + 1) * layers * d + n * (n + 1) * layers * (layers + 1) // 2)
+
+
+def hsic_matrix(model, n, layers, d, dtype) -> Case:
+    def make(device):
+        """Layers that share directions, as those of one model do."""
+        common = torch.randn(n, 16, device=device)
+        return tuple((torch.randn(n, d, device=device) + common @ torch.randn(16, d, device=device)).to(DTYPES[dtype])
+                     for _ in range(layers))
+
+    return Case("hsic_matrix", model, f"{layers}x{n}x{d}", dtype, hsic_matrix_work(n, layers, d), make,
+                lambda *x: ops.hsic_matrix(x), _exact, composed,
+                (eager_peer(composed), compiled(composed), Peer("pairwise", lambda: pairwise)), call=_call)
+
+
+def _exact(*features):
+    return reference.hsic_matrix(features)
+
+
+def _call(function, args):
+    """The result in the peers' dtype."""
+    return function(*args) if function is _exact else function(*args).float()
+
+
+def composed(*features):
+    """U-centred Gram matrices of all layers, then V V^T; float32 sums of 16-bit products."""
+    grams = _centred(_grams(torch.stack(features)))
+    n = grams.shape[1]
+    return grams.flatten(1) @ grams.flatten(1).T / (n * (n - 3))
+
+
+def pairwise(*features):
+    """A pair of layers at a time, Gram matrices made anew for each."""
+    n, layers = len(features[0]), len(features)
+    out = features[0].new_zeros((layers, layers), dtype=torch.float32)
+    for i in range(layers):
+        for j in range(i, layers):
+            a, b = (_centred(_grams(x[None]))[0] for x in (features[i], features[j]))
+            out[i, j] = out[j, i] = (a * b).sum() / (n * (n - 3))
+    return out
+
+
+def _grams(x):
+    return torch.bmm(x, x.mT, out_dtype=torch.float32) if x.is_cuda else x.float() @ x.float().mT
+
+
+def _centred(grams):
+    n = grams.shape[1]
+    grams.diagonal(dim1=1, dim2=2).zero_()
+    rows = grams.sum(2) / (n - 2)
+    rows = rows - rows.sum(1, keepdim=True) / (2 * (n - 1))
+    grams = grams - rows[:, :, None] - rows[:, None]
+    grams.diagonal(dim1=1, dim2=2).zero_()
+    return grams

@@ -1,0 +1,27 @@
+// Tiles of symmetric matrices, as the kernels of statistics deal with them: only those on and above the diagonal.
+#pragma once
+
+#include <cstdint>
+
+#include "device/platform.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+
+constexpr int kTile = 128;  // rows and columns
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__host__ __device__ inline int64_t count_triangle(int64_t rows) { return rows * (rows + 1) / 2; }
+
+struct TileAt {
+  int row, column;  // in tiles; row <= column
+};
+
+// The index-th tile of `rows` rows of tiles: the first row from left to right, then the second.
+__device__ __forceinline__ TileAt triangle_tile(int rows, int index) {
+  int row = 0;
+  for (; index >= rows - row; ++row) index -= rows - row;
+  return {row, row + index};
+}
+
+}  // namespace pydit::PYDIT_BACKEND

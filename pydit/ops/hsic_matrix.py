@@ -1,0 +1,79 @@
+"""Unbiased HSIC between every pair of feature matrices: what CKA of L layers is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pydit import backend
+from pydit.ops import reference
+from pydit.ops._library import _check_tensor, define
+
+_OP = "hsic_matrix"
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_MAX_KERNEL_LAYERS, _MAX_KERNEL_ROWS = 128, 1 << 20
+_GRAM_BYTES = 600 << 20  # of Gram tiles kept at a time; 60 layers of 2048 rows fit
+
+
+def hsic_matrix(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Unbiased HSIC_1 of every pair of L feature matrices of the same n rows.
+
+    Parameters
+    ----------
+    features : L tensors, each of shape (n, d_l), n >= 4, one float dtype and device.
+
+    Returns
+    -------
+    torch.Tensor, shape (L, L), float64
+        <U(K_a), U(K_b)> / (n (n - 3)) with K = x x^T and U the U-centred form (Szekely and Rizzo 2014), which is the
+        unbiased HSIC of Song et al. (2012). Symmetric; the diagonal is never negative; rows and columns of features
+        whose rows are all alike are 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        No features, fewer than 4 rows, or a wrong type, dtype, device or shape; the message names the argument, what
+        was expected, what came.
+
+    Notes
+    -----
+    On a GPU, float16 and bfloat16 go to the tensor cores and sums are in float32 and float64; other dtypes are
+    multiplied in float64 by torch. Channels with a large common offset are shifted first, in 16 bits: what lies
+    between half and twice the offset exactly. No gradient.
+    """
+    features = list(features)
+    if not features:
+        raise ValueError(f"{_OP}: features: expected at least one matrix, got none")
+    for index, x in enumerate(features):
+        name = f"features[{index}]"
+        _check_tensor(_OP, name, x, features[0] if index else None)
+        if x.ndim != 2 or x.shape[1] < 1 or x.shape[0] != features[0].shape[0]:
+            rows = "n" if index == 0 else features[0].shape[0]
+            raise ValueError(f"{_OP}: {name}: expected shape [{rows}, d], got {list(x.shape)}")
+    if features[0].shape[0] < 4:
+        raise ValueError(f"{_OP}: features: expected at least 4 rows for the unbiased HSIC, got {features[0].shape[0]}")
+    return torch.ops.pydit.hsic_matrix(features)
+
+
+def _hsic_matrix(features):
+    first, layers = features[0], len(features)
+    if first.dtype not in _KERNEL_DTYPES:
+        backend.record(_OP, "reference", f"{first.dtype}: torch multiplies in float64; the kernel takes 16 bits")
+    elif layers > _MAX_KERNEL_LAYERS or len(first) > _MAX_KERNEL_ROWS:
+        backend.record(_OP, "reference", f"{layers} matrices of {len(first)} rows: the kernel takes "
+                                         f"{_MAX_KERNEL_LAYERS} of 2^20")
+    else:
+        path = backend.choose(_OP, first)
+        if path.kernels is not None:
+            features = [x if x.stride(-1) == 1 else x.contiguous() for x in features]
+            hsic = first.new_empty((layers, layers), dtype=torch.float64)
+            with backend.device_of(first):
+                path.kernels.hsic_matrix(features, hsic, lambda size: first.new_empty(size, dtype=torch.uint8),
+                                         _GRAM_BYTES, backend.DTYPE_CODES[first.dtype], backend.stream_of(first))
+            return hsic
+    return reference.hsic_matrix(features)
+
+
+define("hsic_matrix(Tensor[] features) -> Tensor", _hsic_matrix,
+       lambda features: features[0].new_empty((len(features), len(features)), dtype=torch.float64))

@@ -1,0 +1,161 @@
+"""HSIC of all pairs against the three-term formula of Song et al. (2012) in float64, on every backend."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pydit import backend, ops
+from pydit.errors import UserError
+from pydit.stats import CKA
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def make(n, widths, dtype, device, *, offset=0.0, layout="contiguous", seed=0):
+    """One matrix per width, sharing three directions."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, 3, generator=generator)
+    features = []
+    for d in widths:
+        x = common @ torch.randn(3, d, generator=generator) + torch.randn(n, d, generator=generator) + offset
+        if layout == "strided":
+            x = torch.cat((x, torch.full((n, 16 - d % 8), torch.nan)), 1)
+        elif layout == "unaligned":
+            x = torch.cat((torch.full((n, 1), torch.nan), x), 1)
+        x = x.to(dtype).to(device)
+        features.append(x[:, :d] if layout == "strided" else x[:, 1:] if layout == "unaligned" else x)
+    return features
+
+
+def three_term(features):
+    n = len(features[0])
+    grams = torch.stack([(x - x.mean(0)) @ (x - x.mean(0)).T for x in (x.cpu().double() for x in features)])
+    grams.diagonal(dim1=1, dim2=2).zero_()
+    rows, sums = grams.sum(2), grams.sum((1, 2))
+    return (torch.einsum("aij,bij->ab", grams, grams) + torch.outer(sums, sums) / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
+
+
+def check(features, bound=1e-4):
+    """Relative to the geometric mean of the two self-HSICs, as CKA is."""
+    hsic, exact = ops.hsic_matrix(features), three_term(features)
+    assert hsic.dtype == torch.float64 and hsic.device == features[0].device
+    assert torch.equal(hsic, hsic.T) and (hsic.diagonal() >= 0).all()
+    scale = exact.diagonal().clamp_min(1e-30).sqrt()
+    error = ((hsic.cpu() - exact) / torch.outer(scale, scale)).abs().max().item()
+    assert error < bound, error
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("n", "widths"), [(4, (5, 3)), (40, (64, 130, 8)), (135, (300,))])
+def test_values(n, widths, dtype, device):
+    check(make(n, widths, dtype, device))
+
+
+@pytest.mark.parametrize("layout", ["strided", "unaligned"])
+def test_layouts(layout, device):
+    check(make(70, (72, 24), torch.bfloat16, device, layout=layout))
+
+
+@pytest.mark.parametrize("layers", [17, 33, 70])
+def test_many_layers(layers, device):
+    check(make(12, (9,) * layers, torch.bfloat16, device))
+
+
+def test_groups_of_tiles(device, kernel_only, monkeypatch):
+    """Little memory: Gram tiles one at a time, two at a time, and all at once give the same."""
+    features = make(200, (24, 40), torch.bfloat16, device)
+    whole = ops.hsic_matrix(features)
+    for tiles in (0, 1, 2, 4):
+        monkeypatch.setattr(sys.modules["pydit.ops.hsic_matrix"], "_GRAM_BYTES", tiles * 2 * 65536)
+        torch.testing.assert_close(ops.hsic_matrix(features), whole, rtol=1e-6, atol=0)
+    check(features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_of_wide_dtypes(dtype, device):
+    check(make(30, (12, 7), dtype, device, offset=1000.0), bound=1e-9)
+    assert "torch multiplies in float64" in backend.report()["hsic_matrix"]["reason"]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("offset", [3.0, 50.0, 1000.0])
+def test_values_with_an_offset(dtype, offset, device):
+    """The 16-bit input keeps what it keeps of a spread of 1; the kernel loses nothing more."""
+    check(make(60, (64, 32), dtype, device, offset=offset))
+
+
+def test_values_with_massive_channels(device):
+    """One channel a thousand times as large as the rest and nearly constant, as diffusion transformers have."""
+    features = make(100, (128, 64), torch.bfloat16, device)
+    for x in features:
+        x[:, 5] = 4000 + 16 * x[:, 5]
+    check(features)
+
+
+def test_unrelated_wide_features(device):
+    """Debiased: near 0 where the plain formula gives 0.98."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(64, 1024, generator=generator).bfloat16().to(device) for _ in range(2)]
+    hsic = ops.hsic_matrix(features)
+    assert abs(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt()) < 0.05
+
+
+def test_constant_rows_give_exactly_zero(device):
+    x, = make(20, (24,), torch.bfloat16, device)
+    for constant in (torch.zeros_like(x), x[:1].expand(20, -1), torch.full_like(x, 0.1)):
+        hsic = ops.hsic_matrix([x, constant])
+        assert hsic[0, 0] > 0 and not hsic[1].any() and not hsic[:, 1].any()
+
+
+def test_run_to_run_equality(device):
+    features = make(200, (40, 70, 33), torch.bfloat16, device)
+    assert torch.equal(ops.hsic_matrix(features), ops.hsic_matrix(features))
+
+
+def test_not_finite_is_not_hidden(device):
+    x, y = make(20, (8, 8), torch.bfloat16, device)
+    x[3, 4] = torch.nan
+    hsic = ops.hsic_matrix([x, y])
+    assert hsic[0].isnan().all() and hsic[1, 1].isfinite()
+
+
+def test_cka_takes_the_kernel(device):
+    batches = [make(n, (24, 24, 16), torch.bfloat16, device, seed=n) for n in (40, 130, 7)]
+    cka = CKA(3)
+    for batch in batches:
+        cka.update(batch)
+    hsic = sum(three_term(batch) for batch in batches)
+    scale = hsic.diagonal().sqrt()
+    assert (cka.matrix() - hsic / torch.outer(scale, scale)).abs().max() < 1e-4
+    assert (cka.matrix().diagonal() - 1).abs().max() < 1e-6
+    with pytest.raises(UserError, match="at least 4 rows"):
+        CKA(1).update([batches[0][0][:3]])
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(device, data):
+    widths = data.draw(st.lists(st.integers(1, 140), min_size=1, max_size=4))
+    check(make(data.draw(st.integers(4, 140)), widths, data.draw(st.sampled_from(HALF)), device,
+               layout=data.draw(st.sampled_from(["contiguous", "strided", "unaligned"]))), bound=1e-3)
+
+
+@pytest.mark.parametrize(("features", "error", "words"), [
+    ([], ValueError, "features: expected at least one matrix, got none"),
+    ([torch.ones(3, 2)], ValueError, "features: expected at least 4 rows for the unbiased HSIC, got 3"),
+    ([torch.ones(4)], ValueError, r"features\[0\]: expected shape \[n, d\], got \[4\]"),
+    ([torch.ones(4, 2), torch.ones(5, 2)], ValueError, r"features\[1\]: expected shape \[4, d\], got \[5, 2\]"),
+    ([torch.ones(4, 2), torch.ones(4, 2).half()], TypeError, r"features\[1\]: expected torch.float32"),
+    ([torch.ones(4, 2).int()], TypeError, r"features\[0\]: expected a floating-point tensor"),
+    ([1], TypeError, r"features\[0\]: expected a torch.Tensor, got int")])
+def test_bad_arguments(features, error, words):
+    with pytest.raises(error, match=words):
+        ops.hsic_matrix(features)
+
+
+def test_opcheck(device):
+    torch.library.opcheck(torch.ops.pydit.hsic_matrix.default, (make(10, (6, 9), torch.bfloat16, device),))
