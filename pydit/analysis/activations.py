@@ -7,12 +7,14 @@ on which the probes are judged. Text and image are separate throughout, padded t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
 import torch
 
 from pydit import files
+from pydit.analysis.ablation import Ablation
 from pydit.errors import FormatError, UserError
 from pydit.models.adapter import STREAMS
 from pydit.stats import CKA, LinearProbe, Moments
@@ -44,6 +46,7 @@ class ActivationStats:
         tokens at every boundary (boundary k is the input of block k, boundary L the output of the last)
     sample_ids : stream -> list of int64 [n_b]: which image of the calibration stream a token belongs to
     images_seen : int, images of both sets; the next sample gets this id
+    ablation : :class:`~pydit.analysis.Ablation` of the sample batches, or None if none was made
     """
 
     def __init__(self, family: str, num_layers: int, width: int, *, last_text_used: bool = True,
@@ -54,6 +57,7 @@ class ActivationStats:
         self.samples: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
         self.sample_ids: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
         self.images_seen = 0
+        self.ablation: Ablation | None = None
 
     def add_probe_rows(self, rows: Mapping[str, list[torch.Tensor]]) -> None:
         """Add to the moments: per stream, L + 1 tensors [n, C], the same tokens at every boundary."""
@@ -70,6 +74,12 @@ class ActivationStats:
                 raise UserError(f"{stream}: expected finite activations, got NaN or infinity")
             self.samples[stream].append(states.detach().cpu().clone())
             self.sample_ids[stream].append((ids[stream].cpu() + self.images_seen).to(torch.int64))
+
+    def add_ablation(self, ablation: Ablation) -> None:
+        """Add the losses of more images."""
+        if ablation.losses.shape[1] != self.num_layers:
+            raise UserError(f"ablation: expected {self.num_layers} layers, got {ablation.losses.shape[1]}")
+        self.ablation = ablation if self.ablation is None else self.ablation.join(ablation)
 
     def probe(self, layer: int, stream: str, *, ridge: float = 1e-6) -> LinearProbe:
         """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds)."""
@@ -105,6 +115,8 @@ class ActivationStats:
             self.samples[stream].extend(other.samples[stream])
             self.sample_ids[stream].extend([ids + self.images_seen for ids in other.sample_ids[stream]])
         self.images_seen += other.images_seen
+        if other.ablation is not None:
+            self.add_ablation(other.ablation)
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -117,6 +129,8 @@ class ActivationStats:
             for index, (batch, ids) in enumerate(zip(self.samples[stream], self.sample_ids[stream], strict=True)):
                 tensors[f"samples.{stream}.{index}"] = batch
                 tensors[f"sample_ids.{stream}.{index}"] = ids
+        if self.ablation is not None:
+            tensors |= {f"ablation.{name}": value for name, value in vars(self.ablation).items()}
         files.save_safetensors(path, tensors, {
             "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
             "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
@@ -144,6 +158,9 @@ class ActivationStats:
                     stats._check(stream, batch)
                     stats.samples[stream].append(batch)
                     stats.sample_ids[stream].append(tensors[f"sample_ids.{stream}.{index}"])
+            if "ablation.losses" in tensors:
+                stats.add_ablation(Ablation(**{field.name: tensors[f"ablation.{field.name}"]
+                                               for field in dataclasses.fields(Ablation)}))
         except (KeyError, ValueError) as error:
             raise FormatError(f"stats: expected complete {FORMAT} in {path}, got a file that does not fit "
                               f"({error})") from None

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pydit.analysis.ablation import ablate
 from pydit.analysis.activations import ActivationStats
 from pydit.errors import UserError
 from pydit.models import get_adapter
 
 
 def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
-            tokens_per_batch: int = 256, sample_fraction: float = 0.5, progress: bool = True,
-            seed: int = 0) -> ActivationStats:
+            tokens_per_batch: int = 256, sample_fraction: float = 0.5, with_ablation: bool = False,
+            progress: bool = True, seed: int = 0) -> ActivationStats:
     """Collect activation statistics; the transformer is not changed.
 
     Parameters
@@ -30,6 +31,8 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         host is (L + 1) * tokens * C values per stream and sample batch.
     sample_fraction : share of the batches that become samples, spread evenly; the others feed the probes, with every
         token.
+    with_ablation : also leave out each block in turn on the sample batches (:func:`pydit.analysis.ablate`), which
+        the criteria that look at the output need; takes about L / 2 forwards per sample batch.
     progress : show a progress bar on stderr.
     seed : of the choice of tokens.
 
@@ -68,6 +71,8 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
             stats.add_sample({stream: torch.stack(states) for stream, states in rows.items()},
                              {"image": tokens["image"] // states[0][0].shape[1],
                               "text": tokens["text"] // max(states[0][1].shape[1], 1)})
+            if with_ablation:
+                stats.add_ablation(ablate(transformer, [batch]))
         else:
             stats.add_probe_rows(rows)
         stats.images_seen += images

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from pydit.analysis.criteria.base import removal_target
+from pydit.analysis.criteria.base import intervals_without, removal_target
+from pydit.analysis.forward import set_blocks, shell_of, velocity
 from pydit.errors import UserError
-from pydit.models import ModelAdapter, get_adapter
+from pydit.models import get_adapter
 from pydit.plan import PruningPlan
 
 
@@ -35,8 +35,8 @@ def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterable[Map
     """
     error = total = 0.0
     for batch in batches:
-        target = _velocity(teacher, batch)
-        error += (_velocity(student, batch) - target).square().sum().item()
+        target = velocity(teacher, batch)
+        error += (velocity(student, batch) - target).square().sum().item()
         total += target.square().sum().item()
     if not total:
         raise UserError("batches: expected at least one batch with a velocity that is not zero, got none")
@@ -69,22 +69,19 @@ def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], 
         An unknown family, a model that is already pruned, no batch, or a target out of range.
     """
     adapter = get_adapter(transformer)
-    if isinstance(transformer, adapter.pruned_class()):
-        raise UserError("transformer: expected an unpruned model, got a pruned one; search its to_stock()")
-    layers = adapter.blocks(transformer)
+    shell, layers = shell_of(adapter, transformer), adapter.blocks(transformer)
     count = removal_target(target, len(layers))
     if count is None:
         raise UserError("target: expected a number of layers or a share between 0 and 1, got None")
     batches = list(batches)
-    targets = [_velocity(transformer, batch) for batch in batches]
+    targets = [velocity(transformer, batch) for batch in batches]
     total = sum(value.square().sum().item() for value in targets)
     if not total:
         raise UserError("batches: expected at least one batch with a velocity that is not zero, got none")
-    shell = _shell(adapter, transformer, layers)
 
     def error(kept: list[int]) -> float:
-        setattr(shell, adapter.block_list, nn.ModuleList(layers[k] for k in kept))
-        return sum((_velocity(shell, batch) - value).square().sum().item()
+        set_blocks(adapter, shell, [layers[k] for k in kept])
+        return sum((velocity(shell, batch) - value).square().sum().item()
                    for batch, value in zip(batches, targets, strict=True)) / total
 
     kept, order, errors = list(range(len(layers))), [], []
@@ -93,18 +90,5 @@ def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], 
         kept.remove(layer)
         order.append(layer)
         errors.append(least)
-    ends = [k - 1 for k in kept[1:]] + [len(layers) - 1]
-    intervals = [(start, end) for start, end in zip(kept, ends, strict=True) if end > start]
-    return PruningPlan.from_intervals(len(layers), intervals, family=adapter.family,
+    return PruningPlan.from_intervals(len(layers), intervals_without(order, len(layers)), family=adapter.family,
                                       provenance={"method": "greedy", "order": order, "errors": errors})
-
-
-def _shell(adapter: ModelAdapter, transformer: nn.Module, layers: list[nn.Module]) -> nn.Module:
-    """A model of its own that shares every module of ``transformer``, so that its list of blocks can be changed."""
-    others = {name: child for name, child in transformer.named_children() if name != adapter.block_list}
-    return adapter.pruned_class().from_teacher(transformer, PruningPlan(adapter.family, len(layers)), layers, others)
-
-
-def _velocity(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch, return_dict=False)[0].double()

@@ -195,8 +195,8 @@ def test_bad_options(options, message):
 
 
 def test_unknown_method_and_stale_options():
-    with pytest.raises(UserError, match="method: expected one of ppcl, got 'amber'"):
-        detect(synthetic.stats("na", samples=1), method="amber")
+    with pytest.raises(UserError, match="method: expected one of amber, bi, .*, got 'clairvoyance'"):
+        detect(synthetic.stats("na", samples=1), method="clairvoyance")
     with pytest.raises(UserError, match="reference: expected 'same-depth' as in the scores, got 'fixed'; score again"):
         select(scores_of(torch.ones(3, 3)), reference="fixed")
 

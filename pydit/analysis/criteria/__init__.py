@@ -6,6 +6,17 @@ saved and looked at, ``select(scores, target)`` turns those into a plan. A new o
 """
 
 from pydit.analysis.criteria.base import Criterion, Scores, get_criterion, names, register
+from pydit.analysis.criteria.layerwise import (
+    Amber,
+    BlockInfluence,
+    Hierarchical,
+    Laptop,
+    Layerwise,
+    Random,
+    RelativeL1,
+    Uniform,
+)
 from pydit.analysis.criteria.ppcl import PPCL
 
-__all__ = ["PPCL", "Criterion", "Scores", "get_criterion", "names", "register"]
+__all__ = ["PPCL", "Amber", "BlockInfluence", "Criterion", "Hierarchical", "Laptop", "Layerwise", "Random",
+           "RelativeL1", "Scores", "Uniform", "get_criterion", "names", "register"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -111,3 +111,11 @@ def removal_target(target: float | int | None, num_layers: int) -> int | None:
     if not 1 <= target < num_layers:
         raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {target}")
     return target
+
+
+def intervals_without(removed: Iterable[int], num_layers: int) -> list[tuple[int, int]]:
+    """Every run of removed layers with the kept layer before it, which stands for them; layer 0 must be kept."""
+    gone = set(removed)
+    kept = [k for k in range(num_layers) if k not in gone]
+    ends = [k - 1 for k in kept[1:]] + [num_layers - 1]
+    return [(start, end) for start, end in zip(kept, ends, strict=True) if end > start]

@@ -1,0 +1,80 @@
+"""What leaving out one block, and only that, does to a transformer's output.
+
+The change of the output is global where CKA and cosines are local. Amber-Image and LAPTOP-Diff (arXiv 2404.11098) rank
+layers by it. Blocks before the one left out see what they always see, so their states are kept from one full forward:
+L (L + 1) / 2 block evaluations per batch, where running every ablation from the start takes L^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pydit.analysis.forward import GivenStates, set_blocks, shell_of, velocity
+from pydit.errors import UserError
+from pydit.models import get_adapter
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Losses of N calibration images with one of L blocks left out.
+
+    Attributes
+    ----------
+    losses : float64 [N, L], squared distance of the ablated output from the full one, summed over its elements
+    norms : float64 [N], squared norm of the full output
+    timesteps : float64 [N], what the model was told (Qwen-Image: the share of noise, 0 to 1)
+    batches : int64 [N], the calibration batch of an image, which is what resampling draws
+    """
+
+    losses: torch.Tensor
+    norms: torch.Tensor
+    timesteps: torch.Tensor
+    batches: torch.Tensor
+
+    def join(self, other: Ablation) -> Ablation:
+        """Both sets of images; the batches of ``other`` are numbered after these."""
+        return Ablation(torch.cat((self.losses, other.losses)), torch.cat((self.norms, other.norms)),
+                        torch.cat((self.timesteps, other.timesteps)),
+                        torch.cat((self.batches, other.batches + 1 + int(self.batches.max()))))
+
+
+def ablate(transformer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Ablation:
+    """Leave out each block in turn, on every batch.
+
+    Parameters
+    ----------
+    transformer : diffusers transformer of a known family, not pruned; only read.
+    batches : keyword-argument dicts for ``transformer.forward``.
+
+    Raises
+    ------
+    UserError
+        A pruned model, no batch, or a batch without ``timestep``.
+    """
+    adapter = get_adapter(transformer)
+    shell, blocks = shell_of(adapter, transformer), adapter.blocks(transformer)
+    losses, norms, timesteps, numbers = [], [], [], []
+    for number, batch in enumerate(batches):
+        capture = adapter.capture(transformer, batch, range(len(blocks) + 1))
+        if not isinstance(batch.get("timestep"), torch.Tensor):
+            raise UserError(f"batch: expected timestep [B] as a tensor, got {type(batch.get('timestep')).__name__}")
+
+        def output(layer: int, batch: Mapping = batch, capture: Any = capture) -> torch.Tensor:
+            """[B, elements]: boundary ``layer`` enters the block after it."""
+            tail = [GivenStates(adapter, capture.states[layer]), *blocks[layer + 1:]]
+            return velocity(set_blocks(adapter, shell, tail), batch).flatten(1)
+
+        full = velocity(set_blocks(adapter, shell, [GivenStates(adapter, capture.states[len(blocks)])]),
+                        batch).flatten(1)
+        losses.append(torch.stack([(output(layer) - full).square().sum(1) for layer in range(len(blocks))], 1).cpu())
+        norms.append(full.square().sum(1).cpu())
+        timesteps.append(batch["timestep"].detach().double().cpu().expand(len(full)).clone())
+        numbers.append(torch.full((len(full),), number))
+    if not losses:
+        raise UserError("batches: expected at least one, got none")
+    return Ablation(torch.cat(losses), torch.cat(norms), torch.cat(timesteps), torch.cat(numbers))

@@ -1,0 +1,362 @@
+"""Criteria that give every layer one number and remove the layers with the smallest.
+
+Local ones look at what a block does to its own streams: ``bi``, ``rel_l1``. Global ones look at the model's output with
+the block left out, and need statistics with an ablation: ``amber``, ``laptop``, ``hierarchical``. ``uniform`` and
+``random`` look at nothing and show what the others are worth.
+
+Scores: ``score``, ``score_low`` and ``score_high`` (95 %), float64 [L], and ``resamples`` [R, L], the score under R
+bootstrap draws of calibration batches, the same draws for all layers. A decision is inside the noise when the last
+layer removed and the first layer kept could as well change places; the plan says so under ``margin``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from pydit.analysis.ablation import Ablation
+from pydit.analysis.activations import ActivationStats
+from pydit.analysis.criteria.base import Scores, intervals_without, register, removal_target
+from pydit.errors import UserError
+from pydit.models.adapter import STREAMS
+from pydit.plan import PruningPlan
+from pydit.stats.cka import bootstrap_weights
+
+_SELECTION_OPTIONS = ("protect_first", "protect_last", "sizes", "seed")  # the scores do not depend on them
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Options of all of them.
+
+    Parameters
+    ----------
+    protect_first : layers at the start that are kept, at least 1: a removed layer needs a kept one before it.
+    protect_last : layers at the end that are kept.
+    resamples : bootstrap draws.
+    """
+
+    protect_first: int = 1
+    protect_last: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, least in (("protect_first", 1), ("protect_last", 0), ("resamples", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+    def score(self, stats: ActivationStats) -> Scores:
+        """The score of every layer with its interval."""
+        draws = self.draws(stats)
+        return Scores(self.method, stats.family, stats.num_layers, {
+            name: value for name, value in asdict(self).items() if name not in _SELECTION_OPTIONS}, {
+            "score": draws[0], "score_low": torch.quantile(draws[1:], 0.025, dim=0),
+            "score_high": torch.quantile(draws[1:], 0.975, dim=0), "resamples": draws[1:].contiguous()})
+
+    def draws(self, stats: ActivationStats) -> torch.Tensor:
+        """Scores [1 + R, L]: over all batches, then over each draw of them."""
+        raise NotImplementedError
+
+    def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
+        """Remove the ``target`` layers with the least score.
+
+        Raises
+        ------
+        UserError
+            No target, or more layers than are not protected.
+        """
+        count = self._count(scores, target)
+        values = scores.matrices["score"]
+        order = sorted(self._allowed(scores.num_layers), key=lambda layer: (float(values[layer]), layer))
+        return self._plan(scores, target, order[:count], self._margin(scores, order, count))
+
+    def _allowed(self, num_layers: int) -> range:
+        return range(self.protect_first, num_layers - self.protect_last)
+
+    def _count(self, scores: Scores, target: float | int | None) -> int:
+        count = removal_target(target, scores.num_layers)
+        if count is None:
+            raise UserError(f"target: expected a number or share of layers for method {scores.method!r}, got none")
+        if count > len(self._allowed(scores.num_layers)):
+            raise UserError(f"target: expected at most the {len(self._allowed(scores.num_layers))} layers that "
+                            f"protect_first and protect_last leave removable, got {count}")
+        return count
+
+    def _margin(self, scores: Scores, order: list[int], count: int) -> dict | None:
+        """How clearly the best layer kept lies above the worst one removed, from paired draws."""
+        if count == len(order):
+            return None
+        removed, kept = order[count - 1], order[count]
+        draws = scores.matrices["resamples"]
+        low, high = torch.quantile(draws[:, kept] - draws[:, removed],
+                                   torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        values = scores.matrices["score"]
+        margin = {"removed": removed, "kept": kept, "difference": float(values[kept] - values[removed]), "low": low,
+                  "high": high, "within_noise": low <= 0}
+        if margin["within_noise"]:
+            warnings.warn(f"{scores.method}: layer {removed} is removed and layer {kept} kept, but the difference of "
+                          f"their scores is inside the noise ({margin['difference']:.3g}, 95 % {low:.3g} to "
+                          f"{high:.3g}); more calibration batches would tell", stacklevel=3)
+        return margin
+
+    def _plan(self, scores: Scores, target: float | int | None, removed: list[int], margin: dict | None) -> PruningPlan:
+        matrices = scores.matrices
+        provenance = {"method": scores.method, "options": asdict(self), "target": target, "removed": sorted(removed),
+                      "scores": [{"layer": layer, **{key: float(matrices[name][layer]) for key, name in (
+                          ("score", "score"), ("low", "score_low"), ("high", "score_high"))}}
+                                 for layer in range(scores.num_layers)]}
+        if margin is not None:
+            provenance["margin"] = margin
+        return PruningPlan.from_intervals(scores.num_layers, intervals_without(removed, scores.num_layers),
+                                          family=scores.family, provenance=provenance)
+
+
+def _resampled(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int) -> torch.Tensor:
+    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L]."""
+    batches = len(numerators)
+    weights = torch.cat((torch.full((1, batches), 1 / batches, dtype=torch.float64),
+                         bootstrap_weights(batches, resamples, 0)))
+    return weights @ numerators / (weights @ denominators)
+
+
+# What a block does to its streams --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Local(Layerwise):
+    """Scores from a block's input and output at the sampled tokens.
+
+    Parameters
+    ----------
+    streams : ``"mean"`` of both, or one stream. Text counts up to the last layer whose text output the model reads.
+    clip : limit features to this many times their median magnitude first, or None. A cosine, or a norm, of features
+        with massive channels says little about the other channels.
+    """
+
+    streams: str = "mean"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streams not in ("mean", *STREAMS):
+            raise UserError(f"streams: expected one of mean, {', '.join(STREAMS)}, got {self.streams!r}")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip: expected a number above 0 or None, got {self.clip!r}")
+
+    def draws(self, stats: ActivationStats) -> torch.Tensor:
+        wanted = STREAMS if self.streams == "mean" else (self.streams,)
+        found = []
+        for stream in wanted:
+            batches = [batch for batch in stats.samples[stream] if batch.shape[1]]
+            if not batches:
+                raise UserError(f"stats: expected a sample batch with {stream} tokens, got none")
+            values = torch.stack([torch.stack([self.compare(*pair).mean() for pair in self._pairs(batch)])
+                                  for batch in batches])
+            counts = torch.tensor([[float(batch.shape[1])] for batch in batches], dtype=torch.float64)
+            found.append(_resampled(values * counts, counts, self.resamples))
+        if len(found) == 2 and not stats.last_text_used:
+            found[1][:, -1] = found[0][:, -1]
+        return sum(found) / len(found)
+
+    def compare(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Of every token [n, C] float64: how much the block matters to it, [n]."""
+        raise NotImplementedError
+
+    def _pairs(self, batch: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        states = batch.double()
+        if self.clip is not None:
+            limit = self.clip * states.abs().flatten(1).median(1).values[:, None, None]
+            states = torch.minimum(torch.maximum(states, -limit), limit)
+        return itertools.pairwise(states)
+
+
+@register("bi")
+@dataclass(frozen=True)
+class BlockInfluence(_Local):
+    """1 - cosine of a token before and after the block, on average (ShortGPT, arXiv 2403.03853)."""
+
+    method = "bi"
+
+    def compare(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-30)
+
+
+@register("rel_l1")
+@dataclass(frozen=True)
+class RelativeL1(_Local):
+    """|after - before|_1 / |before|_1 of a token, on average."""
+
+    method = "rel_l1"
+
+    def compare(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return (after - before).abs().sum(-1) / before.abs().sum(-1).clamp_min(1e-30)
+
+
+# What the output does without a block ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Global(Layerwise):
+    def draws(self, stats: ActivationStats) -> torch.Tensor:
+        """Relative squared error of the output: sums of weighted losses over sums of weighted squared norms."""
+        ablation = stats.ablation
+        if ablation is None:
+            raise UserError(f"stats: expected an ablation for method {self.method!r}, got none; "
+                            "collect with with_ablation=True (pydit analyze --ablate)")
+        weights = self.weights(ablation)
+        total = int(ablation.batches.max()) + 1
+        sums = [torch.zeros(total, width, dtype=torch.float64).index_add_(0, ablation.batches, weights * values)
+                for width, values in ((ablation.losses.shape[1], ablation.losses), (1, ablation.norms[:, None]))]
+        return _resampled(*sums, self.resamples)
+
+    def weights(self, ablation: Ablation) -> torch.Tensor:
+        """Of every image, [N, 1]."""
+        return torch.ones(len(ablation.norms), 1, dtype=torch.float64)
+
+
+@register("amber")
+@dataclass(frozen=True)
+class Amber(_Global):
+    """Timestep-weighted change of the output (Amber-Image style): sum w_t |v - v without l|^2, over that of w_t |v|^2.
+
+    The weights are not published beyond being larger at high noise; here w_t = t ^ timestep_power.
+
+    Parameters
+    ----------
+    timestep_power : 0 weighs all timesteps alike.
+    """
+
+    timestep_power: float = 1.0
+    method = "amber"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.timestep_power >= 0:
+            raise UserError(f"timestep_power: expected a number of 0 or more, got {self.timestep_power!r}")
+
+    def weights(self, ablation: Ablation) -> torch.Tensor:
+        return ablation.timesteps[:, None] ** self.timestep_power
+
+
+@register("laptop")
+@dataclass(frozen=True)
+class Laptop(_Global):
+    """Least sum of single-block losses for a number of parameters (LAPTOP-Diff, arXiv 2404.11098).
+
+    The sum stands for the loss of leaving out all of them, as if their effects were independent;
+    :func:`pydit.analysis.joint_removal` says how far that holds for the plan chosen. The target counts parameters: a
+    share of those of all blocks, or as many as that number of average blocks has.
+
+    Parameters
+    ----------
+    sizes : parameters of every block; None: all blocks are alike.
+    """
+
+    sizes: tuple[int, ...] | None = None
+    method = "laptop"
+
+    def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
+        count, layers = self._count(scores, target), scores.num_layers
+        sizes = self.sizes or (1,) * layers
+        if len(sizes) != layers or min(sizes) < 1:
+            raise UserError(f"sizes: expected {layers} positive numbers, got {len(sizes)}")
+        budget = target * sum(sizes) if isinstance(target, float) else count * sum(sizes) / layers
+        losses = scores.matrices["score"].tolist()
+        removed = least_loss(losses, list(sizes), self._allowed(layers), budget)
+        if removed is None:
+            raise UserError(f"target: expected at most the parameters of the {len(self._allowed(layers))} layers that "
+                            f"protect_first and protect_last leave removable, got {target!r}")
+        order = removed + sorted((k for k in self._allowed(layers) if k not in removed), key=losses.__getitem__)
+        return self._plan(scores, target, removed, self._margin(scores, order, len(removed)))
+
+
+def least_loss(losses: list[float], sizes: list[int], allowed: range, budget: float) -> list[int] | None:
+    """The 0-1 knapsack: layers of at least ``budget`` size together and the least sum of losses, worst last.
+
+    Exact: layers of one size are taken from the least loss on, and there are few sizes. None if nothing is enough.
+    """
+    classes = [sorted((k for k in allowed if sizes[k] == size), key=lambda k: (losses[k], k))
+               for size in sorted({sizes[k] for k in allowed})]
+    best: tuple[float, list[int]] | None = None
+
+    def extend(index: int, chosen: list[int], missing: float, loss: float) -> None:
+        nonlocal best
+        if best is not None and loss >= best[0]:
+            return
+        if missing <= 1e-9 * budget:
+            best = loss, chosen
+        elif index < len(classes):
+            group = classes[index]
+            for n in range(len(group) + 1):
+                extend(index + 1, chosen + group[:n], missing - n * (sizes[group[0]] if group else 0),
+                       loss + sum(losses[k] for k in group[:n]))
+
+    extend(0, [], budget, 0.0)
+    return None if best is None else sorted(best[1], key=losses.__getitem__)
+
+
+@register("hierarchical")
+@dataclass(frozen=True)
+class Hierarchical(_Global):
+    """Change of the output over W_pos = exp((l - L) / L), so that later blocks go first (HierarchicalPrune).
+
+    arXiv 2508.04663.
+    The paper multiplies a negative score by W_pos, which has the opposite effect of the one it describes; this follows
+    the description. Its change is one of a quality metric, here it is that of the output.
+    """
+
+    method = "hierarchical"
+
+    def draws(self, stats: ActivationStats) -> torch.Tensor:
+        position = torch.arange(stats.num_layers, dtype=torch.float64)
+        return super().draws(stats) / torch.exp((position - stats.num_layers) / stats.num_layers)
+
+
+# Nothing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Blind(Layerwise):
+    def draws(self, stats: ActivationStats) -> torch.Tensor:
+        return torch.zeros(1 + self.resamples, stats.num_layers, dtype=torch.float64)
+
+    def _margin(self, scores: Scores, order: list[int], count: int) -> None:
+        return None
+
+
+@register("uniform")
+@dataclass(frozen=True)
+class Uniform(_Blind):
+    """Layers at equal distances."""
+
+    method = "uniform"
+
+    def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
+        count, allowed = self._count(scores, target), self._allowed(scores.num_layers)
+        removed = [allowed[math.floor((i + 0.5) * len(allowed) / count)] for i in range(count)]
+        return self._plan(scores, target, removed, None)
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(_Blind):
+    """Layers drawn at random.
+
+    Parameters
+    ----------
+    seed : of the draw.
+    """
+
+    seed: int = 0
+    method = "random"
+
+    def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
+        count, allowed = self._count(scores, target), self._allowed(scores.num_layers)
+        order = torch.randperm(len(allowed), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return self._plan(scores, target, [allowed[i] for i in order[:count]], None)

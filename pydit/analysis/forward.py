@@ -1,0 +1,45 @@
+"""Forwards of a transformer with other blocks than its own; weights are shared, nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pydit.errors import UserError
+from pydit.models import ModelAdapter
+from pydit.plan import PruningPlan
+
+
+def shell_of(adapter: ModelAdapter, transformer: nn.Module) -> nn.Module:
+    """A model of its own that shares every module of ``transformer``, so that its list of blocks can be changed."""
+    if isinstance(transformer, adapter.pruned_class()):
+        raise UserError("transformer: expected an unpruned model, got a pruned one; use its to_stock()")
+    layers = adapter.blocks(transformer)
+    others = {name: child for name, child in transformer.named_children() if name != adapter.block_list}
+    return adapter.pruned_class().from_teacher(transformer, PruningPlan(adapter.family, len(layers)), layers, others)
+
+
+def set_blocks(adapter: ModelAdapter, shell: nn.Module, blocks: list[nn.Module]) -> nn.Module:
+    """Let ``shell`` run these blocks and no others; returns it."""
+    setattr(shell, adapter.block_list, nn.ModuleList(blocks))
+    return shell
+
+
+def velocity(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The model's output on a batch, float64, without gradients."""
+    with torch.no_grad():
+        return model(**batch, return_dict=False)[0].double()
+
+
+class GivenStates(nn.Module):
+    """Takes the place of the blocks up to a boundary whose streams (image, text) are known."""
+
+    def __init__(self, adapter: ModelAdapter, states: tuple[torch.Tensor, torch.Tensor]) -> None:
+        super().__init__()
+        self.states = states[::-1] if adapter.block_io.text_first else states
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.states

@@ -1,0 +1,92 @@
+"""Two looks at a plan beyond its scores: what leaving out all its blocks does at once, and how fast training helps.
+
+Criteria that rank single blocks add up losses as if blocks were independent, and a low loss right after pruning does
+not predict the quality after training (TinyFusion, Fang et al. 2025). Both can be checked on a few batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from pydit.analysis.ablation import ablate
+from pydit.analysis.forward import set_blocks, shell_of, velocity
+from pydit.analysis.search import velocity_error
+from pydit.distill import DistillConfig, distill
+from pydit.errors import UserError
+from pydit.models import get_adapter
+from pydit.plan import PruningPlan
+from pydit.pruning import prune
+
+
+def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Leave out all blocks of a plan but the first of each interval: predicted and measured loss.
+
+    Returns
+    -------
+    dict
+        ``predicted``: the sum of the relative squared errors of the output with one of the blocks left out;
+        ``measured``: that with all of them left out; ``ratio``: measured over predicted, 1 if the blocks' effects are
+        independent, above 1 if they make each other worse (inf if the prediction is 0).
+
+    Raises
+    ------
+    UserError
+        The plan does not fit the model, or there is no batch.
+    """
+    adapter = get_adapter(transformer)
+    shell, blocks = shell_of(adapter, transformer), adapter.blocks(transformer)
+    if (plan.family, plan.num_layers) != (adapter.family, len(blocks)):
+        raise UserError(f"plan: expected one for {adapter.family} with {len(blocks)} layers, "
+                        f"got {plan.family} with {plan.num_layers}")
+    batches = list(batches)
+    singles = ablate(transformer, batches)
+    removed = [k for start, end in plan.intervals for k in range(start + 1, end + 1)]
+    set_blocks(adapter, shell, [block for k, block in enumerate(blocks) if k not in removed])
+    error = sum((velocity(shell, batch) - velocity(transformer, batch)).square().sum().item() for batch in batches)
+    total = float(singles.norms.sum())
+    if not total:
+        raise UserError("batches: expected an output that is not zero, got only zeros")
+    predicted, measured = float(singles.losses[:, removed].sum()) / total, error / total
+    return {"predicted": predicted, "measured": measured,
+            "ratio": measured / predicted if predicted else (1.0 if not measured else float("inf"))}
+
+
+def recoverability(transformer: nn.Module, plans: Mapping[str, PruningPlan],
+                   make_batches: Callable[[int], Iterator[Mapping[str, Any]]], *, steps: int = 50,
+                   judge: Iterable[Mapping[str, Any]], config: DistillConfig | None = None) -> list[dict[str, Any]]:
+    """Prune by each plan, train a little, and see which student is best then.
+
+    Parameters
+    ----------
+    transformer : the teacher; not changed.
+    plans : by name.
+    make_batches : ``make_batches(start)`` yields training batches from number ``start`` on, as for
+        :func:`pydit.distill.distill`.
+    steps : of output distillation, the same for every plan.
+    judge : batches on which the students are judged; not among the training batches.
+    config : other settings of the training.
+
+    Returns
+    -------
+    list of dict
+        ``plan`` (its name), ``before``, ``after`` (:func:`pydit.analysis.velocity_error`) and ``rank_before``,
+        ``rank_after`` from 1; best after training first.
+    """
+    if not plans:
+        raise UserError("plans: expected at least one, got none")
+    judge = list(judge)
+    config = dataclasses.replace(config or DistillConfig(), layers_steps=0, output_steps=steps)
+    rows = []
+    for name, plan in plans.items():
+        student = prune(transformer, plan)
+        before = velocity_error(transformer, student, judge)
+        distill(transformer, student, make_batches, config, progress=False)
+        rows.append({"plan": name, "before": before, "after": velocity_error(transformer, student, judge)})
+    for key in ("before", "after"):
+        for rank, row in enumerate(sorted(rows, key=lambda row: row[key]), 1):
+            row[f"rank_{key}"] = rank
+    return sorted(rows, key=lambda row: row["rank_after"])

@@ -1,0 +1,274 @@
+"""Criteria that rank layers, each against a ranking made by brute force, and what they say about their certainty."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from pydit import analysis
+from pydit.analysis import Ablation, ActivationStats, ablate, collect, detect, score, velocity_error
+from pydit.analysis.criteria import get_criterion, names
+from pydit.analysis.criteria.layerwise import least_loss
+from pydit.errors import UserError
+from pydit.plan import PruningPlan
+from pydit.pruning import prune
+from tests.analysis import synthetic
+from tests.models import tiny
+
+LAYERWISE = ("amber", "bi", "hierarchical", "laptop", "random", "rel_l1", "uniform")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Six blocks of very different strength: the gates of block k are scaled by its entry."""
+    model = tiny.transformer(6)
+    with torch.no_grad():
+        for block, gain in zip(model.transformer_blocks, (1.0, 0.05, 0.6, 0.01, 0.3, 0.15), strict=True):
+            for linear in (block.attn.to_out[0], block.attn.to_add_out, block.img_mlp.net[2], block.txt_mlp.net[2]):
+                linear.weight.mul_(gain)
+                linear.bias.mul_(gain)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [tiny.batch(seed=seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def stats(model, batches):
+    return collect(model, batches, with_ablation=True, progress=False)
+
+
+def without(model, layer, batch):
+    """The output with one block left out, by running the model without it."""
+    kept = torch.nn.ModuleList(block for k, block in enumerate(model.transformer_blocks) if k != layer)
+    blocks, model.transformer_blocks = model.transformer_blocks, kept
+    try:
+        with torch.no_grad():
+            return model(**batch, return_dict=False)[0].double()
+    finally:
+        model.transformer_blocks = blocks
+
+
+def test_ablation_equals_running_without_the_block(model, batches):
+    before = tiny.fingerprint(model)
+    found = ablate(model, batches[:2])
+    assert tiny.same(before, tiny.fingerprint(model))
+    assert found.losses.shape == (6, 6) and found.batches.tolist() == [0, 0, 0, 1, 1, 1]
+    for number, batch in enumerate(batches[:2]):
+        full = without(model, None, batch)
+        here = found.batches == number
+        assert torch.equal(found.timesteps[here], batch["timestep"].double())
+        torch.testing.assert_close(found.norms[here], full.square().sum((1, 2)))
+        for layer in range(6):
+            loss = (without(model, layer, batch) - full).square().sum((1, 2))
+            torch.testing.assert_close(found.losses[here, layer], loss, rtol=1e-4, atol=1e-9)
+
+
+def test_ablation_costs_a_triangle_of_blocks(model, batches):
+    calls = []
+    hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in model.transformer_blocks]
+    ablate(model, batches[:1])
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 6 * 7 // 2
+
+
+@pytest.mark.parametrize("method", ["amber", "laptop", "hierarchical"])
+def test_output_criteria_rank_as_brute_force(method, model, batches, stats):
+    chosen = [batches[k] for k in (1, 3, 5)]  # collect's sample batches
+    losses = []
+    for layer in range(6):
+        error = total = 0.0
+        for batch in chosen:
+            full = without(model, None, batch)
+            weight = batch["timestep"].double()[:, None, None] if method == "amber" else 1.0
+            error += float((weight * (without(model, layer, batch) - full).square()).sum())
+            total += float((weight * full.square()).sum())
+        position = torch.exp(torch.tensor((layer - 6) / 6)).item() if method == "hierarchical" else 1.0
+        losses.append(error / total / position)
+    scores = score(stats, method=method)
+    torch.testing.assert_close(scores.matrices["score"], torch.tensor(losses, dtype=torch.float64), rtol=1e-4, atol=0)
+    order = sorted(range(1, 6), key=losses.__getitem__)
+    for count in (1, 2, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = detect(stats, method=method, target=count)
+        assert plan.provenance["removed"] == sorted(order[:count])
+
+
+def test_amber_weighs_high_noise_more():
+    """Layer 1 matters at high noise, layer 2 at low noise."""
+    stats = synthetic.stats("nnn")
+    stats.add_ablation(Ablation(torch.tensor([[9.0, 4.0, 1.0], [9.0, 1.0, 4.0]], dtype=torch.float64).repeat(4, 1),
+                                torch.full((8,), 10.0, dtype=torch.float64),
+                                torch.tensor([0.9, 0.1], dtype=torch.float64).repeat(4), torch.arange(8) // 2))
+    assert detect(stats, method="amber", target=1).provenance["removed"] == [2]
+    even = score(stats, method="amber", timestep_power=0.0).matrices["score"]
+    assert even[1] == even[2] and even[1] == 0.25
+
+
+@pytest.mark.parametrize("method, value", [("bi", lambda x, y: 1 - torch.cosine_similarity(x, y, dim=1)),
+                                           ("rel_l1", lambda x, y: (y - x).abs().sum(1) / x.abs().sum(1))])
+def test_local_criteria_are_their_formulas(method, value, stats):
+    for streams in ("image", "text", "mean"):
+        scores = score(stats, method=method, streams=streams).matrices
+        expected = []
+        for layer in range(6):
+            parts = []
+            for stream in (("image", "text") if streams == "mean" else (streams,)):
+                source = "image" if stream == "text" and layer == 5 and streams == "mean" else stream
+                batches = [batch.double() for batch in stats.samples[source]]
+                parts.append(torch.cat([value(b[layer], b[layer + 1]) for b in batches]).mean())
+            expected.append(sum(parts) / len(parts))
+        torch.testing.assert_close(scores["score"], torch.stack(expected))
+        assert (scores["score_low"] <= scores["score"]).all() and (scores["score"] <= scores["score_high"]).all()
+    order = torch.argsort(score(stats, method=method).matrices["score"][1:]) + 1
+    assert order[0] == 3 and order[1] == 1  # the two weakest blocks of the model
+
+
+def test_clip_takes_massive_channels_out_of_the_cosine():
+    stats = synthetic.stats("nw")
+    for batch in stats.samples["image"] + stats.samples["text"]:
+        batch[:, :, 0] = 1e4
+    assert score(stats, method="bi").matrices["score"].max() < 1e-4
+    assert score(stats, method="bi", clip=10.0).matrices["score"][0] > 0.01
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_knapsack_is_the_best_of_all_sets(seed):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(9, generator=generator).tolist()
+    sizes = [(3, 5, 8)[int(k)] for k in torch.randint(3, (9,), generator=generator)]
+    for share in (0.2, 0.5, 0.7):
+        budget = share * sum(sizes)
+        sets = [s for n in range(9) for s in itertools.combinations(range(1, 9), n) if sum(sizes[k] for k in s) >= budget]
+        found = least_loss(losses, sizes, range(1, 9), budget)
+        if not sets:
+            assert found is None
+            continue
+        best = min(sum(losses[k] for k in s) for s in sets)
+        assert sum(sizes[k] for k in found) >= budget and abs(sum(losses[k] for k in found) - best) < 1e-12
+        assert [losses[k] for k in found] == sorted(losses[k] for k in found)
+
+
+def test_laptop_counts_parameters(stats):
+    """One block as large as three: it alone meets the target."""
+    sizes = (1, 1, 3, 1, 1, 1)
+    plan = detect(stats, method="laptop", target=3, sizes=sizes)
+    removed = plan.provenance["removed"]
+    assert sum(sizes[k] for k in removed) >= 3 * sum(sizes) / 6
+    with pytest.raises(UserError, match="sizes: expected 6 positive numbers, got 2"):
+        detect(stats, method="laptop", target=1, sizes=(1, 2))
+
+
+def test_uniform_and_random(stats):
+    assert detect(stats, method="uniform", target=3).provenance["removed"] == [1, 3, 5]
+    assert detect(stats, method="uniform", target=1).provenance["removed"] == [3]
+    draws = {tuple(detect(stats, method="random", target=2, seed=seed).provenance["removed"]) for seed in range(99)}
+    assert len(draws) == 10 and detect(stats, method="random", target=2, seed=3) == detect(stats, method="random",
+                                                                                           target=2, seed=3)
+
+
+@pytest.mark.parametrize("method", LAYERWISE)
+def test_protected_layers_stay(method, stats):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = detect(stats, method=method, target=2, protect_first=3, protect_last=1)
+        assert plan.provenance["removed"] == [3, 4]
+        with pytest.raises(UserError, match="at most the 2 layers that protect_first"):
+            detect(stats, method=method, target=3, protect_first=3, protect_last=1)
+
+
+def test_warns_when_the_decision_is_inside_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(40, 4, generator=generator, dtype=torch.float64) + torch.tensor([9.0, 1.0, 1.001, 5.0])
+    stats = synthetic.stats("nnnn")
+    stats.add_ablation(Ablation(losses, torch.full((40,), 50.0, dtype=torch.float64),
+                                torch.ones(40, dtype=torch.float64), torch.arange(40) // 4))
+    with pytest.warns(UserWarning, match="inside the noise"):
+        margin = detect(stats, method="amber", target=1).provenance["margin"]
+    assert margin["within_noise"] and margin["low"] <= 0 < margin["high"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        margin = detect(stats, method="amber", target=2).provenance["margin"]
+    assert margin["low"] > 0 and (margin["removed"] in (1, 2)) and margin["kept"] == 3
+
+
+def test_intervals_are_paired_over_batches():
+    """What moves all layers of a batch together does not blur their order."""
+    shared = torch.linspace(1, 100, 12, dtype=torch.float64)[:, None]
+    stats = synthetic.stats("nnn")
+    stats.add_ablation(Ablation(shared * torch.tensor([3.0, 1.0, 1.01]), torch.full((12,), 500.0, dtype=torch.float64),
+                                torch.ones(12, dtype=torch.float64), torch.arange(12)))
+    matrices = score(stats, method="amber").matrices
+    assert matrices["score_high"][1] > matrices["score_low"][2]  # the intervals overlap
+    assert detect(stats, method="amber", target=1).provenance["margin"]["low"] > 0
+
+
+def test_ablation_is_saved_and_merged(stats, tmp_path):
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = ActivationStats.load(tmp_path / "stats.safetensors")
+    assert torch.equal(loaded.ablation.losses, stats.ablation.losses)
+    loaded.merge(stats)
+    assert loaded.ablation.losses.shape == (18, 6) and loaded.ablation.batches.tolist() == sorted(list(range(6)) * 3)
+    torch.testing.assert_close(score(loaded, method="amber").matrices["score"],
+                               score(stats, method="amber").matrices["score"])
+
+
+def test_scores_survive_a_file(stats, tmp_path):
+    for method in LAYERWISE:
+        found = score(stats, method=method)
+        found.save(tmp_path / "scores.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = analysis.select(analysis.Scores.load(tmp_path / "scores.safetensors"), target=2)
+            assert again.intervals == detect(stats, method=method, target=2).intervals
+
+
+@pytest.mark.parametrize(("method", "options", "words"), [
+    ("amber", {}, "stats: expected an ablation for method 'amber'"),
+    ("bi", {"streams": "audio"}, "streams: expected one of mean, image, text, got 'audio'"),
+    ("bi", {"clip": 0}, "clip: expected a number above 0"),
+    ("amber", {"timestep_power": -1}, "timestep_power: expected a number of 0 or more"),
+    ("uniform", {"protect_first": 0}, "protect_first: expected a whole number of at least 1, got 0"),
+    ("uniform", {"target": None}, "target: expected a number or share of layers for method 'uniform'")])
+def test_bad_options(method, options, words):
+    with pytest.raises(UserError, match=words):
+        detect(synthetic.stats("nnn"), method=method, **{"target": 1, **options})
+
+
+def test_every_criterion_is_registered():
+    assert set(names()) >= {*LAYERWISE, "ppcl"}
+    for name in LAYERWISE:
+        assert get_criterion(name).method == name
+
+
+def test_joint_removal(model, batches):
+    """Measured is what the pruned model does; predicted the sum of single losses."""
+    plan = PruningPlan.from_intervals(6, [(0, 1), (2, 4)])
+    found = analysis.joint_removal(model, plan, batches[:2])
+    assert abs(found["measured"] - velocity_error(model, prune(model, plan), batches[:2])) < 1e-6
+    singles = ablate(model, batches[:2])
+    assert abs(found["predicted"] - float(singles.losses[:, [1, 3, 4]].sum() / singles.norms.sum())) < 1e-12
+    assert abs(found["ratio"] - found["measured"] / found["predicted"]) < 1e-12
+    with pytest.raises(UserError, match="plan: expected one for qwen-image with 6 layers"):
+        analysis.joint_removal(model, PruningPlan.from_intervals(5, [(0, 1)]), batches[:1])
+
+
+def test_recoverability_trains_every_student(model, batches):
+    plans = {"strong": PruningPlan.from_intervals(6, [(1, 2)]), "weak": PruningPlan.from_intervals(6, [(2, 3)])}
+    before = tiny.fingerprint(model)
+
+    def make_batches(start):
+        return (batches[k % 4] for k in itertools.count(start))
+
+    rows = analysis.recoverability(model, plans, make_batches, steps=8, judge=batches[4:])
+    assert tiny.same(before, tiny.fingerprint(model))
+    by_name = {row["plan"]: row for row in rows}
+    assert [row["rank_after"] for row in rows] == [1, 2]
+    assert by_name["weak"]["rank_before"] == 1 and by_name["strong"]["after"] < by_name["strong"]["before"]
+    with pytest.raises(UserError, match="plans: expected at least one"):
+        analysis.recoverability(model, {}, make_batches, judge=batches)
