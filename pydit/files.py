@@ -40,6 +40,12 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    with _replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def read_json(path: str | os.PathLike, *, what: str) -> Any:
     """Read a JSON file; ``what`` names the argument in errors (FormatError)."""
     path = _existing_file(path, what=what, expected="a JSON file")

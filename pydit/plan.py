@@ -28,7 +28,8 @@ class Family:
     """A model family: the diffusers class that carries it, its published configuration, its parameter arithmetic.
 
     ``block_parameters`` and ``other_parameters`` take a full configuration and return the parameters of one block
-    and of everything outside the blocks.
+    and of everything outside the blocks; ``block_flops`` takes it with the tokens of image and text and returns the
+    FLOPs of one block for one image.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     published: Mapping[str, Any]
     block_parameters: Callable[[Mapping[str, Any]], int]
     other_parameters: Callable[[Mapping[str, Any]], int]
+    block_flops: Callable[[Mapping[str, Any], int, int], int]
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -50,6 +52,12 @@ def _qwen_image_block(config: Mapping[str, Any]) -> int:
     attention = 8 * _linear(width, width) + 4 * head  # q, k, v, out of both streams; q and k norms of both
     mlp = _linear(width, 4 * width) + _linear(4 * width, width)
     return 2 * modulation + attention + 2 * mlp
+
+
+def _qwen_image_flops(config: Mapping[str, Any], image: int, text: int) -> int:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    linears = (image + text) * (4 + 2 * 4) * width ** 2 + 2 * 6 * width ** 2  # tokens; modulation of both streams
+    return 2 * linears + 4 * (image + text) ** 2 * width
 
 
 def _qwen_image_other(config: Mapping[str, Any]) -> int:
@@ -67,7 +75,7 @@ FAMILIES = {
         published={"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60,
                    "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
                    "use_additional_t_cond": False},
-        block_parameters=_qwen_image_block, other_parameters=_qwen_image_other),
+        block_parameters=_qwen_image_block, other_parameters=_qwen_image_other, block_flops=_qwen_image_flops),
 }
 
 # The two depth lists of the PPCL authors' repository: its default (25 layers removed) and the commented
@@ -133,7 +141,7 @@ class PruningPlan:
     def from_intervals(cls, num_layers: int, intervals: Iterable[Sequence[int]], *, family: str = "qwen-image",
                        provenance: dict[str, Any] | None = None) -> PruningPlan:
         """A plan for a teacher of ``num_layers`` from ``[start, end]`` pairs, both ends included, in any order."""
-        return cls(family, num_layers, tuple(intervals), dict(provenance or {}))
+        return cls(family, num_layers, intervals, dict(provenance or {}))  # made pairs by the constructor
 
     @classmethod
     def preset(cls, name: str) -> PruningPlan:
@@ -219,6 +227,22 @@ class PruningPlan:
         config : dict or diffusers config, optional
             The teacher's. Missing entries take the family's defaults; None means the published size.
         """
+        family, full = FAMILIES[self.family], self._full(config)
+        return family.other_parameters(full) + self.num_student_layers * family.block_parameters(full)
+
+    def num_flops(self, config: Mapping[str, Any] | None = None, *, image_tokens: int = 6889,
+                  text_tokens: int = 512) -> int:
+        """FLOPs of the blocks of the pruned transformer for one image: matrix products and attention.
+
+        Parameters
+        ----------
+        config : as for :meth:`num_parameters`.
+        image_tokens, text_tokens : of one image; the defaults are 1328 x 1328 pixels and a full prompt.
+        """
+        return self.num_student_layers * FAMILIES[self.family].block_flops(self._full(config), image_tokens,
+                                                                           text_tokens)
+
+    def _full(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         family = FAMILIES[self.family]
         if config is not None and not isinstance(config, Mapping):
             raise UserError(f"config: expected a dict or a diffusers config, got {type(config).__name__}")
@@ -226,7 +250,7 @@ class PruningPlan:
         if full["num_layers"] != self.num_layers:
             raise UserError(f"config: expected num_layers {self.num_layers} as in the plan, got {full['num_layers']}"
                             + ("" if config else f" (the published {family.name}); pass the teacher's config"))
-        return family.other_parameters(full) + self.num_student_layers * family.block_parameters(full)
+        return full
 
     def describe(self, config: Mapping[str, Any] | None = None) -> str:
         """A table: one line per student block with the teacher layers it stands for.

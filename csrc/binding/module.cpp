@@ -64,6 +64,7 @@ struct Backend {
   int (*joint_attention_backward_path)(const pydit_joint_attention_backward_params*);
   int64_t (*joint_attention_backward_workspace)(const pydit_joint_attention_backward_params*);
   int (*second_moments)(const pydit_second_moments_params*);
+  int (*second_moments_path)(const pydit_second_moments_params*);
   int64_t (*second_moments_workspace)(const pydit_second_moments_params*);
   int (*hsic_matrix)(const pydit_hsic_matrix_params*);
   int64_t (*hsic_matrix_workspace)(const pydit_hsic_matrix_params*);
@@ -191,6 +192,7 @@ void define_ops(py::module_ m, const Backend& backend) {
           const py::object workspace = allocate(backend.second_moments_workspace(&p));
           p.workspace = data(workspace);
           call(backend, backend.second_moments, p);
+          return backend.second_moments_path(&p);
         });
   m.def("hsic_matrix", [backend](py::list features, Tensor hsic, py::function allocate, int64_t gram_bytes, int dtype,
                                  uintptr_t stream) {
@@ -216,8 +218,8 @@ void define_ops(py::module_ m, const Backend& backend) {
         pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_qk_norm_rope, \
         pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path, \
         pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace,              \
-        pydit_##name##_second_moments, pydit_##name##_second_moments_workspace, pydit_##name##_hsic_matrix,           \
-        pydit_##name##_hsic_matrix_workspace                                                                          \
+        pydit_##name##_second_moments, pydit_##name##_second_moments_path, pydit_##name##_second_moments_workspace,   \
+        pydit_##name##_hsic_matrix, pydit_##name##_hsic_matrix_workspace                                              \
   }
 
 }  // namespace

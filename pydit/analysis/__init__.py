@@ -2,11 +2,13 @@
 
 from pydit.analysis.ablation import Ablation, ablate
 from pydit.analysis.activations import ActivationStats
+from pydit.analysis.candidates import Candidate, agreement, candidates, removed_layers
 from pydit.analysis.collect import collect
 from pydit.analysis.criteria import Scores
 from pydit.analysis.detect import detect, score, select
 from pydit.analysis.search import greedy_search, velocity_error
 from pydit.analysis.trial import joint_removal, recoverability
 
-__all__ = ["Ablation", "ActivationStats", "Scores", "ablate", "collect", "detect", "greedy_search", "joint_removal",
-           "recoverability", "score", "select", "velocity_error"]
+__all__ = ["Ablation", "ActivationStats", "Candidate", "Scores", "ablate", "agreement", "candidates", "collect",
+           "detect", "greedy_search", "joint_removal", "recoverability", "removed_layers", "score", "select",
+           "velocity_error"]

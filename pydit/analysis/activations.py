@@ -17,7 +17,7 @@ from pydit import files
 from pydit.analysis.ablation import Ablation
 from pydit.errors import FormatError, UserError
 from pydit.models.adapter import STREAMS
-from pydit.stats import CKA, LinearProbe, Moments
+from pydit.stats import CKA, LinearProbe, Moments, clip_outliers
 
 FORMAT = "pydit-activation-stats"
 VERSION = "1"
@@ -46,6 +46,7 @@ class ActivationStats:
         tokens at every boundary (boundary k is the input of block k, boundary L the output of the last)
     sample_ids : stream -> list of int64 [n_b]: which image of the calibration stream a token belongs to
     images_seen : int, images of both sets; the next sample gets this id
+    batches_seen : int, batches of both sets, from which :func:`pydit.analysis.collect` goes on
     ablation : :class:`~pydit.analysis.Ablation` of the sample batches, or None if none was made
     """
 
@@ -56,7 +57,7 @@ class ActivationStats:
                         for stream in STREAMS}
         self.samples: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
         self.sample_ids: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
-        self.images_seen = 0
+        self.images_seen = self.batches_seen = 0
         self.ablation: Ablation | None = None
 
     def add_probe_rows(self, rows: Mapping[str, list[torch.Tensor]]) -> None:
@@ -85,22 +86,44 @@ class ActivationStats:
         """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds)."""
         return LinearProbe.fit(self.moments[stream][layer], ridge=ridge, residual=True)
 
+    def probes(self, stream: str, *, ridge: float = 1e-6) -> list[LinearProbe]:
+        """:meth:`probe` of every block."""
+        return LinearProbe.fit_all(self.moments[stream], ridge=ridge, residual=True)
+
     def sample_batches(self, stream: str) -> list[torch.Tensor]:
         """The sample batches usable for debiased CKA: [L + 1, n, C] with n >= 4."""
         return [batch for batch in self.samples[stream] if batch.shape[1] >= 4]
 
-    def cka_matrix(self, stream: str, *, level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def cka_matrix(self, stream: str, *, rows: str = "token", clip: float | None = None,
+                   level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Debiased CKA between all boundaries of a stream -> (matrix, low, high), float64 [L + 1, L + 1] each.
 
-        Rows are tokens; HSIC is averaged over sample batches, and the interval is a paired bootstrap over them.
+        HSIC is averaged over sample batches, and the interval is a paired bootstrap over them.
+
+        Parameters
+        ----------
+        stream : ``"image"`` or ``"text"``.
+        rows : what counts as an example. ``"token"`` (the default): every sampled token; images that differ in their
+            mean make tokens look alike. ``"image"``: the mean of an image's sampled tokens, one row for each image at
+            its noise level; needs batches of at least 4 images. The values differ; compare only like with like.
+        clip : see :func:`pydit.stats.clip_outliers`; None leaves features as they are.
+        level : of the interval.
         """
         if stream not in STREAMS:
             raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
+        if rows not in ("token", "image"):
+            raise UserError(f"rows: expected token or image, got {rows!r}")
         cka = CKA(self.num_layers + 1)
-        for batch in self.sample_batches(stream):
-            cka.update(list(batch))
+        for batch, ids in zip(self.samples[stream], self.sample_ids[stream], strict=True):
+            features = batch if clip is None else clip_outliers(batch, clip)
+            if rows == "image":
+                images, which = ids.unique(return_inverse=True)
+                sums = features.new_zeros(len(features), len(images), self.width, dtype=torch.float64)
+                features = sums.index_add_(1, which, features.double()) / which.bincount()[:, None]
+            if features.shape[1] >= 4:
+                cka.update(list(features))
         if cka.batches < 2:
-            raise UserError(f"stats: expected at least 2 sample batches with 4 or more {stream} tokens, "
+            raise UserError(f"stats: expected at least 2 sample batches with 4 or more {stream} {rows}s, "
                             f"got {cka.batches}")
         return cka.matrix(), *cka.interval(level)
 
@@ -115,6 +138,7 @@ class ActivationStats:
             self.samples[stream].extend(other.samples[stream])
             self.sample_ids[stream].extend([ids + self.images_seen for ids in other.sample_ids[stream]])
         self.images_seen += other.images_seen
+        self.batches_seen += other.batches_seen
         if other.ablation is not None:
             self.add_ablation(other.ablation)
         return self
@@ -134,7 +158,7 @@ class ActivationStats:
         files.save_safetensors(path, tensors, {
             "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
             "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
-            "images_seen": str(self.images_seen),
+            "images_seen": str(self.images_seen), "batches_seen": str(self.batches_seen),
             **{f"batches_{stream}": str(len(self.samples[stream])) for stream in STREAMS}})
 
     @classmethod
@@ -147,7 +171,7 @@ class ActivationStats:
         try:
             stats = cls(metadata["family"], int(metadata["num_layers"]), int(metadata["width"]),
                         last_text_used=bool(int(metadata["last_text_used"])))
-            stats.images_seen = int(metadata["images_seen"])
+            stats.images_seen, stats.batches_seen = int(metadata["images_seen"]), int(metadata["batches_seen"])
             for stream in STREAMS:
                 for layer, moments in enumerate(stats.moments[stream]):
                     prefix = f"moments.{stream}.{layer}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from pydit.models import get_adapter
 
 def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
             tokens_per_batch: int = 256, sample_fraction: float = 0.5, with_ablation: bool = False,
-            progress: bool = True, seed: int = 0) -> ActivationStats:
+            progress: bool = True, seed: int = 0, resume: ActivationStats | None = None,
+            on_batch: Callable[[ActivationStats], None] | None = None) -> ActivationStats:
     """Collect activation statistics; the transformer is not changed.
 
     Parameters
@@ -35,11 +36,15 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         the criteria that look at the output need; takes about L / 2 forwards per sample batch.
     progress : show a progress bar on stderr.
     seed : of the choice of tokens.
+    resume : go on from these statistics, which are added to; ``batches`` must begin with number
+        ``resume.batches_seen`` of the stream, and ``max_batches`` counts from its start. Options as before give what
+        an uninterrupted run gives.
+    on_batch : called with the statistics after every batch, for example to save them.
 
     Raises
     ------
     UserError
-        Fewer than 2 batches, bad options, or a batch that is not a dict.
+        Fewer than 2 batches, bad options, a batch that is not a dict, or ``resume`` from another model.
     """
     if not 0 < sample_fraction < 1:
         raise UserError(f"sample_fraction: expected a number between 0 and 1, got {sample_fraction!r}")
@@ -52,14 +57,16 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
     device = next(transformer.parameters()).device
     stats = ActivationStats(adapter.family, layers, adapter.width(transformer),
                             last_text_used=adapter.last_text_used, device=device)
-    counts = [0, 0]
-    for index, batch in enumerate(_bar(itertools.islice(batches, max_batches), max_batches, progress)):
+    if resume is not None:
+        stats.merge(resume)  # refuses those of another model
+    first = stats.batches_seen
+    rest = itertools.islice(batches, None if max_batches is None else max(max_batches - first, 0))
+    for index, batch in enumerate(_bar(rest, max_batches, progress, first), first):
         capture = adapter.capture(transformer, batch, range(layers + 1))
         states = [capture.states[k] for k in range(layers + 1)]
         images, mask = states[0][0].shape[0], adapter.text_mask(capture.kwargs)
         tokens = {"image": _tokens(states[0][0], None), "text": _tokens(states[0][1], mask)}
-        is_sample = int((index + 1) * sample_fraction + 1e-9) > int(index * sample_fraction + 1e-9)
-        counts[is_sample] += 1
+        is_sample = _samples(index + 1, sample_fraction) > _samples(index, sample_fraction)
         if is_sample:
             # One generator per batch: the choice does not depend on how many batches came before on this machine.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
@@ -76,10 +83,19 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         else:
             stats.add_probe_rows(rows)
         stats.images_seen += images
-    if min(counts) == 0:
+        stats.batches_seen = index + 1
+        if on_batch is not None:
+            on_batch(stats)
+    samples = _samples(stats.batches_seen, sample_fraction)
+    if min(samples, stats.batches_seen - samples) == 0:
         raise UserError("batches: expected enough for both probes and samples, "
-                        f"got {counts[0]} probe and {counts[1]} sample batches")
+                        f"got {stats.batches_seen - samples} probe and {samples} sample batches")
     return stats
+
+
+def _samples(batches: int, fraction: float) -> int:
+    """How many of the first ``batches`` become samples."""
+    return int(batches * fraction + 1e-9)
 
 
 def _tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -89,9 +105,9 @@ def _tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return mask.bool().flatten().cpu().nonzero().flatten()
 
 
-def _bar(batches: Iterable, total: int | None, progress: bool) -> Iterable:
+def _bar(batches: Iterable, total: int | None, progress: bool, done: int) -> Iterable:
     from tqdm import tqdm
 
     if total is None and hasattr(batches, "__len__"):
         total = len(batches)
-    return tqdm(batches, total=total, desc="collect", unit="batch", disable=not progress)
+    return tqdm(batches, total=total, initial=done, desc="collect", unit="batch", disable=not progress)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +32,45 @@ def add_analyze(commands: Any) -> None:
         commands, "analyze", _analyze, "measure how redundant the blocks of a pipeline's transformer are",
         "Runs the transformer on calibration prompts and collects, for each stream, how well a linear map imitates\n"
         "every block (R2) and how similar the blocks' outputs are (CKA). `pydit plan` reads the statistics file.",
-        "pydit analyze ./my-pipeline --prompts prompts.txt --out stats.safetensors --plot cka.png")
+        "pydit analyze ./my-pipeline --prompts prompts.txt --ablate --out stats.safetensors --plot cka.png")
     add_pipeline(parser)
     add_batches(parser, batches=24)
     parser.add_argument("--out", type=Path, required=True, help="statistics file to write (.safetensors)")
+    parser.add_argument("--ablate", action="store_true",
+                        help="also leave out each block in turn, for the criteria that look at the output")
+    parser.add_argument("--tokens", type=count, default=256,
+                        help="tokens per stream and batch that are kept as samples (default: 256)")
+    parser.add_argument("--save-every", type=count, default=8, help="batches between checkpoints (default: 8)")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT.partial")
     parser.add_argument("--plot", type=Path, help="also draw the CKA heat-maps into this PNG file")
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from pydit.analysis import collect
+    from pydit.analysis import ActivationStats, collect
     from pydit.demo import story
 
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    resume = None
+    if arguments.resume:
+        if not partial.exists():
+            raise UserError(f"resume: expected the checkpoint of an earlier run in {partial}, got none")
+        resume = ActivationStats.load(partial)
+        if (resume.ablation is not None) != arguments.ablate:
+            raise UserError(f"ablate: expected as in the run that wrote {partial}, got {arguments.ablate}")
+    elif partial.exists():
+        raise UserError(f"out: expected no checkpoint of an earlier run, got one in {partial}; pass --resume to "
+                        "continue it, or delete it")
     pipe = load(arguments.pipeline, arguments)
-    stats = collect(pipe.transformer, map(inputs, batch_stream(pipe, arguments)(0)), max_batches=arguments.batches)
+
+    def keep(stats: ActivationStats) -> None:
+        if stats.batches_seen % arguments.save_every == 0 and stats.batches_seen < arguments.batches:
+            stats.save(partial)
+
+    done = 0 if resume is None else resume.batches_seen
+    stats = collect(pipe.transformer, map(inputs, batch_stream(pipe, arguments)(done)), max_batches=arguments.batches,
+                    tokens_per_batch=arguments.tokens, with_ablation=arguments.ablate, resume=resume, on_batch=keep)
     stats.save(arguments.out)
+    partial.unlink(missing_ok=True)
     if arguments.plot:
         from pydit.demo import figures
 
@@ -62,6 +89,7 @@ def add_plan(commands: Any) -> None:
         "(--search), from a published layout (--preset) or by hand (--intervals). An\n"
         "interval [s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
         "pydit plan stats.safetensors --method ppcl --target 0.4 --out plan.json\n"
+        "  pydit plan stats.safetensors --compare --target 0.4\n"
         "  pydit plan --search ./my-pipeline --prompts prompts.txt --target 0.4 --out plan.json\n"
         "  pydit plan --preset ppcl-qwen-image-12b --out plan.json\n"
         "  pydit plan --intervals '[[3,4],[5,7]]' --num-layers 60 --out plan.json\n"
@@ -75,6 +103,10 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
     parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
     parser.add_argument("--method", default="ppcl", help="with STATS: how redundancy is found (default: ppcl)")
+    parser.add_argument("--compare", action="store_true",
+                        help="with STATS: a table of the plans of all methods, and where they agree")
+    parser.add_argument("--report", type=Path, metavar="FILE.html",
+                        help="with STATS: like --compare, as a page with CKA maps, difference curves and all choices")
     parser.add_argument("--reference", choices=("same-depth", "fixed"),
                         help="with STATS: what a chain of probes is compared with (default: same-depth)")
     parser.add_argument("--selection", choices=("difference", "optimal"),
@@ -89,6 +121,8 @@ def add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from pydit.plan import PruningPlan
 
+    if arguments.compare or arguments.report:
+        return _compare(arguments)
     ways = {"STATS": arguments.stats, "--search": arguments.search, "--preset": arguments.preset,
             "--intervals": arguments.intervals, "--show": arguments.show}
     given = [name for name, value in ways.items() if value is not None]
@@ -115,7 +149,11 @@ def _plan(arguments: argparse.Namespace) -> None:
 
         options = {name: getattr(arguments, name) for name in ("reference", "selection") if getattr(arguments, name)}
         stats = ActivationStats.load(arguments.stats)
-        plan = detect(stats, method=arguments.method, target=arguments.target, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = detect(stats, method=arguments.method, target=arguments.target, **options)
+        for warning in caught:
+            print(f"pydit plan: warning: {warning.message}", file=sys.stderr)
     if arguments.out:
         plan.save(arguments.out)
     if arguments.json:
@@ -124,6 +162,46 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(plan.describe())
         if arguments.out:
             print(f"wrote {arguments.out}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """`pydit plan STATS --compare`: candidate plans, one line each."""
+    from pydit.analysis import ActivationStats, agreement, candidates, removed_layers
+    from pydit.demo import console
+
+    given = [name for name in ("search", "preset", "intervals", "show", "out") if getattr(arguments, name) is not None]
+    if arguments.stats is None or given:
+        raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
+                        f"got {'--' + given[0] if given else 'no statistics file'}")
+    stats = ActivationStats.load(arguments.stats)
+    if arguments.report:
+        from pydit.analysis import report
+
+        found = report.write(stats, arguments.report, target=arguments.target)
+    else:
+        found = candidates(stats, target=arguments.target)
+    shares = agreement(found, stats.num_layers)
+    if arguments.json:
+        print_json({"candidates": [candidate.as_dict() for candidate in found], "removed_share": shares})
+        return
+    rows = []
+    for candidate in found:
+        if candidate.plan is None:
+            continue
+        loss = "" if candidate.loss is None else f"{candidate.loss:.4f} ({candidate.low:.4f} to {candidate.high:.4f})"
+        blocks = candidate.plan.num_student_layers
+        rows.append([candidate.name, blocks, f"{100 * blocks / stats.num_layers:.0f} %", loss,
+                     " ".join(map(str, sorted(removed_layers(candidate.plan))))])
+    console.table(["method", "blocks", "of FLOPs", "predicted error of the output (95 %)", "removed blocks"], rows)
+    for candidate in found:
+        if candidate.note:
+            print(f"{candidate.name}: {candidate.note}")
+    print("removed by (share of the methods): "
+          + "  ".join(f"{layer}: {100 * share:.0f} %" for layer, share in enumerate(shares) if share))
+    print("of FLOPs: of those of all blocks, which is what their latency follows until it has been measured; predicted "
+          "error: squared, relative, the sum of what leaving out one block does")
+    if arguments.report:
+        print(f"wrote {arguments.report}")
 
 
 def add_prune(commands: Any) -> None:

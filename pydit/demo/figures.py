@@ -46,7 +46,7 @@ def category_name(category: str) -> str:
     return CATEGORY_NAMES.get(category, category.replace("_", " "))
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Run a drawing function in the house style; UserError where matplotlib is missing."""
 
     @functools.wraps(draw)
@@ -62,7 +62,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapper
 
 
-def _figure(width: float, height: float, **kwargs: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, **kwargs: Any) -> tuple[Figure, Any]:
     """A figure in inches and its axes; no global state, no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -87,7 +87,7 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@_styled
+@styled
 def cka_maps(matrices: dict[str, np.ndarray], intervals: Sequence[tuple[int, int]] = ()) -> Figure:
     """Heat-maps of the similarity between the outputs of all blocks, one panel per stream.
 
@@ -101,7 +101,7 @@ def cka_maps(matrices: dict[str, np.ndarray], intervals: Sequence[tuple[int, int
     size = len(next(iter(matrices.values())))
     lowest = min(float(np.nanmin(matrix)) for matrix in matrices.values())
     low = max(0.0, np.floor(lowest * 10) / 10)
-    figure, axes = _figure(4.6 * len(matrices) + 0.6, 5.1, ncols=len(matrices), squeeze=False)
+    figure, axes = new_figure(4.6 * len(matrices) + 0.6, 5.1, ncols=len(matrices), squeeze=False)
     for ax, (stream, matrix) in zip(axes[0], matrices.items(), strict=True):
         shown = ax.imshow(matrix, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
         for start, end in intervals:
@@ -124,7 +124,7 @@ def cka_maps(matrices: dict[str, np.ndarray], intervals: Sequence[tuple[int, int
     return figure
 
 
-@_styled
+@styled
 def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[str, Sequence[float]]) -> Figure:
     """How well a linear map predicts each block, and below it which blocks the plan replaces.
 
@@ -136,7 +136,7 @@ def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[s
     """
     from matplotlib.patches import FancyBboxPatch
 
-    figure, (top, strip) = _figure(9.8, 4.2, nrows=2, sharex=True, height_ratios=[2.6, 1])
+    figure, (top, strip) = new_figure(9.8, 4.2, nrows=2, sharex=True, height_ratios=[2.6, 1])
     depth = np.arange(num_layers)
     for (stream, values), marker in zip(r2.items(), ("o", "s", "^"), strict=False):
         top.plot(depth, values, marker=marker, markersize=4.5, linewidth=1.6, color=STREAMS.get(stream, INK),
@@ -175,7 +175,7 @@ def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[s
     return figure
 
 
-@_styled
+@styled
 def losses(phases: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
     """Loss against step, one panel per phase of the distillation: every step faintly, a running mean on top.
 
@@ -184,7 +184,7 @@ def losses(phases: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure
     phases : title -> (steps, losses).
     """
     phases = {title: values for title, values in phases.items() if len(values[0])}
-    figure, axes = _figure(4.9 * max(1, len(phases)), 3.3, ncols=max(1, len(phases)), squeeze=False)
+    figure, axes = new_figure(4.9 * max(1, len(phases)), 3.3, ncols=max(1, len(phases)), squeeze=False)
     for ax, (title, (steps, values)) in zip(axes[0], phases.items(), strict=False):
         steps, values = np.asarray(steps, float), np.asarray(values, float)
         ax.plot(steps, values, color=COLOURS["distilled"], alpha=0.25, linewidth=0.9)
@@ -203,7 +203,7 @@ def losses(phases: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure
     return figure
 
 
-@_styled
+@styled
 def category_bars(results: dict[str, dict[str, Any]]) -> Figure:
     """Share of prompts met per category, three bars each, with Wilson 95 % intervals.
 
@@ -213,7 +213,7 @@ def category_bars(results: dict[str, dict[str, Any]]) -> Figure:
     """
     categories = list(next(iter(results.values()))["per_category"])
     groups = ["mean over\ncategories", *(category_name(name).replace(" ", "\n") for name in categories)]
-    figure, ax = _figure(9.8, 3.9)
+    figure, ax = new_figure(9.8, 3.9)
     width = 0.8 / len(results)
     centres = np.arange(len(groups)) + np.array([0.0] + [0.35] * len(categories))
     for k, (model, figures) in enumerate(results.items()):
@@ -239,7 +239,7 @@ def category_bars(results: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def image_grid(gallery: Sequence[dict[str, Any]], models: Sequence[str] = tuple(COLOURS)) -> Figure:
     """The same prompts and seeds drawn by each model, with the verifier's verdict.
 
@@ -250,7 +250,7 @@ def image_grid(gallery: Sequence[dict[str, Any]], models: Sequence[str] = tuple(
     """
     columns = min(7, len(gallery))
     bands = -(-len(gallery) // columns)
-    figure, axes = _figure(1.5 * columns + 0.9, bands * (1.42 * len(models) + 0.55), nrows=bands * len(models),
+    figure, axes = new_figure(1.5 * columns + 0.9, bands * (1.42 * len(models) + 0.55), nrows=bands * len(models),
                            ncols=columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()

@@ -15,7 +15,7 @@ import numpy as np
 from pydit.demo import console, figures
 
 MODELS = tuple(figures.COLOURS)
-_CSS = """
+CSS = """
 :root { --ink: #20262e; --faint: #68717d; --line: #e3e6ea; --teacher: #3f4854; --pruned: #d55e00; --distilled: #0072b2;
         --pass: #00795a; --fail: #b3470a; }
 * { box-sizing: border-box; }
@@ -122,7 +122,7 @@ def _page(out: Path, metrics: dict[str, Any], intervals: Sequence[tuple[int, int
                   f"relative loss, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>pydit demo: {depth} blocks to {depth - removed}</title><style>{_CSS}</style></head><body><main>
+<title>pydit demo: {depth} blocks to {depth - removed}</title><style>{CSS}</style></head><body><main>
 <h1>{depth} blocks become {depth - removed}</h1>
 <p class="lead">A small text-to-image transformer with {teacher:,} parameters lost {removed} of its {depth} blocks
 ({100 * removed / depth:.0f} %), was trained back for {console.duration(metrics["distill_seconds"])}, and now has
@@ -180,7 +180,7 @@ def _entry(entry: dict[str, Any]) -> str:
     for model, name in zip(MODELS, ("teacher", "pruned", "distilled"), strict=True):
         passed = entry["passed"][model]
         alt = html.escape(f"{name}: {entry['prompt']} ({'met' if passed else 'not met'})", quote=True)
-        source = _data_uri(_png(entry["images"][model]))
+        source = data_uri(_png(entry["images"][model]))
         shots.append(f'<div class="shot{"" if passed else " no"}"><img src="{source}" alt="{alt}">'
                      f'<i>{"✓" if passed else "✗"}</i><em>{name}</em></div>')
     category = html.escape(figures.category_name(entry["category"]))
@@ -230,7 +230,7 @@ def _facts(metrics: dict[str, Any]) -> str:
 
 
 def _chart(out: Path, name: str, alt: str) -> str:
-    source = _data_uri((out / f"{name}.png").read_bytes())
+    source = data_uri((out / f"{name}.png").read_bytes())
     return f'<img class="chart" src="{source}" alt="{html.escape(alt, quote=True)}">'
 
 
@@ -242,5 +242,5 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

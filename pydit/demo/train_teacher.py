@@ -50,7 +50,7 @@ class Recipe:
     prompt_dropout: float = 0.08
     # Stochastic depth (Huang et al. 2016; for pruning: LayerDrop, Fan et al. 2020): every second block but the last is
     # skipped in this share of the steps. It gives 16 blocks some of the redundancy that a model of 60 has by itself.
-    layer_drop: float = 0.6
+    layer_drop: float = 0.9
     ema_decay: float = 0.999
     seed: int = 11
 

@@ -16,9 +16,6 @@ from pydit.ops.reference import wide
 
 _OP = "joint_attention"
 _HEAD_DIMS = (32, 64, 128)
-_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the device is not of compute capability 9.x",
-          "the portable kernel: a tensor's address or strides are not multiples of 16 bytes",
-          "the portable kernel: built without sm_90a")
 _CHUNK = 1 << 25  # scores that the backward holds at once
 
 
@@ -166,7 +163,7 @@ def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale):
         taken = path.kernels.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, out_img, text[0],
                                              lse_img, text[1], scale, backend.DTYPE_CODES[q_img.dtype],
                                              backend.stream_of(q_img))
-    backend.explain(_OP, _PATHS[taken])
+    backend.explain(_OP, backend.KERNEL_PATHS[taken])
     return outputs
 
 
@@ -213,7 +210,7 @@ def _gradients(*arguments):
             deterministic, lambda size: tensors[0].new_empty(size, dtype=torch.uint8),
             backend.DTYPE_CODES[tensors[0].dtype], backend.stream_of(tensors[0]))
     order = "" if taken or not deterministic else ", additions in a fixed order (torch.use_deterministic_algorithms)"
-    backend.explain(f"{_OP}_backward", _PATHS[taken] + order)
+    backend.explain(f"{_OP}_backward", backend.KERNEL_PATHS[taken] + order)
     return found
 
 

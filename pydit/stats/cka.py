@@ -20,6 +20,18 @@ from pydit.ops.reference import centred, u_centred_gram
 _MAX_GRAM_ROWS = 2048  # beyond this many rows an [n, n] Gram matrix costs more memory than the feature form
 
 
+def clip_outliers(features: torch.Tensor, limit: float) -> torch.Tensor:
+    """Limit features [..., n, d] to ``limit`` times the median magnitude of each [n, d], in their dtype.
+
+    A few massive activations decide CKA, cosines and norms: 8 of 4096 tokens that share one channel at 100 standard
+    deviations make unrelated features look alike (CKA 0.9).
+    """
+    if not limit > 0:
+        raise UserError(f"clip: expected a number above 0, got {limit!r}")
+    bound = limit * features.abs().flatten(-2).median(-1).values[..., None, None]
+    return torch.minimum(torch.maximum(features, -bound), bound)
+
+
 def normalise(cross: torch.Tensor, self_x: torch.Tensor, self_y: torch.Tensor) -> torch.Tensor:
     """cross / sqrt(self_x self_y), elementwise; 0 where a feature set is constant (CKA is undefined there)."""
     scale = self_x.clamp_min(0).sqrt() * self_y.clamp_min(0).sqrt()

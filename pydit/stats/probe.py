@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 
 from pydit.errors import UserError
 from pydit.stats.moments import Moments
+
+_BATCH = 8  # matrices factorised at a time: three copies of 8 x 3072^2 float64 are 1.8 GB
+_ITERATIONS = 30
 
 
 class LinearProbe:
@@ -16,10 +22,12 @@ class LinearProbe:
     weight : float64 [e, d], the full map
     bias : float64 [e]
     r2 : float, share of the variance of y that the map explains on the data it was fitted to
+    condition : float, ratio of the largest to the smallest eigenvalue of the matrix that was inverted, estimated by
+        power iteration (rather too small than too large); inf where it is singular, nan if unknown
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, r2: float) -> None:
-        self.weight, self.bias, self.r2 = weight, bias, r2
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, r2: float, condition: float = math.nan) -> None:
+        self.weight, self.bias, self.r2, self.condition = weight, bias, r2, condition
 
     @classmethod
     def fit(cls, moments: Moments, *, ridge: float = 1e-6, residual: bool = False) -> LinearProbe:
@@ -41,23 +49,40 @@ class LinearProbe:
         UserError
             Moments without y, fewer than two rows, a negative ridge, or residual with d != e.
         """
-        if moments.dim_y is None:
-            raise UserError("moments: expected moments of x and y, got x alone")
-        if moments.count < 2:
-            raise UserError(f"moments: expected at least 2 rows, got {moments.count}")
+        return cls.fit_all([moments], ridge=ridge, residual=residual)[0]
+
+    @classmethod
+    def fit_all(cls, moments: Sequence[Moments], *, ridge: float = 1e-6, residual: bool = False) -> list[LinearProbe]:
+        """:meth:`fit` for many moments of one shape, such as all blocks of a stream: Cholesky in batches."""
         if not ridge >= 0:
             raise UserError(f"ridge: expected a number >= 0, got {ridge!r}")
-        if residual and moments.dim_x != moments.dim_y:
-            raise UserError(f"residual: expected x and y of one width, got {moments.dim_x} and {moments.dim_y}")
-        m_xx, m_xy = moments.m_xx, moments.m_xy
-        target = m_xy - m_xx if residual else m_xy
-        weight = _solve(m_xx, target, ridge * float(m_xx.trace()) / moments.dim_x).T
-        if residual:
-            weight = weight + torch.eye(moments.dim_x, dtype=weight.dtype, device=weight.device)
-        bias = moments.mean_y - weight @ moments.mean_x
-        total = float(moments.s_yy.sum())
-        error = total - 2 * float((weight.T * m_xy).sum()) + float(((weight @ m_xx) * weight).sum())
-        return cls(weight, bias, 1.0 - error / total if total > 0 else 1.0)
+        for one in moments:
+            if one.dim_y is None:
+                raise UserError("moments: expected moments of x and y, got x alone")
+            if one.count < 2:
+                raise UserError(f"moments: expected at least 2 rows, got {one.count}")
+            if residual and one.dim_x != one.dim_y:
+                raise UserError(f"residual: expected x and y of one width, got {one.dim_x} and {one.dim_y}")
+            if (one.dim_x, one.dim_y) != (moments[0].dim_x, moments[0].dim_y):
+                raise UserError(f"moments: expected one shape, got {(moments[0].dim_x, moments[0].dim_y)} and "
+                                f"{(one.dim_x, one.dim_y)}")
+        probes: list[LinearProbe] = []
+        for start in range(0, len(moments), _BATCH):
+            probes.extend(cls._fit_batch(moments[start:start + _BATCH], ridge, residual))
+        return probes
+
+    @classmethod
+    def _fit_batch(cls, moments: Sequence[Moments], ridge: float, residual: bool) -> Iterator[LinearProbe]:
+        m_xx, m_xy = torch.stack([one.m_xx for one in moments]), torch.stack([one.m_xy for one in moments])
+        shrink = ridge * m_xx.diagonal(dim1=1, dim2=2).mean(1)
+        solved, conditions = _solve(m_xx, m_xy - m_xx if residual else m_xy, shrink)
+        for one, xx, xy, transposed, condition in zip(moments, m_xx, m_xy, solved, conditions, strict=True):
+            weight = transposed.T
+            if residual:
+                weight = weight + torch.eye(one.dim_x, dtype=weight.dtype, device=weight.device)
+            total = float(one.s_yy.sum())
+            error = total - 2 * float((weight.T * xy).sum()) + float(((weight @ xx) * weight).sum())
+            yield cls(weight, one.mean_y - weight @ one.mean_x, 1.0 - error / total if total > 0 else 1.0, condition)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y_hat [..., e] for x [..., d], computed and returned in float64 for float64 x and in float32 otherwise."""
@@ -67,13 +92,30 @@ class LinearProbe:
         return torch.nn.functional.linear(x.to(dtype), self.weight.to(x.device, dtype), self.bias.to(x.device, dtype))
 
 
-def _solve(matrix: torch.Tensor, target: torch.Tensor, shrink: float) -> torch.Tensor:
-    """(matrix + shrink I)^-1 target for a positive semi-definite matrix; least norm where it is singular."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(shrink)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
+def _solve(matrices: torch.Tensor, targets: torch.Tensor, shrink: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+    """(matrix + shrink I)^-1 target of semi-definite matrices [B, d, d], least norm where singular; conditions."""
+    shifted = matrices.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(shrink[:, None])
+    factors, failed = torch.linalg.cholesky_ex(shifted)
     # A tiny pivot means that Cholesky got through a singular matrix on rounding errors.
-    pivots = factor.diagonal().square()
-    if not bool(failed) and float(pivots.min()) > 1e-13 * float(pivots.max()):
-        return torch.cholesky_solve(target, factor)
-    return torch.linalg.pinv(shifted, hermitian=True, rtol=1e-12) @ target
+    pivots = factors.diagonal(dim1=1, dim2=2).square()
+    singular = (failed != 0) | ~(pivots.amin(1) > 1e-13 * pivots.amax(1))
+    factors[singular] = torch.eye(shifted.shape[1], dtype=shifted.dtype, device=shifted.device)
+    solved = torch.cholesky_solve(targets, factors)
+    for index in singular.nonzero().flatten().tolist():
+        solved[index] = torch.linalg.pinv(shifted[index], hermitian=True, rtol=1e-12) @ targets[index]
+    largest = _largest_eigenvalue(lambda v: shifted @ v, shifted)
+    smallest = 1 / _largest_eigenvalue(lambda v: torch.cholesky_solve(v, factors), shifted)
+    conditions = torch.where(singular, torch.inf, largest / smallest)
+    return solved, conditions.tolist()
+
+
+def _largest_eigenvalue(apply: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Of symmetric positive maps of [B, d, 1], float64 [B], by power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(like.shape[1], 1, generator=generator, dtype=like.dtype).to(like.device)
+    vector = vector.expand(len(like), -1, 1)
+    for _ in range(_ITERATIONS):
+        length = torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(1e-300)
+        vector = apply(vector / length)
+    return torch.linalg.vector_norm(vector, dim=(1, 2))

@@ -8,7 +8,7 @@ import torch
 from pydit.analysis import ActivationStats, collect
 from pydit.errors import FormatError, UserError
 from pydit.models import get_adapter
-from pydit.stats import Moments, linear_cka
+from pydit.stats import CKA, Moments, linear_cka
 from tests.models import tiny
 
 
@@ -189,3 +189,55 @@ def test_bad_files(model, tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(FormatError, match="complete safetensors"):
         ActivationStats.load(path)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(model, tmp_path):
+    """Stopped after 3 batches, saved, loaded, continued."""
+    whole = collect(model, batches(), with_ablation=True, progress=False)
+    seen = []
+    part = collect(model, batches(3), with_ablation=True, progress=False, on_batch=lambda s: seen.append(s.batches_seen))
+    part.save(tmp_path / "part.safetensors")
+    part = ActivationStats.load(tmp_path / "part.safetensors")
+    assert seen == [1, 2, 3] and part.batches_seen == 3
+    resumed = collect(model, batches()[3:], with_ablation=True, progress=False, resume=part, max_batches=6)
+    assert resumed.images_seen == whole.images_seen and resumed.batches_seen == 6
+    for stream in ("image", "text"):
+        for a, b in zip(resumed.moments[stream], whole.moments[stream], strict=True):
+            torch.testing.assert_close(a.m_xy, b.m_xy, rtol=1e-10, atol=1e-10)
+        for a, b in zip(resumed.samples[stream], whole.samples[stream], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(resumed.sample_ids[stream], whole.sample_ids[stream], strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(resumed.ablation.losses, whole.ablation.losses)
+    assert torch.equal(resumed.ablation.batches, whole.ablation.batches)
+    with pytest.raises(UserError, match="other: expected num_layers 2, got 3"):
+        collect(tiny.transformer(2), batches(2), resume=part, progress=False)
+
+
+def test_cka_rows_are_tokens_or_images(model):
+    stats = collect(model, [tiny.batch(images=5, seed=seed) for seed in range(6)], progress=False)
+    images, cka = stats.cka_matrix("image", rows="image")[0], CKA(4)
+    for batch, ids in zip(stats.samples["image"], stats.sample_ids["image"], strict=True):
+        cka.update([torch.stack([state[ids == k].double().mean(0) for k in ids.unique()]) for state in batch])
+    torch.testing.assert_close(images, cka.matrix())
+    assert not torch.allclose(images, stats.cka_matrix("image")[0])
+    with pytest.raises(UserError, match="rows: expected token or image, got 'prompt'"):
+        stats.cka_matrix("image", rows="prompt")
+    few = collect(model, batches(4), progress=False)
+    few.sample_ids["image"] = [torch.zeros_like(ids) for ids in few.sample_ids["image"]]
+    with pytest.raises(UserError, match="at least 2 sample batches with 4 or more image images"):
+        few.cka_matrix("image", rows="image")
+
+
+def test_clip_takes_shared_outliers_out_of_cka(model):
+    """8 tokens that share one massive channel make unrelated boundaries look alike."""
+    generator = torch.Generator().manual_seed(0)
+    stats = ActivationStats("qwen-image", 1, 64)
+    for _ in range(3):
+        batch = torch.randn(2, 256, 64, generator=generator)
+        batch[:, :8, 0] += 100
+        stats.add_sample({"image": batch, "text": batch}, {name: torch.zeros(256).long() for name in ("image", "text")})
+    assert stats.cka_matrix("image")[0][0, 1] > 0.8
+    assert abs(stats.cka_matrix("image", clip=5.0)[0][0, 1]) < 0.25
+    with pytest.raises(UserError, match="clip: expected a number above 0"):
+        stats.cka_matrix("image", clip=0.0)

@@ -88,16 +88,44 @@ def matrix(layers, rows):
 def test_difference_rule_breaks_at_the_first_increase():
     """The trace of the paper's figure: 1-3 shrink, 4 grows -> [1, 3]; then 5 holds, 6 breaks -> [4, 5]."""
     cka = matrix(8, {0: [0.5, 0.6], 1: [0.10, 0.05, 0.20], 4: [0.03, 0.04], 6: [0.1]})
-    plan = select(scores_of(cka), first_layer=1)
+    literal = dict(first_layer=1, rule="literal")
+    plan = select(scores_of(cka), **literal)
     assert plan.intervals == ((1, 3), (4, 5), (6, 7))
-    assert select(scores_of(cka), first_layer=1, min_cka=0.9).intervals == ((4, 5), (6, 7))
-    assert select(scores_of(cka), first_layer=1, max_length=2).intervals == ((1, 2), (3, 4), (5, 6))
+    assert select(scores_of(cka), **literal, min_cka=0.9).intervals == ((4, 5), (6, 7))
+    assert select(scores_of(cka), **literal, max_length=2).intervals == ((1, 2), (3, 4), (5, 6))
+
+
+def test_default_rule_asks_for_a_sudden_increase():
+    """Without sample batches to draw from the estimates count as certain: 0.03 -> 0.04 goes on, 0.05 -> 0.20 breaks."""
+    cka = matrix(8, {0: [0.5, 0.6], 1: [0.10, 0.05, 0.20], 4: [0.03, 0.04, 0.2], 6: [0.1]})
+    assert select(scores_of(cka), first_layer=1).intervals == ((1, 3), (4, 6))
+    assert select(scores_of(cka), first_layer=1, sudden=0.0).intervals == ((1, 3), (4, 5), (6, 7))
+    assert select(scores_of(cka), first_layer=1, sudden=9.0).intervals == ((1, 7),)
+
+
+def test_default_rule_needs_more_than_noise():
+    """One batch of eight has a break at the third step: the estimate rises, its lower bound does not."""
+    def hsic(losses):
+        chain = torch.zeros(3, 4, 4, dtype=torch.float64)
+        chain[0] = matrix(4, {0: losses})
+        chain[1:] = 1.0
+        return chain
+
+    batches = torch.stack([hsic([0.001, 0.001, 0.2])] + [hsic([0.001, 0.001, 0.001])] * 7)
+    scores = scores_of(batches[:, 0].mean(0))
+    for stream in ("image", "text"):
+        scores.matrices[f"{stream}_hsic"] = batches
+    assert select(scores, rule="literal").intervals == ((0, 2),)
+    assert select(scores).intervals == ((0, 3),)
+    for stream in ("image", "text"):
+        scores.matrices[f"{stream}_hsic"] = torch.stack([hsic([0.001, 0.001, 0.02 + 0.001 * i]) for i in range(8)])
+    assert select(scores).intervals == ((0, 2),)
 
 
 def test_tolerance_ignores_small_increases():
     cka = matrix(4, {0: [0.1, 0.1005, 0.1]})
-    assert select(scores_of(cka)).intervals == ((0, 1), (2, 3))
-    assert select(scores_of(cka), tolerance=1e-3).intervals == ((0, 3),)
+    assert select(scores_of(cka), rule="literal").intervals == ((0, 1), (2, 3))
+    assert select(scores_of(cka), rule="literal", tolerance=1e-3).intervals == ((0, 3),)
 
 
 def test_own_probe_reading_leaves_singletons():

@@ -225,6 +225,19 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
     assert len(json.loads(out)["blocks"]) == 6 and (tmp_path / "cka.png").stat().st_size > 1000
     made = json.loads(run("plan", stats, "--target", 0.4, "--selection", "optimal", "--out", plan, "--json"))
     assert made == json.loads(plan.read_text()) and "3 removed" in run("plan", "--show", plan)
+    again = tmp_path / "again.safetensors"
+    analyze = ("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
+               "--ablate", "--out", again, "--json")
+    run(*analyze, "--batches", 4)
+    again.rename(tmp_path / "again.safetensors.partial")  # as a run of 8 batches leaves it half way
+    run(*analyze, "--batches", 8, "--resume")
+    first, second = (files.load_safetensors(p, what="test")[0] for p in (stats, again))
+    assert all((first[name] == second[name]).all() for name in first) and "ablation.losses" in second
+    assert not (tmp_path / "again.safetensors.partial").exists()
+    table = run("plan", again, "--target", 0.4, "--compare", "--report", tmp_path / "report.html")
+    assert all(name in table for name in ("amber", "laptop", "ppcl optimal", "uniform", "removed by"))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "ppcl optimal" in page and "http" not in page
     assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
     assert not (tmp_path / "pruned").exists()
     run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")

@@ -29,6 +29,24 @@ def test_teacher_size():
     assert PruningPlan("qwen-image", 60).num_parameters() == 20_430_401_088
 
 
+def test_flops_are_those_of_a_block_counted_by_torch():
+    """FlopCounterMode counts linears and attention; tokens as in a batch of one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = tiny.transformer(3), tiny.batch(images=1, masked=False)
+    counts = []
+    for blocks in (1, 2):
+        model.transformer_blocks = model.transformer_blocks[:1] if blocks == 1 else torch.nn.ModuleList(
+            [model.transformer_blocks[0]] * 2)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(**batch)
+        counts.append(counter.get_total_flops())
+    plan = PruningPlan.from_intervals(3, [(1, 2)])
+    assert plan.num_flops(dict(tiny.transformer(3).config), image_tokens=16, text_tokens=7) == 2 * (counts[1] - counts[0])
+    assert PruningPlan("qwen-image", 60).num_flops() // 60 // 10**9 == 2349  # GFLOP at 6889 + 512 tokens
+
+
 @pytest.mark.parametrize("config", [{}, {"use_additional_t_cond": True, "out_channels": None}, {"zero_cond_t": True},
                                     {"num_attention_heads": 3}])
 def test_parameter_count_equals_the_built_model(config):
@@ -139,3 +157,9 @@ def test_matches():
     assert PruningPlan("qwen-image", 4).matches(model) and not PruningPlan("qwen-image", 5).matches(model)
     with pytest.raises(UserError, match="plan: the plan is for 60 layers, the model has 4"):
         PruningPlan.preset("ppcl-qwen-image-12b").require_match(model)
+
+
+@pytest.mark.parametrize("intervals", [7, "3-4", None, [3, 4]])
+def test_intervals_that_are_no_pairs_are_refused(intervals):
+    with pytest.raises(UserError, match=r"intervals: expected \[start, end\] pairs"):
+        PruningPlan.from_intervals(60, intervals)

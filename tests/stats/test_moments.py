@@ -196,3 +196,25 @@ def test_ten_million_tokens_with_outliers():
                                (moments.m_xy, products[:3, 3:], torch.outer(scale[:3], scale[3:])),
                                (moments.s_yy, products.diagonal()[3:], scale[3:].square())):
         assert ((found - exact).abs() / size).max() < 1e-6
+
+
+def test_probes_in_batches_equal_probes_one_by_one():
+    """More than one batch of factorisations, one of them singular."""
+    all_moments = []
+    for seed in range(11):
+        x, y = rows(n=40, d=6, e=6, seed=seed, dtype=torch.float64)
+        if seed == 4:
+            x[:, 5] = x[:, 4]
+        all_moments.append(Moments(6, 6).update(x, y))
+    for options in (dict(ridge=1e-6), dict(ridge=0.0, residual=True)):
+        for one, probe in zip(all_moments, LinearProbe.fit_all(all_moments, **options), strict=True):
+            alone = LinearProbe.fit(one, **options)
+            torch.testing.assert_close(probe.weight, alone.weight, rtol=1e-9, atol=1e-9)
+            assert abs(probe.r2 - alone.r2) < 1e-9
+    conditions = [probe.condition for probe in LinearProbe.fit_all(all_moments, ridge=0.0)]
+    assert conditions[4] == float("inf")
+    for one, condition in zip(all_moments[:4], conditions[:4], strict=True):
+        values = torch.linalg.eigvalsh(one.m_xx)
+        assert 0.9 * values[-1] / values[0] <= condition <= 1.001 * values[-1] / values[0]
+    with pytest.raises(UserError, match="expected one shape"):
+        LinearProbe.fit_all([Moments(6, 6).update(*rows(d=6, e=6)), Moments(6, 4).update(*rows())])

@@ -159,7 +159,7 @@ typedef struct {
 
 /* Sums over tokens, added to what the outputs hold:
  *   xx += x^T x,  xy += x^T y,  sum_x += sum of x,  sum_y += sum of y,  sum_yy += sum of y^2, per column.
- * Of xx the blocks of 128 x 128 on and above the diagonal are written; those below are left as they are.
+ * Of xx the triangle on and above the diagonal counts; what is below is undefined.
  *   x [N, dim_x], y [N, dim_y] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  dim_y 0: no y.
  *   xx [dim_x, dim_x], xy [dim_x, dim_y], sums [dim_x] or [dim_y], fp64 contiguous. Outputs alias nothing.
  * workspace: second_moments_workspace() bytes of any content; free again when the stream is past this call.
@@ -193,8 +193,8 @@ typedef struct {
   void* stream;
 } pydit_hsic_matrix_params;
 
-/* Which kernel joint_attention, or its backward, takes for these arguments on the current device:
- * joint_attention_path(), joint_attention_backward_path(). */
+/* Which kernel an op takes for these arguments on the current device: joint_attention_path(),
+ * joint_attention_backward_path(), second_moments_path(). */
 enum {
   PYDIT_PATH_HOPPER = 0,     /* TMA and wgmma */
   PYDIT_PATH_NOT_HOPPER = 1, /* portable: the device is not of compute capability 9.x */
@@ -215,6 +215,7 @@ enum {
   int pydit_##backend##_joint_attention_backward_path(const pydit_joint_attention_backward_params*);          \
   int64_t pydit_##backend##_joint_attention_backward_workspace(const pydit_joint_attention_backward_params*); \
   int pydit_##backend##_second_moments(const pydit_second_moments_params*);                                   \
+  int pydit_##backend##_second_moments_path(const pydit_second_moments_params*);                              \
   int64_t pydit_##backend##_second_moments_workspace(const pydit_second_moments_params*);                     \
   int pydit_##backend##_hsic_matrix(const pydit_hsic_matrix_params*);                                         \
   int64_t pydit_##backend##_hsic_matrix_workspace(const pydit_hsic_matrix_params*);

@@ -1,18 +1,12 @@
 // What the implementations of joint attention share.
 #pragma once
 
+#include "device/arch.h"
 #include "device/check.h"
 #include "device/tensor_map.h"
 #include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
-
-// Whether the current device runs machine code for sm_90a.
-inline bool on_hopper() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
-}
 
 // The Hopper kernel, for arguments that the entry point has checked. Tensors must suit the copy engine: bases and
 // strides that are multiples of 16 bytes; scale > 0.

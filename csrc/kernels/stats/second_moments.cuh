@@ -16,7 +16,9 @@
 
 namespace pydit::PYDIT_BACKEND {
 
-constexpr int kChunkTokens = 256;  // summed in fp32 by the tensor cores before they are added in fp64
+constexpr const char* kSecondMoments = "second_moments";
+constexpr int kChunkTokens = 256;  // summed by the tensor cores, then added in fp32
+constexpr int kChunksOfSum = 32;   // so many at most before they are added in fp64, in memory
 
 __host__ __device__ inline int64_t count_tiles(const pydit_second_moments_params& p) {
   const int64_t rows = ceil_div(p.dim_x, kTile);
@@ -44,9 +46,10 @@ struct Run {
   int chunks;
 };
 
-__device__ __forceinline__ Run run_of(const pydit_second_moments_params& p, unsigned ticket, unsigned blocks) {
+__device__ __forceinline__ Run run_of(const pydit_second_moments_params& p, int64_t tiles, unsigned ticket,
+                                      unsigned blocks) {
   const int chunks = static_cast<int>(ceil_div(p.tokens, kChunkTokens));
-  const int64_t units = count_tiles(p) * chunks;
+  const int64_t units = tiles * chunks;
   return {units * ticket / blocks, units * (ticket + 1) / blocks, chunks};
 }
 
@@ -62,6 +65,29 @@ __device__ __forceinline__ void tell_later(unsigned* done, int chunk, int chunks
   if (chunk == chunks) return;
   __syncthreads();
   if (threadIdx.x == 0) store_release(done, static_cast<unsigned>(chunk));
+}
+
+// Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
+int launch_second_moments_sm90(const pydit_second_moments_params& p);
+
+// Counters of both kernels' tiles, and the ticket.
+inline int64_t workspace_bytes(const pydit_second_moments_params& p) {
+  const int64_t rows = ceil_div(p.dim_x, kTile);
+  return (rows * (rows + ceil_div(p.dim_y, kTile)) + 1) * static_cast<int64_t>(sizeof(unsigned));
+}
+
+// For the race detector of the simulator.
+template <typename T>
+void name_second_moments_tensors(const pydit_second_moments_params& p) {
+  name_tensor("x", p.x, false, sizeof(T), p.dim_x, {p.tokens}, {p.stride_x});
+  name_tensor("xx", p.xx, true, sizeof(double), p.dim_x, {p.dim_x}, {p.dim_x});
+  name_tensor("sum_x", p.sum_x, true, sizeof(double), p.dim_x, {1}, {0});
+  name_tensor("workspace", p.workspace, true, 1, workspace_bytes(p), {1}, {0});
+  if (p.dim_y == 0) return;
+  name_tensor("y", p.y, false, sizeof(T), p.dim_y, {p.tokens}, {p.stride_y});
+  name_tensor("xy", p.xy, true, sizeof(double), p.dim_y, {p.dim_x}, {p.dim_y});
+  name_tensor("sum_y", p.sum_y, true, sizeof(double), p.dim_y, {1}, {0});
+  name_tensor("sum_yy", p.sum_yy, true, sizeof(double), p.dim_y, {1}, {0});
 }
 
 }  // namespace pydit::PYDIT_BACKEND

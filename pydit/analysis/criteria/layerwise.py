@@ -25,6 +25,7 @@ from pydit.analysis.criteria.base import Scores, intervals_without, register, re
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.plan import PruningPlan
+from pydit.stats import clip_outliers
 from pydit.stats.cka import bootstrap_weights
 
 _SELECTION_OPTIONS = ("protect_first", "protect_last", "sizes", "seed")  # the scores do not depend on them
@@ -135,8 +136,8 @@ class _Local(Layerwise):
     Parameters
     ----------
     streams : ``"mean"`` of both, or one stream. Text counts up to the last layer whose text output the model reads.
-    clip : limit features to this many times their median magnitude first, or None. A cosine, or a norm, of features
-        with massive channels says little about the other channels.
+    clip : :func:`pydit.stats.clip_outliers` first, or None. A cosine, or a norm, of features with massive channels says
+        little about the other channels.
     """
 
     streams: str = "mean"
@@ -171,8 +172,7 @@ class _Local(Layerwise):
     def _pairs(self, batch: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         states = batch.double()
         if self.clip is not None:
-            limit = self.clip * states.abs().flatten(1).median(1).values[:, None, None]
-            states = torch.minimum(torch.maximum(states, -limit), limit)
+            states = clip_outliers(states, self.clip)
         return itertools.pairwise(states)
 
 

@@ -12,6 +12,7 @@ so that all of them can be replayed without a model.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -25,8 +26,16 @@ from pydit.stats import LinearProbe
 from pydit.stats.cka import bootstrap_weights, normalise
 
 _CHOICES = {"reference": ("same-depth", "fixed"), "first_probe": ("u+1", "u"),
-            "streams": ("mean", "min", "image", "text"), "selection": ("difference", "optimal")}
+            "streams": ("mean", "min", "image", "text"), "selection": ("difference", "optimal"),
+            "rule": ("bootstrap", "literal")}
 _SCORE_OPTIONS = ("reference", "first_probe", "ridge")
+_RULE_DRAWS = 500
+
+
+def _redrawn(hsic: torch.Tensor, draws: int) -> torch.Tensor:
+    """CKA [R, L, L] from HSIC [B, 3, L, L] averaged over draws of the batches with replacement."""
+    means = torch.einsum("rb,bsuk->rsuk", bootstrap_weights(len(hsic), draws, 0), hsic)
+    return normalise(means[:, 0], means[:, 1], means[:, 2])
 
 
 @register("ppcl")
@@ -42,27 +51,39 @@ class PPCL:
         u + 1, so cka(u, u) = 1 and units hold two layers or more; ``"u"``: it starts from the input of layer u, and a
         layer whose first step loses less than its second stays alone.
     streams : how image and text scores combine into one: ``"mean"``, ``"min"``, or one stream.
-    selection : ``"difference"``: the paper's rule as above. ``"optimal"``: the disjoint intervals that remove exactly
+    selection : ``"difference"``: units as above. ``"optimal"``: the disjoint intervals that remove exactly
         ``target`` layers with the least sum of 1 - cka(u, v), found by dynamic programming over all intervals. The
         published rule that cuts units to a budget is unknown.
+    rule : when a step's loss counts as grown. ``"bootstrap"``: when the lower ``level`` bound of its rise over the
+        step before, under draws of sample batches (paired: the same for all steps), is above ``tolerance`` and above
+        ``sudden`` times the loss of the step before. The differences are of the order of 1e-4 and mostly noise; and
+        the error of a chain grows with its length, which is no break. ``"literal"``: when the estimate of the rise is
+        above ``tolerance``, which is the paper's rule.
+    level : confidence of that bound, one-sided.
+    sudden : see ``rule``; 1 asks for more than a doubling.
     min_cka : refuse intervals whose cka(u, v) is below. Where the difference rule finds such a unit, layer u is kept
         and the search goes on from u + 1.
     max_length : longest interval in layers (both selections).
     first_layer : layers before this one are kept.
-    tolerance : a step counts as growing when it exceeds the previous one by more than this.
+    tolerance : a rise of no more than this does not count.
     ridge : of the probes, relative to the mean variance of their input.
 
     Scores
     ------
     ``image``, ``text`` and ``<stream>_low``, ``<stream>_high`` (95 % paired bootstrap over sample batches; equal to
     the estimate when there is one batch): cka(u, k) at [u, k], float64 [L, L], 0 below the diagonal. Text at k = L - 1
-    is NaN-free but meaningless where the model drops that output; such entries count the image only.
+    is NaN-free but meaningless where the model drops that output; such entries count the image only. ``<stream>_hsic``:
+    float64 [batches, 3, L, L], HSIC of (chain, reference), (chain, chain), (reference, reference) per sample batch,
+    from which all of the above follows and on which every rule can be replayed.
     """
 
     reference: str = "same-depth"
     first_probe: str = "u+1"
     streams: str = "mean"
     selection: str = "difference"
+    rule: str = "bootstrap"
+    level: float = 0.95
+    sudden: float = 1.0
     min_cka: float | None = None
     max_length: int | None = None
     first_layer: int = 0
@@ -73,9 +94,11 @@ class PPCL:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("tolerance", "ridge", "first_layer"):
+        for name in ("tolerance", "ridge", "first_layer", "sudden"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+        if not 0.5 <= self.level < 1:
+            raise UserError(f"level: expected a number from 0.5 up to 1, got {self.level!r}")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"max_length: expected at least 2 layers, got {self.max_length!r}")
 
@@ -84,11 +107,10 @@ class PPCL:
         matrices: dict[str, torch.Tensor] = {}
         for stream in STREAMS:
             batches = self._batches(stats, stream)
-            probes = [stats.probe(k, stream, ridge=self.ridge) for k in range(stats.num_layers)]
+            probes = stats.probes(stream, ridge=self.ridge)
             hsic = torch.stack([self._chain_hsic(probes, batch) for batch in batches])
-            matrices[stream] = normalise(*hsic.mean(0))
-            means = torch.einsum("rb,bsuk->rsuk", bootstrap_weights(len(hsic), 1000, 0), hsic)
-            spread = normalise(means[:, 0], means[:, 1], means[:, 2])
+            matrices[stream], matrices[f"{stream}_hsic"] = normalise(*hsic.mean(0)), hsic
+            spread = _redrawn(hsic, 1000)
             matrices[f"{stream}_low"] = torch.quantile(spread, 0.025, dim=0)
             matrices[f"{stream}_high"] = torch.quantile(spread, 0.975, dim=0)
         matrices["last_text_used"] = torch.tensor(float(stats.last_text_used), dtype=torch.float64)
@@ -127,9 +149,17 @@ class PPCL:
 
     def combined(self, scores: Scores) -> torch.Tensor:
         """cka(u, k) over both streams, float64 [L, L], by the option ``streams``."""
-        image, text = scores.matrices["image"], scores.matrices["text"].clone()
+        return self._combine(scores, scores.matrices["image"], scores.matrices["text"])
+
+    def drawn(self, scores: Scores) -> torch.Tensor:
+        """The same under draws of sample batches, float64 [R, L, L]; R = 1, the estimate, by the literal rule."""
+        if self.rule == "literal" or "image_hsic" not in scores.matrices:
+            return self.combined(scores)[None]
+        return self._combine(scores, *(_redrawn(scores.matrices[f"{stream}_hsic"], _RULE_DRAWS) for stream in STREAMS))
+
+    def _combine(self, scores: Scores, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         if not bool(scores.matrices["last_text_used"]):
-            text[:, -1] = image[:, -1]
+            text = torch.cat((text[..., :-1], image[..., -1:]), -1)
         if self.streams == "mean":
             return (image + text) / 2
         if self.streams == "min":
@@ -155,7 +185,7 @@ class PPCL:
                 raise UserError('target: expected a number or share of layers for selection="optimal", got none')
             intervals = self._optimal(cka, removed)
         else:
-            intervals = self._units(cka)
+            intervals = self._units(cka, self.drawn(scores))
             if removed is not None:
                 intervals = self._cut(cka, intervals, removed)
         found = [{"interval": [u, v], "cka": float(cka[u, v]),
@@ -164,24 +194,49 @@ class PPCL:
         provenance = {"method": "ppcl", "options": asdict(self), "target": target, "scores": found}
         return PruningPlan.from_intervals(scores.num_layers, intervals, family=scores.family, provenance=provenance)
 
-    def _units(self, cka: torch.Tensor) -> list[tuple[int, int]]:
-        """The difference rule, from the first layer on."""
+    def _units(self, cka: torch.Tensor, drawn: torch.Tensor) -> list[tuple[int, int]]:
+        """The difference rule, from the first layer on; ``drawn`` [R, L, L] says how sure a rise is."""
         layers, units, u = len(cka), [], self.first_layer
         while u < layers:
-            # losses[i] is the CKA lost by probe number i of the chain; before the first probe CKA is 1.
+            # losses[:, i]: the CKA lost by probe number i of the chain; before the first probe CKA is 1.
             first = u if self.first_probe == "u" else u + 1
-            end, previous, loss_before = u, float("inf"), 1.0
+            chain = torch.cat((drawn.new_ones(len(drawn), 1), drawn[:, u, first:]), 1)
+            losses = chain[:, :-1] - chain[:, 1:]
+            rises = losses.diff(dim=1)
+            if self.rule == "bootstrap":
+                rises = torch.minimum(rises, rises - self.sudden * losses[:, :-1])
+            rises = torch.quantile(rises, 1 - self.level, dim=0).tolist() if rises.numel() else []
+            end = u
             for k in range(first, layers):
-                loss = loss_before - float(cka[u, k])
-                if loss > previous + self.tolerance or (self.max_length and k - u + 1 > self.max_length):
+                if (k > first and rises[k - first - 1] > self.tolerance) or \
+                        (self.max_length and k - u + 1 > self.max_length):
                     break
-                end, previous, loss_before = k, loss, float(cka[u, k])
+                end = k
             if end > u and self._good_enough(float(cka[u, end])):
                 units.append((u, end))
                 u = end + 1
             else:
                 u += 1  # alone, or refused: the layers after u may still form a good unit
         return units
+
+    def curves(self, scores: Scores) -> list[dict[str, Any]]:
+        """The CKA lost per step of the chain of every unit, one step beyond its end.
+
+        Returns
+        -------
+        list of dict
+            ``start``, ``end`` of the unit; ``layers`` (of the steps), ``loss``, and its 95 % bounds ``low``, ``high``.
+        """
+        cka, drawn = self.combined(scores), self.drawn(scores)
+        found = []
+        for u, v in self._units(cka, drawn):
+            layers = list(range(u if self.first_probe == "u" else u + 1, min(v + 2, len(cka))))
+            losses = [torch.cat((x.new_ones(len(x), 1), x[:, u, layers]), 1).diff(dim=1).neg()
+                      for x in (cka[None], drawn)]
+            low, high = torch.quantile(losses[1], torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+            found.append({"start": u, "end": v, "layers": layers, "loss": losses[0][0].tolist(), "low": low,
+                          "high": high})
+        return found
 
     def _cut(self, cka: torch.Tensor, units: list[tuple[int, int]], removed: int) -> list[tuple[int, int]]:
         """Best units first until exactly ``removed`` layers are gone; the last one is cut at its end."""

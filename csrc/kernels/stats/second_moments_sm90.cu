@@ -1,0 +1,275 @@
+// Second moments for Hopper (sm_90a): TMA, wgmma, warp specialisation. What is computed, and how its numbers are
+// rounded, is in second_moments.cu; how blocks share the work, in second_moments.cuh.
+//
+// A tile is 128 columns of x by 192 of x or y. Both operands lie in memory as tokens by columns, so wgmma transposes
+// both; the copy engine brings boxes of 64 tokens by 64 columns, with zeros for what does not exist.
+//
+// Cost at N = 7401, d = 3072: 208 tiles meet the triangle, 77.6 GFLOP: 78 us at 989 TFLOP/s. L2 gives 640 bytes per
+// token and tile, 985 MB: 77 FLOP per byte, so that L2 decides: 164 us at 6 TB/s. 128 x 128 tiles would take 1.1 GB. A
+// larger tile does not fit: its sums of a chunk and of the run, both in registers, would be more than 64 K.
+//
+// Roles. One thread loads; two warpgroups of 64 x 192 multiply, 96 registers of a chunk's sums and 96 of the run's
+// each. While one adds a chunk to the run, the other multiplies.
+#include "device/arch.h"
+#include "device/dispatch.h"
+#include "device/ptx.cuh"
+#include "device/ring.cuh"
+#include "device/tensor_map.h"
+#include "device/vector.cuh"
+#include "kernels/stats/second_moments.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kM = 64 * kConsumers, kN = 192;  // columns of x, and of x or y
+constexpr int kStep = 64, kStages = 5;         // tokens of a stage
+constexpr int kBoxColumns = 64, kBoxBytes = kStep * kBoxColumns * 2;
+constexpr int kLeftBytes = kM / kBoxColumns * kBoxBytes, kStageBytes = kLeftBytes + kN / kBoxColumns * kBoxBytes;
+constexpr int kBarriers = kStages * kStageBytes, kSharedBytes = kBarriers + 128;
+constexpr int kStepsOfChunk = kChunkTokens / kStep;
+constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+static_assert(kM == kTile && kSharedBytes <= 227 * 1024, "rows of tiles as in the portable kernel; shared memory");
+
+struct Maps {
+  TensorMap x, y;
+};
+
+struct Barriers {
+  uint64_t full[kStages], empty[kStages];
+};
+
+// Tiles of x^T x, row by row from the one with the diagonal's first element on, then those of x^T y.
+struct Tiles {
+  int rows, columns_x, columns_y;
+
+  __host__ __device__ explicit Tiles(const pydit_second_moments_params& p)
+      : rows(static_cast<int>(ceil_div(p.dim_x, kM))),
+        columns_x(static_cast<int>(ceil_div(p.dim_x, kN))),
+        columns_y(static_cast<int>(ceil_div(p.dim_y, kN))) {}
+
+  __host__ __device__ int first_column(int row) const { return row * kM / kN; }
+
+  __host__ __device__ int64_t count() const {
+    int64_t total = static_cast<int64_t>(rows) * columns_y;
+    for (int row = 0; row < rows; ++row) total += columns_x - first_column(row);
+    return total;
+  }
+
+  __device__ TileOfSums at(int64_t index) const {
+    for (int row = 0; row < rows; ++row) {
+      const int width = columns_x - first_column(row);
+      if (index < width) return {row, first_column(row) + static_cast<int>(index), false};
+      index -= width;
+    }
+    return {static_cast<int>(index / columns_y), static_cast<int>(index % columns_y), true};
+  }
+};
+
+// A tile's chunks [from, to) of a block's run, from the run's last tile to its first.
+struct Walk {
+  Run run;
+  int64_t end;
+  int64_t index = 0;
+  int from = 0, to = 0;
+
+  __device__ explicit Walk(const Run& run) : run(run), end(run.last) {}
+
+  __device__ bool next() {
+    if (end <= run.first) return false;
+    index = (end - 1) / run.chunks;
+    const int64_t base = index * run.chunks;
+    from = static_cast<int>(base > run.first ? 0 : run.first - base), to = static_cast<int>(end - base);
+    end = base + from;
+    return true;
+  }
+};
+
+// One thread: lanes that only kept count could fall behind by a whole round of the ring.
+__device__ __forceinline__ void load(const Tiles& tiles, const Maps& maps, char* shared, Barriers* barriers,
+                                     Walk walk) {
+  Ring<kStages> ring;
+  while (walk.next()) {
+    const TileOfSums tile = tiles.at(walk.index);
+    const TensorMap& right = tile.cross ? maps.y : maps.x;
+    for (int step = walk.from * kStepsOfChunk; step < walk.to * kStepsOfChunk; ++step) {
+      mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
+      char* stage = shared + ring.slot * kStageBytes;
+      uint64_t* full = &barriers->full[ring.slot];
+      mbarrier_arrive_expect_tx(full, kStageBytes);
+#pragma unroll
+      for (int box = 0; box < kM / kBoxColumns; ++box)
+        tma_load_2d(stage + box * kBoxBytes, maps.x, full, tile.row * kM + box * kBoxColumns, step * kStep);
+#pragma unroll
+      for (int box = 0; box < kN / kBoxColumns; ++box)
+        tma_load_2d(stage + kLeftBytes + box * kBoxBytes, right, full, tile.column * kN + box * kBoxColumns,
+                    step * kStep);
+      ring.next();
+    }
+  }
+}
+
+// Sums of one column over a stage's tokens: the column's own, and that of squares.
+template <typename T>
+__device__ __forceinline__ float2 sum_stage(const char* right, int column) {
+  float2 sums = make_float2(0.f, 0.f);
+  const char* box = right + column / kBoxColumns * kBoxBytes;
+#pragma unroll 4
+  for (int token = 0; token < kStep; ++token) {
+    const int offset = token * kBoxColumns * 2 + column % kBoxColumns * 2;
+    const float value = to_float(*reinterpret_cast<const T*>(box + (offset ^ (offset >> 7 & 7) << 4)));
+    sums.x += value;
+    sums.y = fmaf(value, value, sums.y);
+  }
+  return sums;
+}
+
+// `thread` of both warpgroups.
+template <typename T>
+__device__ __forceinline__ void consume(const pydit_second_moments_params& p, const Tiles& tiles, const char* shared,
+                                        Barriers* barriers, Walk walk, int thread) {
+  constexpr int kAll = kConsumers * kWarpgroup;
+  const int group = thread / kWarpgroup, warp = thread % kWarpgroup / 32, lane = thread % 32;
+  auto* done = static_cast<unsigned*>(p.workspace);
+  const auto release = [&](int slot) {
+    __syncwarp();  // the warp has read the stage for column sums
+    if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
+  };
+  Ring<kStages> ring;
+  float chunk[kN / 2], sums[kN / 2];
+  while (walk.next()) {
+    const TileOfSums tile = tiles.at(walk.index);
+    const bool counts = tile.row == 0 && thread < kN;  // column sums are this tile's as well
+    const int64_t width = tile.cross ? p.dim_y : p.dim_x;
+    double* target = tile.cross ? p.xy : p.xx;
+    bool turn = walk.from == 0;
+    double columns[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
+    for (int at = walk.from; at < walk.to; ++at) {
+      float2 partial = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int step = 0; step < kStepsOfChunk; ++step) {
+        const char* stage = shared + ring.slot * kStageBytes;
+        const char* right = stage + kLeftBytes;
+        mbarrier_wait(&barriers->full[ring.slot], ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kStep; k += 16) {
+          const int offset = k * kBoxColumns * 2;
+          wgmma<T, kN, true, true>(chunk,
+                                   matrix_descriptor<128>(stage + group * kBoxBytes + offset, kBoxBytes, 8 * 128),
+                                   matrix_descriptor<128>(right + offset, kBoxBytes, 8 * 128), step > 0 || k > 0);
+        }
+        wgmma_commit_group();
+        if (step > 0) {
+          wgmma_wait_group<1>();  // the step before
+          release((ring.slot + kStages - 1) % kStages);
+        }
+        if (counts) {
+          const float2 more = sum_stage<T>(right, thread);
+          partial.x += more.x, partial.y += more.y;
+        }
+        if (step + 1 == kStepsOfChunk) {
+          wgmma_wait_group<0>();
+          release(ring.slot);
+        }
+        ring.next();
+      }
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) sums[i] += chunk[i];
+      columns[0] += partial.x, columns[1] += partial.y;
+      if ((at + 1 - walk.from) % kChunksOfSum != 0 && at + 1 < walk.to) continue;
+      if (!turn) {
+        if (thread == 0) wait_at_least(done + walk.index, static_cast<unsigned>(walk.from));
+        barrier_sync(1, kAll);
+        turn = true;
+      }
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        const int64_t row = tile.row * kM + group * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int64_t column = tile.column * kN + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (row < p.dim_x && column < width) target[row * width + column] += sums[i];
+        sums[i] = 0;
+      }
+    }
+    const int64_t place = static_cast<int64_t>(tile.column) * kN + thread;
+    if (counts && place < width) {
+      (tile.cross ? p.sum_y : p.sum_x)[place] += columns[0];
+      if (tile.cross) p.sum_yy[place] += columns[1];
+    }
+    if (walk.to < walk.run.chunks) {  // somebody waits
+      barrier_sync(1, kAll);
+      if (thread == 0) store_release(done + walk.index, static_cast<unsigned>(walk.to));
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    second_moments_sm90_kernel(const __grid_constant__ pydit_second_moments_params p,
+                               const __grid_constant__ Maps maps) {
+  PYDIT_DYNAMIC_SHARED(char, shared);
+  auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriers);
+  auto* drawn = reinterpret_cast<unsigned*>(barriers + 1);
+  const Tiles tiles(p);
+  const int64_t count = tiles.count();
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&barriers->full[stage], 1);
+      mbarrier_init(&barriers->empty[stage], 4 * kConsumers);  // a lane of each warp
+    }
+    fence_barrier_init();
+    *drawn = atomicAdd(static_cast<unsigned*>(p.workspace) + count, 1u);
+  }
+  __syncthreads();
+  const Walk walk(run_of(p, count, *drawn, gridDim.x));
+  if (threadIdx.x < kWarpgroup) {
+    set_max_registers_down<kLoaderRegisters>();
+    if (threadIdx.x == 0) load(tiles, maps, shared, barriers, walk);
+  } else {
+    set_max_registers_up<kConsumerRegisters>();
+    consume<T>(p, tiles, shared, barriers, walk, static_cast<int>(threadIdx.x) - kWarpgroup);
+  }
+}
+
+// Launcher -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+const char* encode(TensorMap* map, const void* data, int64_t stride, int64_t tokens, int64_t columns) {
+  const uint64_t size[2] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens)};
+  const uint64_t bytes[1] = {tokens > 1 ? static_cast<uint64_t>(stride) * sizeof(T) : 16};
+  const uint32_t box[2] = {kBoxColumns, kStep};
+  return encode_tensor_map(map, static_cast<const T*>(data), 2, size, bytes, box, Swizzle::k128);
+}
+
+template <typename T>
+int launch(const pydit_second_moments_params& p) {
+  Maps maps;
+  const char* reason = encode<T>(&maps.x, p.x, p.stride_x, p.tokens, p.dim_x);
+  if (reason == nullptr && p.dim_y > 0) reason = encode<T>(&maps.y, p.y, p.stride_y, p.tokens, p.dim_y);
+  if (reason != nullptr) return bad_argument("%s: %s", kSecondMoments, reason);
+  const int64_t tiles = Tiles(p).count(), units = tiles * ceil_div(p.tokens, kChunkTokens);
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error =
+        cudaFuncSetAttribute(second_moments_sm90_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  if (error == cudaSuccess)
+    error = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(tiles + 1) * sizeof(unsigned), stream);
+  if (error != cudaSuccess) return launch_status(kSecondMoments, error);
+  const auto blocks = static_cast<unsigned>(units < processors ? units : processors);
+  name_second_moments_tensors<T>(p);
+  return launch_status(kSecondMoments, PYDIT_LAUNCH(second_moments_sm90_kernel<T>, dim3(blocks), dim3(kThreads),
+                                                    kSharedBytes, stream, p, maps));
+}
+
+}  // namespace
+
+int launch_second_moments_sm90(const pydit_second_moments_params& p) {
+  return p.dtype == PYDIT_FLOAT16 ? launch<__half>(p) : launch<__nv_bfloat16>(p);
+}
+
+}  // namespace pydit::PYDIT_BACKEND

@@ -1,0 +1,94 @@
+"""Plans of all criteria at one target, side by side, with what each is expected to do to the output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pydit.analysis.activations import ActivationStats
+from pydit.analysis.criteria import names
+from pydit.analysis.detect import detect
+from pydit.errors import UserError
+from pydit.plan import PruningPlan
+from pydit.stats.cka import bootstrap_weights
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one criterion proposes.
+
+    Attributes
+    ----------
+    name : of the criterion, with its option where it appears twice.
+    plan : or None if it has none.
+    note : why it has none, or its warning; "" otherwise.
+    loss : predicted relative squared error of the output right after pruning, the sum over removed blocks of the error
+        without that block alone; None without an ablation.
+    low, high : 95 % bootstrap interval of ``loss`` over calibration batches, or None.
+    """
+
+    name: str
+    plan: PruningPlan | None
+    note: str = ""
+    loss: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**vars(self), "plan": None if self.plan is None else self.plan.to_dict()}
+
+
+def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable[str] | None = None) -> list[Candidate]:
+    """Let criteria choose; least predicted loss first, then those without one, then those without a plan.
+
+    Parameters
+    ----------
+    target : layers to remove, as for :func:`pydit.analysis.detect`.
+    methods : names of criteria; None takes all, and PPCL with both of its selections.
+    """
+    tries = [(name, {}) for name in (names() if methods is None else methods)]
+    if methods is None:
+        tries.append(("ppcl", {"selection": "optimal"}))
+    found = []
+    for method, options in tries:
+        name = " ".join((method, *options.values()))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                plan = detect(stats, method=method, target=target, **options)
+            except UserError as error:
+                found.append(Candidate(name, None, str(error)))
+                continue
+        note = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), "")
+        found.append(Candidate(name, plan, note, *_predicted(stats, plan)))
+    return sorted(found, key=lambda c: (c.plan is None, c.loss is None, c.loss or 0.0, c.name))
+
+
+def agreement(found: Iterable[Candidate], num_layers: int) -> list[float]:
+    """Of every layer, the share of the candidates with a plan that remove it."""
+    plans = [candidate.plan for candidate in found if candidate.plan is not None]
+    if not plans:
+        return [0.0] * num_layers
+    return [sum(layer in removed_layers(plan) for plan in plans) / len(plans) for layer in range(num_layers)]
+
+
+def removed_layers(plan: PruningPlan) -> set[int]:
+    """The layers of a plan that are not the first of their interval."""
+    return {layer for start, end in plan.intervals for layer in range(start + 1, end + 1)}
+
+
+def _predicted(stats: ActivationStats, plan: PruningPlan) -> tuple[float, float, float] | tuple[()]:
+    if stats.ablation is None:
+        return ()
+    losses = stats.ablation.losses[:, sorted(removed_layers(plan))].sum(1)
+    batches = int(stats.ablation.batches.max()) + 1
+    sums = torch.zeros(batches, 2, dtype=torch.float64).index_add_(
+        0, stats.ablation.batches, torch.stack((losses, stats.ablation.norms), 1))
+    drawn = bootstrap_weights(batches, 1000, 0) @ sums
+    low, high = torch.quantile(drawn[:, 0] / drawn[:, 1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(sums[:, 0].sum() / sums[:, 1].sum()), low, high
