@@ -93,6 +93,7 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
     }
     // K is one step ahead of V, as its consumers are.
     for (int step = 0; step <= tiles; ++step) {
+      __syncwarp();  // a lane that fell behind by a round of a ring would wait for a phase that is over
       if (step < tiles) {
         const bool image = step < work.image_tiles;
         const int first = (image ? step : step - work.image_tiles) * kN;
