@@ -218,7 +218,7 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
         assert main([str(a) for a in argv]) == 0, capfd.readouterr().err
         return capfd.readouterr().out
 
-    (tmp_path / "prompts.txt").write_text("a red circle\nthree rings\n")
+    (tmp_path / "prompts.txt").write_text("a red circle left of a blue ring\nthree green rings and a star\n")
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     out = run("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
               "--batches", 8, "--out", stats, "--plot", tmp_path / "cka.png", "--json")
