@@ -38,6 +38,9 @@ class ActivationStats:
         criteria leave it out.
     device : optional
         Where moments are accumulated; samples are kept on the CPU.
+    projected_from : int, optional
+        Channels of the model, if features were projected to ``width`` random directions
+        (:func:`pydit.analysis.collect`).
 
     Attributes
     ----------
@@ -51,7 +54,8 @@ class ActivationStats:
     """
 
     def __init__(self, family: str, num_layers: int, width: int, *, last_text_used: bool = True,
-                 device: torch.device | str | None = None) -> None:
+                 device: torch.device | str | None = None, projected_from: int | None = None) -> None:
+        self.projected_from = projected_from
         self.family, self.num_layers, self.width, self.last_text_used = family, num_layers, width, last_text_used
         self.moments = {stream: [Moments(width, width, device=device) for _ in range(num_layers)]
                         for stream in STREAMS}
@@ -59,6 +63,12 @@ class ActivationStats:
         self.sample_ids: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
         self.images_seen = self.batches_seen = 0
         self.ablation: Ablation | None = None
+
+    @staticmethod
+    def estimate_bytes(num_layers: int, width: int, *, sample_batches: int, tokens: int, element_bytes: int = 4) -> int:
+        """Memory that statistics of this size take: float64 moments, and samples of ``element_bytes`` each."""
+        moments = len(STREAMS) * num_layers * (2 * width + 5) * width * 8
+        return moments + sample_batches * len(STREAMS) * (num_layers + 1) * tokens * width * element_bytes
 
     def add_probe_rows(self, rows: Mapping[str, list[torch.Tensor]]) -> None:
         """Add to the moments: per stream, L + 1 tensors [n, C], the same tokens at every boundary."""
@@ -129,7 +139,7 @@ class ActivationStats:
 
     def merge(self, other: ActivationStats) -> ActivationStats:
         """Add what ``other`` has seen; ``other`` is unchanged. Returns self."""
-        for name in ("family", "num_layers", "width", "last_text_used"):
+        for name in ("family", "num_layers", "width", "projected_from", "last_text_used"):
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"other: expected {name} {getattr(self, name)!r}, got {getattr(other, name)!r}")
         for stream in STREAMS:
@@ -159,6 +169,7 @@ class ActivationStats:
             "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
             "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
             "images_seen": str(self.images_seen), "batches_seen": str(self.batches_seen),
+            "projected_from": str(self.projected_from or 0),
             **{f"batches_{stream}": str(len(self.samples[stream])) for stream in STREAMS}})
 
     @classmethod
@@ -170,7 +181,8 @@ class ActivationStats:
                               f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
         try:
             stats = cls(metadata["family"], int(metadata["num_layers"]), int(metadata["width"]),
-                        last_text_used=bool(int(metadata["last_text_used"])))
+                        last_text_used=bool(int(metadata["last_text_used"])),
+                        projected_from=int(metadata["projected_from"]) or None)
             stats.images_seen, stats.batches_seen = int(metadata["images_seen"]), int(metadata["batches_seen"])
             for stream in STREAMS:
                 for layer, moments in enumerate(stats.moments[stream]):

@@ -16,6 +16,8 @@ from pydit.errors import UserError
 from pydit.plan import PruningPlan
 from pydit.stats.cka import bootstrap_weights
 
+_BLIND = ("random", "uniform")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -70,8 +72,8 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
 
 
 def agreement(found: Iterable[Candidate], num_layers: int) -> list[float]:
-    """Of every layer, the share of the candidates with a plan that remove it."""
-    plans = [candidate.plan for candidate in found if candidate.plan is not None]
+    """Of every layer, the share of the candidates that remove it: those with a plan that look at the model."""
+    plans = [candidate.plan for candidate in found if candidate.plan is not None and candidate.name not in _BLIND]
     if not plans:
         return [0.0] * num_layers
     return [sum(layer in removed_layers(plan) for plan in plans) / len(plans) for layer in range(num_layers)]

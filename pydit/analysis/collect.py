@@ -17,7 +17,7 @@ from pydit.models import get_adapter
 
 def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
             tokens_per_batch: int = 256, sample_fraction: float = 0.5, with_ablation: bool = False,
-            progress: bool = True, seed: int = 0, resume: ActivationStats | None = None,
+            project: int | None = None, progress: bool = True, seed: int = 0, resume: ActivationStats | None = None,
             on_batch: Callable[[ActivationStats], None] | None = None) -> ActivationStats:
     """Collect activation statistics; the transformer is not changed.
 
@@ -34,6 +34,10 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         token.
     with_ablation : also leave out each block in turn on the sample batches (:func:`pydit.analysis.ablate`), which
         the criteria that look at the output need; takes about L / 2 forwards per sample batch.
+    project : keep this many random directions of the features in place of their C channels, to save memory (moments
+        take (project / C)^2 of it). The directions are normal, drawn from ``seed``, the same for all blocks and both
+        streams. Squared lengths then have a relative standard error of sqrt(2 / project), 6 % at 512 and 4 % at 1024
+        before averaging over tokens, cosines no more; probes map directions to directions.
     progress : show a progress bar on stderr.
     seed : of the choice of tokens.
     resume : go on from these statistics, which are added to; ``batches`` must begin with number
@@ -55,8 +59,13 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
     adapter = get_adapter(transformer)
     layers = adapter.num_layers(transformer)
     device = next(transformer.parameters()).device
-    stats = ActivationStats(adapter.family, layers, adapter.width(transformer),
-                            last_text_used=adapter.last_text_used, device=device)
+    width = adapter.width(transformer)
+    if project is not None and not 8 <= project < width:
+        raise UserError(f"project: expected 8 to {width - 1} directions, got {project!r}")
+    directions = None if project is None else torch.randn(
+        width, project, generator=torch.Generator().manual_seed(seed)).div_(project ** 0.5).to(device)
+    stats = ActivationStats(adapter.family, layers, project or width, last_text_used=adapter.last_text_used,
+                            device=device, projected_from=project and width)
     if resume is not None:
         stats.merge(resume)  # refuses those of another model
     first = stats.batches_seen
@@ -74,6 +83,8 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
                       for stream, kept in tokens.items()}
         rows = {stream: [state[which].flatten(0, 1)[tokens[stream].to(state[which].device)] for state in states]
                 for which, stream in enumerate(("image", "text"))}
+        if directions is not None:
+            rows = {stream: [state.float() @ directions for state in states] for stream, states in rows.items()}
         if is_sample:
             stats.add_sample({stream: torch.stack(states) for stream, states in rows.items()},
                              {"image": tokens["image"] // states[0][0].shape[1],

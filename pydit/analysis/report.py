@@ -27,7 +27,8 @@ _CHARTS = (
      "From the first block of each unit real activations go through linear probes instead of blocks. Shown is the CKA "
      "that each probe loses, both streams together, with its 95 % interval over calibration batches. A unit ends "
      "before the first loss that exceeds the one before it beyond that noise: the open circle."),
-    ("What every criterion removes", "Filled: the block is removed. The last row is the share of criteria that do."))
+    ("What every criterion removes", "Filled: the block is removed. The last row is the share of the criteria that do, "
+     "without uniform and random."))
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>pydit: redundancy of {family}</title><style>{css}</style></head>
 <body><main><h1>Which blocks {family} can do without</h1>
@@ -57,7 +58,7 @@ def write(stats: ActivationStats, path: str | os.PathLike, *, target: float | in
     scores = ppcl.score(stats)
     units = ppcl.select(scores).intervals
     curves = ppcl.curves(scores)
-    pictures = (figures.cka_maps(story.cka_matrices(stats), units), difference_curves(curves),
+    pictures = (figures.cka_maps(story.cka_matrices(stats), units), difference_curves(curves, stats.num_layers),
                 choices(found, stats.num_layers))
     sections = "".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><figure><img class=\"chart\" "
@@ -71,7 +72,7 @@ def write(stats: ActivationStats, path: str | os.PathLike, *, target: float | in
 
 
 @figures.styled
-def difference_curves(curves: Sequence[dict[str, Any]]) -> Figure:
+def difference_curves(curves: Sequence[dict[str, Any]], num_layers: int) -> Figure:
     """One line per unit of :meth:`pydit.analysis.criteria.PPCL.curves`: CKA lost per step, with error bars."""
     figure, ax = figures.new_figure(9.6, 3.8)
     palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
@@ -86,6 +87,7 @@ def difference_curves(curves: Sequence[dict[str, Any]]) -> Figure:
         ax.axvspan(curve["start"] - 0.3, curve["end"] + 0.3, color=colour, alpha=0.08, linewidth=0)
     ax.set_xlabel("block")
     ax.set_ylabel("CKA lost by its probe")
+    ax.set_xlim(-0.6, num_layers - 0.4)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")

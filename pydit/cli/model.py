@@ -40,6 +40,8 @@ def add_analyze(commands: Any) -> None:
                         help="also leave out each block in turn, for the criteria that look at the output")
     parser.add_argument("--tokens", type=count, default=256,
                         help="tokens per stream and batch that are kept as samples (default: 256)")
+    parser.add_argument("--max-memory", type=positive, metavar="GB",
+                        help="of the statistics; where all channels take more, random directions of them are kept")
     parser.add_argument("--save-every", type=count, default=8, help="batches between checkpoints (default: 8)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT.partial")
     parser.add_argument("--plot", type=Path, help="also draw the CKA heat-maps into this PNG file")
@@ -61,6 +63,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
         raise UserError(f"out: expected no checkpoint of an earlier run, got one in {partial}; pass --resume to "
                         "continue it, or delete it")
     pipe = load(arguments.pipeline, arguments)
+    project = None if arguments.max_memory is None else _directions(pipe.transformer, arguments)
 
     def keep(stats: ActivationStats) -> None:
         if stats.batches_seen % arguments.save_every == 0 and stats.batches_seen < arguments.batches:
@@ -68,7 +71,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
     done = 0 if resume is None else resume.batches_seen
     stats = collect(pipe.transformer, map(inputs, batch_stream(pipe, arguments)(done)), max_batches=arguments.batches,
-                    tokens_per_batch=arguments.tokens, with_ablation=arguments.ablate, resume=resume, on_batch=keep)
+                    tokens_per_batch=arguments.tokens, with_ablation=arguments.ablate, project=project, resume=resume,
+                    on_batch=keep)
     stats.save(arguments.out)
     partial.unlink(missing_ok=True)
     if arguments.plot:
@@ -80,6 +84,30 @@ def _analyze(arguments: argparse.Namespace) -> None:
     else:
         story.print_statistics(stats)
         print(f"wrote {arguments.out}" + (f" and {arguments.plot}" if arguments.plot else ""))
+
+
+def _directions(transformer: Any, arguments: argparse.Namespace) -> int | None:
+    """How many random directions fit --max-memory; None if all channels do. Says what it costs."""
+    from pydit.analysis import ActivationStats
+    from pydit.models import get_adapter
+
+    adapter = get_adapter(transformer)
+    layers, width = adapter.num_layers(transformer), adapter.width(transformer)
+
+    def gigabytes(width: int) -> float:
+        return ActivationStats.estimate_bytes(layers, width, sample_batches=arguments.batches // 2 + 1,
+                                              tokens=arguments.tokens) / 1e9
+
+    if gigabytes(width) <= arguments.max_memory:
+        return None
+    fitting = [m for m in range(8, width, 8) if gigabytes(m) <= arguments.max_memory]
+    if not fitting:
+        raise UserError(f"max-memory: expected at least {gigabytes(8):.3g} GB for {layers} blocks of {width} channels, "
+                        f"got {arguments.max_memory:g}")
+    print(f"memory: all {width} channels would take {gigabytes(width):.3g} GB; {fitting[-1]} random directions take "
+          f"{gigabytes(fitting[-1]):.3g} GB (standard error of a cosine {100 * (2 / fitting[-1]) ** 0.5:.1f} %)",
+          file=sys.stderr)
+    return fitting[-1]
 
 
 def add_plan(commands: Any) -> None:
@@ -196,7 +224,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     for candidate in found:
         if candidate.note:
             print(f"{candidate.name}: {candidate.note}")
-    print("removed by (share of the methods): "
+    print("removed by (share of the methods, without uniform and random): "
           + "  ".join(f"{layer}: {100 * share:.0f} %" for layer, share in enumerate(shares) if share))
     print("of FLOPs: of those of all blocks, which is what their latency follows until it has been measured; predicted "
           "error: squared, relative, the sum of what leaving out one block does")

@@ -51,7 +51,11 @@ class CKA:
     """Debiased linear CKA between every pair of L layers, over batches of paired rows.
 
     Keeps one L x L matrix of HSIC_1 values per batch, float64, and no activations. Every batch counts equally,
-    whatever its number of rows.
+    whatever its number of rows, so batches should be of one size; ``rows`` tells.
+
+    Attributes
+    ----------
+    rows : list of int, rows of every batch
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -59,6 +63,7 @@ class CKA:
             raise UserError(f"num_layers: expected a positive integer, got {num_layers!r}")
         self.num_layers = num_layers
         self._hsic: list[torch.Tensor] = []
+        self.rows: list[int] = []
 
     def update(self, features: Sequence[torch.Tensor]) -> CKA:
         """Add one batch: ``features[l]`` is [n, d_l], any float dtype, the same n >= 4 rows in every layer.
@@ -80,6 +85,7 @@ class CKA:
         if not bool(torch.isfinite(hsic).all()):
             raise UserError("features: expected finite values, got NaN or infinity")
         self._hsic.append(hsic)
+        self.rows.append(len(features[0]))
         return self
 
     @property
@@ -87,18 +93,26 @@ class CKA:
         """Batches seen."""
         return len(self._hsic)
 
+    def describe(self) -> str:
+        """Batches and their rows in one line; batches shorter than the longest are named."""
+        longest = max(self.rows, default=0)
+        short = [f"batch {index} has {n}" for index, n in enumerate(self.rows) if n < longest]
+        return f"{self.batches} batches of {longest} rows" + (f"; {', '.join(short)}" if short else "")
+
     def merge(self, other: CKA) -> CKA:
         """Add the batches that ``other`` has seen. Returns self."""
         if other.num_layers != self.num_layers:
             raise UserError(f"other: expected {self.num_layers} layers, got {other.num_layers}")
         self._hsic.extend(other._hsic)
+        self.rows.extend(other.rows)
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CKA:
         """Give every rank the batches of all ranks. Call once. Returns self."""
-        gathered: list[list[torch.Tensor]] = [[] for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, self._hsic, group=group)
-        self._hsic = [hsic for part in gathered for hsic in part]
+        gathered: list[tuple[list[torch.Tensor], list[int]]] = [([], []) for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, (self._hsic, self.rows), group=group)
+        self._hsic = [hsic for part, _ in gathered for hsic in part]
+        self.rows = [n for _, part in gathered for n in part]
         return self
 
     def matrix(self) -> torch.Tensor:
@@ -122,9 +136,10 @@ class CKA:
         return low.view(self.num_layers, -1), high.view(self.num_layers, -1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """{"hsic": float64 [batches, L, L]}."""
+        """{"hsic": float64 [batches, L, L], "rows": int64 [batches]}."""
         shape = (0, self.num_layers, self.num_layers)
-        return {"hsic": torch.stack(self._hsic) if self._hsic else torch.zeros(shape, dtype=torch.float64)}
+        return {"hsic": torch.stack(self._hsic) if self._hsic else torch.zeros(shape, dtype=torch.float64),
+                "rows": torch.tensor(self.rows, dtype=torch.int64)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state saved by :meth:`state_dict`. Raises UserError when it does not fit."""
@@ -132,7 +147,11 @@ class CKA:
         if hsic is None or hsic.ndim != 3 or tuple(hsic.shape[1:]) != (self.num_layers, self.num_layers):
             raise UserError(f"state: expected hsic [batches, {self.num_layers}, {self.num_layers}], "
                             f"got {None if hsic is None else list(hsic.shape)}")
+        rows = state.get("rows")
+        if rows is None or tuple(rows.shape) != (len(hsic),):
+            raise UserError(f"state: expected rows [{len(hsic)}], got {None if rows is None else list(rows.shape)}")
         self._hsic = [batch.clone() for batch in hsic.double().cpu()]
+        self.rows = rows.tolist()
 
     def _stacked(self, least: int) -> torch.Tensor:
         if len(self._hsic) < least:

@@ -241,3 +241,29 @@ def test_clip_takes_shared_outliers_out_of_cka(model):
     assert abs(stats.cka_matrix("image", clip=5.0)[0][0, 1]) < 0.25
     with pytest.raises(UserError, match="clip: expected a number above 0"):
         stats.cka_matrix("image", clip=0.0)
+
+
+def test_projection_keeps_lengths_and_products(model):
+    """64 channels to 48 directions: the same for every boundary, so linear relations between blocks survive."""
+    stats = collect(model, batches(), project=48, tokens_per_batch=10, progress=False)
+    whole = collect(model, batches(), tokens_per_batch=10, progress=False)
+    assert (stats.width, stats.projected_from) == (48, 64) and stats.samples["image"][0].shape == (4, 10, 48)
+    small, large = (torch.stack([s.samples["image"][k] for k in range(3)]).double() for s in (stats, whole))
+    ratio = small.square().sum(-1) / large.square().sum(-1)
+    assert abs(ratio.mean() - 1) < 3 * (2 / 48) ** 0.5
+    directions, = {tuple(torch.linalg.lstsq(large[k].flatten(0, 1), small[k].flatten(0, 1)).solution.shape)
+                   for k in range(3)}
+    assert directions == (64, 48)
+    assert stats.moments["image"][0].m_xx.shape == (48, 48)
+    with pytest.raises(UserError, match="project: expected 8 to 63 directions, got 64"):
+        collect(model, batches(), project=64, progress=False)
+    with pytest.raises(UserError, match="other: expected width 48, got 64"):
+        stats.merge(whole)
+
+
+def test_memory_estimate_is_what_tensors_take(model):
+    stats = collect(model, batches(), tokens_per_batch=10, progress=False)
+    size = sum(t.numel() * t.element_size() for stream in ("image", "text") for m in stats.moments[stream]
+               for t in m.state_dict().values() if t.ndim)
+    size += sum(b.numel() * b.element_size() for stream in ("image", "text") for b in stats.samples[stream])
+    assert ActivationStats.estimate_bytes(3, 64, sample_batches=3, tokens=10) == size

@@ -187,3 +187,13 @@ def test_errors():
         CKA(3).merge(CKA(2))
     with pytest.raises(UserError, match=r"expected hsic \[batches, 2, 2\]"):
         CKA(2).load_state_dict({"hsic": torch.zeros(1, 3, 3)})
+
+
+def test_rows_of_batches_are_reported():
+    cka = CKA(2)
+    for n in (10, 10, 6):
+        cka.update(features(n, (4, 4), seed=n))
+    other = CKA(2)
+    other.load_state_dict(cka.state_dict())
+    assert other.merge(cka).rows == [10, 10, 6] * 2
+    assert cka.describe() == "3 batches of 10 rows; batch 2 has 6"
