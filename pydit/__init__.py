@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydit.backend import info as backend_info
     from pydit.backend import report
     from pydit.inference.pipeline import load_pipeline, save_pipeline
+    from pydit.inference.schedule import bake_schedule, restore
     from pydit.plan import PruningPlan
     from pydit.pruning import prune
 
@@ -28,6 +29,8 @@ _NAMES = {
     "report": ("pydit.backend", "report"),
     "save_pipeline": ("pydit.inference.pipeline", "save_pipeline"),
     "load_pipeline": ("pydit.inference.pipeline", "load_pipeline"),
+    "bake_schedule": ("pydit.inference.schedule", "bake_schedule"),
+    "restore": ("pydit.inference.schedule", "restore"),
 }
 
 __all__ = ["FormatError", "UserError", "__version__", *_MODULES, *_NAMES]

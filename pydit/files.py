@@ -127,8 +127,8 @@ def _replace_file(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        os.chmod(temporary, 0o666 & ~_umask())
         yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # after it was written: a writer may have put a file of its own there
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
