@@ -40,7 +40,8 @@ def hsic_matrix(model, n, layers, d, dtype) -> Case:
 
     return Case("hsic_matrix", model, f"{layers}x{n}x{d}", dtype, hsic_matrix_work(n, layers, d), make,
                 lambda *x: ops.hsic_matrix(x), _exact, composed,
-                (eager_peer(composed), compiled(composed), Peer("pairwise", lambda: pairwise)), call=_call)
+                (eager_peer(composed), compiled(composed), *((Peer("pairwise", lambda: pairwise),) if n <= 512 else ())),
+                call=_call)
 
 
 def _exact(*features):

@@ -42,6 +42,25 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
             *qk_norm_rope(q_txt, k_txt, *weights[2:], freqs_txt, eps=eps))
 
 
+def linear_gelu(x, weight, bias=None):
+    """gelu(x W^T + b), tanh approximation, for x [..., K] and weight [N, K]."""
+    return torch.nn.functional.gelu(_linear(x, weight, bias), approximate="tanh").to(x.dtype)
+
+
+def linear_gated_residual(x, weight, bias, residual, gate):
+    """residual + gate * (x W^T + b) for x [B, S, K], residual [B, S, N]."""
+    return (wide(residual) + per_token(wide(gate), residual, None) * _linear(x, weight, bias)).to(x.dtype)
+
+
+def linear_residual(x, weight, bias=None):
+    """x + x W^T + b for x [..., C]."""
+    return (wide(x) + _linear(x, weight, bias)).to(x.dtype)
+
+
+def _linear(x, weight, bias):
+    return torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+
+
 def second_moments(x, y=None):
     """x^T x, x^T y and the column sums of x, y and y^2 over the rows of x [N, d] and y [N, e], in float64."""
     u = x.double()
