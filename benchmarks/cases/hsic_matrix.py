@@ -38,9 +38,9 @@ def hsic_matrix(model, n, layers, d, dtype) -> Case:
         return tuple((torch.randn(n, d, device=device) + common @ torch.randn(16, d, device=device)).to(DTYPES[dtype])
                      for _ in range(layers))
 
+    slow = (Peer("pairwise", lambda: pairwise),) if n <= 512 else ()
     return Case("hsic_matrix", model, f"{layers}x{n}x{d}", dtype, hsic_matrix_work(n, layers, d), make,
-                lambda *x: ops.hsic_matrix(x), _exact, composed,
-                (eager_peer(composed), compiled(composed), *((Peer("pairwise", lambda: pairwise),) if n <= 512 else ())),
+                lambda *x: ops.hsic_matrix(x), _exact, composed, (eager_peer(composed), compiled(composed), *slow),
                 call=_call)
 
 

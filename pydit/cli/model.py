@@ -203,7 +203,7 @@ def _compare(arguments: argparse.Namespace) -> None:
                         f"got {'--' + given[0] if given else 'no statistics file'}")
     stats = ActivationStats.load(arguments.stats)
     if arguments.report:
-        from pydit.analysis import report
+        from pydit.demo import analysis_report as report
 
         found = report.write(stats, arguments.report, target=arguments.target)
     else:

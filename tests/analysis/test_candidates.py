@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pydit.analysis import agreement, candidates, collect, detect, removed_layers, report
+from pydit.analysis import agreement, candidates, collect, detect, removed_layers
 from pydit.analysis.criteria import PPCL, names
+from pydit.demo import analysis_report as report
 from tests.analysis import synthetic
 from tests.models import tiny
 
