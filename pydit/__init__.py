@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from pydit import analysis, distill, inference, models, ops, stats
     from pydit.backend import info as backend_info
     from pydit.backend import report
+    from pydit.inference.accelerate import accelerate, restore
     from pydit.inference.pipeline import load_pipeline, save_pipeline
-    from pydit.inference.schedule import bake_schedule, restore
+    from pydit.inference.schedule import bake_schedule
     from pydit.plan import PruningPlan
     from pydit.pruning import prune
 
@@ -30,7 +31,8 @@ _NAMES = {
     "save_pipeline": ("pydit.inference.pipeline", "save_pipeline"),
     "load_pipeline": ("pydit.inference.pipeline", "load_pipeline"),
     "bake_schedule": ("pydit.inference.schedule", "bake_schedule"),
-    "restore": ("pydit.inference.schedule", "restore"),
+    "accelerate": ("pydit.inference.accelerate", "accelerate"),
+    "restore": ("pydit.inference.accelerate", "restore"),
 }
 
 __all__ = ["FormatError", "UserError", "__version__", *_MODULES, *_NAMES]

@@ -159,6 +159,13 @@ def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
-def report() -> dict[str, dict[str, Any]]:
-    """Per op: the path its latest call took, the reason, and the number of calls so far in this process."""
-    return {op: dict(entry) for op, entry in sorted(_taken.items())}
+def report(model: Any = None) -> dict[str, Any]:
+    """Per op: the path its latest call took, the reason, and the number of calls so far in this process.
+
+    With a model or pipeline also, under ``"model"``, which of its parts run on this package and why not the others
+    (:func:`pydit.inference.accelerate.describe`).
+    """
+    found: dict[str, Any] = {op: dict(entry) for op, entry in sorted(_taken.items())}
+    if model is not None:
+        found["model"] = importlib.import_module("pydit.inference.accelerate").describe(model)
+    return found

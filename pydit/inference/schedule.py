@@ -43,7 +43,7 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     UserError
         Another model, no or wrong timesteps, or a model with conditions beyond the timestep.
     """
-    model = _model_of(transformer)
+    model = model_of(transformer)
     adapter = get_adapter(model)
     if adapter.family != "qwen-image":
         raise UserError(f"transformer: expected a Qwen-Image transformer, got {type(model).__name__}")
@@ -76,7 +76,7 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
 
 def restore(transformer: nn.Module) -> nn.Module:
     """Undo :func:`bake_schedule`, bit for bit, on the device where the model is now; returns its argument."""
-    model = _model_of(transformer)
+    model = model_of(transformer)
     baked = model.__dict__.pop(_KEY, None)
     if baked is not None:
         device = next(model.parameters()).device
@@ -85,6 +85,11 @@ def restore(transformer: nn.Module) -> nn.Module:
         for owner, name, module in baked.originals:
             setattr(owner, name, module.to(device))
     return transformer
+
+
+def is_baked(model: nn.Module) -> bool:
+    """Whether :func:`bake_schedule` has been called."""
+    return _KEY in model.__dict__
 
 
 @dataclass
@@ -162,7 +167,8 @@ def _refuse(module: nn.Module, *_args: Any) -> None:
                     "before saving or loading weights")
 
 
-def _model_of(transformer: Any) -> nn.Module:
+def model_of(transformer: Any) -> nn.Module:
+    """The transformer of a pipeline, or the model itself; UserError for anything else."""
     model = getattr(transformer, "transformer", transformer)
     if not isinstance(model, nn.Module):
         raise UserError("transformer: expected a diffusers transformer or a pipeline, "

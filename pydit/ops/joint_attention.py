@@ -181,8 +181,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, *grads):
-    grads = torch.ops.pydit.joint_attention_backward(*ctx.saved_tensors, *grads, ctx.scale)
-    if ctx.saved_tensors[3] is None:
+    saved = ctx.saved_tensors  # read once: under gradient checkpointing a second read is an error
+    grads = torch.ops.pydit.joint_attention_backward(*saved, *grads, ctx.scale)
+    if saved[3] is None:
         grads[3] = None
     return *grads, None, None
 

@@ -373,3 +373,20 @@ def test_lengths_outside_are_reported_on_request(monkeypatch):
 def test_kernels_refuse_wide_dtypes(device):
     with pytest.raises(TypeError, match="expected float16 or bfloat16 on the sim backend, got torch.float32"):
         ops.joint_attention(*make((1, 8, 4, 2, 32), torch.float32, device))
+
+
+def test_gradient_checkpointing(device):
+    """Saved tensors may be read only once when they are recomputed."""
+    from torch.utils.checkpoint import checkpoint
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 20, 2, 32)] * 3 + [(1, 5, 2, 32)] * 3
+    tensors = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
+    grads = []
+    for call in (lambda f, *t: f(*t), lambda f, *t: checkpoint(f, *t, use_reentrant=False)):
+        for tensor in tensors:
+            tensor.grad = None
+        sum(out.float().square().sum() for out in call(ops.joint_attention, *tensors)).backward()
+        grads.append([tensor.grad.clone() for tensor in tensors])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
