@@ -109,7 +109,7 @@ def test_error_does_not_grow_with_tokens(device, kernel_only):
 
 
 @every_kernel
-def test_many_chunks_values(device):
+def test_more_chunks_than_one_sum_takes(device):
     """More chunks than one fp32 sum may have: 32 of 256 tokens."""
     check(*make((34 * 256 + 5, 16, 0), torch.bfloat16, device, mean=2.0), device)
 
