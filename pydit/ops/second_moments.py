@@ -34,10 +34,11 @@ def second_moments(x, y=None, *, shift_x=None, shift_y=None):
 
     Notes
     -----
-    On a GPU, float16 and bfloat16 go to the tensor cores as they are: products are exact, 256 tokens are summed in
-    float32, more in float64, and the shift is applied to the sums in float64. The error of an element of xx is that of
-    256 float32 additions relative to the sum of |x_i x_j|; with a mean of r standard deviations that is r^2 times as
-    much relative to the centred moment. float32 is multiplied in float64 by torch. No gradient.
+    On a GPU, float16 and bfloat16 go to the tensor cores as they are: products are exact, 256 tokens are summed there,
+    32 such sums in float32, these in float64, and the shift is applied to the sums in float64. The error of an element
+    of xx is that of 288 float32 additions relative to the sum of |x_i x_j|, however many tokens there are; with a mean
+    of r standard deviations that is r^2 times as much relative to the centred moment. float32 is multiplied in float64
+    by torch. No gradient.
     """
     _check(x, y, shift_x, shift_y)
     sums = zeros(x.shape[1], 0 if y is None else y.shape[1], x.device)

@@ -39,7 +39,7 @@ def test_streamed_equals_whole(dtype, sizes, device):
 
 @pytest.mark.parametrize("ratio", [3, 30])
 def test_error_of_a_mean_of_many_deviations(ratio, device):
-    """The documented bound on a variance, 1.5e-5 (1 + r^2)."""
+    """Inside the documented bound on a variance, 1.8e-5 (1 + r^2)."""
     x, y = half_rows(torch.float16, device, offset=ratio)
     moments, right = accumulate(x, y, [600]), exact(x, y)
     spread = right["m_xx"].diagonal()
