@@ -1,7 +1,8 @@
-// What the current device is.
+// What the current device is, and which kernel of an op with two runs there.
 #pragma once
 
 #include "device/platform.cuh"
+#include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
 
@@ -10,6 +11,16 @@ inline bool on_hopper() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
+// PYDIT_PATH_* for tensors that suit the copy engine, or do not.
+inline int hopper_path(bool aligned) {
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  return on_hopper() ? aligned ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
+#else
+  (void)aligned;
+  return PYDIT_PATH_NOT_BUILT;
+#endif
 }
 
 }  // namespace pydit::PYDIT_BACKEND

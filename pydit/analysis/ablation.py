@@ -36,6 +36,11 @@ class Ablation:
     timesteps: torch.Tensor
     batches: torch.Tensor
 
+    def by_batch(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums [batches, W] of values [N, W] over the images of each batch."""
+        sums = torch.zeros(int(self.batches.max()) + 1, values.shape[1], dtype=torch.float64)
+        return sums.index_add_(0, self.batches, values)
+
     def join(self, other: Ablation) -> Ablation:
         """Both sets of images; the batches of ``other`` are numbered after these."""
         return Ablation(torch.cat((self.losses, other.losses)), torch.cat((self.norms, other.norms)),

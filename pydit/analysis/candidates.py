@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.criteria import names
-from pydit.analysis.detect import detect
+from pydit.analysis.criteria import Scores, get_criterion, names
+from pydit.analysis.detect import decide
 from pydit.errors import UserError
 from pydit.plan import PruningPlan
 from pydit.stats.cka import bootstrap_weights
@@ -45,24 +45,30 @@ class Candidate:
         return {**vars(self), "plan": None if self.plan is None else self.plan.to_dict()}
 
 
-def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable[str] | None = None) -> list[Candidate]:
+def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable[str] | None = None,
+               scored: dict[str, Scores] | None = None) -> list[Candidate]:
     """Let criteria choose; least predicted loss first, then those without one, then those without a plan.
 
     Parameters
     ----------
     target : layers to remove, as for :func:`pydit.analysis.detect`.
     methods : names of criteria; None takes all, and PPCL with both of its selections.
+    scored : receives the scores by method, each of which is computed once.
     """
     tries = [(name, {}) for name in (names() if methods is None else methods)]
     if methods is None:
         tries.append(("ppcl", {"selection": "optimal"}))
+    scored = {} if scored is None else scored
     found = []
     for method, options in tries:
         name = " ".join((method, *options.values()))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                plan = detect(stats, method=method, target=target, **options)
+                criterion = get_criterion(method, **options)
+                if method not in scored:  # the options tried here are of the selection
+                    scored[method] = criterion.score(stats)
+                plan = decide(criterion, scored[method], stats, target)
             except UserError as error:
                 found.append(Candidate(name, None, str(error)))
                 continue
@@ -88,9 +94,7 @@ def _predicted(stats: ActivationStats, plan: PruningPlan) -> tuple[float, float,
     if stats.ablation is None:
         return ()
     losses = stats.ablation.losses[:, sorted(removed_layers(plan))].sum(1)
-    batches = int(stats.ablation.batches.max()) + 1
-    sums = torch.zeros(batches, 2, dtype=torch.float64).index_add_(
-        0, stats.ablation.batches, torch.stack((losses, stats.ablation.norms), 1))
-    drawn = bootstrap_weights(batches, 1000, 0) @ sums
+    sums = stats.ablation.by_batch(torch.stack((losses, stats.ablation.norms), 1))
+    drawn = bootstrap_weights(len(sums), 1000, 0) @ sums
     low, high = torch.quantile(drawn[:, 0] / drawn[:, 1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(sums[:, 0].sum() / sums[:, 1].sum()), low, high

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.criteria import Scores, get_criterion
+from pydit.analysis.criteria import Criterion, Scores, get_criterion
 from pydit.errors import UserError
 from pydit.plan import PruningPlan
 
@@ -45,5 +45,10 @@ def detect(stats: ActivationStats, method: str = "ppcl", *, target: float | int 
         Its ``provenance`` holds the method, the options and the score of every interval.
     """
     criterion = get_criterion(method, **options)
-    plan = criterion.select(criterion.score(stats), target)
+    return decide(criterion, criterion.score(stats), stats, target)
+
+
+def decide(criterion: Criterion, scores: Scores, stats: ActivationStats, target: float | int | None) -> PruningPlan:
+    """The plan that a criterion selects from its scores of ``stats``, with the images they come from."""
+    plan = criterion.select(scores, target)
     return dataclasses.replace(plan, provenance={**plan.provenance, "images": stats.images_seen})

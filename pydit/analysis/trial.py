@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from pydit.analysis.ablation import ablate
-from pydit.analysis.forward import set_blocks, shell_of, velocity
+from pydit.analysis.candidates import removed_layers
+from pydit.analysis.forward import set_blocks, shell_of
 from pydit.analysis.search import velocity_error
 from pydit.distill import DistillConfig, distill
 from pydit.errors import UserError
@@ -37,20 +38,14 @@ def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[M
     UserError
         The plan does not fit the model, or there is no batch.
     """
+    plan.require_match(transformer)
     adapter = get_adapter(transformer)
-    shell, blocks = shell_of(adapter, transformer), adapter.blocks(transformer)
-    if (plan.family, plan.num_layers) != (adapter.family, len(blocks)):
-        raise UserError(f"plan: expected one for {adapter.family} with {len(blocks)} layers, "
-                        f"got {plan.family} with {plan.num_layers}")
+    removed = removed_layers(plan)
+    kept = [block for k, block in enumerate(adapter.blocks(transformer)) if k not in removed]
     batches = list(batches)
+    measured = velocity_error(transformer, set_blocks(adapter, shell_of(adapter, transformer), kept), batches)
     singles = ablate(transformer, batches)
-    removed = [k for start, end in plan.intervals for k in range(start + 1, end + 1)]
-    set_blocks(adapter, shell, [block for k, block in enumerate(blocks) if k not in removed])
-    error = sum((velocity(shell, batch) - velocity(transformer, batch)).square().sum().item() for batch in batches)
-    total = float(singles.norms.sum())
-    if not total:
-        raise UserError("batches: expected an output that is not zero, got only zeros")
-    predicted, measured = float(singles.losses[:, removed].sum()) / total, error / total
+    predicted = float(singles.losses[:, sorted(removed)].sum() / singles.norms.sum())
     return {"predicted": predicted, "measured": measured,
             "ratio": measured / predicted if predicted else (1.0 if not measured else float("inf"))}
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydit import files
 from pydit.analysis.activations import ActivationStats
 from pydit.analysis.candidates import Candidate, agreement, candidates, removed_layers
-from pydit.analysis.criteria import PPCL
+from pydit.analysis.criteria import PPCL, Scores
 from pydit.demo import figures, report, story
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ def write(stats: ActivationStats, path: str | os.PathLike, *, target: float | in
     list of Candidate
         What the page's table shows.
     """
-    found = candidates(stats, target=target)
+    scored: dict[str, Scores] = {}
+    found = candidates(stats, target=target, scored=scored)
     ppcl = PPCL()
-    scores = ppcl.score(stats)
+    scores = scored.get("ppcl") or ppcl.score(stats)
     units = ppcl.select(scores).intervals
     curves = ppcl.curves(scores)
     pictures = (figures.cka_maps(story.cka_matrices(stats), units), difference_curves(curves, stats.num_layers),

@@ -29,9 +29,9 @@ def linearity(stats: ActivationStats) -> dict[str, list[float]]:
     shares: dict[str, list[float]] = {}
     for stream in STREAMS:
         shares[stream] = []
-        for layer, moments in enumerate(stats.moments[stream]):
+        for moments, probe in zip(stats.moments[stream], stats.probes(stream), strict=True):
             total = float(moments.s_yy.sum())
-            error = (1 - stats.probe(layer, stream).r2) * total
+            error = (1 - probe.r2) * total
             change = total - 2 * float(moments.m_xy.trace()) + float(moments.m_xx.trace())
             shares[stream].append(1 - error / change if change > 1e-12 * max(total, 1e-300) else 1.0)
     return shares
@@ -40,10 +40,11 @@ def linearity(stats: ActivationStats) -> dict[str, list[float]]:
 def block_rows(stats: ActivationStats) -> list[dict[str, float]]:
     """Per block and stream: R2 of its probe, share of its change explained, CKA between its input and its output."""
     explained = linearity(stats)
+    probes = {stream: stats.probes(stream) for stream in STREAMS}
     neighbours = {stream: stats.cka_matrix(stream)[0].diagonal(1).tolist() for stream in STREAMS}
     return [{"block": layer,
              **{f"{name}_{stream}": value for stream in STREAMS for name, value in (
-                 ("r2", stats.probe(layer, stream).r2), ("explained", explained[stream][layer]),
+                 ("r2", probes[stream][layer].r2), ("explained", explained[stream][layer]),
                  ("cka", neighbours[stream][layer]))}}
             for layer in range(stats.num_layers)]
 

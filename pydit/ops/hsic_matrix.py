@@ -9,9 +9,9 @@ import torch
 from pydit import backend
 from pydit.ops import reference
 from pydit.ops._library import _check_tensor, define
+from pydit.ops.second_moments import KERNEL_DTYPES
 
 _OP = "hsic_matrix"
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_KERNEL_LAYERS, _MAX_KERNEL_ROWS = 128, 1 << 20
 _GRAM_BYTES = 600 << 20  # of Gram tiles kept at a time; 60 layers of 2048 rows fit
 
@@ -58,7 +58,7 @@ def hsic_matrix(features: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _hsic_matrix(features):
     first, layers = features[0], len(features)
-    if first.dtype not in _KERNEL_DTYPES:
+    if first.dtype not in KERNEL_DTYPES:
         backend.record(_OP, "reference", f"{first.dtype}: torch multiplies in float64; the kernel takes 16 bits")
     elif layers > _MAX_KERNEL_LAYERS or len(first) > _MAX_KERNEL_ROWS:
         backend.record(_OP, "reference", f"{layers} matrices of {len(first)} rows: the kernel takes "

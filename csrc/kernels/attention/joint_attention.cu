@@ -151,12 +151,7 @@ int launch_head_dim(const pydit_joint_attention_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(joint_attention_path)(const pydit_joint_attention_params* p) {
-#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  return on_hopper() ? aligned(*p) ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
-#else
-  (void)p;
-  return PYDIT_PATH_NOT_BUILT;
-#endif
+  return hopper_path(aligned(*p));
 }
 
 extern "C" int PYDIT_ENTRY(joint_attention)(const pydit_joint_attention_params* p) {

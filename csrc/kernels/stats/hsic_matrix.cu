@@ -134,17 +134,8 @@ __device__ __forceinline__ void copy_step(char* to, const void* from, int64_t st
   for (int i = threadIdx.x; i < kTile * kVectors; i += kThreads) {
     const int row = i / kVectors, channel = first_channel + i % kVectors * 8;
     const int left = first_row + row < rows ? dim - channel : 0;
-    const int exist = left >= 8 ? 8 : left > 0 ? left : 0;
-    const T* source = static_cast<const T*>(from) + (exist > 0 ? (first_row + row) * stride + channel : 0);
-    char* target = to + place(row, i % kVectors);
-    if constexpr (kAligned) {
-      cp_async<16>(target, source, exist * 2);
-    } else {
-      Pack<T, 8> values;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values.value[j] = j < exist ? source[j] : from_float<T>(0.f);
-      *reinterpret_cast<Pack<T, 8>*>(target) = values;
-    }
+    const T* source = static_cast<const T*>(from) + (left > 0 ? (first_row + row) * stride + channel : 0);
+    copy_eight<T, kAligned>(to + place(row, i % kVectors), source, left);
   }
 }
 

@@ -41,17 +41,8 @@ __device__ __forceinline__ void copy_step(char* to, const void* from, int64_t st
   for (int i = threadIdx.x; i < kStep * kVectors; i += kThreads) {
     const int token = i / kVectors, column = first_column + i % kVectors * 8;
     const int64_t left = first_token + token < tokens ? columns - column : 0;
-    const int exist = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
-    const T* source = static_cast<const T*>(from) + (exist > 0 ? (first_token + token) * stride + column : 0);
-    char* target = to + place(token, i % kVectors);
-    if constexpr (kAligned) {
-      cp_async<16>(target, source, exist * 2);
-    } else {
-      Pack<T, 8> values;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values.value[j] = j < exist ? source[j] : from_float<T>(0.f);
-      *reinterpret_cast<Pack<T, 8>*>(target) = values;
-    }
+    const T* source = static_cast<const T*>(from) + (left > 0 ? (first_token + token) * stride + column : 0);
+    copy_eight<T, kAligned>(to + place(token, i % kVectors), source, left);
   }
 }
 
@@ -233,12 +224,7 @@ extern "C" int64_t PYDIT_ENTRY(second_moments_workspace)(const pydit_second_mome
 }
 
 extern "C" int PYDIT_ENTRY(second_moments_path)(const pydit_second_moments_params* p) {
-#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  return on_hopper() ? aligned(*p) ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
-#else
-  (void)p;
-  return PYDIT_PATH_NOT_BUILT;
-#endif
+  return hopper_path(aligned(*p));
 }
 
 extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p) {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -32,7 +33,7 @@ _SELECTION_OPTIONS = ("protect_first", "protect_last", "sizes", "seed")  # the s
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(ABC):
     """Options of all of them.
 
     Parameters
@@ -60,9 +61,9 @@ class Layerwise:
             "score": draws[0], "score_low": torch.quantile(draws[1:], 0.025, dim=0),
             "score_high": torch.quantile(draws[1:], 0.975, dim=0), "resamples": draws[1:].contiguous()})
 
+    @abstractmethod
     def draws(self, stats: ActivationStats) -> torch.Tensor:
         """Scores [1 + R, L]: over all batches, then over each draw of them."""
-        raise NotImplementedError
 
     def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
         """Remove the ``target`` layers with the least score.
@@ -165,9 +166,9 @@ class _Local(Layerwise):
             found[1][:, -1] = found[0][:, -1]
         return sum(found) / len(found)
 
+    @abstractmethod
     def compare(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """Of every token [n, C] float64: how much the block matters to it, [n]."""
-        raise NotImplementedError
 
     def _pairs(self, batch: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         states = batch.double()
@@ -210,10 +211,8 @@ class _Global(Layerwise):
             raise UserError(f"stats: expected an ablation for method {self.method!r}, got none; "
                             "collect with with_ablation=True (pydit analyze --ablate)")
         weights = self.weights(ablation)
-        total = int(ablation.batches.max()) + 1
-        sums = [torch.zeros(total, width, dtype=torch.float64).index_add_(0, ablation.batches, weights * values)
-                for width, values in ((ablation.losses.shape[1], ablation.losses), (1, ablation.norms[:, None]))]
-        return _resampled(*sums, self.resamples)
+        return _resampled(ablation.by_batch(weights * ablation.losses),
+                          ablation.by_batch(weights * ablation.norms[:, None]), self.resamples)
 
     def weights(self, ablation: Ablation) -> torch.Tensor:
         """Of every image, [N, 1]."""
