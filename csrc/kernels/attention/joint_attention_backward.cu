@@ -98,10 +98,13 @@ __global__ void __launch_bounds__(kDeltaThreads) joint_attention_delta_kernel(co
     const int64_t head = row % p.heads, token = row / p.heads % tokens, batch = row / p.heads / tokens;
     const auto load = [&](const pydit_heads& t) {
       const T* from = static_cast<const T*>(t.data) + batch * t.stride_b + token * t.stride_s + head * t.stride_h;
-      if constexpr (kAligned) return Pack<T, 8>::load(from + lane * 8);
       Pack<T, 8> values;
+      if constexpr (kAligned) {
+        values = Pack<T, 8>::load(from + lane * 8);
+      } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values.value[i] = from[lane * 8 + i];
+        for (int i = 0; i < 8; ++i) values.value[i] = from[lane * 8 + i];
+      }
       return values;
     };
     const auto out = load(image ? p.out_img : p.out_txt), d_out = load(image ? p.d_out_img : p.d_out_txt);
