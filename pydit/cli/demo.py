@@ -63,9 +63,9 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first prompt; each next one takes the next (default: 0)")
-    parser.add_argument("--steps", type=count, help="denoising steps (default: 12 for the demo, else 40)")
-    parser.add_argument("--guidance", type=at_least_one, default=1.0,
-                        help="classifier-free guidance; 1 is off (default: 1)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: 18 for the demo, else 40)")
+    parser.add_argument("--guidance", type=at_least_one,
+                        help="classifier-free guidance; 1 is off (default: 2.5 for the demo, else 1)")
     parser.add_argument("--height", type=count, help="pixels (default: the pipeline's)")
     parser.add_argument("--width", type=count, help="pixels (default: the pipeline's)")
 
@@ -74,9 +74,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     from pydit.inference.sampling import generate, save_images
 
     pipe = load(arguments.pipeline, arguments)
-    size, steps = sampling_defaults(pipe)
+    size, steps, guidance = sampling_defaults(pipe)
     seeds = range(arguments.seed, arguments.seed + len(arguments.prompts))
-    images = generate(pipe, arguments.prompts, seeds=seeds, steps=arguments.steps or steps, guidance=arguments.guidance,
+    images = generate(pipe, arguments.prompts, seeds=seeds, steps=arguments.steps or steps,
+                      guidance=guidance if arguments.guidance is None else arguments.guidance,
                       height=arguments.height or size, width=arguments.width or size)
     for path in save_images(progress(images, len(arguments.prompts), "image"), arguments.prompts, seeds, arguments.out):
         print(path)
@@ -91,8 +92,8 @@ def add_eval(commands: Any) -> None:
     add_pipeline(parser, optional=True)
     parser.add_argument("--prompts", type=count, default=2500, help="images to judge (default: 2500)")
     parser.add_argument("--seed", type=int, default=0, help="chooses prompts and noise (default: 0)")
-    parser.add_argument("--steps", type=count, default=12, help="denoising steps (default: 12)")
-    parser.add_argument("--guidance", type=at_least_one, default=1.0, help="1 is off (default: 1)")
+    parser.add_argument("--steps", type=count, default=18, help="denoising steps (default: 18)")
+    parser.add_argument("--guidance", type=at_least_one, default=2.5, help="1 is off (default: 2.5)")
     parser.add_argument("--batch", type=count, default=50, help="images drawn at once (default: 50)")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="default: held_out")
     parser.add_argument("--out", type=Path, help="result file to write (.json)")

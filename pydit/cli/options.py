@@ -97,15 +97,16 @@ def demo_pipeline(pipe):
     return pipe
 
 
-def sampling_defaults(pipe) -> tuple[int | None, int]:
-    """Image size (None: the pipeline's own) and denoising steps that suit a pipeline."""
+def sampling_defaults(pipe) -> tuple[int | None, int, float]:
+    """Image size (None: the pipeline's own), denoising steps and guidance that suit a pipeline."""
+    from pydit.demo.data import GUIDANCE, STEPS
     from pydit.demo.render import SIZE
 
     try:
         demo_pipeline(pipe)
     except UserError:
-        return None, 40
-    return SIZE, 12
+        return None, 40, 1.0
+    return SIZE, STEPS, GUIDANCE
 
 
 def load(path: Path, arguments: argparse.Namespace):

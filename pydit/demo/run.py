@@ -43,11 +43,12 @@ class Settings:
     prompts: int | None
     quick: bool
     target: float = 0.4  # share of blocks to remove, at least
-    steps: int = 12
-    guidance: float = 1.0
+    steps: int = data.STEPS
+    guidance: float = data.GUIDANCE
+    prompt_dropout: float = 0.1  # guidance asks the student for the empty prompt at every step
     calibration_batches: int = 32
     batch_size: int = 32
-    evaluation_share: float = 0.15  # of the budget, for all three models
+    evaluation_share: float = 0.3  # of the budget, for all three models
     images: int = 6144  # rendered and encoded once for distillation
     workers: int = 1  # processes of the distillation, each with batches of batch_size
     cache_batches: int = 0  # keeping the teacher's velocities is faster, and the student learns them by heart
@@ -287,7 +288,8 @@ class _Demo:
             results.append(parallel.train(
                 self.pipe, student, config, folder=self.folder, work=self.work.path / "distill",
                 workers=settings.workers,
-                batches={"batch_size": settings.batch_size, "seed": settings.seed + 3, "images": settings.images}))
+                batches={"batch_size": settings.batch_size, "seed": settings.seed + 3, "images": settings.images,
+                         "prompt_dropout": settings.prompt_dropout}))
             return {"seconds": results[0].seconds, "steps": results[0].steps}
 
         self.work.stage("distill", compute)
