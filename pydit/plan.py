@@ -1,92 +1,56 @@
 """What to remove from a transformer, as plain data: :class:`PruningPlan`.
 
-A plan holds intervals ``[start, end]`` of teacher layers, both ends included. One student block takes the input of
-layer ``start`` and stands for the output of layer ``end``, so ``end - start`` layers disappear. A plan binds to a
-model family and a number of layers, nothing else; it is written as versioned JSON and printed as a table.
-
-This file also knows, per family, the class that carries it and the exact number of parameters, from configuration
-values alone (no model is built and diffusers is not imported).
+A plan names teacher layers. ``[start, end]`` intervals merge layers into one student block each; the other fields
+thin blocks out: text streams and FFNs become linear maps, blocks affine maps, deep blocks single-stream. A plan binds
+to a model family and a number of layers, nothing else; it is written as versioned JSON and printed as a table. What it
+makes of every student block is :attr:`PruningPlan.blocks`; what a family can carry is in :mod:`pydit.families`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pydit import files
 from pydit.errors import FormatError, UserError
+from pydit.families import FAMILIES, BlockSpec, Family
 
 FORMAT = "pydit-plan"
-VERSION = 1
+VERSIONS = (1, 2)  # 1 has intervals alone; a plan that needs no more is still written as 1
+_H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family: the diffusers class that carries it, its published configuration, its parameter arithmetic.
+# Depth lists of the PPCL authors' repository: its commented alternative (18 layers removed) and its default (25).
+_PPCL_18 = ((5, 7), (8, 9), (11, 12), (16, 18), (19, 20), (22, 24), (25, 27), (42, 43), (45, 47), (48, 49), (52, 53),
+            (54, 55), (56, 57))
+_PPCL_25 = ((3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42, 43), (45, 47), (48, 49), (52, 53),
+            (54, 55), (56, 57))
+_PPCL_TEXT = ((36, 37), (40, 41), (50, 59))
+_EVERY_SECOND = tuple((layer, layer + 1) for layer in range(0, 60, 2))
+_AMBER = ("Amber-style: 30 of 60 blocks; which 30 is not published, every second one is a placeholder for "
+          "detect(method='amber')")
+_OWN = "this project's own layout for a published size; a placeholder for detect"
 
-    ``block_parameters`` and ``other_parameters`` take a full configuration and return the parameters of one block
-    and of everything outside the blocks; ``block_flops`` takes it with the tokens of image and text and returns the
-    FLOPs of one block for one image.
-    """
-
-    name: str
-    class_name: str
-    block_list: str
-    published: Mapping[str, Any]
-    block_parameters: Callable[[Mapping[str, Any]], int]
-    other_parameters: Callable[[Mapping[str, Any]], int]
-    block_flops: Callable[[Mapping[str, Any], int, int], int]
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
-
-
-def _qwen_image_block(config: Mapping[str, Any]) -> int:
-    head = config["attention_head_dim"]
-    width = config["num_attention_heads"] * head
-    modulation = _linear(width, 6 * width)
-    attention = 8 * _linear(width, width) + 4 * head  # q, k, v, out of both streams; q and k norms of both
-    mlp = _linear(width, 4 * width) + _linear(4 * width, width)
-    return 2 * modulation + attention + 2 * mlp
-
-
-def _qwen_image_flops(config: Mapping[str, Any], image: int, text: int) -> int:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    linears = (image + text) * (4 + 2 * 4) * width ** 2 + 2 * 6 * width ** 2  # tokens; modulation of both streams
-    return 2 * linears + 4 * (image + text) ** 2 * width
-
-
-def _qwen_image_other(config: Mapping[str, Any]) -> int:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    text = config["joint_attention_dim"]
-    pixels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
-    time = _linear(256, width) + _linear(width, width) + (2 * width if config["use_additional_t_cond"] else 0)
-    inputs = _linear(config["in_channels"], width) + text + _linear(text, width)  # txt_norm has a weight only
-    return time + inputs + _linear(width, 2 * width) + _linear(width, pixels)
-
-
-FAMILIES = {
-    "qwen-image": Family(
-        name="qwen-image", class_name="QwenImageTransformer2DModel", block_list="transformer_blocks",
-        published={"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60,
-                   "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
-                   "use_additional_t_cond": False},
-        block_parameters=_qwen_image_block, other_parameters=_qwen_image_other, block_flops=_qwen_image_flops),
-}
-
-# The two depth lists of the PPCL authors' repository: its default (25 layers removed) and the commented
-# alternative (18 removed).
-_PRESETS = {
-    "ppcl-qwen-image-14b": ("qwen-image", 60, (
-        (5, 7), (8, 9), (11, 12), (16, 18), (19, 20), (22, 24), (25, 27), (42, 43), (45, 47), (48, 49), (52, 53),
-        (54, 55), (56, 57))),
-    "ppcl-qwen-image-12b": ("qwen-image", 60, (
-        (3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42, 43), (45, 47), (48, 49), (52, 53),
-        (54, 55), (56, 57))),
+# name -> (family, layers, fields of the plan, a note for `describe`)
+_PRESETS: dict[str, tuple[str, int, dict[str, Any], str]] = {
+    "ppcl-qwen-image-14b": ("qwen-image", 60, {"intervals": _PPCL_18}, ""),
+    "ppcl-qwen-image-12b": ("qwen-image", 60, {"intervals": _PPCL_25}, ""),
+    "ppcl-qwen-image-11b": ("qwen-image", 60, {"intervals": _PPCL_25, "text_linear": _PPCL_TEXT}, ""),
+    "ppcl-qwen-image-10b": ("qwen-image", 60, {"intervals": _PPCL_25, "text_linear": _PPCL_TEXT,
+                                               "linear_ffn": (2, 58, 59)}, ""),
+    "amber-qwen-image-10b": ("qwen-image", 60, {"intervals": _EVERY_SECOND}, _AMBER),
+    "amber-qwen-image-6b": ("qwen-image", 60, {"intervals": _EVERY_SECOND, "single_stream": 20},
+                            "6.84 B, Amber-style: 10 dual-stream and 20 single-stream blocks; " + _AMBER[13:]),
+    # The paper's FLUX.1 model has 8 B parameters; its layers are not published. Ends of the stack stay whole.
+    "ppcl-flux.1-8b": ("flux.1", 57, {"intervals": ((4, 5), (6, 7), (8, 9), (10, 11), (12, 13), *(
+        (layer, layer + 1) for layer in range(23, 53, 2)))}, _OWN),
+    # No size is published for SD3.5: a third of the blocks of the large model.
+    "ppcl-sd3.5-large-5b": ("sd3.5", 38, {"intervals": tuple((layer, layer + 1) for layer in range(6, 32, 2))}, _OWN),
 }
 
 
@@ -108,17 +72,32 @@ def family_of(transformer: object) -> Family:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which layers of a teacher are merged into one student block each.
+    """What becomes of every layer of a teacher.
 
     Parameters
     ----------
     family : str
-        A name in :data:`FAMILIES`, such as ``"qwen-image"``.
+        A name in :data:`pydit.families.FAMILIES`, such as ``"qwen-image"``.
     num_layers : int
-        Blocks of the teacher.
+        Blocks of the teacher; FLUX.1 counts dual blocks first, then single ones.
     intervals : sequence of (start, end)
-        Teacher layers, both ends included, at least two layers each, in any order; stored sorted. Empty keeps
-        every layer.
+        Teacher layers, both ends included, at least two layers each, in any order; stored sorted. One student block
+        takes the input of ``start`` and stands for the output of ``end``. Empty keeps every layer. No interval
+        crosses from FLUX.1's dual blocks to its single ones.
+    text_linear : sequence of (anchor, last), optional
+        Text regions (PPCL, Eq. 8): the block of layer ``anchor`` keeps its text stream whole; every block after it up
+        to the one that ends in layer ``last`` takes its text keys and values from an affine map of the anchor's
+        modulated text, and the last of them maps the anchor's text output to its own layer's. ``anchor`` is a layer
+        that no interval touches.
+    linear_ffn : sequence of int, optional
+        Blocks, named by the first layer they stand for, whose FFNs become affine maps (PPCL, Eq. 9).
+    affine : sequence of int, optional
+        Blocks, named likewise, that become one affine map per stream.
+    single_stream : int, optional
+        Every block from the one that begins at this layer on runs both streams through the image branch's weights
+        (Amber-Image's hybrid stream).
+    dead_tensors : bool
+        False leaves out tensors that no output depends on; see :meth:`lean`.
     provenance : dict, optional
         Where the plan came from (method, options, scores), JSON-able. Not part of equality.
 
@@ -132,9 +111,19 @@ class PruningPlan:
     num_layers: int
     intervals: tuple[tuple[int, int], ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    text_linear: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
+    linear_ffn: tuple[int, ...] = field(default=(), kw_only=True)
+    affine: tuple[int, ...] = field(default=(), kw_only=True)
+    single_stream: int | None = field(default=None, kw_only=True)
+    dead_tensors: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "intervals", tuple(sorted(_pairs(self.intervals))))
+        for name in ("intervals", "text_linear"):
+            object.__setattr__(self, name, tuple(sorted(_pairs(name, getattr(self, name)))))
+        for name in ("linear_ffn", "affine"):
+            object.__setattr__(self, name, tuple(sorted(_layers(name, getattr(self, name)))))
+        if self.single_stream is not None:
+            object.__setattr__(self, "single_stream", _layers("single_stream", [self.single_stream])[0])
         self.validate()
 
     @classmethod
@@ -145,34 +134,78 @@ class PruningPlan:
 
     @classmethod
     def preset(cls, name: str) -> PruningPlan:
-        """A published layout by name, for example ``"ppcl-qwen-image-12b"``."""
+        """A published layout by name, for example ``"ppcl-qwen-image-12b"``, with its dead tensors.
+
+        What is not published and therefore this project's own is said in ``provenance["note"]``.
+        """
         if name not in _PRESETS:
             raise UserError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
-        family, num_layers, intervals = _PRESETS[name]
-        return cls(family, num_layers, intervals, {"preset": name})
+        family, num_layers, fields, note = _PRESETS[name]
+        return cls(family, num_layers, provenance={"preset": name} | ({"note": note} if note else {}), **fields)
 
     def validate(self) -> None:
-        """Raise UserError when the family, the depth or an interval does not fit."""
+        """Raise UserError when the family, the depth, an interval or a block does not fit."""
         if self.family not in FAMILIES:
             raise UserError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
         if type(self.num_layers) is not int or self.num_layers < 1:
             raise UserError(f"num_layers: expected a positive integer, got {self.num_layers!r}")
         if not isinstance(self.provenance, dict):
             raise UserError(f"provenance: expected a dict, got {type(self.provenance).__name__}")
-        previous = None
-        for start, end in self.intervals:
-            if start > end:
-                raise UserError(f"intervals: expected start <= end, got the reversed interval [{start}, {end}]")
-            if start < 0 or end >= self.num_layers:
-                raise UserError(f"intervals: expected layers 0 to {self.num_layers - 1}, got [{start}, {end}], "
-                                "which is out of range")
-            if start == end:
-                raise UserError(f"intervals: expected at least two layers each, got [{start}, {end}], which removes "
-                                "nothing; leave it out")
-            if previous is not None and start <= previous[1]:
-                raise UserError(f"intervals: expected disjoint intervals, got [{previous[0]}, {previous[1]}] and "
-                                f"[{start}, {end}], which overlap")
-            previous = (start, end)
+        if not isinstance(self.dead_tensors, bool):
+            raise UserError(f"dead_tensors: expected true or false, got {self.dead_tensors!r}")
+        _require_disjoint("intervals", self.intervals, self.num_layers,
+                          "which removes nothing; leave it out")
+        _require_disjoint("text_linear", self.text_linear, self.num_layers, "which replaces nothing; leave it out")
+        family = FAMILIES[self.family]
+        for name in ("text_linear", "linear_ffn", "affine", "single_stream"):
+            if getattr(self, name) not in ((), None) and name not in family.kinds:
+                raise UserError(f"{name}: expected none, because {self.family} plans have "
+                                f"{', '.join(('intervals', *sorted(family.kinds)))}, got {getattr(self, name)}")
+        if not self.dead_tensors and "lean" not in family.kinds:
+            raise UserError(f"dead_tensors: expected true, because nothing is dead in {self.family} plans, got false")
+        self._require_blocks()
+        for config in family.published:
+            if family.depth(config) == self.num_layers:
+                self._require_segments(config)
+
+    def _require_blocks(self) -> None:
+        """The fields beside the intervals name blocks that exist and do not contradict each other."""
+        first = {layers[0] for layers in self.source}
+        last = {layers[-1] for layers in self.source}
+        alone = {layers[0] for layers in self.source if len(layers) == 1}
+        single = () if self.single_stream is None else (self.single_stream,)
+        for name, layers in (("linear_ffn", self.linear_ffn), ("affine", self.affine), ("single_stream", single)):
+            for layer in layers:
+                if layer not in first:
+                    raise UserError(f"{name}: expected the first layer of a block ({_listed(first)}), got {layer}")
+        linear = set()
+        for anchor, end in self.text_linear:
+            if anchor not in alone or anchor in self.affine:
+                raise UserError(f"text_linear: expected an anchor that is kept whole, got {anchor} of "
+                                f"[{anchor}, {end}], which an interval or an affine map replaces")
+            if end not in last:
+                raise UserError(f"text_linear: expected the last layer of a block to end a region, got {end} of "
+                                f"[{anchor}, {end}], which is inside an interval")
+            linear |= set(range(anchor + 1, end + 1))
+        for a, b, where in (("affine", set(self.affine), "linear_ffn"), ("affine", set(self.affine), "text_linear")):
+            other = set(self.linear_ffn) if where == "linear_ffn" else linear
+            if b & other:
+                raise UserError(f"{a}: expected blocks that {where} leaves alone, got {_listed(b & other)} in both")
+        if self.single_stream is not None:
+            late = {*self.linear_ffn, *linear, *(anchor for anchor, _ in self.text_linear)}
+            late = {layer for layer in late if layer >= self.single_stream}
+            if late:
+                raise UserError(f"single_stream: expected blocks from layer {self.single_stream} on to be thinned out "
+                                f"by nothing else, got {_listed(late)} in text_linear or linear_ffn")
+
+    def _require_segments(self, config: Mapping[str, Any]) -> None:
+        boundary = 0
+        for length in FAMILIES[self.family].segments(config):
+            boundary += length
+            for start, end in self.intervals:
+                if start < boundary <= end:
+                    raise UserError(f"intervals: expected intervals on one side of layer {boundary}, where the dual "
+                                    f"blocks end, got [{start}, {end}]")
 
     @property
     def source(self) -> tuple[tuple[int, ...], ...]:
@@ -185,10 +218,54 @@ class PruningPlan:
             layer = end + 1
         return tuple(blocks)
 
+    @cached_property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """Per student block, what it is."""
+        source = self.source
+        block_of = {layer: block for block, layers in enumerate(source) for layer in layers}
+        anchors = {block_of[anchor]: block_of[last] for anchor, last in self.text_linear}
+        region = {block: anchor for anchor, last in anchors.items() for block in range(anchor + 1, last + 1)}
+        specs = []
+        for block, layers in enumerate(source):
+            spec = BlockSpec(layers, hands_on=block in anchors,
+                             ffn="linear" if layers[0] in self.linear_ffn else "mlp")
+            if layers[0] in self.affine:
+                spec = dataclasses.replace(spec, form="affine")
+            elif self.single_stream is not None and layers[0] >= self.single_stream:
+                spec = dataclasses.replace(spec, form="single")
+            elif block in region:
+                spec = dataclasses.replace(spec, text="linear", anchor=region[block],
+                                           text_output=block in anchors.values())
+            specs.append(spec)
+        return tuple(specs) if self.dead_tensors else _without_dead(specs, FAMILIES[self.family].text_used)
+
     @property
     def replaced(self) -> tuple[tuple[int, int, int], ...]:
-        """Per interval, (student block, start, end)."""
-        return tuple((block, layers[0], layers[-1]) for block, layers in enumerate(self.source) if len(layers) > 1)
+        """Per block that is not the teacher's own layer, (student block, start, end) with its first and last layer."""
+        return tuple((block, spec.source[0], spec.source[-1]) for block, spec in enumerate(self.blocks)
+                     if len(spec.source) > 1 or (spec.form, spec.ffn) != ("stock", "mlp") or spec.text == "linear")
+
+    @property
+    def units(self) -> tuple[tuple[int, int], ...]:
+        """The (start, end) runs of teacher layers that :meth:`set_active` of a student can switch, one by one.
+
+        An interval, a thinned-out block, or a text region with everything in it (and with its anchor, where that is not
+        the teacher's own layer). With intervals alone, these are they.
+        """
+        units: list[tuple[int, int]] = []
+        replaced = {block for block, _, _ in self.replaced}
+        joins = False  # the block before lacks something that the teacher's layers would need, or hands its text on
+        for block, spec in enumerate(self.blocks):
+            start, end = spec.source[0], spec.source[-1]
+            short = not self.dead_tensors and spec.text in ("keys", "none") and end < self.num_layers - 1
+            changed = short or block in replaced
+            inside = spec.text == "linear" and block > spec.anchor + 1
+            if changed and (joins or inside):
+                units[-1] = (units[-1][0], end)
+            elif changed:
+                units.append((start, end))
+            joins = changed and (short or spec.hands_on)
+        return tuple(units)
 
     @property
     def removed(self) -> int:
@@ -200,6 +277,27 @@ class PruningPlan:
         """Blocks of the student."""
         return self.num_layers - self.removed
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether the family's own class, shorter, carries the student."""
+        return all(spec.is_stock for spec in self.blocks)
+
+    def lean(self) -> PruningPlan:
+        """This plan without the tensors that no output of the model depends on; the outputs stay the same.
+
+        What goes: the text's output path in blocks whose text output nothing reads (that of the last block, and of an
+        anchor before it when all that follows is linear), the query and output projections of the text in text-linear
+        blocks, and the text map at the end of a region that ends the model.
+
+        Raises
+        ------
+        UserError
+            The family keeps no dead tensors that its class could do without.
+        """
+        if "lean" not in FAMILIES[self.family].kinds:
+            raise UserError(f"lean: expected a family with dead tensors, got {self.family}")
+        return dataclasses.replace(self, dead_tensors=False)
+
     def matches(self, transformer: object) -> bool:
         """Whether the plan is for this transformer's family and depth."""
         return self._mismatch(transformer) is None
@@ -209,12 +307,13 @@ class PruningPlan:
         reason = self._mismatch(transformer)
         if reason:
             raise UserError(reason)
+        self._require_segments(transformer.config)
 
     def _mismatch(self, transformer: object) -> str | None:
         family = family_of(transformer)
         if family.name != self.family:
             return f"plan: expected a plan for {family.name}, got one for {self.family}"
-        layers = len(getattr(transformer, family.block_list))
+        layers = sum(len(getattr(transformer, name)) for name in family.block_lists)
         if layers != self.num_layers:
             return f"plan: the plan is for {self.num_layers} layers, the model has {layers}"
         return None
@@ -228,7 +327,7 @@ class PruningPlan:
             The teacher's. Missing entries take the family's defaults; None means the published size.
         """
         family, full = FAMILIES[self.family], self._full(config)
-        return family.other_parameters(full) + self.num_student_layers * family.block_parameters(full)
+        return family.other_parameters(full) + sum(family.block_parameters(full, spec) for spec in self.blocks)
 
     def num_flops(self, config: Mapping[str, Any] | None = None, *, image_tokens: int = 6889,
                   text_tokens: int = 512) -> int:
@@ -239,41 +338,61 @@ class PruningPlan:
         config : as for :meth:`num_parameters`.
         image_tokens, text_tokens : of one image; the defaults are 1328 x 1328 pixels and a full prompt.
         """
-        return self.num_student_layers * FAMILIES[self.family].block_flops(self._full(config), image_tokens,
-                                                                           text_tokens)
+        family, full = FAMILIES[self.family], self._full(config)
+        return sum(family.block_flops(full, spec, image_tokens, text_tokens) for spec in self.blocks)
 
     def _full(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         family = FAMILIES[self.family]
         if config is not None and not isinstance(config, Mapping):
             raise UserError(f"config: expected a dict or a diffusers config, got {type(config).__name__}")
-        full = {**family.published, **(config or {})}
-        if full["num_layers"] != self.num_layers:
-            raise UserError(f"config: expected num_layers {self.num_layers} as in the plan, got {full['num_layers']}"
+        published = next((c for c in family.published if family.depth(c) == self.num_layers), family.published[0])
+        full = {**published, **(config or {})}
+        if family.depth(full) != self.num_layers:
+            raise UserError(f"config: expected num_layers {self.num_layers} as in the plan, got {family.depth(full)}"
                             + ("" if config else f" (the published {family.name}); pass the teacher's config"))
+        self._require_segments(full)
         return full
 
     def describe(self, config: Mapping[str, Any] | None = None) -> str:
-        """A table: one line per student block with the teacher layers it stands for.
+        """A table: what the whole costs, then one line per student block with the teacher layers it stands for.
 
-        ``config`` (the teacher's) adds parameter counts; without it they are given at the published depth only.
+        ``config`` (the teacher's) adds parameters, bytes in bfloat16, FLOPs and the least time these can take on an
+        H200 (989 TFLOP/s; a bound, not a measurement); without it they are given at the published depths only.
         """
-        published = FAMILIES[self.family].published["num_layers"] == self.num_layers
+        family = FAMILIES[self.family]
         head = (f"{self.family}: {self.num_layers} layers -> {self.num_student_layers} "
                 f"({self.removed} removed, {100 * self.removed / self.num_layers:.1f} %)")
-        if config is not None or published:
-            teacher = PruningPlan(self.family, self.num_layers).num_parameters(config)
-            head += f", {teacher:,} parameters -> {self.num_parameters(config):,}"
-        rows = [head, f"{'block':>5}  {'teacher layers':<14}  kind"]
-        for block, layers in enumerate(self.source):
-            span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-            kind = "kept" if len(layers) == 1 else f"one block for {len(layers)}"
-            rows.append(f"{block:>5}  {span:<14}  {kind}")
+        priced = config is not None or any(family.depth(c) == self.num_layers for c in family.published)
+        rows = [head]
+        if priced:
+            teacher = PruningPlan(self.family, self.num_layers)
+            before, after = teacher.num_parameters(config), self.num_parameters(config)
+            rows[0] += f", {before:,} parameters -> {after:,}"
+            work = [plan.num_flops(config) for plan in (teacher, self)]
+            rows.append(f"{2e-9 * before:.2f} GB in bfloat16 -> {2e-9 * after:.2f}; a forward at 6889 image and 512 "
+                        f"text tokens: {work[0] / 1e12:.1f} TFLOP -> {work[1] / 1e12:.1f} "
+                        f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / _H200_FLOPS:.0f} ms -> "
+                        f"{1e3 * work[1] / _H200_FLOPS:.0f} on an H200 (predicted, not measured)")
+        if note := self.provenance.get("note"):
+            rows.append(str(note))
+        full = self._full(config) if priced else None
+        rows.append(f"{'block':>5}  {'teacher layers':<14}  " + (f"{'parameters':>13}  " if priced else "") + "kind")
+        for block, spec in enumerate(self.blocks):
+            span = str(spec.source[0]) if len(spec.source) == 1 else f"{spec.source[0]}-{spec.source[-1]}"
+            size = f"{family.block_parameters(full, spec):>13,}  " if priced else ""
+            rows.append(f"{block:>5}  {span:<14}  {size}{spec.kind}")
         return "\n".join(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with format and version."""
-        return {"format": FORMAT, "version": VERSION, "family": self.family, "num_layers": self.num_layers,
+        data = {"format": FORMAT, "version": 1, "family": self.family, "num_layers": self.num_layers,
                 "intervals": [list(pair) for pair in self.intervals], "provenance": self.provenance}
+        more = {"text_linear": [list(pair) for pair in self.text_linear], "linear_ffn": list(self.linear_ffn),
+                "affine": list(self.affine), "single_stream": self.single_stream, "dead_tensors": self.dead_tensors}
+        if any(more[name] for name in ("text_linear", "linear_ffn", "affine")) or self.single_stream is not None \
+                or not self.dead_tensors:
+            data |= {"version": 2, **more}
+        return data
 
     @classmethod
     def from_dict(cls, data: Any, *, what: str = "plan") -> PruningPlan:
@@ -287,18 +406,22 @@ class PruningPlan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             got = repr(data.get("format")) if isinstance(data, Mapping) else type(data).__name__
             raise FormatError(f"{what}: expected an object with \"format\": \"{FORMAT}\", got {got}")
-        if data.get("version") != VERSION:
-            raise FormatError(f"{what}: expected version {VERSION}, got {data.get('version')!r}")
-        known = {"format", "version", "family", "num_layers", "intervals", "provenance"}
+        version = data.get("version")
+        if version not in VERSIONS or isinstance(version, bool):
+            raise FormatError(f"{what}: expected version {' or '.join(map(str, VERSIONS))}, got {version!r}")
+        needed = {"format", "version", "family", "num_layers", "intervals"}
+        more = ("text_linear", "linear_ffn", "affine", "single_stream", "dead_tensors") if version == 2 else ()
+        known = needed | {"provenance", *more}
         # Entries of a later version change what is pruned; dropping them quietly would prune something else.
-        wrong = sorted(set(data) - known) + sorted({"family", "num_layers", "intervals"} - set(data))
+        wrong = sorted(map(str, set(data) - known)) + sorted((needed | set(more)) - set(data))
         if wrong:
             raise FormatError(f"{what}: expected the entries {', '.join(sorted(known))}, "
-                              f"got unknown or missing {', '.join(map(str, wrong))}")
+                              f"got unknown or missing {', '.join(wrong)}")
         try:
             provenance = data.get("provenance", {})
             return cls(data["family"], data["num_layers"], data["intervals"],
-                       dict(provenance) if isinstance(provenance, Mapping) else provenance)
+                       dict(provenance) if isinstance(provenance, Mapping) else provenance,
+                       **{name: data[name] for name in more})
         except UserError as error:
             raise FormatError(f"{what}: {error}") from None
 
@@ -312,17 +435,64 @@ class PruningPlan:
         return cls.from_dict(files.read_json(path, what="plan"), what=f"plan {os.fspath(path)}")
 
 
-def _pairs(intervals: Any) -> list[tuple[int, int]]:
-    """``intervals`` as pairs of plain ints, or UserError."""
-    if isinstance(intervals, (str, bytes)) or not isinstance(intervals, Iterable):
-        raise UserError(f"intervals: expected [start, end] pairs, got {intervals!r}")
-    pairs = []
-    for item in intervals:
+def _without_dead(specs: Sequence[BlockSpec], used: bool) -> tuple[BlockSpec, ...]:
+    """The same blocks without what no output depends on; ``used``: the text output of the last is read."""
+    lean = []
+    for spec in reversed(specs):  # whether anything reads this block's text output is known from behind
+        if spec.text == "linear":
+            spec = dataclasses.replace(spec, dead_query=False, text_output=spec.text_output and used)
+        elif not used:
+            spec = dataclasses.replace(spec, text="none" if spec.form == "affine" else "keys")
+        lean.append(spec)
+        # A linear block passes its text on, and an affine one maps it; others take keys and values from it.
+        used = used if spec.text == "linear" or spec.form == "affine" else True
+    return tuple(reversed(lean))
+
+
+def _pairs(name: str, pairs: Any) -> list[tuple[int, int]]:
+    """``pairs`` as pairs of plain ints, or UserError."""
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise UserError(f"{name}: expected [start, end] pairs, got {pairs!r}")
+    found = []
+    for item in pairs:
         try:
             start, end = item
             if isinstance(start, bool) or isinstance(end, bool):
                 raise TypeError
-            pairs.append((operator.index(start), operator.index(end)))
+            found.append((operator.index(start), operator.index(end)))
         except (TypeError, ValueError):
-            raise UserError(f"intervals: expected [start, end] pairs of integers, got {item!r}") from None
-    return pairs
+            raise UserError(f"{name}: expected [start, end] pairs of integers, got {item!r}") from None
+    return found
+
+
+def _layers(name: str, layers: Any) -> list[int]:
+    """``layers`` as distinct plain ints, or UserError."""
+    try:
+        if isinstance(layers, (str, bytes)) or any(isinstance(layer, bool) for layer in layers):
+            raise TypeError
+        found = [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise UserError(f"{name}: expected numbers of layers, got {layers!r}") from None
+    if len(set(found)) < len(found):
+        raise UserError(f"{name}: expected each layer once, got {found}")
+    return found
+
+
+def _require_disjoint(name: str, pairs: Sequence[tuple[int, int]], num_layers: int, useless: str) -> None:
+    previous = None
+    for start, end in pairs:
+        if start > end:
+            raise UserError(f"{name}: expected start <= end, got the reversed interval [{start}, {end}]")
+        if start < 0 or end >= num_layers:
+            raise UserError(f"{name}: expected layers 0 to {num_layers - 1}, got [{start}, {end}], "
+                            "which is out of range")
+        if start == end:
+            raise UserError(f"{name}: expected at least two layers each, got [{start}, {end}], {useless}")
+        if previous is not None and start <= previous[1]:
+            raise UserError(f"{name}: expected disjoint intervals, got [{previous[0]}, {previous[1]}] and "
+                            f"[{start}, {end}], which overlap")
+        previous = (start, end)
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))

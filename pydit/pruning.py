@@ -1,4 +1,7 @@
-"""Plan x model -> pruned model. Pure surgery on copies: the teacher passed in is only read."""
+"""Plan x model -> pruned model. Pure surgery on copies: the teacher passed in is only read.
+
+What a plan adds to the teacher, the linear maps of thinned-out blocks, is fitted in :mod:`pydit.linear_maps`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import torch
 from torch import nn
 
 from pydit.errors import UserError
+from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
 from pydit.plan import PruningPlan
 from pydit.stats.ridge import gated_ridge
 
-INITS = ("first", "middle", "average", "probe")
+INITS = ("first", "middle", "average", "position-average", "probe")
 
 
 def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
@@ -29,15 +33,20 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     init : what the block that stands for layers ``start..end`` begins as:
 
         - ``"first"``: a copy of layer ``start`` (the paper), ``"middle"``: of layer ``(start + end) // 2`` (the
-          authors' script), ``"average"``: the mean of the parameters of all its layers;
+          authors' script), ``"average"``: the mean of the parameters of all its layers, ``"position-average"``: the
+          same with weights n, n - 1, ..., 1 from layer ``start`` on (Amber-Image's local weight averaging, uniform or
+          by position);
         - ``"probe"``: a copy of layer ``start`` whose last linear layer, in each stream, is refitted so that the
           block's output comes closest to the output of layer ``end`` on ``batches``. A block adds
           ``gate * (W a + b)`` to a stream last, so with everything before held fixed, W and b are the solution of a
           least-squares problem (solved to rounding by conjugate gradients, with a ridge that pulls to the copied
           weights). Everything else an interval does, such as changing the attention, is beyond it: it is a starting
           point for distillation. A text output that the model does not read is left alone.
-    batches : keyword-argument dicts for ``transformer.forward``; only for ``init="probe"``. They are kept in a list.
-    ridge : relative strength of the ridge of ``init="probe"``.
+    batches : keyword-argument dicts for ``transformer.forward``, for ``init="probe"`` and for the linear maps of a plan
+        that has any: these are fitted in closed form to the teacher's activations on all rows of all batches, padding
+        left out, each map to its own target. They are kept in a list. Without batches the maps start as the identity
+        and a warning says so.
+    ridge : relative strength of the ridge of ``init="probe"`` and of the linear maps (which it pulls to the identity).
     tokens_per_batch : tokens per stream and batch that ``init="probe"`` fits to. The layer that is fitted has 4 C
         inputs, so aim for more tokens than that in total.
     seed : of the choice of those tokens.
@@ -47,14 +56,19 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     -------
     nn.Module
         A diffusers ModelMixin on the device and in the dtype of ``transformer``, all parameters trainable, with
-        ``plan``, ``source``, ``replaced``, ``set_active`` (see
-        :class:`pydit.models.qwen_image.PrunedQwenImageTransformer2DModel`).
+        ``plan``, ``source``, ``replaced``, ``fits``, ``set_active`` (see
+        :class:`pydit.models.pruned.PrunedModel`).
 
     Raises
     ------
     UserError
         An unknown family or init, a plan for another family or depth, a model that is already pruned or carries
-        LoRA layers, or ``init="probe"`` without batches.
+        LoRA layers, ``init="probe"`` without batches, or an average of layers that differ in structure.
+
+    Warns
+    -----
+    UserWarning
+        A linear map without batches, or with fewer tokens than unknowns.
     """
     adapter = get_adapter(transformer)
     if not isinstance(plan, PruningPlan):
@@ -72,26 +86,46 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
         return f"{plan.describe(transformer.config)}\ninit: {init}"
 
     layers = adapter.blocks(transformer)
-    blocks = [_initial_block([layers[k] for k in source], init) for source in plan.source]
+    blocks = [_initial_block(adapter, [layers[k] for k in source], init) for source in plan.source]
+    batches = None if batches is None else list(batches)
     if init == "probe":
-        _refit(adapter, transformer, plan, blocks, list(batches), ridge, tokens_per_batch, seed)
-    block_list = adapter.block_list
-    others = {name: copy.deepcopy(child) for name, child in transformer.named_children() if name != block_list}
+        _refit(adapter, transformer, plan, blocks, batches, ridge, tokens_per_batch, seed)
+    originals = blocks
+    if not plan.is_stock:  # thinning a block out takes it apart
+        originals = [copy.deepcopy(block) if spec.text == "linear" else block
+                     for block, spec in zip(blocks, plan.blocks, strict=True)]
+        blocks = [adapter.new_block(block, spec) for block, spec in zip(blocks, plan.blocks, strict=True)]
+    fits = fit_linear_maps(adapter, transformer, plan, blocks, originals, batches, ridge=ridge)
+    others = {name: copy.deepcopy(child) for name, child in transformer.named_children()
+              if name not in adapter.block_lists}
     student = adapter.pruned_class().from_teacher(transformer, plan, blocks, others)
+    student.fits = fits
     return student.requires_grad_(True)
 
 
-def _initial_block(layers: list[nn.Module], init: str) -> nn.Module:
-    if init == "middle":
-        return copy.deepcopy(layers[(len(layers) - 1) // 2])
-    block = copy.deepcopy(layers[0])
-    if init == "average" and len(layers) > 1:
-        states = [layer.state_dict() for layer in layers]
+def _initial_block(adapter: ModelAdapter, layers: list[nn.Module], init: str) -> nn.Module:
+    index = (len(layers) - 1) // 2 if init == "middle" else 0
+    block = adapter.conform(copy.deepcopy(layers[index]), layers[-1])
+    states = []
+    if "average" in init and len(layers) > 1:
+        for layer in layers:
+            if _shapes(layer) != _shapes(block):
+                layer = adapter.conform(copy.deepcopy(layer), layers[-1])
+            states.append(layer.state_dict())
+    same = _shapes(layers[index]) == _shapes(layers[0])
+    if not same or any({name: t.shape for name, t in state.items()} != _shapes(block) for state in states):
+        raise UserError(f'init: expected "first" for an interval whose layers differ in structure, got {init!r}')
+    if states:
+        weights = range(len(states), 0, -1) if init == "position-average" else [1] * len(states)
         block.load_state_dict({
-            name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
-            if tensor.is_floating_point() else tensor
+            name: (sum(weight * state[name].double() for weight, state in zip(weights, states, strict=True))
+                   / sum(weights)).to(tensor.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in states[0].items()})
     return block
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _refit(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan, blocks: list[nn.Module],
@@ -100,6 +134,8 @@ def _refit(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan, blocks:
     if not batches:
         raise UserError('batches: expected at least one calibration batch for init="probe", got none')
     for index, start, end in plan.replaced:
+        if start == end or plan.blocks[index].form == "affine":
+            continue  # the teacher's own layer, thinned out or replaced as a whole
         generator = torch.Generator().manual_seed(seed)
         rows: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {"image": [], "text": []}
         for batch in batches:
@@ -107,14 +143,16 @@ def _refit(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan, blocks:
             observed = _observe(adapter, blocks[index], *capture.states[start], capture.kwargs)
             mask = adapter.text_mask(capture.kwargs)
             for stream, target in zip(("image", "text"), capture.states[end + 1], strict=True):
+                if stream not in observed:
+                    continue
                 inputs, gate, output, last = observed[stream]
                 wanted = target.float() - (output - gate * last)  # what gate * (W a + b) has to be
                 keep = torch.arange(target[..., 0].numel()) if stream == "image" or mask is None else \
                     mask.bool().flatten().nonzero().flatten().cpu()
                 keep = keep[torch.randperm(len(keep), generator=generator)[:tokens_per_batch]].to(target.device)
                 rows[stream].append(tuple(t.flatten(0, 1)[keep] for t in (inputs, gate, wanted)))
-        linears = adapter.last_linears(blocks[index])
-        if end == plan.num_layers - 1 and not adapter.last_text_used:
+        linears = dict(adapter.last_linears(blocks[index]))
+        if "text" in linears and end == plan.num_layers - 1 and not adapter.last_text_used:
             del linears["text"]
         for stream, linear in linears.items():
             inputs, gate, wanted = (torch.cat(parts) for parts in zip(*rows[stream], strict=True))
@@ -144,6 +182,7 @@ def _observe(adapter: ModelAdapter, block: nn.Module, image: torch.Tensor, text:
     try:
         with torch.enable_grad():
             outputs = dict(zip(("image", "text"), adapter.call_block(block, image, text, kwargs), strict=True))
+            outputs = {stream: output for stream, output in outputs.items() if stream in seen}
             gates = {stream: torch.autograd.grad(output.sum(), seen[stream][1], retain_graph=True)[0]
                      for stream, output in outputs.items()}
     finally:

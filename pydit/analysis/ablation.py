@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pydit.analysis.forward import GivenStates, set_blocks, shell_of, velocity
+from pydit.analysis.forward import GivenStates, shell_of, velocity
 from pydit.errors import UserError
 from pydit.models import get_adapter
 
@@ -72,9 +72,9 @@ def ablate(transformer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Abla
         def output(layer: int, batch: Mapping = batch, capture: Any = capture) -> torch.Tensor:
             """[B, elements]: boundary ``layer`` enters the block after it."""
             tail = [GivenStates(adapter, capture.states[layer]), *blocks[layer + 1:]]
-            return velocity(set_blocks(adapter, shell, tail), batch).flatten(1)
+            return velocity(adapter.put_blocks(shell, tail), batch).flatten(1)
 
-        full = velocity(set_blocks(adapter, shell, [GivenStates(adapter, capture.states[len(blocks)])]),
+        full = velocity(adapter.put_blocks(shell, [GivenStates(adapter, capture.states[len(blocks)])]),
                         batch).flatten(1)
         losses.append(torch.stack([(output(layer) - full).square().sum(1) for layer in range(len(blocks))], 1).cpu())
         norms.append(full.square().sum(1).cpu())

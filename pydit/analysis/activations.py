@@ -36,6 +36,8 @@ class ActivationStats:
     last_text_used : bool
         Whether the model reads the text output of its last block. If not, that output carries no information and
         criteria leave it out.
+    starts : tuple of int
+        First layers of the runs of blocks of one class; no interval crosses into one. FLUX.1 has two.
     device : optional
         Where moments are accumulated; samples are kept on the CPU.
     projected_from : int, optional
@@ -54,8 +56,9 @@ class ActivationStats:
     """
 
     def __init__(self, family: str, num_layers: int, width: int, *, last_text_used: bool = True,
-                 device: torch.device | str | None = None, projected_from: int | None = None) -> None:
-        self.projected_from = projected_from
+                 starts: tuple[int, ...] = (0,), device: torch.device | str | None = None,
+                 projected_from: int | None = None) -> None:
+        self.starts, self.projected_from = tuple(starts), projected_from
         self.family, self.num_layers, self.width, self.last_text_used = family, num_layers, width, last_text_used
         self.moments = {stream: [Moments(width, width, device=device) for _ in range(num_layers)]
                         for stream in STREAMS}
@@ -139,7 +142,7 @@ class ActivationStats:
 
     def merge(self, other: ActivationStats) -> ActivationStats:
         """Add what ``other`` has seen; ``other`` is unchanged. Returns self."""
-        for name in ("family", "num_layers", "width", "projected_from", "last_text_used"):
+        for name in ("family", "num_layers", "width", "projected_from", "last_text_used", "starts"):
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"other: expected {name} {getattr(self, name)!r}, got {getattr(other, name)!r}")
         for stream in STREAMS:
@@ -169,7 +172,7 @@ class ActivationStats:
             "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
             "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
             "images_seen": str(self.images_seen), "batches_seen": str(self.batches_seen),
-            "projected_from": str(self.projected_from or 0),
+            "projected_from": str(self.projected_from or 0), "starts": " ".join(map(str, self.starts)),
             **{f"batches_{stream}": str(len(self.samples[stream])) for stream in STREAMS}})
 
     @classmethod
@@ -182,6 +185,7 @@ class ActivationStats:
         try:
             stats = cls(metadata["family"], int(metadata["num_layers"]), int(metadata["width"]),
                         last_text_used=bool(int(metadata["last_text_used"])),
+                        starts=tuple(map(int, metadata.get("starts", "0").split())),
                         projected_from=int(metadata["projected_from"]) or None)
             stats.images_seen, stats.batches_seen = int(metadata["images_seen"]), int(metadata["batches_seen"])
             for stream in STREAMS:

@@ -65,7 +65,7 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
     directions = None if project is None else torch.randn(
         width, project, generator=torch.Generator().manual_seed(seed)).div_(project ** 0.5).to(device)
     stats = ActivationStats(adapter.family, layers, project or width, last_text_used=adapter.last_text_used,
-                            device=device, projected_from=project and width)
+                            starts=adapter.starts(transformer), device=device, projected_from=project and width)
     if resume is not None:
         stats.merge(resume)  # refuses those of another model
     first = stats.batches_seen

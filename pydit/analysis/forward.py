@@ -18,14 +18,8 @@ def shell_of(adapter: ModelAdapter, transformer: nn.Module) -> nn.Module:
     if isinstance(transformer, adapter.pruned_class()):
         raise UserError("transformer: expected an unpruned model, got a pruned one; use its to_stock()")
     layers = adapter.blocks(transformer)
-    others = {name: child for name, child in transformer.named_children() if name != adapter.block_list}
+    others = {name: child for name, child in transformer.named_children() if name not in adapter.block_lists}
     return adapter.pruned_class().from_teacher(transformer, PruningPlan(adapter.family, len(layers)), layers, others)
-
-
-def set_blocks(adapter: ModelAdapter, shell: nn.Module, blocks: list[nn.Module]) -> nn.Module:
-    """Let ``shell`` run these blocks and no others; returns it."""
-    setattr(shell, adapter.block_list, nn.ModuleList(blocks))
-    return shell
 
 
 def velocity(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

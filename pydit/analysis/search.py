@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pydit.analysis.criteria.base import intervals_without, removal_target
-from pydit.analysis.forward import set_blocks, shell_of, velocity
+from pydit.analysis.forward import shell_of, velocity
 from pydit.errors import UserError
 from pydit.models import get_adapter
 from pydit.plan import PruningPlan
@@ -80,13 +80,14 @@ def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], 
         raise UserError("batches: expected at least one batch with a velocity that is not zero, got none")
 
     def error(kept: list[int]) -> float:
-        set_blocks(adapter, shell, [layers[k] for k in kept])
+        adapter.put_blocks(shell, [layers[k] for k in kept])
         return sum((velocity(shell, batch) - value).square().sum().item()
                    for batch, value in zip(batches, targets, strict=True)) / total
 
     kept, order, errors = list(range(len(layers))), [], []
+    starts = adapter.starts(transformer)
     for _ in range(count):
-        least, layer = min((error([k for k in kept if k != layer]), layer) for layer in kept[1:])
+        least, layer = min((error([k for k in kept if k != layer]), layer) for layer in kept if layer not in starts)
         kept.remove(layer)
         order.append(layer)
         errors.append(least)

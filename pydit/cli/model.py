@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,14 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("--preset", help="a published layout, such as ppcl-qwen-image-12b")
     parser.add_argument("--intervals", metavar="JSON", help="intervals by hand, such as '[[3,4],[5,7]]'")
     parser.add_argument("--show", type=Path, metavar="PLAN", help="print a plan file")
+    thin = parser.add_argument_group("what more a plan does to its blocks, named by the first layer they stand for")
+    thin.add_argument("--text-linear", metavar="JSON",
+                      help="text regions as '[[anchor,last],...]': linear maps from the anchor's text")
+    thin.add_argument("--linear-ffn", metavar="JSON", help="blocks with linear FFNs, such as '[2,58]'")
+    thin.add_argument("--affine", metavar="JSON", help="blocks that become one affine map per stream")
+    thin.add_argument("--single-stream", type=whole, metavar="LAYER",
+                      help="from this layer on both streams run through the image branch")
+    thin.add_argument("--lean", action="store_true", help="leave out tensors that no output depends on")
     parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
     parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
     parser.add_argument("--method", default="ppcl", help="with STATS: how redundancy is found (default: ppcl)")
@@ -163,7 +174,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     elif arguments.intervals:
         if arguments.num_layers is None:
             raise UserError("num-layers: expected with --intervals, got none")
-        plan = PruningPlan.from_intervals(arguments.num_layers, _parse_intervals(arguments.intervals),
+        plan = PruningPlan.from_intervals(arguments.num_layers, _parse_list("intervals", arguments.intervals),
                                           family=arguments.family)
     elif arguments.search:
         from pydit.analysis import greedy_search
@@ -177,11 +188,16 @@ def _plan(arguments: argparse.Namespace) -> None:
 
         options = {name: getattr(arguments, name) for name in ("reference", "selection") if getattr(arguments, name)}
         stats = ActivationStats.load(arguments.stats)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with _warnings_as_lines("plan"):
             plan = detect(stats, method=arguments.method, target=arguments.target, **options)
-        for warning in caught:
-            print(f"pydit plan: warning: {warning.message}", file=sys.stderr)
+    more = {name: _parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
+            if getattr(arguments, name) is not None}
+    if arguments.single_stream is not None:
+        more["single_stream"] = arguments.single_stream
+    if more:
+        plan = dataclasses.replace(plan, **more)
+    if arguments.lean:
+        plan = plan.lean()
     if arguments.out:
         plan.save(arguments.out)
     if arguments.json:
@@ -232,15 +248,27 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.report}")
 
 
+@contextmanager
+def _warnings_as_lines(name: str) -> Iterator[None]:
+    """What the body warns of, on one line each on the standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"pydit {name}: warning: {warning.message}", file=sys.stderr)
+
+
 def add_prune(commands: Any) -> None:
     parser = command(
         commands, "prune", _prune, "apply a plan to a pipeline",
-        "Writes a pipeline directory that stock diffusers loads. The new blocks are only initialised: distil next.",
+        "Writes a pipeline directory; stock diffusers loads it when the plan has intervals alone. The new blocks are\n"
+        "only initialised: distil next.",
         "pydit prune ./my-pipeline --plan plan.json --init first --out ./pruned", figures=False)
     add_pipeline(parser)
     parser.add_argument("--plan", type=Path, required=True, help="plan file")
-    parser.add_argument("--init", default="first", choices=("first", "middle", "average", "probe"),
-                        help="what a new block starts from (default: first); probe needs --prompts")
+    parser.add_argument("--init", default="first", choices=("first", "middle", "average", "position-average", "probe"),
+                        help="what a new block starts from (default: first); probe needs --prompts, and so do the\n"
+                             "linear maps of a plan if they are to be fitted")
     parser.add_argument("--out", type=Path, help="pipeline directory to write")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_batches(parser, batches=8, required=False)
@@ -256,10 +284,11 @@ def _prune(arguments: argparse.Namespace) -> None:
     plan = PruningPlan.load(arguments.plan)
     pipe = load(arguments.pipeline, arguments)
     batches = None
-    if arguments.init == "probe":
+    if arguments.init == "probe" or (not plan.is_stock and arguments.prompts and not arguments.dry_run):
         stream = batch_stream(pipe, arguments)(0)
         batches = [inputs(next(stream)) for _ in range(arguments.batches)]
-    result = prune(pipe.transformer, plan, init=arguments.init, batches=batches, dry_run=arguments.dry_run)
+    with _warnings_as_lines("prune"):
+        result = prune(pipe.transformer, plan, init=arguments.init, batches=batches, dry_run=arguments.dry_run)
     if arguments.dry_run:
         print(result)
         return
@@ -316,11 +345,12 @@ def _distill(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.out}: loss {last['loss']:.4g} after step {last['step']} of phase {last['phase']}")
 
 
-def _parse_intervals(text: str) -> Any:
+def _parse_list(name: str, text: str) -> Any:
     try:
-        intervals = json.loads(text)
+        found = json.loads(text)
     except ValueError:
-        intervals = None
-    if not isinstance(intervals, list):
-        raise UserError(f"intervals: expected a JSON list such as '[[3,4],[5,7]]', got {text!r}")
-    return intervals
+        found = None
+    if not isinstance(found, list):
+        example = "[2,58]" if name in ("linear_ffn", "affine") else "[[3,4],[5,7]]"
+        raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
+    return found

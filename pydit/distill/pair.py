@@ -18,7 +18,7 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
     if not hasattr(student, "plan") or not hasattr(student, "replaced"):
         raise UserError(f"student: expected a model made by pydit.prune, got {type(student).__name__}")
     if not student.replaced:
-        raise UserError("student: expected a plan with at least one interval, got one that replaces nothing")
+        raise UserError("student: expected a plan that replaces at least one block, got one that replaces nothing")
     student.plan.require_match(teacher)
     ours, theirs = next(student.parameters()), next(teacher.parameters())
     if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
@@ -41,7 +41,7 @@ def prepared(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> I
     try:
         teacher.eval().requires_grad_(False)
         student.train().requires_grad_(False)
-        student.set_active(student.plan.intervals)
+        student.set_active(student.plan.units)
         if config.gradient_checkpointing and not checkpointing:
             student.enable_gradient_checkpointing()
         with torch.enable_grad():

@@ -41,6 +41,7 @@ class Phase:
     def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, config: DistillConfig) -> None:
         self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
         self.intervals = list(student.replaced)  # (student block, first teacher layer, last teacher layer)
+        self.specs = student.plan.blocks
         self.blocks = adapter.blocks(student)
         self.last = adapter.num_layers(teacher) - 1
 
@@ -66,15 +67,21 @@ class Phase:
                 groups[label[id(p)]][name] = p
         return groups
 
-    def streams_of(self, end: int) -> tuple[str, ...]:
-        """The streams to match at the end of an interval: the text output of the last layer may be dead."""
-        return ("image",) if end == self.last and not self.adapter.last_text_used else ("image", "text")
+    def streams_of(self, index: int) -> tuple[str, ...]:
+        """The streams to match after a student block: those that it writes, and that something reads."""
+        spec = self.specs[index]
+        writes = spec.text_output if spec.text == "linear" else spec.text == "full"
+        dead = spec.source[-1] == self.last and not self.adapter.last_text_used
+        return ("image", "text") if writes and not dead else ("image",)
 
-    def boundary_losses(self, end: int, student: Streams, target: Streams,
+    def boundary_losses(self, index: int, student: Streams, target: Streams,
                         mask: torch.Tensor | None) -> list[torch.Tensor]:
-        """The configured loss on every stream that matters after teacher layer ``end``."""
-        pairs = {"image": (student[0], target[0], None), "text": (student[1], target[1], mask)}
-        return [token_mean(self._token_loss, *pairs[stream]) for stream in self.streams_of(end)]
+        """The configured loss on every stream that matters after a student block."""
+        image, text = student
+        if self.specs[index].hands_on:  # the text for the blocks to come stands behind it
+            text = text.chunk(2, dim=1)[0]
+        pairs = {"image": (image, target[0], None), "text": (text, target[1], mask)}
+        return [token_mean(self._token_loss, *pairs[stream]) for stream in self.streams_of(index)]
 
     def _token_loss(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         value = LOSSES[self.config.loss](student, target)
@@ -91,8 +98,10 @@ class LayerPhase(Phase):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.terms = [Term(_label(start, end), stream, 1.0)
-                      for _, start, end in self.intervals for stream in self.streams_of(end)]
-        self.boundaries = sorted({k for _, start, end in self.intervals for k in (start, end + 1)})
+                      for index, start, end in self.intervals for stream in self.streams_of(index)]
+        self.layers = self.adapter.blocks(self.teacher)
+        self.boundaries = sorted({end + 1 for _, _, end in self.intervals}.union(*(
+            self.adapter.feeding_boundaries(self.student.plan, index) for index, _, _ in self.intervals)))
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         return self.replaced_parameters()
@@ -104,9 +113,11 @@ class LayerPhase(Phase):
         states, kwargs = observation
         mask = self.adapter.text_mask(kwargs)
         values = []
-        for index, start, end in self.intervals:
-            output = self._run(self.blocks[index], states[start], kwargs)
-            losses = self.boundary_losses(end, output, states[end + 1], mask)
+        for index, _, end in self.intervals:
+            with torch.no_grad():
+                inputs = self.adapter.student_streams(self.student.plan, index, self.layers, observation)
+            output = self._run(self.blocks[index], inputs, kwargs)
+            losses = self.boundary_losses(index, output, states[end + 1], mask)
             # The intervals share no parameter: a backward pass each keeps one block's activations at a time.
             torch.stack(losses).sum().backward()
             values += [loss.detach() for loss in losses]
@@ -140,7 +151,7 @@ class OutputPhase(Phase):
             self.terms.append(Term("output", "flow", config.flow_weight))
         self.watched = self.intervals if config.boundary_weight else []
         self.terms += [Term(_label(start, end), stream, config.boundary_weight)
-                       for _, start, end in self.watched for stream in self.streams_of(end)]
+                       for index, start, end in self.watched for stream in self.streams_of(index)]
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         if self.config.output_trainable == "all":
@@ -163,8 +174,8 @@ class OutputPhase(Phase):
         if self.config.flow_weight:
             losses.append(F.mse_loss(velocity.float(), _flow_target(observation.target, velocity)))
         mask = self.adapter.text_mask(batch)
-        for _, _, end in self.watched:
-            losses += self.boundary_losses(end, boundaries[end], observation.boundaries[end], mask)
+        for index, _, end in self.watched:
+            losses += self.boundary_losses(index, boundaries[end], observation.boundaries[end], mask)
         values = torch.stack(losses)
         (values * values.new_tensor([term.weight for term in self.terms])).sum().backward()
         return values.detach()

@@ -108,8 +108,8 @@ class _Run:
         self.show = show and distributed.is_main()
         self.device = next(student.parameters()).device
         self.identity = {
-            "plan": {"family": student.plan.family, "num_layers": student.plan.num_layers,
-                     "intervals": [list(pair) for pair in student.plan.intervals]},
+            "plan": {name: value for name, value in student.plan.to_dict().items()
+                     if name not in ("format", "version", "provenance")},
             "config": config.computation(), "teacher": digest(teacher)}
         self.progress, self.loaded = self._start()
         self.resumed_from = (self.progress.phase, self.progress.step) if self.loaded else None

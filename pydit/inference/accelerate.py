@@ -20,6 +20,7 @@ _KEY = "_pydit_accelerated"
 _PROCESSORS = {  # stock class -> ours
     "QwenDoubleStreamAttnProcessor2_0": "QwenImageAttnProcessor", "FluxAttnProcessor": "FluxAttnProcessor",
     "JointAttnProcessor2_0": "SD3AttnProcessor",
+    "PrunedQwenImageAttnProcessor": "QwenImageAttnProcessor",  # of thinned-out blocks; stock operations
 }
 _HEAD_DIMS = (32, 64, 128)
 _MODELS = ("QwenImageTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
@@ -64,7 +65,7 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False) -> Any:
         kind = type(processor).__name__
         if processor is None or isinstance(processor, nn.Module):
             continue
-        if kind not in _PROCESSORS or type(processor).__module__.startswith("pydit"):
+        if kind not in _PROCESSORS or type(processor).__module__ == attention.__name__:
             state.note("attention", "stock", f"no fused form of {kind}")
         elif getattr(processor, "_attention_backend", None) is not None:
             state.note("attention", "stock", f"set_attention_backend chose {processor._attention_backend}")
@@ -85,7 +86,7 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False) -> Any:
     for block in get_adapter(model).blocks(model):
         if "forward" in block.__dict__:
             state.note("blocks", "stock", "a hook has replaced the block's forward; accelerate before adding hooks")
-        elif block.zero_cond_t:
+        elif getattr(block, "zero_cond_t", False):
             state.note("blocks", "stock", "two modulation rows per image (zero_cond_t)")
         elif type(block) is not fused_blocks.transformer_qwenimage.QwenImageTransformerBlock:
             state.note("blocks", "stock", f"no fused form of {type(block).__name__}")

@@ -2,7 +2,8 @@
 
 A depth-pruned transformer is a shorter transformer of the stock class, so it is stored as one: stock diffusers loads
 and runs the directory without pydit. ``pydit_plan.json`` beside ``model_index.json`` keeps the plan and which teacher
-blocks each remaining block stands for; with it :func:`load_pipeline` restores the pruned class.
+blocks each remaining block stands for; with it :func:`load_pipeline` restores the pruned class. Thinned-out blocks have
+no stock class: such a transformer is stored under its own, and diffusers loads it once ``pydit`` has been imported.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ def save_pipeline(pipe, path: str | os.PathLike) -> Path:
     _need_diffusers()
     student = getattr(pipe, "transformer", None)
     pruned = hasattr(student, "plan") and hasattr(student, "to_stock")
+    as_stock = pruned and student.plan.is_stock
     with replace_directory(path) as new:
         try:
-            if pruned:
+            if as_stock:
                 pipe.register_modules(transformer=student.to_stock())
             pipe.save_pretrained(new, safe_serialization=True)
         except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
@@ -56,7 +58,7 @@ def save_pipeline(pipe, path: str | os.PathLike) -> Path:
             raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}",
                           str(path)) from None
         finally:
-            if pruned:
+            if as_stock:
                 pipe.register_modules(transformer=student)
         _forget_paths(new)
         if pruned:
@@ -97,7 +99,7 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
     except Exception as error:  # diffusers and transformers raise many kinds for a directory they cannot read
         raise FormatError(f"pipeline: expected a directory that diffusers can load, got {path}: "
                           f"{_line(error)}") from error
-    if (path / PLAN_FILE).exists():
+    if (path / PLAN_FILE).exists() and not hasattr(pipe.transformer, "plan"):
         pipe.register_modules(transformer=_restore(pipe.transformer, path / PLAN_FILE))
     return pipe.to(device)
 
@@ -195,7 +197,7 @@ def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -
     models = {}
     for name, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        kind = getattr(diffusers, class_name, None) if library == "diffusers" else None
+        kind = getattr(diffusers, class_name, None) if library == "diffusers" else _pruned_class(library, class_name)
         if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
             continue
         try:
@@ -213,13 +215,24 @@ def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -
     return models
 
 
+def _pruned_class(library: Any, class_name: Any) -> type | None:
+    """One of this package's own model classes by its entry in a model index; importing it lets diffusers find it."""
+    from pydit.families import FAMILIES
+    from pydit.models import get_adapter
+
+    for family in FAMILIES if isinstance(library, str) and library.startswith("pydit.models.") else ():
+        kind = get_adapter(family).pruned_class()
+        if (kind.__module__, kind.__name__) == (library, class_name):
+            return kind
+    return None
+
+
 def _restore(transformer, file: Path):
     """The stock transformer as the pruned class, with its plan."""
     import torch
 
-    from pydit.models.qwen_image import PrunedQwenImageTransformer2DModel
-    from pydit.models.routing import RoutedBlocks
-    from pydit.plan import PruningPlan
+    from pydit.models import get_adapter
+    from pydit.plan import PruningPlan, family_of
 
     data = read_json(file, what="pipeline")
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
@@ -229,15 +242,21 @@ def _restore(transformer, file: Path):
         depth = len(source)
     except (KeyError, TypeError) as error:
         raise FormatError(f"pipeline: expected a plan and its source map in {file}, got {error!r}") from None
-    if depth != transformer.config.num_layers:
-        raise FormatError(f"pipeline: expected a plan that leaves {transformer.config.num_layers} blocks, as the "
+    family = family_of(transformer).name
+    if plan.family != family or not plan.is_stock:
+        raise FormatError(f"pipeline: expected a {family} plan with intervals alone for the stored transformer, got "
+                          f"one for {plan.family} ({file})")
+    adapter = get_adapter(family)
+    blocks = adapter.blocks(transformer)
+    if depth != len(blocks):
+        raise FormatError(f"pipeline: expected a plan that leaves {len(blocks)} blocks, as the "
                           f"stored transformer has, got one that leaves {depth} ({file})")
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        student = PrunedQwenImageTransformer2DModel(**config, pydit={"plan": plan.to_dict()})
+        student = adapter.pruned_class()(**config, pydit={"plan": plan.to_dict()})
     for name, module in transformer.named_children():
         setattr(student, name, module)
-    student.transformer_blocks = RoutedBlocks(list(transformer.transformer_blocks), plan.source)
+    student._install(plan, blocks)
     return student.train(transformer.training)
 
 

@@ -63,7 +63,7 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
         rows = [embed(torch.stack((key, key * 0)) if pairs else key[None], first[:0]) for key in keys]
         _swap(baked, model, "time_text_embed", BakedTimesteps(keys))
         for block in adapter.blocks(model):
-            for name in adapter.modulation:
+            for name in (name for name in adapter.modulation if hasattr(block, name)):
                 both = pairs and name == "img_mod"
                 _swap(baked, block, name, BakedRows([getattr(block, name)(row if both else row[:1])[:1]
                                                      for row in rows]))

@@ -7,6 +7,7 @@ last block. At each boundary two streams flow, image ``[B, S_img, C]`` and text 
 from __future__ import annotations
 
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,15 @@ import torch
 from torch import nn
 
 from pydit.errors import UserError
-from pydit.plan import FAMILIES, family_of
+from pydit.families import FAMILIES, BlockSpec
+from pydit.plan import PruningPlan, family_of
 
 STREAMS = ("image", "text")
-_ADAPTERS = {"qwen-image": ("pydit.models.qwen_image", "QwenImageAdapter")}
+_ADAPTERS = {
+    "qwen-image": ("pydit.models.qwen_image", "QwenImageAdapter"),
+    "flux.1": ("pydit.models.flux", "FluxAdapter"),
+    "sd3.5": ("pydit.models.sd3", "SD3Adapter"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class BlockIO:
 class Capture(NamedTuple):
     """What :meth:`ModelAdapter.capture` saw.
 
-    states : boundary -> (image [B, S_img, C], text [B, S_txt, C])
+    states : boundary -> (image [B, S_img, C], text [B, S_txt, C]); where the last block has no text output (SD3), its
+        text input stands for it
     kwargs : every other argument of a block, the same for all blocks
     """
 
@@ -61,17 +68,37 @@ class ModelAdapter(ABC):
     modulation: tuple[str, ...]  # children of a block that turn the time embedding into shifts, scales and gates
 
     @property
-    def block_list(self) -> str:
-        """Name of the model's list of blocks."""
-        return FAMILIES[self.family].block_list
+    def block_lists(self) -> tuple[str, ...]:
+        """Names of the model's lists of blocks, in the order in which a forward runs them."""
+        return FAMILIES[self.family].block_lists
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The blocks that a forward runs, in depth order."""
-        return list(getattr(transformer, self.block_list))
+        return [block for name in self.block_lists for block in getattr(transformer, name)]
+
+    def put_blocks(self, transformer: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+        """Let ``transformer`` run these blocks and no others; returns it. All of them go to the first list."""
+        for name in self.block_lists[1:]:
+            setattr(transformer, name, nn.ModuleList())
+        setattr(transformer, self.block_lists[0], nn.ModuleList(blocks))
+        return transformer
+
+    def segments_of(self, plan: PruningPlan, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Student blocks in each list of a student with this configuration."""
+        return (plan.num_student_layers,)
+
+    def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+        """What a plan changes in a teacher's configuration."""
+        return {"num_layers": plan.num_student_layers}
 
     def num_layers(self, transformer: nn.Module) -> int:
         """How many blocks a forward runs."""
         return len(self.blocks(transformer))
+
+    def starts(self, transformer: nn.Module) -> tuple[int, ...]:
+        """First blocks of the runs of blocks of one class, of an unpruned model: 0, and where another class begins."""
+        lengths = FAMILIES[self.family].segments(transformer.config)
+        return tuple(itertools.accumulate(lengths[:-1], initial=0))
 
     @abstractmethod
     def width(self, transformer: nn.Module) -> int:
@@ -83,14 +110,67 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
-        """Per stream, the last linear layer of a block: the one whose output, gated, is added to the stream."""
+        """Per stream, the last linear layer of a block: the one whose output, gated, is added to the stream.
+
+        A stream whose last layer is not gated is left out; a linear layer that serves both is not listed either.
+        """
+
+    @abstractmethod
+    def stock_class(self) -> type[nn.Module]:
+        """The family's diffusers class."""
+
+    @abstractmethod
+    def stock_block(self, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> nn.Module:
+        """A block of the family that this state dict fits, with weights still to be loaded."""
+
+    @abstractmethod
+    def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
+        """The block of a specification, in the place of ``block`` and with as much of its weights as it has.
+
+        ``block`` is a stock block; it is taken apart. What the specification adds is the identity.
+        """
+
+    def conform(self, block: nn.Module, layer: nn.Module) -> nn.Module:
+        """``block``, a copy, made to fit where ``layer`` is; only the last block of a family may differ in form."""
+        return block
+
+    def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The text [B, S_txt, C] as the projections of a stock block see it: normed, shifted and scaled."""
+        raise UserError(f"text_linear: expected a family with text-linear blocks, got {self.family}")
+
+    def student_streams(self, plan: PruningPlan, index: int, teacher: list[nn.Module], capture: Capture
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the teacher's activations feed to a student block: (image, text), as the block expects them.
+
+        Parameters
+        ----------
+        index : of the student block.
+        teacher : the teacher's blocks.
+        capture : at :meth:`feeding_boundaries` of the block, at least.
+        """
+        spec = plan.blocks[index]
+        image, text = capture.states[spec.source[0]]
+        if spec.text == "linear":
+            anchor = plan.blocks[spec.anchor].source[0]
+            told = self.modulated_text(teacher[anchor], capture.states[anchor][1], capture.kwargs)
+            text = torch.cat((capture.states[anchor + 1][1], told), dim=1)
+        return image, text
+
+    def feeding_boundaries(self, plan: PruningPlan, index: int) -> set[int]:
+        """The boundaries of the teacher that :meth:`student_streams` reads."""
+        spec = plan.blocks[index]
+        found = {spec.source[0]}
+        if spec.text == "linear":
+            anchor = plan.blocks[spec.anchor].source[0]
+            found |= {anchor, anchor + 1}
+        return found
 
     def hidden_matrices(self, transformer: nn.Module) -> dict[str, nn.Parameter]:
         """By name, the weight matrices of all blocks that map tokens to tokens: attention and MLP, no modulation."""
         found = {}
         for name, parameter in transformer.named_parameters():
             parts = name.split(".")
-            if parts[0] == self.block_list and parameter.ndim == 2 and not set(parts) & set(self.modulation):
+            if parts[0] in self.block_lists and parameter.ndim == 2 and not set(parts) & set(self.modulation):
                 found[name] = parameter
         return found
 
@@ -100,8 +180,11 @@ class ModelAdapter(ABC):
 
     def call_block(self, block: nn.Module, image: torch.Tensor, text: torch.Tensor,
                    kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one block on image [B, S_img, C] and text [B, S_txt, C]; returns (image, text)."""
-        return self._streams(block(**{self.block_io.image: image, self.block_io.text: text}, **kwargs))
+        """Run one block on image [B, S_img, C] and text [B, S_txt, C]; returns (image, text).
+
+        A block without a text output returns the text it was given.
+        """
+        return self._streams(block(**{self.block_io.image: image, self.block_io.text: text}, **kwargs), text)
 
     def capture(self, transformer: nn.Module, batch: Mapping[str, Any], boundaries: Iterable[int]) -> Capture:
         """Run ``transformer`` on a batch under no_grad and return its streams at the requested boundaries.
@@ -139,8 +222,9 @@ class ModelAdapter(ABC):
             if k == wanted[-1]:
                 raise _Stop
 
-        def leave(outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            states[len(blocks)] = self._streams(outputs)
+        def leave(args: tuple, given: dict[str, Any], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+            named = {**dict(zip(self.block_io.inputs, args, strict=False)), **given}
+            states[len(blocks)] = self._streams(outputs, named[self.block_io.text])
             raise _Stop
 
         handles = []
@@ -151,7 +235,8 @@ class ModelAdapter(ABC):
                 handles.append(blocks[k].register_forward_pre_hook(
                     lambda module, args, given, k=k: enter(k, args, given), with_kwargs=True))
             if wanted[-1] == len(blocks):
-                handles.append(blocks[-1].register_forward_hook(lambda module, args, outputs: leave(outputs)))
+                handles.append(blocks[-1].register_forward_hook(
+                    lambda module, args, given, outputs: leave(args, given, outputs), with_kwargs=True))
             with torch.no_grad():
                 transformer(**batch)
         except _Stop:
@@ -161,9 +246,11 @@ class ModelAdapter(ABC):
                 handle.remove()
         return Capture({k: states[k] for k in wanted}, kwargs)
 
-    def _streams(self, outputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = outputs
-        return (second, first) if self.block_io.text_first else (first, second)
+    def _streams(self, outputs: tuple[torch.Tensor, torch.Tensor | None], text: torch.Tensor
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(image, text) of what a block returned for this text."""
+        image, found = outputs[::-1] if self.block_io.text_first else outputs
+        return image, text if found is None else found
 
 
 def get_adapter(transformer_or_family: nn.Module | str) -> ModelAdapter:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from pydit import ops
+from pydit.models.qwen_image_blocks import text_modules
 
 
 class QwenImageAttnProcessor:
@@ -19,6 +20,8 @@ class QwenImageAttnProcessor:
 
     Text tokens that the mask leaves out, which need not be at the end, are moved there on the device. Their rows of the
     text output are 0 before the output projection; the stock processor lets them attend, but nothing reads the result.
+    Blocks that a plan has thinned out (see :mod:`pydit.models.qwen_image_blocks`) are served too: without a text query
+    the text output is None, and a single stream's text goes through the image's projections.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
@@ -36,17 +39,28 @@ class QwenImageAttnProcessor:
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None, because Qwen-Image masks text by "
                              f"encoder_hidden_states_mask, got a mask of shape {list(attention_mask.shape)}")
+        modules = text_modules(attn)
         image = _project(attn, hidden_states, "to_q", "to_k", "to_v")
-        text = _project(attn, encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
+        q_txt, k_txt, v_txt = _project(attn, encoder_hidden_states, *modules.projections)
+        norms = (attn.norm_q, attn.norm_k, *modules.norms)
         tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        q_img, k_img, q_txt, k_txt = _norm_and_rotate(attn, image, text, tables)
+        asks = q_txt is not None
+        if not asks:  # the keys stand in for the queries too: one launch, and what it makes of them is not used
+            q_txt, norms = k_txt, (*norms[:2], norms[3], norms[3])
+        q_img, k_img, q_txt, k_txt = _norm_and_rotate(norms, image, (q_txt, k_txt), tables)
         if encoder_hidden_states_mask is None:
-            out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt, k_txt, text[2])
+            out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt if asks else None, k_txt, v_txt)
         else:
-            lens, order, *packed = ops.pack_text(encoder_hidden_states_mask.bool(), q_txt, k_txt, text[2])
-            out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], *packed, txt_lens=lens)
-            out_txt = ops.unpack_text(order, out_txt)
-        return _output(attn, out_img), attn.to_add_out(out_txt.flatten(2))
+            lens, order, q_txt, *packed = ops.pack_text(encoder_hidden_states_mask.bool(), q_txt, k_txt, v_txt)
+            out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt if asks else None, *packed,
+                                                   txt_lens=lens)
+            out_txt = ops.unpack_text(order, out_txt) if asks else None
+        if not asks:
+            return _output(attn, out_img), None
+        text = out_txt.flatten(2)
+        for module in modules.output:
+            text = module(text)
+        return _output(attn, out_img), text
 
 
 class FluxAttnProcessor:
@@ -76,7 +90,7 @@ class FluxAttnProcessor:
                         *(["to_added_qkv"] if fused else ["add_q_proj", "add_k_proj", "add_v_proj"]))
         tokens = encoder_hidden_states.shape[1]
         tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
-        q_img, k_img, q_txt, k_txt = _norm_and_rotate(attn, image, text, tables)
+        q_img, k_img, q_txt, k_txt = _norm_and_rotate(_norms(attn), image, text, tables)
         out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt, k_txt, text[2])
         return _output(attn, out_img), attn.to_add_out(out_txt.flatten(2))
 
@@ -106,7 +120,8 @@ class SD3AttnProcessor:
             return _output(attn, _alone(q_img, k_img, v_img))
         q_txt, k_txt, v_txt = _project(attn, encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
         if attn.norm_q is not None:
-            q_img, k_img, q_txt, k_txt = _norm_and_rotate(attn, (q_img, k_img), (q_txt, k_txt), (None, None))
+            q_img, k_img, q_txt, k_txt = _norm_and_rotate(_norms(attn), (q_img, k_img), (q_txt, k_txt),
+                                                          (None, None))
         q_txt = None if attn.context_pre_only else q_txt
         out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt)
         return _output(attn, out_img), None if out_txt is None else attn.to_add_out(out_txt.flatten(2))
@@ -114,20 +129,23 @@ class SD3AttnProcessor:
 
 def _project(attn, x, *names):
     """Query, key and value [B, S, H, D] from one projection each or from one for all."""
-    projected = [getattr(attn, name)(x) for name in names]
+    projected = [None if name is None else getattr(attn, name)(x) for name in names]
     if len(projected) == 1:
         projected = projected[0].chunk(3, -1)
     dim = attn.inner_dim // attn.heads
-    return [part.unflatten(-1, (-1, dim)) for part in projected]
+    return [None if part is None else part.unflatten(-1, (-1, dim)) for part in projected]
 
 
-def _norm_and_rotate(attn, image, text, tables):
+def _norms(attn):
+    """The norms of a stock module: query and key of the image, query and key of the text."""
+    return attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+
+
+def _norm_and_rotate(norms, image, text, tables):
     """q_img, k_img, q_txt, k_txt after RMSNorm and rotation by the tables of (image, text)."""
-    norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
     if any(norm is None for norm in norms):
         raise ValueError("attn: expected RMSNorm on queries and keys of both streams, got a module without")
-    return ops.joint_qk_norm_rope(*image[:2], *text[:2], [norm.weight for norm in norms], *tables,
-                                  eps=attn.norm_q.eps)
+    return ops.joint_qk_norm_rope(*image[:2], *text[:2], [norm.weight for norm in norms], *tables, eps=norms[0].eps)
 
 
 def _alone(q, k, v):

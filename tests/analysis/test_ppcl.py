@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from pydit.analysis import Scores, collect, detect, score, select
+from pydit.analysis import Scores, collect, detect, score
+from pydit.analysis import select as select_with_defaults
 from pydit.analysis.criteria import PPCL, get_criterion, names, register
 from pydit.errors import FormatError, UserError
 from pydit.plan import PruningPlan
@@ -73,6 +74,11 @@ def scores_of(cka, *, text=None, last_text_used=True, **options):
                                                    for name in ("reference", "first_probe", "ridge")}, matrices)
 
 
+def select(scores, target=None, **options):
+    """The rules themselves, without the default floor."""
+    return select_with_defaults(scores, target=target, **{"min_cka": None, **options})
+
+
 def matrix(layers, rows):
     """A score matrix from the losses per step of each start layer; 0.5 per step where nothing is said."""
     cka = torch.zeros(layers, layers, dtype=torch.float64)
@@ -101,6 +107,19 @@ def test_default_rule_asks_for_a_sudden_increase():
     assert select(scores_of(cka), first_layer=1).intervals == ((1, 3), (4, 6))
     assert select(scores_of(cka), first_layer=1, sudden=0.0).intervals == ((1, 3), (4, 5), (6, 7))
     assert select(scores_of(cka), first_layer=1, sudden=9.0).intervals == ((1, 7),)
+
+
+def test_default_floor():
+    """Deciding by itself, the default rule leaves a unit that has lost much alone; told how much to remove, it ranks."""
+    cka = matrix(8, {0: [0.02, 0.015, 0.01, 0.3], 4: [0.01, 0.005, 0.004]})
+    scores = scores_of(cka)
+    assert select_with_defaults(scores).intervals == ((4, 7),)
+    assert select_with_defaults(scores, min_cka=None).intervals == ((0, 3), (4, 7))
+    assert select_with_defaults(scores, rule="literal").intervals == ((0, 3), (4, 7))
+    assert select_with_defaults(scores, target=6).intervals == ((0, 3), (4, 7))
+    for wrong in ("none", True, 1.5):
+        with pytest.raises(UserError, match="min_cka: expected a number up to 1"):
+            PPCL(min_cka=wrong)
 
 
 def test_default_rule_needs_more_than_noise():

@@ -273,3 +273,25 @@ def test_every_module_of_the_command_is_thin():
     """Commands are a few lines over the API: no torch, numpy or diffusers imported at the top of a module."""
     for module in (pydit.cli, pydit.cli.options, pydit.cli.model, pydit.cli.demo, pydit.cli.system):
         assert not {"torch", "np", "diffusers"} & set(vars(module))
+
+
+def test_plans_beyond_depth(tmp_path, capfd, fails):
+    """Made on the command line, fitted when pruning, and a warning of one line when there is nothing to fit to."""
+    path = tmp_path / "plan.json"
+    assert main(["plan", "--intervals", "[[1,2]]", "--num-layers", "6", "--text-linear", "[[3,5]]", "--linear-ffn", "[0]",
+                 "--lean", "--out", str(path)]) == 0
+    plan = PruningPlan.load(path)
+    assert plan == PruningPlan("qwen-image", 6, [(1, 2)], text_linear=[(3, 5)], linear_ffn=[0]).lean()
+    assert "text linear from block 2" in capfd.readouterr().out
+    command = ["prune", str(untrained()), "--plan", str(path), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert capfd.readouterr().err.count("pydit prune: warning: the linear maps of the plan start as the identity") == 1
+    assert main([*command, "--prompts", "demo", "--batches", "4"]) == 0
+    assert "identity" not in capfd.readouterr().err
+    assert main(["plan", "--preset", "amber-qwen-image-10b", "--single-stream", "20", "--affine", "[2]"]) == 0
+    capfd.readouterr()
+    assert "affine: expected a JSON list such as '[2,58]', got '3'" in fails(
+        "plan", "--preset", "amber-qwen-image-10b", "--affine", "3")
+    assert "linear_ffn: expected the first layer of a block" in fails(
+        "plan", "--preset", "ppcl-qwen-image-12b", "--linear-ffn", "[4]")
+    assert "lean: expected a family with dead tensors, got flux.1" in fails("plan", "--preset", "ppcl-flux.1-8b", "--lean")

@@ -268,7 +268,7 @@ def test_wrong_models_and_batches_are_named():
     teacher, student = tiny.make_pair()
     with pytest.raises(UserError, match="student: expected a model made by pydit.prune, got QwenImageT"):
         run(teacher, teacher)
-    with pytest.raises(UserError, match="student: expected a plan with at least one interval"):
+    with pytest.raises(UserError, match="student: expected a plan that replaces at least one block"):
         run(teacher, pydit.prune(teacher, PruningPlan.from_intervals(6, [])))
     with pytest.raises(UserError, match="plan: the plan is for 6 layers, the model has 5"):
         run(tiny.make_teacher(5), student)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from pydit.models.attention import FluxAttnProcessor, QwenImageAttnProcessor, SD3AttnProcessor
 from pydit.testing import assert_accurate
@@ -135,39 +134,8 @@ def test_bad_arguments():
 # FLUX.1 and SD3.5 -----------------------------------------------------------------------------------------------------
 
 
-def _flux(**config):
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=32,
-                                  num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=16,
-                                  axes_dims_rope=(8, 12, 12), **config).eval()
-
-
-def _flux_batch():
-    generator = torch.Generator().manual_seed(0)
-    image = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij"), -1).flatten(0, 1)
-    return {"hidden_states": torch.randn(2, 20, 4, generator=generator),
-            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
-            "pooled_projections": torch.randn(2, 16, generator=generator), "timestep": torch.tensor([0.3, 0.7]),
-            "img_ids": torch.nn.functional.pad(image, (1, 0)), "txt_ids": torch.zeros(7, 3)}
-
-
-def _sd3(**config):
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(**{
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 32,
-        "num_attention_heads": 2, "joint_attention_dim": 24, "caption_projection_dim": 64, "pooled_projection_dim": 16,
-        "out_channels": 4, "pos_embed_max_size": 8, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
-        **config}).eval()
-
-
-def _sd3_batch():
-    generator = torch.Generator().manual_seed(0)
-    return {"hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
-            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
-            "pooled_projections": torch.randn(2, 16, generator=generator), "timestep": torch.tensor([300.0, 700.0])}
-
-
-FAMILIES = {"flux": (_flux, _flux_batch, FluxAttnProcessor), "sd3.5": (_sd3, _sd3_batch, SD3AttnProcessor)}
+FAMILIES = {"flux": (tiny.flux, tiny.flux_batch, FluxAttnProcessor),
+            "sd3.5": (tiny.sd3, tiny.sd3_batch, SD3AttnProcessor)}
 
 
 @pytest.mark.parametrize("device", BACKENDS, indirect=True)
@@ -183,8 +151,8 @@ def test_other_families_equal_their_stock_processors(family, device):
 
 
 @pytest.mark.parametrize(("make", "batch", "processor"), [
-    (_flux, _flux_batch, FluxAttnProcessor), (_sd3, _sd3_batch, SD3AttnProcessor),
-    (lambda: _sd3(qk_norm=None, dual_attention_layers=()), _sd3_batch, SD3AttnProcessor)],
+    (tiny.flux, tiny.flux_batch, FluxAttnProcessor), (tiny.sd3, tiny.sd3_batch, SD3AttnProcessor),
+    (lambda: tiny.sd3(qk_norm=None, dual_attention_layers=()), tiny.sd3_batch, SD3AttnProcessor)],
     ids=["flux", "sd3.5", "sd3 medium"])
 def test_other_families_are_close_in_single_precision(make, batch, processor):
     model = make()
@@ -205,11 +173,11 @@ def test_other_families_compile_fullgraph(family):
 
 
 def test_fused_projections_of_flux():
-    model = _flux()
-    stock = _run(model, _flux_batch())
+    model = tiny.flux()
+    stock = _run(model, tiny.flux_batch())
     model.fuse_qkv_projections()
     model.set_attn_processor(FluxAttnProcessor())
-    torch.testing.assert_close(_run(model, _flux_batch()), stock, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_run(model, tiny.flux_batch()), stock, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("processor", [FluxAttnProcessor, SD3AttnProcessor])

@@ -14,6 +14,10 @@ from tests.models import tiny
 @pytest.mark.parametrize("name, layers, parameters", [
     ("ppcl-qwen-image-14b", 42, 14_313_437_760),
     ("ppcl-qwen-image-12b", 35, 11_934_618_688),
+    ("ppcl-qwen-image-11b", 35, 10_981_226_560),
+    ("ppcl-qwen-image-10b", 35, 10_603_653_184),
+    ("amber-qwen-image-10b", 30, 10_235_462_208),
+    ("amber-qwen-image-6b", 30, 6_837_149_248),
 ])
 def test_presets_have_the_published_size(name, layers, parameters):
     plan = PruningPlan.preset(name)
@@ -21,7 +25,7 @@ def test_presets_have_the_published_size(name, layers, parameters):
 
 
 def test_unknown_preset():
-    with pytest.raises(UserError, match="preset: expected one of ppcl-qwen-image-14b, ppcl-qwen-image-12b, got 'x'"):
+    with pytest.raises(UserError, match="preset: expected one of ppcl-qwen-image-14b, ppcl-qwen-image-12b, .*, got 'x'"):
         PruningPlan.preset("x")
 
 
@@ -82,7 +86,7 @@ def test_bad_intervals(intervals, message):
 
 
 def test_bad_family_and_depth():
-    with pytest.raises(UserError, match="family: expected one of qwen-image, got 'flux'"):
+    with pytest.raises(UserError, match="family: expected one of qwen-image, flux.1, sd3.5, got 'flux'"):
         PruningPlan.from_intervals(10, [[1, 2]], family="flux")
     for depth in (0, "10", 3.0, True):
         with pytest.raises(UserError, match="num_layers: expected a positive integer"):
@@ -115,7 +119,7 @@ def test_file_round_trip(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda d: d.update(format="other"), "expected an object with \"format\": \"pydit-plan\", got 'other'"),
-    (lambda d: d.update(version=2), "expected version 1, got 2"),
+    (lambda d: d.update(version=3), "expected version 1 or 2, got 3"),
     (lambda d: d.update(kinds={}), "unknown or missing kinds"),
     (lambda d: d.pop("family"), "unknown or missing family"),
     (lambda d: d.update(intervals=[[5, 99]]), "out of range"),
@@ -147,8 +151,8 @@ def test_describe():
     text = PruningPlan.preset("ppcl-qwen-image-12b").describe().splitlines()
     assert text[0] == ("qwen-image: 60 layers -> 35 (25 removed, 41.7 %), "
                        "20,430,401,088 parameters -> 11,934,618,688")
-    assert len(text) == 37
-    assert text[5].split() == ["3", "3-4", "one", "block", "for", "2"]
+    assert len(text) == 38 and "82.2 (58.3 %)" in text[1]
+    assert text[6].split() == ["3", "3-4", "339,831,296", "one", "block", "for", "2"]
     assert "parameters" not in PruningPlan.from_intervals(8, [[1, 2]]).describe()
 
 

@@ -227,7 +227,7 @@ def test_stock_diffusers_loads_it(tmp_path, teacher, student):
 
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.update(num_layers=4), "expected num_layers 3 and family qwen-image as in the plan, got 4"),
-    (lambda c: c["pydit"]["plan"].update(version=7), "expected version 1, got 7"),
+    (lambda c: c["pydit"]["plan"].update(version=7), "expected version 1 or 2, got 7"),
     (lambda c: c.update(pydit={"other": 1}), "config: expected \"pydit\""),
 ])
 def test_bad_config(tmp_path, student, change, message):
@@ -250,7 +250,7 @@ def test_truncated_teacher_file(tmp_path, student):
 def test_prune_errors(teacher, student):
     with pytest.raises(UserError, match="the plan is for 60 layers, the model has 6"):
         pydit.prune(teacher, PruningPlan.preset("ppcl-qwen-image-12b"))
-    with pytest.raises(UserError, match="init: expected one of first, middle, average, probe, got 'last'"):
+    with pytest.raises(UserError, match="init: expected one of first, middle, average, position-average, probe, got 'last'"):
         pydit.prune(teacher, PLAN, init="last")
     with pytest.raises(UserError, match="got a pruned one; prune its to_stock"):
         pydit.prune(student, PruningPlan("qwen-image", 3))

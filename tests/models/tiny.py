@@ -1,7 +1,7 @@
-"""A small random Qwen-Image transformer and batches for it."""
+"""Small random transformers of each family and batches for them."""
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 
 
 def transformer(num_layers=6, seed=0, **config):
@@ -28,6 +28,41 @@ def batch(images=3, seed=0, text=7, masked=True):
         "timestep": torch.rand(images, generator=generator),
         "img_shapes": [[(1, 4, 4)]] * images,
     }
+
+
+def flux(seed=0, **config):
+    """FLUX.1 of 2 dual and 2 single blocks, width 64, float32."""
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(**{
+        "patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 16,
+        "axes_dims_rope": (8, 12, 12), **config}).eval()
+
+
+def flux_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij"), -1).flatten(0, 1)
+    return {"hidden_states": torch.randn(2, 20, 4, generator=generator),
+            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
+            "pooled_projections": torch.randn(2, 16, generator=generator), "timestep": torch.tensor([0.3, 0.7]),
+            "img_ids": torch.nn.functional.pad(image, (1, 0)), "txt_ids": torch.zeros(7, 3)}
+
+
+def sd3(seed=0, **config):
+    """SD3.5 of 3 blocks, the first two with the second attention, width 64, float32."""
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(**{
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": 24, "caption_projection_dim": 64, "pooled_projection_dim": 16,
+        "out_channels": 4, "pos_embed_max_size": 8, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
+        **config}).eval()
+
+
+def sd3_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
+            "encoder_hidden_states": torch.randn(2, 7, 24, generator=generator),
+            "pooled_projections": torch.randn(2, 16, generator=generator), "timestep": torch.tensor([300.0, 700.0])}
 
 
 def cast(arguments, dtype):

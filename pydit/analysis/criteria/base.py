@@ -30,6 +30,7 @@ class Scores:
     family, num_layers : of the model.
     options : the options the scores depend on, JSON-able.
     matrices : name -> float64 tensor; what the names mean is the criterion's to say.
+    starts : first layers of the runs of blocks of one class; no interval crosses into one.
     """
 
     method: str
@@ -37,12 +38,14 @@ class Scores:
     num_layers: int
     options: dict[str, Any]
     matrices: dict[str, torch.Tensor]
+    starts: tuple[int, ...] = (0,)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically."""
         files.save_safetensors(path, self.matrices, {
             "format": _FORMAT, "version": _VERSION, "method": self.method, "family": self.family,
-            "num_layers": str(self.num_layers), "options": json.dumps(self.options)})
+            "num_layers": str(self.num_layers), "options": json.dumps(self.options),
+            "starts": " ".join(map(str, self.starts))})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
@@ -53,7 +56,8 @@ class Scores:
                               f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
         try:
             return cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
-                       json.loads(metadata["options"]), matrices)
+                       json.loads(metadata["options"]), matrices,
+                       tuple(map(int, metadata.get("starts", "0").split())))
         except (KeyError, ValueError) as error:
             raise FormatError(f"scores: expected complete {_FORMAT} in {path}, got {error!r}") from None
 

@@ -59,7 +59,7 @@ class Layerwise(ABC):
         return Scores(self.method, stats.family, stats.num_layers, {
             name: value for name, value in asdict(self).items() if name not in _SELECTION_OPTIONS}, {
             "score": draws[0], "score_low": torch.quantile(draws[1:], 0.025, dim=0),
-            "score_high": torch.quantile(draws[1:], 0.975, dim=0), "resamples": draws[1:].contiguous()})
+            "score_high": torch.quantile(draws[1:], 0.975, dim=0), "resamples": draws[1:].contiguous()}, stats.starts)
 
     @abstractmethod
     def draws(self, stats: ActivationStats) -> torch.Tensor:
@@ -75,18 +75,19 @@ class Layerwise(ABC):
         """
         count = self._count(scores, target)
         values = scores.matrices["score"]
-        order = sorted(self._allowed(scores.num_layers), key=lambda layer: (float(values[layer]), layer))
+        order = sorted(self._allowed(scores), key=lambda layer: (float(values[layer]), layer))
         return self._plan(scores, target, order[:count], self._margin(scores, order, count))
 
-    def _allowed(self, num_layers: int) -> range:
-        return range(self.protect_first, num_layers - self.protect_last)
+    def _allowed(self, scores: Scores) -> list[int]:
+        """The layers that may go. The first of a run of blocks may not: no kept one of its class stands before it."""
+        return [k for k in range(self.protect_first, scores.num_layers - self.protect_last) if k not in scores.starts]
 
     def _count(self, scores: Scores, target: float | int | None) -> int:
         count = removal_target(target, scores.num_layers)
         if count is None:
             raise UserError(f"target: expected a number or share of layers for method {scores.method!r}, got none")
-        if count > len(self._allowed(scores.num_layers)):
-            raise UserError(f"target: expected at most the {len(self._allowed(scores.num_layers))} layers that "
+        if count > len(self._allowed(scores)):
+            raise UserError(f"target: expected at most the {len(self._allowed(scores))} layers that "
                             f"protect_first and protect_last leave removable, got {count}")
         return count
 
@@ -267,11 +268,11 @@ class Laptop(_Global):
             raise UserError(f"sizes: expected {layers} positive numbers, got {len(sizes)}")
         budget = target * sum(sizes) if isinstance(target, float) else count * sum(sizes) / layers
         losses = scores.matrices["score"].tolist()
-        removed = least_loss(losses, list(sizes), self._allowed(layers), budget)
+        removed = least_loss(losses, list(sizes), self._allowed(scores), budget)
         if removed is None:
-            raise UserError(f"target: expected at most the parameters of the {len(self._allowed(layers))} layers that "
+            raise UserError(f"target: expected at most the parameters of the {len(self._allowed(scores))} layers that "
                             f"protect_first and protect_last leave removable, got {target!r}")
-        order = removed + sorted((k for k in self._allowed(layers) if k not in removed), key=losses.__getitem__)
+        order = removed + sorted((k for k in self._allowed(scores) if k not in removed), key=losses.__getitem__)
         return self._plan(scores, target, removed, self._margin(scores, order, len(removed)))
 
 
@@ -337,7 +338,7 @@ class Uniform(_Blind):
     method = "uniform"
 
     def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
-        count, allowed = self._count(scores, target), self._allowed(scores.num_layers)
+        count, allowed = self._count(scores, target), self._allowed(scores)
         removed = [allowed[math.floor((i + 0.5) * len(allowed) / count)] for i in range(count)]
         return self._plan(scores, target, removed, None)
 
@@ -356,6 +357,6 @@ class Random(_Blind):
     method = "random"
 
     def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
-        count, allowed = self._count(scores, target), self._allowed(scores.num_layers)
+        count, allowed = self._count(scores, target), self._allowed(scores)
         order = torch.randperm(len(allowed), generator=torch.Generator().manual_seed(self.seed)).tolist()
         return self._plan(scores, target, [allowed[i] for i in order[:count]], None)

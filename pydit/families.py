@@ -1,0 +1,255 @@
+"""What is known of a model family without building a model: its class, its published sizes, its arithmetic.
+
+The arithmetic is exact and takes configuration values alone, so that a plan can be priced where neither diffusers nor
+the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block of a pruned model.
+
+    source : teacher layers the block stands for, in order.
+    form : ``"stock"``, a block as the family has it at that depth; ``"single"``, both streams through the image
+        branch's weights (Amber-Image); ``"affine"``, one affine map per stream.
+    text : what becomes of the text stream. ``"full"``: as in the teacher; ``"linear"``: its keys and values come from
+        an affine map of the modulated text of the block ``anchor``, and it has no output (PPCL, Eq. 8); ``"keys"``: it
+        gives keys and values and has no output; ``"none"``: the block does not see it.
+    ffn : ``"mlp"``, or ``"linear"``: ``x + (W x + b)`` in both streams, without norm and modulation (PPCL, Eq. 9).
+    anchor : index of the student block whose modulated text a ``"linear"`` block reads.
+    hands_on : the block is such an anchor.
+    text_output : a ``"linear"`` block that ends its region maps the anchor's text output to its own layer's.
+    dead_query : query and output projections of the text are stored although nothing reads them, as published.
+    """
+
+    source: tuple[int, ...]
+    form: str = "stock"
+    text: str = "full"
+    ffn: str = "mlp"
+    anchor: int | None = None
+    hands_on: bool = False
+    text_output: bool = False
+    dead_query: bool = True
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the family's own block class carries it."""
+        return (self.form, self.text, self.ffn, self.hands_on) == ("stock", "full", "mlp", False)
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        words = [{"stock": "", "single": "single stream", "affine": "affine"}[self.form]]
+        words.append({"full": "", "none": "no text", "keys": "text keys and values",
+                      "linear": f"text linear from block {self.anchor}"}[self.text])
+        words += ["linear FFN" if self.ffn == "linear" else "", "text output" if self.text_output else ""]
+        copied = "kept" if len(self.source) == 1 else f"one block for {len(self.source)}"
+        return ", ".join(word for word in (copied, *words) if word)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    published : configurations of the released sizes, the usual one first.
+    depth : blocks of a model with this configuration.
+    kinds : which fields of a plan beside its intervals the pruned class can carry.
+    text_used : whether the model reads the text output of its last block.
+    block_parameters, block_flops : of one block, from its specification; FLOPs for one image of so many image and
+        text tokens (matrix products and attention, a multiply-add is two).
+    other_parameters : of everything outside the blocks.
+    segments : lengths of the runs of blocks of one class, in order; no interval crosses from one to the next.
+    """
+
+    name: str
+    class_name: str
+    block_lists: tuple[str, ...]
+    published: tuple[Config, ...]
+    kinds: frozenset[str]
+    text_used: bool
+    block_parameters: Callable[[Config, BlockSpec], int]
+    other_parameters: Callable[[Config], int]
+    block_flops: Callable[[Config, BlockSpec, int, int], int]
+    segments: Callable[[Config], tuple[int, ...]] = lambda config: (config["num_layers"],)
+
+    def depth(self, config: Config) -> int:
+        """Blocks of a model with this configuration."""
+        return sum(self.segments(config))
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _width(config: Config) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def _mlp(width: int) -> int:
+    return _linear(width, 4 * width) + _linear(4 * width, width)
+
+
+def _affine_parameters(config: Config, spec: BlockSpec) -> int:
+    return (1 if spec.text == "none" else 2) * _linear(_width(config), _width(config))
+
+
+def _affine_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
+    return 2 * (image + (0 if spec.text == "none" else text)) * _width(config) ** 2
+
+
+def _qwen_image_block(config: Config, spec: BlockSpec) -> int:
+    if spec.form == "affine":
+        return _affine_parameters(config, spec)
+    head, width = config["attention_head_dim"], _width(config)
+    square = _linear(width, width)
+    chunks, ffn = (6, _mlp(width)) if spec.ffn == "mlp" else (3, square)
+    branch = _linear(width, chunks * width) + 4 * square + 2 * head + ffn  # q, k, v, out; norms of q and k
+    if spec.form == "single":
+        return branch
+    if spec.text == "full":
+        return 2 * branch
+    if spec.text == "keys":
+        return branch + _linear(width, 2 * width) + 2 * square + head
+    projections = 4 * square + 2 * head if spec.dead_query else 2 * square + head
+    return branch + square + projections + (square if spec.text_output else 0)
+
+
+def _qwen_image_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
+    if spec.form == "affine":
+        return _affine_flops(config, spec, image, text)
+    width = _width(config)
+    chunks, ffn = (6, 8) if spec.ffn == "mlp" else (3, 1)
+    per_token = 4 + ffn
+    squares = image * per_token + chunks  # in units of width ** 2: tokens, and the modulation of one row
+    queries = image
+    if spec.form == "single" and spec.text == "keys":
+        squares += text * 2
+    elif spec.text == "full":
+        squares += text * per_token + (0 if spec.form == "single" else chunks)
+        queries += text
+    elif spec.text == "keys":
+        squares += text * 2 + 2
+    else:
+        squares += text * (3 + spec.text_output)
+    return 2 * squares * width ** 2 + 4 * queries * (image + text) * width
+
+
+def _qwen_image_other(config: Config) -> int:
+    width, text = _width(config), config["joint_attention_dim"]
+    pixels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
+    time = _linear(256, width) + _linear(width, width) + (2 * width if config["use_additional_t_cond"] else 0)
+    inputs = _linear(config["in_channels"], width) + text + _linear(text, width)  # txt_norm has a weight only
+    return time + inputs + _linear(width, 2 * width) + _linear(width, pixels)
+
+
+def _flux_is_single(config: Config, spec: BlockSpec) -> bool:
+    return spec.source[0] >= config["num_layers"]
+
+
+def _flux_block(config: Config, spec: BlockSpec) -> int:
+    if spec.form == "affine":
+        return _affine_parameters(config, spec)
+    head, width = config["attention_head_dim"], _width(config)
+    square = _linear(width, width)
+    if _flux_is_single(config, spec):
+        return (_linear(width, 3 * width) + 3 * square + 2 * head + _linear(width, 4 * width)
+                + _linear(5 * width, width))
+    return 2 * (_linear(width, 6 * width) + 4 * square + 2 * head + _mlp(width))
+
+
+def _flux_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
+    if spec.form == "affine":
+        return _affine_flops(config, spec, image, text)
+    chunks = 3 if _flux_is_single(config, spec) else 12  # both kinds spend 12 width ** 2 on a token
+    return 2 * (12 * (image + text) + chunks) * _width(config) ** 2 + 4 * (image + text) ** 2 * _width(config)
+
+
+def _flux_other(config: Config) -> int:
+    width = _width(config)
+    time = _linear(256, width) + _linear(width, width)
+    embeds = time * (2 if config["guidance_embeds"] else 1)
+    embeds += _linear(config["pooled_projection_dim"], width) + _linear(width, width)
+    pixels = config["patch_size"] ** 2 * (config["out_channels"] or config["in_channels"])
+    return (embeds + _linear(config["in_channels"], width) + _linear(config["joint_attention_dim"], width)
+            + _linear(width, 2 * width) + _linear(width, pixels))
+
+
+def _sd3_block(config: Config, spec: BlockSpec) -> int:
+    if spec.form == "affine":
+        return _affine_parameters(config, spec)
+    head, width = config["attention_head_dim"], _width(config)
+    square = _linear(width, width)
+    norms = 2 * head if config["qk_norm"] else 0
+    twice, last = _sd3_twice(config, spec), _sd3_last(config, spec)
+    image = _linear(width, (9 if twice else 6) * width) + (2 if twice else 1) * (4 * square + norms) + _mlp(width)
+    text = norms + (_linear(width, 2 * width) + 3 * square if last
+                    else _linear(width, 6 * width) + 4 * square + _mlp(width))
+    return image + text
+
+
+def _sd3_twice(config: Config, spec: BlockSpec) -> bool:
+    """Whether the block has the second, image-only attention: the first layer it stands for decides."""
+    return spec.source[0] in config["dual_attention_layers"]
+
+
+def _sd3_last(config: Config, spec: BlockSpec) -> bool:
+    """Whether the block is the last, whose text has no output."""
+    return spec.source[-1] == config["num_layers"] - 1
+
+
+def _sd3_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
+    if spec.form == "affine":
+        return _affine_flops(config, spec, image, text)
+    width, twice, last = _width(config), _sd3_twice(config, spec), _sd3_last(config, spec)
+    squares = image * (16 if twice else 12) + (9 if twice else 6)
+    squares += text * 3 + 2 if last else text * 12 + 6
+    # The text of the last block asks too, for an output that nothing reads.
+    return (2 * squares * width ** 2 + 4 * (image + text) ** 2 * width
+            + (4 * image ** 2 * width if twice else 0))
+
+
+def _sd3_other(config: Config) -> int:
+    width, patch = _width(config), config["patch_size"] ** 2
+    time = _linear(256, width) + _linear(config["pooled_projection_dim"], width) + 2 * _linear(width, width)
+    return (time + _linear(config["in_channels"] * patch, width)
+            + _linear(config["joint_attention_dim"], config["caption_projection_dim"])
+            + _linear(width, 2 * width) + _linear(width, patch * (config["out_channels"] or config["in_channels"])))
+
+
+_SD3 = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
+
+FAMILIES = {
+    "qwen-image": Family(
+        name="qwen-image", class_name="QwenImageTransformer2DModel", block_lists=("transformer_blocks",),
+        published=({"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60,
+                    "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
+                    "use_additional_t_cond": False},),
+        kinds=frozenset({"text_linear", "linear_ffn", "affine", "single_stream", "lean"}), text_used=False,
+        block_parameters=_qwen_image_block, other_parameters=_qwen_image_other, block_flops=_qwen_image_flops),
+    "flux.1": Family(
+        name="flux.1", class_name="FluxTransformer2DModel",
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        published=({"patch_size": 1, "in_channels": 64, "out_channels": None, "num_layers": 19,
+                    "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
+                    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True},),
+        kinds=frozenset({"affine"}), text_used=False,
+        block_parameters=_flux_block, other_parameters=_flux_other, block_flops=_flux_flops,
+        segments=lambda config: (config["num_layers"], config["num_single_layers"])),
+    "sd3.5": Family(
+        name="sd3.5", class_name="SD3Transformer2DModel", block_lists=("transformer_blocks",),
+        published=({**_SD3, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+                    "dual_attention_layers": ()},
+                   {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+                    "dual_attention_layers": tuple(range(13))}),
+        kinds=frozenset({"affine"}), text_used=False,
+        block_parameters=_sd3_block, other_parameters=_sd3_other, block_flops=_sd3_flops),
+}

@@ -1,0 +1,108 @@
+"""FLUX.1: the adapter of the family and the class of its pruned models.
+
+Dual blocks come first, then single blocks, which take and return both streams like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+# diffusers loads a pipeline component only from a module whose namespace holds ModelMixin.
+from diffusers import FluxTransformer2DModel, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import nn
+
+from pydit.errors import UserError
+from pydit.families import BlockSpec
+from pydit.models.adapter import BlockIO, ModelAdapter
+from pydit.models.pruned import AffineBlock, PrunedModel, plan_of, require_depth
+from pydit.plan import PruningPlan
+
+__all__ = ["FluxAdapter", "ModelMixin", "PrunedFluxTransformer2DModel"]
+
+
+class FluxAdapter(ModelAdapter):
+    """Dual blocks in ``transformer_blocks``, single ones in ``single_transformer_blocks``; both return text first."""
+
+    family = "flux.1"
+    block_io = BlockIO(
+        inputs=("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
+        image="hidden_states", text="encoder_hidden_states", text_first=True)
+    last_text_used = False
+    modulation = ("norm1", "norm1_context", "norm")
+
+    def width(self, transformer: nn.Module) -> int:
+        return transformer.inner_dim
+
+    def text_mask(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        return None  # FLUX.1 attends to the padding of its prompts
+
+    def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        if isinstance(block, FluxTransformerBlock):
+            return {"image": block.ff.net[2], "text": block.ff_context.net[2]}
+        return {}  # the one output projection of a single block serves both streams
+
+    def segments_of(self, plan: PruningPlan, config: Mapping[str, Any]) -> tuple[int, ...]:
+        return config["num_layers"], config["num_single_layers"]
+
+    def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+        dual = sum(layers[0] < config["num_layers"] for layers in plan.source)
+        return {"num_layers": dual, "num_single_layers": plan.num_student_layers - dual}
+
+    def pruned_class(self) -> type[nn.Module]:
+        return PrunedFluxTransformer2DModel
+
+    def stock_class(self) -> type[nn.Module]:
+        return FluxTransformer2DModel
+
+    def stock_block(self, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> nn.Module:
+        heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+        kind = FluxSingleTransformerBlock if "proj_mlp.weight" in state else FluxTransformerBlock
+        return kind(dim=heads * dim, num_attention_heads=heads, attention_head_dim=dim)
+
+    def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
+        if spec.is_stock:
+            return block
+        if spec.form != "affine":
+            raise UserError(f"plan: expected intervals and affine blocks for {self.family}, got {spec.kind}")
+        like = block.attn.to_q.weight
+        with torch.device(like.device):
+            return AffineBlock(like.shape[1], spec, text_first=True).to(like.dtype)
+
+
+class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
+    """A FLUX.1 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
+
+    family = "flux.1"
+    _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "AffineBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        pydit: dict[str, Any] | None = None,
+    ) -> None:
+        depth = num_layers + num_single_layers
+        plan = PruningPlan(self.family, depth) if pydit is None else plan_of(pydit, self.family)
+        require_depth(plan, depth)
+        super().__init__(
+            patch_size=patch_size, in_channels=in_channels, out_channels=out_channels, num_layers=num_layers,
+            num_single_layers=num_single_layers, attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads, joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim, guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope)
+        self._adopt(plan)

@@ -1,0 +1,262 @@
+"""What the pruned models of all families share: a plan, plugging of teacher layers, files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pydit import files
+from pydit.errors import FormatError, UserError
+from pydit.families import BlockSpec
+from pydit.models.adapter import get_adapter
+from pydit.models.routing import RoutedBlocks, TeacherLayers
+from pydit.plan import PruningPlan
+
+TEACHER_FILE = "teacher_layers.safetensors"
+
+
+class Fit(NamedTuple):
+    """One linear map of a pruned model and the data it was fitted to.
+
+    name : of the module, below the model. rows : tokens it saw. inputs : its unknowns per output, bias included.
+    r2 : share of the variance of its target that it explains there.
+    """
+
+    name: str
+    rows: int
+    inputs: int
+    r2: float
+
+
+class PrunedModel:
+    """Mixin of the pruned transformers; the family's diffusers class comes next among the bases.
+
+    The configuration is the stock one of the student's depth, plus ``pydit``, which carries the plan, so
+    ``save_pretrained`` and ``from_pretrained`` round-trip exactly. The teacher's layers may be attached; they stay
+    outside ``parameters()`` and ``state_dict()`` and are shared, never copied: ``.to()``, ``.train()``, optimisers
+    and ``copy.deepcopy`` leave them alone.
+
+    Attributes
+    ----------
+    plan : PruningPlan
+    source : per block, the list of teacher layers it stands for
+    replaced : (block, first layer, last layer) of every block that is not the teacher's own
+    fits : of the linear maps, if they were fitted in this process
+    """
+
+    plan: PruningPlan
+    family: str  # of the class
+
+    def _adopt(self, plan: PruningPlan) -> None:
+        """Take a plan after the stock constructor: thinned-out blocks, routed lists."""
+        adapter = get_adapter(self.family)
+        stock = adapter.blocks(self)
+        self._install(plan, [block if spec.is_stock else adapter.new_block(block, spec)
+                             for block, spec in zip(stock, plan.blocks, strict=True)])
+
+    def _install(self, plan: PruningPlan, blocks: Iterable[nn.Module]) -> None:
+        self.plan = plan
+        self.source = [list(layers) for layers in plan.source]
+        self.replaced = list(plan.replaced)
+        self.fits: list[Fit] = []
+        adapter, blocks = get_adapter(self.family), list(blocks)
+        start = 0
+        for name, length in zip(adapter.block_lists, adapter.segments_of(plan, self.config), strict=True):
+            setattr(self, name, RoutedBlocks(blocks[start:start + length], plan.source[start:start + length]))
+            start += length
+
+    @property
+    def _lists(self) -> list[RoutedBlocks]:
+        return [getattr(self, name) for name in get_adapter(self.family).block_lists]
+
+    @classmethod
+    def from_teacher(cls, teacher: nn.Module, plan: PruningPlan, blocks: Iterable[nn.Module],
+                     others: Mapping[str, nn.Module]) -> Any:
+        """Assemble a student from ready modules, with the teacher attached.
+
+        Parameters
+        ----------
+        teacher : the model that ``plan`` is for; only read.
+        blocks : one block per student block; become the student's own.
+        others : every other child of the teacher by name; become the student's own.
+        """
+        config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
+        config.update(get_adapter(cls.family).student_config(config, plan), pydit={"plan": plan.to_dict()})
+        with torch.device("meta"):
+            student = cls(**config)
+        for name, module in others.items():
+            setattr(student, name, module)
+        student._install(plan, blocks)
+        student.attach_teacher(teacher)
+        return student.train(teacher.training)
+
+    @property
+    def active(self) -> list[tuple[int, int]]:
+        """The intervals that run the student's block."""
+        idle = {layer for blocks in self._lists for block in blocks.inactive for layer in blocks.source[block]}
+        return [(start, end) for start, end in self.plan.units if start not in idle]
+
+    def set_active(self, intervals: Iterable[Sequence[int]]) -> None:
+        """Run the student's blocks on the listed intervals and the teacher's own layers on every other one.
+
+        With ``[]`` and untrained kept blocks the model is the teacher, bit for bit.
+
+        Parameters
+        ----------
+        intervals : [start, end] pairs out of ``plan.units`` (of a plan with intervals alone, its intervals), in any
+            order. A text region and everything in it is one unit.
+
+        Raises
+        ------
+        UserError
+            A pair that the plan does not have, or teacher layers that are needed and not attached.
+        """
+        try:
+            wanted = {(int(start), int(end)) for start, end in intervals}
+        except (TypeError, ValueError):
+            raise UserError(f"intervals: expected [start, end] pairs, got {intervals!r}") from None
+        unknown = wanted - set(self.plan.units)
+        if unknown:
+            raise UserError(f"intervals: expected intervals of the plan {list(self.plan.units)}, "
+                            f"got {sorted(unknown)}")
+        idle = {layer for start, end in self.plan.units if (start, end) not in wanted
+                for layer in range(start, end + 1)}
+        missing = sorted(idle - set(self._lists[0].teacher.layers))
+        if missing:
+            raise UserError(f"intervals: the teacher's layers {missing} are not attached; "
+                            "call attach_teacher(teacher) or save with with_teacher=True")
+        for blocks in self._lists:
+            blocks.inactive = frozenset(index for index, layers in enumerate(blocks.source) if layers[0] in idle)
+        regions = dict(self.plan.text_linear)
+        for blocks in self._lists:
+            for index, layers in enumerate(blocks.source):
+                if layers[0] in regions:
+                    blocks[index].hand_on(regions[layers[0]] not in idle)
+
+    def attach_teacher(self, teacher: nn.Module) -> None:
+        """Share the teacher's layers of the plan's units, for :meth:`set_active`."""
+        self.plan.require_match(teacher)
+        layers = get_adapter(self.family).blocks(teacher)
+        self._attach({k: layers[k] for start, end in self.plan.units for k in range(start, end + 1)})
+
+    def _attach(self, layers: Mapping[int, nn.Module]) -> None:
+        shared = TeacherLayers(layers)
+        for blocks in self._lists:
+            blocks.teacher = shared
+
+    def to_stock(self) -> nn.Module:
+        """A plain transformer of the family's diffusers class and the student's depth that shares this one's weights.
+
+        What it saves, stock diffusers loads without this package. It always runs the student's blocks.
+
+        Raises
+        ------
+        UserError
+            The plan thins blocks out, which the stock class cannot carry.
+        """
+        if not self.plan.is_stock:
+            other = [i for i, spec in enumerate(self.plan.blocks) if not spec.is_stock]
+            raise UserError(f"to_stock: expected a plan with intervals alone, got one whose blocks {other} are no "
+                            "stock blocks")
+        config = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "pydit"}
+        with torch.device("meta"):
+            stock = get_adapter(self.family).stock_class()(**config)
+        for name, module in self.named_children():
+            setattr(stock, name, module)
+        for name, blocks in zip(get_adapter(self.family).block_lists, self._lists, strict=True):
+            setattr(stock, name, nn.ModuleList(blocks[index] for index in range(len(blocks))))
+        return stock.train(self.training)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_teacher: bool = False,
+                        **kwargs: Any) -> None:
+        """As in diffusers; ``with_teacher=True`` also writes the attached teacher layers, for :meth:`set_active`."""
+        layers = self._lists[0].teacher.layers
+        if with_teacher and not layers and self.plan.units:
+            raise UserError("with_teacher: no teacher layers are attached; call attach_teacher(teacher) first")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / TEACHER_FILE
+        if with_teacher:
+            files.save_safetensors(path, {f"{k}.{name}": tensor for k, layer in layers.items()
+                                          for name, tensor in layer.state_dict().items()},
+                                   {"format": "pydit-teacher-layers", "version": "1"})
+        else:
+            path.unlink(missing_ok=True)  # left by an earlier save of another model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in diffusers; teacher layers saved beside the weights are attached."""
+        result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        path = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "") / TEACHER_FILE
+        if path.is_file():
+            model._load_teacher_layers(path)
+        return result
+
+    def _load_teacher_layers(self, path: Path) -> None:
+        tensors, metadata = files.load_safetensors(path, what="teacher layers")
+        if (metadata.get("format"), metadata.get("version")) != ("pydit-teacher-layers", "1"):
+            raise FormatError(f"teacher layers: expected pydit-teacher-layers version 1 in {path}, got {metadata}")
+        adapter = get_adapter(self.family)
+        config = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "pydit"}
+        layers = {}
+        for k in (k for start, end in self.plan.units for k in range(start, end + 1)):
+            state = {name.removeprefix(f"{k}."): tensor for name, tensor in tensors.items()
+                     if name.startswith(f"{k}.")}
+            with torch.device("meta"):
+                layer = adapter.stock_block(config, state)
+            try:
+                layer.load_state_dict(state, assign=True)
+            except RuntimeError as error:
+                raise FormatError(f"teacher layers: layer {k} of {path} does not fit: {error}") from None
+            layers[k] = layer.to(self.device, self.dtype).eval().requires_grad_(False)
+        self._attach(layers)
+
+
+class AffineBlock(nn.Module):
+    """In place of a block: ``x + (W x + b)`` in both streams, or in the image alone when nothing reads the text.
+
+    It takes the arguments of any family's block and returns the streams in that family's order.
+    """
+
+    def __init__(self, width: int, spec: BlockSpec, *, text_first: bool) -> None:
+        super().__init__()
+        self.img_map = residual_map(width)
+        self.txt_map = None if spec.text == "none" else residual_map(width)
+        self.text_first, self.spec = text_first, spec
+
+    def forward(self, hidden_states, encoder_hidden_states, *_args: Any, **_kwargs: Any):
+        image = hidden_states + self.img_map(hidden_states)
+        text = encoder_hidden_states
+        if self.txt_map is not None:
+            text = text + self.txt_map(text)
+        return (text, image) if self.text_first else (image, text)
+
+
+def residual_map(width: int) -> nn.Linear:
+    """The W and b of ``x + (W x + b)``, zero: the identity until it is fitted or trained."""
+    linear = nn.Linear(width, width)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def plan_of(entry: Any, family: str) -> PruningPlan:
+    """The plan in a configuration's ``pydit`` entry; FormatError when it is none or for another family."""
+    if not isinstance(entry, Mapping) or set(entry) != {"plan"}:
+        raise FormatError(f"config: expected \"pydit\": {{\"plan\": ...}}, got {entry!r}")
+    plan = PruningPlan.from_dict(entry["plan"], what="config")
+    if plan.family != family:
+        raise FormatError(f"config: expected a plan for {family}, got one for {plan.family}")
+    return plan
+
+
+def require_depth(plan: PruningPlan, found: int) -> None:
+    """FormatError when a configuration's depth is not the plan's."""
+    if plan.num_student_layers != found:
+        raise FormatError(f"config: expected num_layers {plan.num_student_layers} and family {plan.family} as in the "
+                          f"plan, got {found}")

@@ -1,0 +1,138 @@
+"""SD3 and SD3.5: the adapter of the family and the class of its pruned models.
+
+The last block of these models has no text output (``context_pre_only``), and some blocks of SD3.5 medium have a second,
+image-only attention. A block that stands for an interval has it when the interval's first layer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+# diffusers loads a pipeline component only from a module whose namespace holds ModelMixin.
+from diffusers import ModelMixin, SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.normalization import AdaLayerNormContinuous
+from torch import nn
+
+from pydit.errors import UserError
+from pydit.families import BlockSpec
+from pydit.models.adapter import BlockIO, ModelAdapter
+from pydit.models.pruned import AffineBlock, PrunedModel, plan_of, require_depth
+from pydit.plan import PruningPlan
+
+__all__ = ["ModelMixin", "PrunedSD3Transformer2DModel", "SD3Adapter"]
+
+
+class SD3Adapter(ModelAdapter):
+    """Joint blocks in ``transformer_blocks``; a block returns text first, the last one None for it."""
+
+    family = "sd3.5"
+    block_io = BlockIO(inputs=("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
+                       image="hidden_states", text="encoder_hidden_states", text_first=True)
+    last_text_used = False
+    modulation = ("norm1", "norm1_context")
+
+    def width(self, transformer: nn.Module) -> int:
+        return transformer.inner_dim
+
+    def text_mask(self, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        return None  # these models have no text mask
+
+    def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        if isinstance(block, AffineBlock):
+            return {}
+        return {"image": block.ff.net[2]} | ({} if block.context_pre_only else {"text": block.ff_context.net[2]})
+
+    def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+        twice = tuple(block for block, layers in enumerate(plan.source) if layers[0] in config["dual_attention_layers"])
+        return {"num_layers": plan.num_student_layers, "dual_attention_layers": twice}
+
+    def pruned_class(self) -> type[nn.Module]:
+        return PrunedSD3Transformer2DModel
+
+    def stock_class(self) -> type[nn.Module]:
+        return SD3Transformer2DModel
+
+    def stock_block(self, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> nn.Module:
+        heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+        return JointTransformerBlock(
+            dim=heads * dim, num_attention_heads=heads, attention_head_dim=dim, qk_norm=config["qk_norm"],
+            context_pre_only="attn.to_add_out.weight" not in state,
+            use_dual_attention=any(name.startswith("attn2.") for name in state))
+
+    def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
+        if spec.is_stock:
+            return block
+        if spec.form != "affine":
+            raise UserError(f"plan: expected intervals and affine blocks for {self.family}, got {spec.kind}")
+        like = block.attn.to_q.weight
+        with torch.device(like.device):
+            return SD3AffineBlock(like.shape[1], spec, last=block.context_pre_only).to(like.dtype)
+
+    def conform(self, block: nn.Module, layer: nn.Module) -> nn.Module:
+        if layer.context_pre_only and not block.context_pre_only:
+            _drop_text_output(block)
+        return block
+
+
+class SD3AffineBlock(AffineBlock):
+    """An affine block that knows whether it is the model's last, which the model's forward asks of every block."""
+
+    def __init__(self, width: int, spec: BlockSpec, *, last: bool) -> None:
+        super().__init__(width, spec, text_first=True)
+        self.context_pre_only = last
+
+
+def _drop_text_output(block: JointTransformerBlock) -> None:
+    """Make a block one that can be the last, in place: its text gives queries, keys and values only."""
+    old, width = block.norm1_context.linear, block.norm2.normalized_shape[0]
+    with torch.device("meta"):
+        norm = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6, bias=True,
+                                      norm_type="layer_norm")
+    # AdaLayerNormZero has shift, then scale, of six chunks; AdaLayerNormContinuous has scale, then shift.
+    for name in ("weight", "bias"):
+        shift, scale = getattr(old, name).detach().chunk(6)[:2]
+        setattr(norm.linear, name, nn.Parameter(torch.cat((scale, shift))))
+    block.norm1_context, block.context_pre_only = norm, True
+    block.attn.context_pre_only = True
+    block.norm2_context = block.ff_context = None
+    del block.attn.to_add_out
+
+
+class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
+    """An SD3 or SD3.5 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
+
+    family = "sd3.5"
+    _no_split_modules: ClassVar = ["JointTransformerBlock", "SD3AffineBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+        pydit: dict[str, Any] | None = None,
+    ) -> None:
+        plan = PruningPlan(self.family, num_layers) if pydit is None else plan_of(pydit, self.family)
+        require_depth(plan, num_layers)
+        super().__init__(
+            sample_size=sample_size, patch_size=patch_size, in_channels=in_channels, num_layers=num_layers,
+            attention_head_dim=attention_head_dim, num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim, caption_projection_dim=caption_projection_dim,
+            pooled_projection_dim=pooled_projection_dim, out_channels=out_channels,
+            pos_embed_max_size=pos_embed_max_size, dual_attention_layers=dual_attention_layers, qk_norm=qk_norm)
+        self._adopt(plan)
