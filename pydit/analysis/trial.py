@@ -43,7 +43,7 @@ def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[M
     removed = removed_layers(plan)
     kept = [block for k, block in enumerate(adapter.blocks(transformer)) if k not in removed]
     batches = list(batches)
-    measured = velocity_error(transformer(adapter, shell_of(adapter, transformer), kept), batches)
+    measured = velocity_error(transformer, adapter.put_blocks(shell_of(adapter, transformer), kept), batches)
     singles = ablate(transformer, batches)
     predicted = float(singles.losses[:, sorted(removed)].sum() / singles.norms.sum())
     return {"predicted": predicted, "measured": measured,
