@@ -56,10 +56,15 @@ def _demo(arguments: argparse.Namespace) -> None:
 def add_generate(commands: Any) -> None:
     parser = command(commands, "generate", _generate, "draw images",
                       "One PNG file per prompt, named after its number, text and seed.",
-                      "pydit generate ./demo_out/distilled 'three red circles' 'a ring above a square' --out images",
+                      "pydit generate ./demo_out/distilled 'three red circles' 'a ring above a square' --out images\n"
+                      "  pydit generate ./my-pipeline --prompts-file prompts.txt --dataset --resume --out data",
                       figures=False)
     add_pipeline(parser)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt per line")
+    parser.add_argument("--dataset", action="store_true",
+                        help="write each prompt beside its image: training data for `pydit distill --data`")
+    parser.add_argument("--resume", action="store_true", help="leave out images that are there already")
     parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first prompt; each next one takes the next (default: 0)")
@@ -71,15 +76,22 @@ def add_generate(commands: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from pydit.inference.sampling import generate, save_images
+    from pydit.inference.sampling import generate, image_name, read_prompts, save_images
 
+    if bool(arguments.prompts) == (arguments.prompts_file is not None):
+        got = "both" if arguments.prompts else "neither"
+        raise UserError(f"prompts: expected prompts or --prompts-file, got {got}")
+    prompts = arguments.prompts or read_prompts(arguments.prompts_file)
     pipe = load(arguments.pipeline, arguments)
     size, steps, guidance = sampling_defaults(pipe)
-    seeds = range(arguments.seed, arguments.seed + len(arguments.prompts))
-    images = generate(pipe, arguments.prompts, seeds=seeds, steps=arguments.steps or steps,
+    numbers = [number for number, prompt in enumerate(prompts) if not (arguments.resume and (
+        arguments.out / image_name(number, prompt, arguments.seed + number)).exists())]
+    prompts, seeds = [prompts[number] for number in numbers], [arguments.seed + number for number in numbers]
+    images = generate(pipe, prompts, seeds=seeds, steps=arguments.steps or steps,
                       guidance=guidance if arguments.guidance is None else arguments.guidance,
                       height=arguments.height or size, width=arguments.width or size)
-    for path in save_images(progress(images, len(arguments.prompts), "image"), arguments.prompts, seeds, arguments.out):
+    for path in save_images(progress(images, len(prompts), "image"), prompts, seeds, arguments.out,
+                            numbers=numbers, captions=arguments.dataset):
         print(path)
 
 

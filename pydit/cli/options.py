@@ -55,7 +55,7 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
     if batches is not None:
         parser.add_argument("--batches", type=count, default=batches, help=f"calibration batches (default: {batches})")
     parser.add_argument("--batch-size", type=count, default=16,
-                        help="images per batch, with --prompts demo (default: 16)")
+                        help="images per batch, with --prompts demo or --data (default: 16)")
     parser.add_argument("--sampling-steps", type=count, default=20,
                         help="denoising steps per prompt, with a file; each is one batch (default: 20)")
     parser.add_argument("--size", type=count, help="image height and width, with a file (default: the pipeline's)")
@@ -169,6 +169,11 @@ def positive(text: str) -> float:
 def at_least_one(text: str) -> float:
     """Type of an option: a finite number from 1."""
     return _number(text, float, lambda v: 1 <= v < float("inf"), "a number of at least 1")
+
+
+def not_negative(text: str) -> float:
+    """Type of an option: a finite number of at least 0."""
+    return _number(text, float, lambda v: 0 <= v < float("inf"), "a number of at least 0")
 
 
 def share(text: str) -> float:

@@ -5,7 +5,9 @@
 """
 
 from pydit.distill.config import DistillConfig
+from pydit.distill.cost import Estimate, estimate
 from pydit.distill.losses import LOSSES
+from pydit.distill.pair import merge
 from pydit.distill.trainer import DistillResult, NonFiniteLossError, distill
 
-__all__ = ["LOSSES", "DistillConfig", "DistillResult", "NonFiniteLossError", "distill"]
+__all__ = ["LOSSES", "DistillConfig", "DistillResult", "Estimate", "NonFiniteLossError", "distill", "estimate", "merge"]

@@ -39,6 +39,14 @@ class DistillConfig:
         Name in :data:`pydit.distill.LOSSES`, applied to each stream of each interval.
     magnitude
         Weight of the squared difference of log norms, added per token to ``loss``.
+    intervals
+        Layer phase: train only the blocks that stand for these (first layer, last layer) pairs; None is all. The
+        blocks are independent given the teacher, so parts trained apart, on several machines say, and put together by
+        :func:`pydit.distill.merge` are what one run would have made of them. Needs ``output_steps`` 0.
+    linear_weight
+        Layer phase: weight of the plain squared error of what a linear map stands for, on top of ``loss``: the
+        modulated text and the text output of a text-linear block, both streams after a linear FFN (PPCL, L_linear,
+        which has weight 1).
     output_trainable
         ``"replaced"``: only the replacement blocks move. ``"all"``: every parameter of the student does.
     boundary_weight
@@ -89,6 +97,8 @@ class DistillConfig:
     output_share: float = 0.3
     loss: str = "direction"
     magnitude: float = 0.0
+    linear_weight: float = 0.0
+    intervals: tuple[tuple[int, int], ...] | None = None
     output_trainable: str = "replaced"
     boundary_weight: float = 0.0
     flow_weight: float = 0.0
@@ -115,7 +125,7 @@ class DistillConfig:
             _require(name, getattr(self, name), "a whole number >= 0, or None", lambda v: v is None or _whole(v, 0))
         for name in ("layers_lr", "output_lr", "eps"):
             _require(name, getattr(self, name), "a number > 0", lambda v: _number(v) and v > 0)
-        for name in ("magnitude", "boundary_weight", "flow_weight", "weight_decay", "clip"):
+        for name in ("magnitude", "linear_weight", "boundary_weight", "flow_weight", "weight_decay", "clip"):
             _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
         for name in ("max_minutes", "save_every_seconds", "muon_lr"):
             _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or (_number(v) and v > 0))
@@ -127,6 +137,7 @@ class DistillConfig:
                  lambda v: _number(v) and 0 <= v <= MAX_EMA_WIDTH)
         _require("betas", self.betas, "two numbers from 0 up to, not including, 1",
                  lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v))
+        _require("intervals", self.intervals, "pairs of whole numbers, or None", lambda v: v is None or _is_pairs(v))
         _require("loss", self.loss, f"one of {', '.join(LOSSES)}", lambda v: isinstance(v, str) and v in LOSSES)
         _require("output_trainable", self.output_trainable, "'replaced' or 'all'", lambda v: v in ("replaced", "all"))
         _require("gradient_checkpointing", self.gradient_checkpointing, "True or False", lambda v: isinstance(v, bool))
@@ -145,6 +156,9 @@ class DistillConfig:
                     raise UserError(f"{name}: expected a whole number, because max_minutes is not given, got None")
         if self.layers_steps == 0 and self.output_steps == 0:
             raise UserError("layers_steps: expected at least one phase with steps, got 0 here and in output_steps")
+        if self.intervals is not None and self.output_steps != 0:
+            raise UserError("intervals: expected None, because output_steps is not 0 and the output phase runs the "
+                            f"whole student, got {self.intervals!r}")
         if self.checkpoint_dir is None:
             for name in ("save_every", "save_every_seconds", "resume"):
                 if getattr(self, name):
@@ -161,6 +175,7 @@ class DistillConfig:
         """Plain data for JSON."""
         fields = dataclasses.asdict(self)
         fields["betas"] = list(self.betas)
+        fields["intervals"] = None if self.intervals is None else [list(pair) for pair in self.intervals]
         fields["checkpoint_dir"] = None if self.checkpoint_dir is None else str(self.checkpoint_dir)
         return fields
 
@@ -176,6 +191,8 @@ class DistillConfig:
         fields = dict(fields)
         if isinstance(fields.get("betas"), list):
             fields["betas"] = tuple(fields["betas"])
+        if isinstance(fields.get("intervals"), list):
+            fields["intervals"] = tuple(tuple(pair) for pair in fields["intervals"] if isinstance(pair, (list, tuple)))
         config = cls(**fields)
         config.validate()
         return config
@@ -192,6 +209,11 @@ def _require(name: str, value: Any, expected: str, accepts: Any) -> None:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) > 0 and all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_whole(k, 0) for k in pair) for pair in value)
 
 
 def _whole(value: Any, least: int) -> bool:

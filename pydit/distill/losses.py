@@ -45,6 +45,24 @@ def mse(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (student.float() - target.float()).square().mean(-1)
 
 
+def masked_mse(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """``|m_s s - m_t t|^2 / C``: squared error without massive activations.
+
+    m keeps the entries of a token within two standard deviations of the token's mean, student and target each by their
+    own. Source: TinyFusion (arXiv 2412.01199), masked knowledge distillation, which takes mean and deviation over the
+    whole sample; by token, padding has no part in them, and a token of massive activations does not hide the others.
+    """
+    return (_within(student.float()) - _within(target.float())).square().mean(-1)
+
+
+def _within(x: torch.Tensor) -> torch.Tensor:
+    """x [..., C] with entries further than two standard deviations from their token's mean set to 0."""
+    with torch.no_grad():
+        deviation, mean = torch.std_mean(x, dim=-1, keepdim=True, correction=0)
+        keep = (x - mean).abs() <= 2 * deviation
+    return x.where(keep, x.new_zeros(()))
+
+
 def log_norm(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """``(log|s| - log|t|)^2``: the magnitude term that ``direction`` leaves out.
 
@@ -55,7 +73,8 @@ def log_norm(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (0.5 * (squared_student.log() - squared_target.log())).square()
 
 
-LOSSES: dict[str, TokenLoss] = {"direction": direction, "normalized_mse": normalized_mse, "mse": mse}
+LOSSES: dict[str, TokenLoss] = {"direction": direction, "normalized_mse": normalized_mse, "mse": mse,
+                                "masked_mse": masked_mse}
 
 
 def token_mean(loss: TokenLoss, student: torch.Tensor, target: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from pydit.distill.config import DistillConfig
 from pydit.errors import UserError
+from pydit.models import ModelAdapter, get_adapter
 
 
 def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> None:
@@ -20,6 +21,10 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
     if not student.replaced:
         raise UserError("student: expected a plan that replaces at least one block, got one that replaces nothing")
     student.plan.require_match(teacher)
+    unknown = {tuple(pair) for pair in config.intervals or ()} - {entry[1:] for entry in student.replaced}
+    if unknown:
+        raise UserError(f"intervals: expected some of {[entry[1:] for entry in student.replaced]}, "
+                        f"got {sorted(unknown)}")
     ours, theirs = next(student.parameters()), next(teacher.parameters())
     if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
         raise UserError(f"student: expected the teacher's device and dtype ({theirs.device}, {theirs.dtype}), "
@@ -56,6 +61,39 @@ def prepared(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> I
         student.set_active(active)
         if config.gradient_checkpointing and not checkpointing:
             student.disable_gradient_checkpointing()
+
+
+@torch.no_grad()
+def merge(student: nn.Module, parts: Mapping[tuple[int, int], nn.Module]) -> nn.Module:
+    """Put blocks that were trained apart (``DistillConfig.intervals``) into one student, in place; returns it.
+
+    Parameters
+    ----------
+    student : made by ``pydit.prune``.
+    parts : (first layer, last layer) of a block -> a student of the same plan in which it was trained.
+
+    Raises
+    ------
+    UserError
+        A part of another plan, or a pair that the plan does not have.
+    """
+    place = {entry[1:]: entry[0] for entry in student.replaced}
+    adapter = get_adapter(student)
+    for pair, part in parts.items():
+        if tuple(pair) not in place:
+            raise UserError(f"parts: expected some of {sorted(place)}, got {tuple(pair)}")
+        if getattr(part, "plan", None) != student.plan:
+            raise UserError(f"parts: expected students of the same plan, got another for {tuple(pair)}")
+    for pair, part in parts.items():
+        ours, theirs = (student_blocks(adapter, model)[place[tuple(pair)]] for model in (student, part))
+        ours.load_state_dict(theirs.state_dict())
+    return student
+
+
+def student_blocks(adapter: ModelAdapter, student: nn.Module) -> list[nn.Module]:
+    """The student's own blocks, whichever are active."""
+    lists = [getattr(student, name) for name in adapter.block_lists]
+    return [blocks[index] for blocks in lists for index in range(len(blocks))]
 
 
 def digest(model: nn.Module) -> str:

@@ -40,7 +40,9 @@ class Phase:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, config: DistillConfig) -> None:
         self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
-        self.intervals = list(student.replaced)  # (student block, first teacher layer, last teacher layer)
+        self.intervals = [  # (student block, first teacher layer, last teacher layer)
+            entry for entry in student.replaced
+            if config.intervals is None or entry[1:] in {tuple(pair) for pair in config.intervals}]
         self.specs = student.plan.blocks
         self.blocks = adapter.blocks(student)
         self.last = adapter.num_layers(teacher) - 1
@@ -97,8 +99,8 @@ class LayerPhase(Phase):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.terms = [Term(_label(start, end), stream, 1.0)
-                      for index, start, end in self.intervals for stream in self.streams_of(index)]
+        self.terms = [Term(_label(start, end), part, weight)
+                      for index, start, end in self.intervals for part, weight in self._parts(index)]
         self.layers = self.adapter.blocks(self.teacher)
         self.boundaries = sorted({end + 1 for _, _, end in self.intervals}.union(*(
             self.adapter.feeding_boundaries(self.student.plan, index) for index, _, _ in self.intervals)))
@@ -118,10 +120,40 @@ class LayerPhase(Phase):
                 inputs = self.adapter.student_streams(self.student.plan, index, self.layers, observation)
             output = self._run(self.blocks[index], inputs, kwargs)
             losses = self.boundary_losses(index, output, states[end + 1], mask)
+            if self._is_linear(index):
+                losses.append(self._linear_loss(index, inputs, output, observation, mask))
             # The intervals share no parameter: a backward pass each keeps one block's activations at a time.
-            torch.stack(losses).sum().backward()
+            weights = losses[0].new_tensor([weight for _, weight in self._parts(index)])
+            (torch.stack(losses) * weights).sum().backward()
             values += [loss.detach() for loss in losses]
         return torch.stack(values)
+
+    def _parts(self, index: int) -> list[tuple[str, float]]:
+        """What is measured of a student block, with weights."""
+        linear = [("linear", self.config.linear_weight)] if self._is_linear(index) else []
+        return [(stream, 1.0) for stream in self.streams_of(index)] + linear
+
+    def _is_linear(self, index: int) -> bool:
+        spec = self.specs[index]
+        return bool(self.config.linear_weight) and (spec.text == "linear" or spec.ffn == "linear")
+
+    def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: Capture,
+                     mask: torch.Tensor | None) -> torch.Tensor:
+        """PPCL's L_linear: squared error of what the linear maps of a block stand for (C.1 of the method's notes)."""
+        spec, block = self.specs[index], self.blocks[index]
+        start, target = observation.states[spec.source[0]], observation.states[spec.source[-1] + 1]
+        pairs = []
+        if spec.text == "linear":
+            told = inputs[1].chunk(2, dim=1)[1]
+            with torch.no_grad():
+                wanted = self.adapter.modulated_text(self.layers[spec.source[0]], start[1], observation.kwargs)
+            pairs.append((told + block.txt_proj(told), wanted, mask))
+        if spec.ffn == "linear":
+            pairs.append((output[0], target[0], None))
+        if "text" in self.streams_of(index):
+            text = output[1].chunk(2, dim=1)[0] if spec.hands_on else output[1]
+            pairs.append((text, target[1], mask))
+        return sum(token_mean(LOSSES["mse"], *pair) for pair in pairs)
 
     def _run(self, block: nn.Module, streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
         if self.config.gradient_checkpointing:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
@@ -71,6 +73,7 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
 
     The student trains in its own dtype; losses are fp32 and bf16 parameters are stepped through fp32 master copies.
     With ``torch.distributed`` initialised, gradients are averaged over processes, each with its own ``batches``.
+    Ctrl-C ends a run of one process after the step at hand, with a checkpoint if there is a ``checkpoint_dir``.
 
     Parameters
     ----------
@@ -89,6 +92,8 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
     ------
     UserError
         A wrong configuration, models that do not belong together, too few batches, or a checkpoint of another run.
+    OSError
+        A checkpoint could not be written; the one before is untouched.
     NonFiniteLossError
         Training diverged; the last checkpoint is untouched.
     """
@@ -97,6 +102,33 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
     require_pair(teacher, student, config)
     with prepared(teacher, student, config):
         return _Run(teacher, student, adapter, batches, config, progress).execute()
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a note, so that a step can end and be saved; a second one interrupts at once.
+
+    Does nothing outside the main thread, where Python delivers no signals, nor with several processes, which must all
+    stop after the same step: there Ctrl-C ends the run at once, and the last checkpoint stays.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.getsignal(signal.SIGINT)
+        self._ours = (threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
+                      and self._before is signal.default_int_handler)
+        if self._ours:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
 
 
 class _Run:
@@ -175,7 +207,7 @@ class _Run:
     def _train(self, phase: Phase, observations: Observations, optimizer: Optimizer, budget: Budget,
                peak: float) -> None:
         state, config = self.progress, self.config
-        with step_bar(self.show, phase.name, budget, state.step) as bar:
+        with step_bar(self.show, phase.name, budget, state.step) as bar, _Interrupt() as interrupt:
             while True:
                 elapsed = self._now() - state.phase_start
                 if budget.seconds is not None:
@@ -200,6 +232,10 @@ class _Run:
                 bar.update(1)
                 if state.history:
                     bar.set_postfix(loss=f"{state.history[-1]['loss']:.4g}", lr=f"{lr:.1e}", refresh=False)
+                if interrupt.came:  # between two steps, where everything fits together
+                    if config.checkpoint_dir is not None:
+                        self._save(optimizer.state())
+                    raise KeyboardInterrupt
                 if self._save_is_due(budget):
                     self._save(optimizer.state())
         if state.window:

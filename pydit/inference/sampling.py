@@ -106,12 +106,25 @@ def _call(pipe, prompt: str, seed: int, steps: int, guidance: float, height: int
     return pipe(**arguments)
 
 
-def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[int], out: Path) -> Iterator[Path]:
-    """Write PIL images as ``000-a-red-circle-seed0.png`` and so on, each under its final name only when it is whole."""
+def image_name(number: int, prompt: str, seed: int) -> str:
+    """``000-a-red-circle-seed0.png``."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    return f"{number:03d}-{words}-seed{seed}.png"
+
+
+def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[int], out: Path, *,
+                numbers: Sequence[int] | None = None, captions: bool = False) -> Iterator[Path]:
+    """Write PIL images under :func:`image_name`, each under its final name only when it is whole.
+
+    numbers : of the images; None counts from 0.
+    captions : the prompt goes beside the image, first, as a ``.txt`` file, which makes a data set.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-        path = out / f"{number:03d}-{words}-seed{seed}.png"
+    numbers = range(len(prompts)) if numbers is None else numbers
+    for image, number, prompt, seed in zip(images, numbers, prompts, seeds, strict=True):
+        path = out / image_name(number, prompt, seed)
+        if captions:
+            path.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
         temporary = path.with_name(f".{path.name}.part")
         try:
             image.save(temporary, format="PNG")

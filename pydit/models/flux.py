@@ -5,6 +5,7 @@ Dual blocks come first, then single blocks, which take and return both streams l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -80,6 +81,10 @@ class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
     family = "flux.1"
     _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "AffineBlock"]
 
+    residual_arguments: ClassVar = {
+        "controlnet_block_samples": ("transformer_blocks", "ceil"),
+        "controlnet_single_block_samples": ("single_transformer_blocks", "ceil")}
+
     @register_to_config
     def __init__(
         self,
@@ -106,3 +111,7 @@ class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
             pooled_projection_dim=pooled_projection_dim, guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope)
         self._adopt(plan)
+
+    @functools.wraps(FluxTransformer2DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **self._with_residuals(kwargs))

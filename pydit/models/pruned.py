@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from pydit import files
 from pydit.errors import FormatError, UserError
 from pydit.families import BlockSpec
 from pydit.models.adapter import get_adapter
+from pydit.models.by_source import remap_lora, residuals_by_source, warn_of_dropped
 from pydit.models.routing import RoutedBlocks, TeacherLayers
 from pydit.plan import PruningPlan
 
@@ -47,10 +48,14 @@ class PrunedModel:
     source : per block, the list of teacher layers it stands for
     replaced : (block, first layer, last layer) of every block that is not the teacher's own
     fits : of the linear maps, if they were fitted in this process
+    lora_layers : ``"teacher"``: the LoRAs that are loaded number their blocks as the teacher does and are put where the
+        student has those layers; ``"student"``: they were trained on this model.
     """
 
     plan: PruningPlan
     family: str  # of the class
+    lora_layers: str = "teacher"
+    residual_arguments: ClassVar[dict[str, tuple[str, str]]]  # of forward -> (list of blocks, rule), see by_source
 
     def _adopt(self, plan: PruningPlan) -> None:
         """Take a plan after the stock constructor: thinned-out blocks, routed lists."""
@@ -148,6 +153,45 @@ class PrunedModel:
         shared = TeacherLayers(layers)
         for blocks in self._lists:
             blocks.teacher = shared
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; block numbers are the teacher's unless ``lora_layers`` says ``"student"``.
+
+        Raises
+        ------
+        UserError
+            A path or a hub name, where only a state dict can be renumbered.
+
+        Warns
+        -----
+        UserWarning
+            Weights that have no place in this model.
+        """
+        if self.lora_layers != "student":
+            if not isinstance(pretrained_model_name_or_path_or_dict, Mapping):
+                raise UserError("load_lora_adapter: expected a state dict, because block numbers have to follow the "
+                                "plan, got a path; load it by pipeline.load_lora_weights or files.load_safetensors")
+            lists = dict(zip(get_adapter(self.family).block_lists, self._lists, strict=True))
+            renamed, dropped = remap_lora(lists, pretrained_model_name_or_path_or_dict)
+            warn_of_dropped(dropped)
+            if kwargs.get("network_alphas"):
+                kwargs["network_alphas"] = remap_lora(lists, kwargs["network_alphas"])[0]
+            pretrained_model_name_or_path_or_dict = renamed
+        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def _with_residuals(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward with ControlNet residuals where the teacher's layers are."""
+        for name, (where, rule) in self.residual_arguments.items():
+            if not arguments.get(name):
+                continue
+            blocks = getattr(self, where)
+            if rule == "share" and blocks.inactive:  # the forward divides by the student's depth
+                raise UserError(f"{name}: expected all units of the plan active with a ControlNet, got "
+                                f"{self.active} of {list(self.plan.units)}")
+            if name == "controlnet_block_samples" and arguments.get("controlnet_blocks_repeat"):
+                rule = "repeat"
+            arguments[name] = residuals_by_source(blocks, arguments[name], rule=rule)
+        return arguments
 
     def to_stock(self) -> nn.Module:
         """A plain transformer of the family's diffusers class and the student's depth that shares this one's weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -77,6 +78,8 @@ class PrunedQwenImageTransformer2DModel(PrunedModel, QwenImageTransformer2DModel
     _no_split_modules: ClassVar = ["QwenImageTransformerBlock", "PrunedQwenImageTransformerBlock", "AffineBlock"]
     _repeated_blocks: ClassVar = ["QwenImageTransformerBlock", "PrunedQwenImageTransformerBlock"]
 
+    residual_arguments: ClassVar = {"controlnet_block_samples": ("transformer_blocks", "ceil")}
+
     @register_to_config
     def __init__(
         self,
@@ -103,3 +106,7 @@ class PrunedQwenImageTransformer2DModel(PrunedModel, QwenImageTransformer2DModel
             axes_dims_rope=axes_dims_rope, zero_cond_t=zero_cond_t, use_additional_t_cond=use_additional_t_cond,
             use_layer3d_rope=use_layer3d_rope)
         self._adopt(plan)
+
+    @functools.wraps(QwenImageTransformer2DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **self._with_residuals(kwargs))

@@ -6,6 +6,7 @@ image-only attention. A block that stands for an interval has it when the interv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -109,6 +110,8 @@ class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
     family = "sd3.5"
     _no_split_modules: ClassVar = ["JointTransformerBlock", "SD3AffineBlock"]
 
+    residual_arguments: ClassVar = {"block_controlnet_hidden_states": ("transformer_blocks", "share")}
+
     @register_to_config
     def __init__(
         self,
@@ -136,3 +139,7 @@ class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
             pooled_projection_dim=pooled_projection_dim, out_channels=out_channels,
             pos_embed_max_size=pos_embed_max_size, dual_attention_layers=dual_attention_layers, qk_norm=qk_norm)
         self._adopt(plan)
+
+    @functools.wraps(SD3Transformer2DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **self._with_residuals(kwargs))

@@ -295,3 +295,37 @@ def test_plans_beyond_depth(tmp_path, capfd, fails):
     assert "linear_ffn: expected the first layer of a block" in fails(
         "plan", "--preset", "ppcl-qwen-image-12b", "--linear-ffn", "[4]")
     assert "lean: expected a family with dead tensors, got flux.1" in fails("plan", "--preset", "ppcl-flux.1-8b", "--lean")
+
+
+def test_from_drawn_images_to_a_student(tmp_path, capfd, fails, plan_file):
+    """`generate --dataset` writes what `distill --data` reads; a bad sample is named; both go on where they stopped."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue ring\nthree crosses\n")
+    draw = ["generate", str(untrained()), "--prompts-file", str(tmp_path / "prompts.txt"), "--dataset", "--steps", "2",
+            "--out", str(tmp_path / "data")]
+    assert main(draw) == 0
+    assert [p.name for p in sorted((tmp_path / "data").glob("*.txt"))] == [
+        "000-a-red-circle-seed0.txt", "001-a-blue-ring-seed1.txt", "002-three-crosses-seed2.txt"]
+    assert (tmp_path / "data" / "002-three-crosses-seed2.txt").read_text() == "three crosses\n"
+    second = tmp_path / "data" / "001-a-blue-ring-seed1.png"
+    before = second.read_bytes()
+    second.unlink()
+    capfd.readouterr()
+    assert main([*draw, "--resume"]) == 0
+    assert capfd.readouterr().out.splitlines() == [str(second)] and second.read_bytes() == before
+    (tmp_path / "data" / "zzz.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "zzz.txt").write_text("a broken file")
+
+    assert main(["prune", str(untrained()), "--plan", str(plan_file), "--out", str(tmp_path / "student")]) == 0
+    train = ["distill", str(untrained()), str(tmp_path / "student"), "--data", str(tmp_path / "data"), "--steps", "2",
+             "--output-steps", "1", "--flow-weight", "0.1", "--prompt-dropout", "0.5", "--batch-size", "2",
+             "--timesteps", "logit-normal", "--linear-weight", "1", "--out", str(tmp_path / "out")]
+    capfd.readouterr()
+    assert main(train) == 0
+    out, err = capfd.readouterr()
+    assert "1 of 4 samples are left out (the first: zzz: no readable image" in err and "wrote" in out
+    assert sorted(p.name for p in (tmp_path / "out.data").iterdir()) == [
+        "empty.safetensors", "index.json", "shard-00000.safetensors"]
+    assert "data: expected --data or --prompts, got both" in fails(*train[:3], *train[3:-1], tmp_path / "out2",
+                                                                  "--prompts", "demo")
+    assert "prompts: expected prompts or --prompts-file, got both" in fails(*draw, "a ring")
+    assert "out: expected a directory to write" in fails("distill", untrained(), tmp_path / "student", "--prompts", "demo")

@@ -21,7 +21,7 @@ from pydit.distill import DistillConfig
     ({"output_lr": float("nan")}, "output_lr: expected a number > 0, got nan"),
     ({"max_minutes": 0}, "max_minutes: expected a number > 0, or None, got 0"),
     ({"output_share": 1.0}, "output_share: expected a number from 0 up to, not including, 1, got 1.0"),
-    ({"loss": "cosine"}, "loss: expected one of direction, normalized_mse, mse, got 'cosine'"),
+    ({"loss": "cosine"}, "loss: expected one of direction, normalized_mse, mse, masked_mse, got 'cosine'"),
     ({"magnitude": -0.1}, "magnitude: expected a number >= 0, got -0.1"),
     ({"output_trainable": "some"}, "output_trainable: expected 'replaced' or 'all', got 'some'"),
     ({"boundary_weight": float("inf")}, "boundary_weight: expected a number >= 0, got inf"),

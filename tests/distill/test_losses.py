@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pydit import UserError
-from pydit.distill.losses import LOSSES, direction, log_norm, mse, normalized_mse, token_mean
+from pydit.distill.losses import LOSSES, direction, log_norm, masked_mse, mse, normalized_mse, token_mean
 
 
 def loop_reference(name, student, target):
@@ -31,6 +31,28 @@ def test_a_loss_equals_its_formula_in_float64(loss, dtype):
     expected = torch.tensor([[loop_reference(loss.__name__, student[b, s], target[b, s]) for s in range(4)]
                              for b in range(2)], dtype=torch.float64)
     torch.testing.assert_close(result.double(), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_masked_mse_leaves_massive_activations_out():
+    """By hand in Python floats; one massive channel would otherwise be all of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    student, target = (torch.randn(2, 5, 40, generator=generator) for _ in range(2))
+    student[:, 2, 7], target[:, 2, 7] = 3000.0, 2000.0
+
+    def kept(token):
+        values = token.double().tolist()
+        mean = sum(values) / len(values)
+        sigma = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+        return [v if abs(v - mean) <= 2 * sigma else 0.0 for v in values]
+
+    expected = [[sum((a - b) ** 2 for a, b in zip(kept(student[i, j]), kept(target[i, j]), strict=True)) / 40
+                 for j in range(5)] for i in range(2)]
+    torch.testing.assert_close(masked_mse(student, target).double(), torch.tensor(expected, dtype=torch.float64),
+                               rtol=1e-5, atol=1e-7)
+    assert mse(student, target)[0, 2] > 1000 * masked_mse(student, target)[0, 2]
+    student.requires_grad_(True)
+    masked_mse(student, target).sum().backward()
+    assert student.grad[0, 2, 7] == 0 and (student.grad[0, 1] != 0).sum() > 30
 
 
 def test_direction_is_exact_where_the_angle_is_small():

@@ -47,6 +47,13 @@ def without_times(history):
     return [{name: value for name, value in row.items() if name not in ("seconds", "ms_per_step")} for row in history]
 
 
+def assert_no_leftovers(directory):
+    """The JSONs of the last two checkpoints and the tensors they name, nothing else."""
+    names = {checkpoint.INDEX, checkpoint.PREVIOUS} & {path.name for path in directory.iterdir()}
+    tensors = {json.loads((directory / name).read_text())["tensors"] for name in names}
+    assert {path.name for path in directory.iterdir()} == names | tensors and len(tensors) == len(names)
+
+
 def resumed(config, batches=tiny.stream):
     teacher, student = tiny.make_pair()
     result = distill(teacher, student, batches, dataclasses.replace(config, resume=True), progress=False)
@@ -59,7 +66,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, uninterrupted, at):
     teacher, student = tiny.make_pair()
     with pytest.raises(Stop):
         distill(teacher, student, stopping_stream(at), config, progress=False)
-    assert len(list(tmp_path.iterdir())) == 2  # the JSON and the tensors it names
+    assert_no_leftovers(tmp_path)
     result, weights = resumed(config)
     assert result.resumed_from == (("layers", at) if at < 6 else ("output", at - 6))
     history, expected = uninterrupted
@@ -212,13 +219,14 @@ def progress_reached(directory, step):
     return index.exists() and json.loads(index.read_text())["progress"]["step"] >= step
 
 
-def test_a_kill_between_tensors_and_index_keeps_the_previous_checkpoint(tmp_path, uninterrupted, monkeypatch):
+@pytest.mark.parametrize("write", [3, 4])  # of step 3: the JSON of the checkpoint before, and its own
+def test_a_kill_between_tensors_and_index_keeps_the_previous_checkpoint(tmp_path, uninterrupted, monkeypatch, write):
     config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
     writes = itertools.count()
     real = checkpoint.files.write_json
 
     def dying(path, obj):
-        if next(writes) == 2:
+        if next(writes) == write:
             raise Stop
         real(path, obj)
 
@@ -229,7 +237,7 @@ def test_a_kill_between_tensors_and_index_keeps_the_previous_checkpoint(tmp_path
     result, weights = resumed(config)
     assert result.resumed_from == ("layers", 2)
     assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
-    assert len(list(tmp_path.iterdir())) == 2
+    assert_no_leftovers(tmp_path)
 
 
 @pytest.fixture
@@ -275,6 +283,7 @@ def test_resume_says_what_it_wants(partial, tmp_path):
 def test_broken_checkpoints_are_refused(partial, tmp_path):
     index = tmp_path / checkpoint.INDEX
     good = json.loads(index.read_text())
+    (tmp_path / checkpoint.PREVIOUS).unlink()  # which would be taken instead
     state = tmp_path / good["tensors"]
     whole = state.read_bytes()
     state.write_bytes(whole[:len(whole) // 2])

@@ -490,3 +490,34 @@ def test_a_pipeline_with_thinned_out_blocks(tmp_path):
     assert type(loaded) is PrunedQwenImageTransformer2DModel and loaded.plan == chosen
     before = student.state_dict()
     assert all(torch.equal(tensor, before[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_the_linear_loss_is_the_squared_error_of_what_the_maps_stand_for():
+    """PPCL's L_linear by hand, on the first step, and only where a block has linear maps."""
+    teacher, chosen = tiny.transformer(8), PruningPlan("qwen-image", 8, [(1, 2)], text_linear=[(3, 5)], linear_ffn=[6])
+    student = student_of(teacher, chosen)
+    batch = tiny.batch()
+    adapter, layers = get_adapter(teacher), teacher.transformer_blocks
+    capture = adapter.capture(teacher, batch, range(9))
+    keep = capture.kwargs["encoder_hidden_states_mask"].bool()
+    with torch.no_grad():
+        told = adapter.modulated_text(layers[3], capture.states[3][1], capture.kwargs)
+        expected = {}
+        for block, layer in ((3, 4), (4, 5)):
+            own = student.transformer_blocks[block]
+            z = told + own.txt_proj(told) - adapter.modulated_text(layers[layer], capture.states[layer][1], capture.kwargs)
+            expected[f"{layer}-{layer}"] = z[keep].square().mean()
+        text = capture.states[4][1]
+        h = text + student.transformer_blocks[4].txt_out_proj(text) - capture.states[6][1]
+        expected["5-5"] += h[keep].square().mean()
+        image, text = adapter.call_block(student.transformer_blocks[5], *capture.states[6], capture.kwargs)
+        expected["6-6"] = ((image - capture.states[7][0]).square().mean()
+                           + (text - capture.states[7][1])[keep].square().mean())
+    result = pydit.distill.distill(teacher, student, [batch], pydit.distill.DistillConfig(
+        layers_steps=1, linear_weight=0.5, log_every=1), progress=False)
+    found = {label: losses.pop("linear", None) for label, losses in result.history[0]["intervals"].items()}
+    assert found.pop("1-2") is None and found.keys() == expected.keys()
+    for label, value in expected.items():
+        assert found[label] == pytest.approx(float(value), rel=1e-5), label
+    total = sum(sum(losses.values()) for losses in result.history[0]["intervals"].values()) + 0.5 * sum(found.values())
+    assert result.history[0]["loss"] == pytest.approx(total, rel=1e-6)

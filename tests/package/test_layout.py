@@ -22,7 +22,7 @@ LAYERS = [
     {"plan"},
     {"models"},
     {"linear_maps"},
-    {"analysis", "pruning", "distill", "inference"},
+    {"analysis", "pruning", "distill", "inference", "data"},
     {"demo", "doctor"},
     {"cli", "__main__", "__init__"},
 ]

@@ -1,0 +1,127 @@
+"""Training batches from a cache: shuffled by bucket, noised, with some prompts left out; any batch by its number."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydit import files
+from pydit.data.cache import EMPTY, read_index
+from pydit.errors import FormatError, UserError
+
+TIMESTEPS = ("uniform", "logit-normal")
+
+
+class CachedDataset:
+    """Batches for a Qwen-Image transformer from a directory that :func:`pydit.data.build_cache` wrote.
+
+    Parameters
+    ----------
+    path : the cache.
+    batch_size : images per batch, all of one bucket; what is left of a bucket makes a smaller batch.
+    seed : of order, noise and dropout. Batch b of a seed is always the same.
+    timesteps : distribution of sigma: ``"uniform"`` (as PPCL trained), or ``"logit-normal"``, the sigmoid of a standard
+        normal number (Esser et al. 2024), which prefers the middle.
+    shift : sigma becomes shift sigma / (1 + (shift - 1) sigma), towards noise above 1 (Esser et al. 2024, Eq. 23).
+    prompt_dropout : share of samples that get the empty prompt, for guidance.
+
+    Raises
+    ------
+    FormatError
+        No complete cache, or a broken one.
+    UserError
+        An option out of range.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, batch_size: int = 1, seed: int = 0, timesteps: str = "uniform",
+                 shift: float = 1.0, prompt_dropout: float = 0.0) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+        if timesteps not in TIMESTEPS:
+            raise UserError(f"timesteps: expected one of {', '.join(TIMESTEPS)}, got {timesteps!r}")
+        if not shift > 0:
+            raise UserError(f"shift: expected a number above 0, got {shift!r}")
+        if not 0 <= prompt_dropout <= 1:
+            raise UserError(f"prompt_dropout: expected a share from 0 to 1, got {prompt_dropout!r}")
+        self.path, self.batch_size, self.seed = Path(path), batch_size, seed
+        self.timesteps, self.shift, self.prompt_dropout = timesteps, shift, prompt_dropout
+        index = read_index(self.path)
+        if not index["complete"]:
+            raise FormatError(f"data: expected a complete cache in {self.path}, got an unfinished one of "
+                              f"{len(index['samples'])} samples; build it again to finish it")
+        self._shards, self._shard_size = index["shards"], index["made_of"]["shard_size"]
+        self.samples, self.skipped = index["samples"], index["skipped"]
+        if len(self._shards) != -(-len(self.samples) // self._shard_size):
+            raise FormatError(f"data: expected {-(-len(self.samples) // self._shard_size)} shards in {self.path}, "
+                              f"got {len(self._shards)}")
+        self._empty = files.load_safetensors(self.path / EMPTY, what="data")[0]["embeds"]
+        self._buckets: dict[tuple[int, int], list[int]] = {}
+        for number, sample in enumerate(self.samples):
+            self._buckets.setdefault((sample["height"], sample["width"]), []).append(number)
+        self.batches_per_epoch = sum(-(-len(members) // batch_size) for members in self._buckets.values())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __call__(self, start: int = 0) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """Endless (forward arguments, velocity ``noise - x0``) from batch ``start``: what ``distill`` takes."""
+        number = start
+        while True:
+            epoch, place = divmod(number, self.batches_per_epoch)
+            order = self._order(epoch)
+            for members in order[place:]:
+                yield self._batch(members, number)
+                number += 1
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        """Samples of every batch of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        batches = []
+        for _, members in sorted(self._buckets.items()):
+            shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            batches += [shuffled[i:i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _batch(self, members: list[int], number: int) -> tuple[dict[str, Any], torch.Tensor]:
+        generator = torch.Generator().manual_seed((self.seed + 1) * 7_368_787 + number)
+        loaded = [self._load(member) for member in members]
+        clean = torch.stack([latents for latents, _ in loaded])
+        dropped = (torch.rand(len(members), generator=generator) < self.prompt_dropout).tolist()
+        embeds = [self._empty if drop else text for (_, text), drop in zip(loaded, dropped, strict=True)]
+        lengths = torch.tensor([len(text) for text in embeds])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        sigma = self._sigma(len(members), generator).to(clean.dtype)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.dtype)
+        size = self.samples[members[0]]
+        batch = {
+            "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
+            "timestep": sigma,
+            "encoder_hidden_states": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
+            "encoder_hidden_states_mask": None if bool(mask.all()) else mask,
+            "img_shapes": [[(1, size["height"], size["width"])]] * len(members),
+        }
+        return batch, noise - clean
+
+    def _sigma(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        if self.timesteps == "uniform":
+            sigma = torch.rand(count, generator=generator)
+        else:
+            sigma = torch.sigmoid(torch.randn(count, generator=generator))
+        sigma = sigma.clamp(1e-3, 1.0)
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def _load(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latent tokens, prompt embedding) of one sample; only its bytes are read."""
+        from safetensors import SafetensorError, safe_open
+
+        shard, place = divmod(number, self._shard_size)
+        file = self.path / self._shards[shard]
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                return tensors.get_tensor(f"{place}.latents"), tensors.get_tensor(f"{place}.embeds")
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"data: expected sample {number} in {file}, got a broken shard ({error})") from None

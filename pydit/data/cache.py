@@ -1,0 +1,151 @@
+"""Latents and prompt embeddings of a set of captioned images, computed once: safetensors shards and an index.
+
+``index.json`` names the shards and, sample by sample, key and size; it is rewritten after every shard, so a build that
+was stopped goes on behind the last one. ``empty.safetensors`` holds the embedding of the empty prompt.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pydit import files
+from pydit.data.buckets import buckets, decode
+from pydit.data.samples import Sample, Skipped, read_samples
+from pydit.errors import FormatError, UserError
+
+FORMAT, VERSION = "pydit-cached-dataset", 1
+INDEX, EMPTY = "index.json", "empty.safetensors"
+
+
+def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, resolution: int = 1328,
+                shard_size: int = 64, progress: bool = True) -> dict[str, Any]:
+    """Encode every readable sample of ``source``; samples that cannot be used are listed in the index.
+
+    Parameters
+    ----------
+    pipe : a ``QwenImagePipeline``; its VAE and text encoder run where they are.
+    source : what :func:`pydit.data.read_samples` takes.
+    out : directory to write, or an unfinished cache of the same source and resolution to finish.
+    resolution : side of a square image; others have about as many pixels.
+    shard_size : samples per shard.
+
+    Returns
+    -------
+    The index: ``samples`` (key, height, width, tokens of each), ``skipped`` (key and reason), ``complete``.
+
+    Raises
+    ------
+    UserError
+        Another pipeline, a cache of something else in ``out``, or no sample that can be used.
+    FormatError
+        ``source`` or an index that cannot be read.
+    """
+    if type(pipe).__name__ != "QwenImagePipeline":
+        raise UserError(f"pipe: expected a QwenImagePipeline, got {type(pipe).__name__}")
+    if shard_size < 1:
+        raise UserError(f"shard_size: expected at least 1, got {shard_size!r}")
+    out = Path(out)
+    step = 2 * pipe.vae_scale_factor
+    sizes = buckets(resolution, step)
+    made_of = {"source": str(Path(source).resolve().name), "resolution": resolution, "shard_size": shard_size,
+               "latent_channels": int(pipe.vae.config.z_dim), "text_channels": int(
+                   pipe.transformer.config.joint_attention_dim)}
+    index = {"format": FORMAT, "version": VERSION, "made_of": made_of, "read": 0, "complete": False, "shards": [],
+             "samples": [], "skipped": []}
+    if (out / INDEX).exists():
+        index = read_index(out)
+        if index["made_of"] != made_of:
+            raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out})")
+        if index["complete"]:
+            return index
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"out: expected a new directory or a cache, got {out} with other files in it")
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / INDEX, index)  # from here on the directory is known as an unfinished cache
+    if not (out / EMPTY).exists():
+        files.save_safetensors(out / EMPTY, {"embeds": _embeds(pipe, "")}, {"format": FORMAT})
+
+    pending: dict[str, torch.Tensor] = {}
+    entries: list[dict[str, Any]] = []
+
+    def flush(read: int) -> None:
+        if entries:
+            name = f"shard-{len(index['shards']):05d}.safetensors"
+            files.save_safetensors(out / name, pending, {"format": FORMAT})
+            index["shards"].append(name)
+            index["samples"] += entries
+            pending.clear()
+            entries.clear()
+        index["read"] = read
+        files.write_json(out / INDEX, index)
+
+    read = 0
+    for read, sample in enumerate(_bar(read_samples(source), progress, index["read"]), 1):
+        if read <= index["read"]:
+            continue
+        problem = sample if isinstance(sample, Skipped) else None
+        if problem is None:
+            try:
+                pixels = decode(sample.image, sizes)
+            except ValueError as error:
+                problem = Skipped(sample.key, str(error))
+        if problem is not None:
+            index["skipped"].append(asdict(problem))
+            continue
+        _add(pipe, sample, pixels, pending, entries, step)
+        if len(entries) == shard_size:
+            flush(read)
+    index["complete"] = True
+    flush(read)
+    if not index["samples"]:
+        raise UserError(f"data: expected at least one captioned image that can be read, got none of {read} (the first: "
+                        f"{index['skipped'][0]['key']}: {index['skipped'][0]['reason']})")
+    return index
+
+
+def read_index(path: str | os.PathLike) -> dict[str, Any]:
+    """The index of a cache directory. Raises FormatError naming the file."""
+    file = Path(path) / INDEX
+    index = files.read_json(file, what="data")
+    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+        raise FormatError(f"data: expected {FORMAT} version {VERSION} in {file}, got something else")
+    kinds = {"made_of": dict, "read": int, "complete": bool, "shards": list, "samples": list, "skipped": list}
+    if any(not isinstance(index.get(name), kind) for name, kind in kinds.items()):
+        raise FormatError(f"data: expected a complete {FORMAT} in {file}, got one with missing entries")
+    return index
+
+
+@torch.no_grad()
+def _add(pipe, sample: Sample, pixels: np.ndarray, pending: dict[str, torch.Tensor], entries: list[dict[str, Any]],
+         step: int) -> None:
+    vae = pipe.vae
+    image = torch.from_numpy(pixels.copy()).to(vae.device).permute(2, 0, 1)[None, :, None].to(vae.dtype) / 127.5 - 1
+    latents = vae.encode(image).latent_dist.mode()
+    mean, std = (torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+                 for values in (vae.config.latents_mean, vae.config.latents_std))
+    latents = ((latents - mean) / std)[:, :, 0]
+    tokens = pipe._pack_latents(latents, 1, latents.shape[1], latents.shape[2], latents.shape[3])[0]
+    number = len(entries)
+    pending[f"{number}.latents"], pending[f"{number}.embeds"] = tokens, _embeds(pipe, sample.caption)
+    entries.append({"key": sample.key, "height": pixels.shape[0] // step, "width": pixels.shape[1] // step})
+
+
+@torch.no_grad()
+def _embeds(pipe, caption: str) -> torch.Tensor:
+    """The text encoder's output for one prompt, [tokens, channels], as the pipeline feeds the transformer."""
+    embeds, mask = pipe.encode_prompt(prompt=[caption], device=pipe.text_encoder.device)
+    return embeds[0] if mask is None else embeds[0][mask[0].bool()]
+
+
+def _bar(samples, show: bool, done: int):
+    if not show:
+        return samples
+    from tqdm import tqdm
+
+    return tqdm(samples, desc="encode", unit="image", initial=0)

@@ -1,0 +1,103 @@
+"""What a distillation will need, from configuration values alone: memory by item, work per step, time.
+
+Memory is counted, not guessed, but for one block's activations; time is work over an assumed share of a GPU's peak.
+Nothing here has been compared with a run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydit.distill.config import DistillConfig
+from pydit.families import FAMILIES, BlockSpec
+from pydit.plan import PruningPlan
+
+_PEAK = 989e12  # dense bfloat16 FLOP/s, NVIDIA H200 SXM data sheet
+_SHARE = 0.4  # of it that a training step reaches; assumed
+_SAVED = 34  # values per token and channel that a block keeps for its backward pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one process.
+
+    memory : item -> bytes on the device. flops : of an optimiser step of each phase, over its batch.
+    seconds : of each phase at 40 % of an H200's dense bfloat16 peak; None for a phase that only time ends.
+    """
+
+    memory: dict[str, int]
+    flops: dict[str, int]
+    seconds: dict[str, float | None]
+
+    def describe(self) -> str:
+        """A table and the sums."""
+        items = {**self.memory, "memory of one process": sum(self.memory.values())}
+        column = max(map(len, items))
+        rows = [f"{name:<{column}}{value / 1e9:>10.1f} GB" for name, value in items.items()]
+        for phase, flops in self.flops.items():
+            if not flops:
+                continue
+            seconds = self.seconds[phase]
+            hours = "until the time is up" if seconds is None else f"{seconds / 3600:.1f} h"
+            rows.append(f"phase {phase}: {flops / 1e12:.0f} TFLOP a step, {flops / (_PEAK * _SHARE):.2f} s, {hours} "
+                        f"(predicted at {100 * _SHARE:.0f} % of an H200's peak, not measured)")
+        return "\n".join(rows)
+
+
+def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: DistillConfig, *, batch_size: int = 1,
+             element_bytes: int = 2, image_tokens: int = 6889, text_tokens: int = 512) -> Estimate:
+    """Memory and time of :func:`pydit.distill.distill` on one GPU.
+
+    Parameters
+    ----------
+    config : the teacher's configuration; None is the family's published size.
+    settings : phases, steps, checkpointing, averaging and cache of the run.
+    element_bytes : of weights and activations: 2 for bfloat16, 4 for float32.
+
+    Raises
+    ------
+    UserError
+        Settings that are wrong, or a configuration of another depth than the plan's.
+    """
+    settings.validate()
+    family, full = FAMILIES[plan.family], plan._full(config)
+    teacher = PruningPlan(plan.family, plan.num_layers)
+    width = full["num_attention_heads"] * full["attention_head_dim"]
+    replaced = [plan.blocks[block] for block, _, _ in plan.replaced]
+
+    def work(specs: list[BlockSpec]) -> int:
+        return batch_size * sum(family.block_flops(full, spec, image_tokens, text_tokens) for spec in specs)
+
+    layers, output = settings.layers_steps != 0, settings.output_steps != 0
+    trained = sum(family.block_parameters(full, spec) for spec in replaced)
+    if output and settings.output_trainable == "all":
+        trained = plan.num_parameters(full)
+    masters = 0 if element_bytes == 4 else 4
+    per_parameter = element_bytes + masters + 8 + (4 if settings.ema else 0)  # gradient, master, moments, average
+    tokens = batch_size * (image_tokens + text_tokens) * width * element_bytes
+    boundaries = {spec.source[0] for spec in replaced} | {spec.source[-1] + 1 for spec in replaced}
+    deepest = len(plan.blocks) if output else 1
+    memory = {
+        "teacher's weights": element_bytes * teacher.num_parameters(full),
+        "student's weights": element_bytes * plan.num_parameters(full),
+        f"gradients, optimiser{', average' if settings.ema else ''} of {trained:,} trained parameters":
+            per_parameter * trained,
+        "teacher's activations at the boundaries of one batch": tokens * len(boundaries) if layers else 0,
+        "activations for the backward pass": tokens * (_SAVED + deepest if settings.gradient_checkpointing
+                                                       else _SAVED * deepest),
+    }
+    kept = settings.cache_size("layers") if layers else 0
+    if kept:
+        memory[f"teacher's activations of {kept} batches, kept"] = tokens * len(boundaries) * kept
+    last = max((spec.source[-1] for spec in replaced), default=-1)
+    passes = 4 if settings.gradient_checkpointing else 3  # forward, backward twice its work, forward again
+    flops = {
+        "layers": work([BlockSpec((k,)) for k in range(last + 1)]) + passes * work(replaced) if layers else 0,
+        "output": work(list(teacher.blocks)) + passes * work(list(plan.blocks)) if output else 0,
+    }
+    steps = {"layers": settings.layers_steps, "output": settings.output_steps}
+    seconds = {phase: None if steps[phase] is None else steps[phase] * flops[phase] / (_PEAK * _SHARE)
+               for phase in flops}
+    return Estimate(memory, flops, seconds)

@@ -1,0 +1,166 @@
+"""ControlNet residuals and LoRA weights made for the teacher land on the layers that a pruned model has of it."""
+
+import warnings
+
+import pytest
+import torch
+
+import pydit
+from pydit.errors import UserError
+from pydit.models import get_adapter
+from pydit.models.by_source import remap_lora
+from pydit.plan import PruningPlan
+from tests.models import tiny
+from tests.models.test_families import FAMILIES
+from tests.models.test_thinned import student_of
+
+QWEN = PruningPlan.from_intervals(10, [(1, 3), (6, 7)])
+
+
+def run(model, batch):
+    with torch.no_grad():
+        return model(**batch, return_dict=False)[0]
+
+
+def samples_of(batch, count, tokens, width=64, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(len(batch["timestep"]), tokens, width, generator=generator) for _ in range(count)]
+
+
+def with_hooks(stock, added, batch):
+    """A stock model in which block i's image output gets ``added[i]`` on top, by hooks."""
+    handles = [block.register_forward_hook(lambda module, args, out, extra=extra: (out[0], out[1] + extra))
+               for block, extra in zip(get_adapter(stock).blocks(stock), added, strict=True)]
+    try:
+        return run(stock, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10])
+def test_residuals_of_qwen_image(count):
+    teacher, batch = tiny.transformer(10), tiny.batch()
+    student = pydit.prune(teacher, QWEN)
+    samples = samples_of(batch, count, 16)
+    each = [samples[k // -(-10 // count)] for k in range(10)]  # of the teacher's layers
+    assert torch.allclose(run(teacher, {**batch, "controlnet_block_samples": samples}), with_hooks(teacher, each, batch),
+                          atol=1e-5)
+    expected = with_hooks(student.to_stock(), [sum(each[k] for k in layers) for layers in student.source], batch)
+    controlled = {**batch, "controlnet_block_samples": samples}
+    assert torch.allclose(run(student, controlled), expected, rtol=1e-4, atol=1e-5)
+    assert controlled["controlnet_block_samples"] is samples and len(samples) == count
+    for active in ([], [(1, 3)]):
+        student.set_active(active)
+        if not active:
+            assert torch.allclose(run(student, controlled), run(teacher, controlled), rtol=1e-5, atol=1e-6)
+        assert torch.isfinite(run(student, controlled)).all()
+    student.set_active(QWEN.intervals)
+    assert torch.equal(run(student, {**batch, "controlnet_block_samples": None}), run(student, batch))
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_residuals_of_flux(repeat):
+    make, batches, _cls, depth, intervals = FAMILIES["flux.1"]
+    teacher, batch = make(), batches()
+    student = pydit.prune(teacher, PruningPlan.from_intervals(depth, intervals, family="flux.1"))
+    dual, single = samples_of(batch, 2, 20), samples_of(batch, 3, 20, seed=8)
+    given = {**batch, "controlnet_block_samples": dual, "controlnet_single_block_samples": single,
+             "controlnet_blocks_repeat": repeat}
+    each = [dual[k % 2 if repeat else k // 2] for k in range(4)] + [single[k // 2] for k in range(5)]
+    assert torch.allclose(run(teacher, given), with_hooks(teacher, each, batch), atol=1e-5)
+    expected = with_hooks(student.to_stock(), [sum(each[k] for k in layers) for layers in student.source], batch)
+    assert torch.allclose(run(student, given), expected, rtol=1e-4, atol=1e-5)
+    student.set_active([])
+    assert torch.allclose(run(student, given), run(teacher, given), rtol=1e-5, atol=1e-6)
+
+
+def test_residuals_of_sd3():
+    make, batches, _cls, depth, intervals = FAMILIES["sd3.5"]
+    teacher, batch = make(), batches()
+    student = pydit.prune(teacher, PruningPlan.from_intervals(depth, intervals, family="sd3.5"))
+    samples = samples_of(batch, 3, 16)
+    given = {**batch, "block_controlnet_hidden_states": samples}
+    each = [samples[int(k / (7 / 3))] for k in range(6)] + [0.0]  # none after the last block
+    assert torch.allclose(run(teacher, given), with_hooks(teacher, each, batch), atol=1e-5)
+    expected = with_hooks(student.to_stock(), [sum(each[k] for k in layers) for layers in student.source], batch)
+    assert torch.allclose(run(student, given), expected, rtol=1e-4, atol=1e-5)
+    student.set_active([])
+    with pytest.raises(UserError, match="expected all units of the plan active with a ControlNet"):
+        run(student, given)
+
+
+def lora(teacher, modules, rank=2, seed=0):
+    """Peft's names and random weights for modules of every block."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name in get_adapter(teacher).block_lists:
+        for number, block in enumerate(getattr(teacher, name)):
+            for module in modules:
+                weight = block.get_submodule(module).weight
+                state[f"transformer.{name}.{number}.{module}.lora_A.weight"] = torch.randn(
+                    rank, weight.shape[1], generator=generator)
+                state[f"transformer.{name}.{number}.{module}.lora_B.weight"] = torch.randn(
+                    weight.shape[0], rank, generator=generator) * 0.1
+    return state
+
+
+def test_names_follow_the_source():
+    student = pydit.prune(tiny.transformer(10), QWEN)
+    state = {f"transformer.transformer_blocks.{k}.attn.to_q.lora_A.weight": k for k in range(10)}
+    state |= {"transformer.proj_out.lora_B.weight": -1, "transformer_blocks.4.img_mod.1.alpha": -2}
+    renamed, dropped = remap_lora({"transformer_blocks": student.transformer_blocks}, state)
+    assert {key.split(".")[2]: value for key, value in renamed.items() if "to_q" in key} == {
+        "0": 0, "1": 1, "2": 4, "3": 5, "4": 6, "5": 8, "6": 9}
+    assert renamed["transformer.proj_out.lora_B.weight"] == -1 and renamed["transformer_blocks.2.img_mod.1.alpha"] == -2
+    assert [key.split(".")[2] for key in dropped] == ["2", "3", "7"]
+
+
+def test_removed_modules_drop_theirs():
+    student = student_of(tiny.transformer(8), PruningPlan("qwen-image", 8, text_linear=[(3, 5)], linear_ffn=[1]).lean())
+    lists = {"transformer_blocks": student.transformer_blocks}
+    keys = [f"transformer_blocks.{k}.{m}.lora_A.weight" for k, m in (
+        (1, "img_mlp.net.2"), (2, "img_mlp.net.2"), (4, "attn.add_q_proj"), (4, "attn.add_k_proj"), (4, "txt_mod.1"),
+        (3, "attn.add_q_proj"))]
+    renamed, dropped = remap_lora(lists, dict.fromkeys(keys, 0))
+    assert dropped == [keys[0], keys[2], keys[4]] and list(renamed) == [keys[1], keys[3], keys[5]]
+
+
+def test_a_path_is_refused():
+    student = pydit.prune(tiny.transformer(10), QWEN)
+    with pytest.raises(UserError, match="load_lora_adapter: expected a state dict"):
+        student.load_lora_adapter("some/where")
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "flux.1"])
+def test_a_teachers_lora_acts_on_its_own_layers(family):
+    """Loaded through peft: the same as the LoRA merged by hand into the weights of the layers it was made for."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
+    if family == "qwen-image":
+        make, batch, plan, modules = lambda: tiny.transformer(10), tiny.batch(), QWEN, ("attn.to_q", "img_mod.1")
+    else:
+        build, batches, _cls, depth, intervals = FAMILIES[family]
+        make, batch, modules = build, batches(), ("attn.to_q",)
+        plan = PruningPlan.from_intervals(depth, intervals, family=family)
+    teacher = make()
+    state = lora(teacher, modules)
+    student = pydit.prune(teacher, plan)
+    plain = run(student, batch)
+    with pytest.warns(UserWarning, match="LoRA weights have no place in the pruned model"):
+        student.load_lora_adapter(dict(state), prefix="transformer")
+    merged = make()
+    with torch.no_grad():
+        for name in get_adapter(merged).block_lists:
+            for number, block in enumerate(getattr(merged, name)):
+                for module in modules:
+                    key = f"transformer.{name}.{number}.{module}"
+                    block.get_submodule(module).weight += state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"]
+    expected = run(pydit.prune(merged, plan), batch)
+    assert not torch.allclose(plain, expected, rtol=1e-2)
+    assert torch.allclose(run(student, batch), expected, rtol=1e-4, atol=1e-5)
+    own = pydit.prune(teacher, plan)
+    own.lora_layers = "student"
+    small = {key: value for key, value in state.items() if ".0." in key[:32]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own.load_lora_adapter(small, prefix="transformer")
