@@ -1,7 +1,7 @@
 """Fused kernels for a model as it is, by one call, and back.
 
-What is swapped: attention processors (Qwen-Image, FLUX.1, SD3 and SD3.5) and the forward of Qwen-Image's blocks.
-Weights, modules and their names stay.
+What is swapped: attention processors and the forward of the blocks, of Qwen-Image, FLUX.1, SD3 and SD3.5, whole or
+pruned. Weights, modules and their names stay.
 """
 
 from __future__ import annotations
@@ -78,22 +78,25 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False) -> Any:
             state.processors.append((module, processor))
             module.processor = getattr(attention, _PROCESSORS[kind])()
             state.note("attention", "pydit", "")
-    if "QwenImageTransformer2DModel" not in names:
-        state.note("blocks", "stock", "no fused block for this family yet")
-        return pipe_or_model
     from pydit.models import fused_blocks, get_adapter
 
+    target = None
     for block in get_adapter(model).blocks(model):
         if "forward" in block.__dict__:
             state.note("blocks", "stock", "a hook has replaced the block's forward; accelerate before adding hooks")
-        elif getattr(block, "zero_cond_t", False):
-            state.note("blocks", "stock", "two modulation rows per image (zero_cond_t)")
-        elif type(block) is not fused_blocks.transformer_qwenimage.QwenImageTransformerBlock:
+        elif type(block) not in fused_blocks.FUSED:
             state.note("blocks", "stock", f"no fused form of {type(block).__name__}")
         else:
             state.blocks.append((block, type(block)))
-            block.__class__ = fused_blocks.QwenImageTransformerBlock
-            state.note("blocks", "pydit", "")
+            block.__class__ = fused_blocks.FUSED[type(block)]
+            reason = ""
+            if getattr(block, "zero_cond_t", False):
+                reason = "two modulation rows; batches whose target images differ in size run stock operations"
+                target = target or fused_blocks.TargetTokens()
+                block.__dict__["_pydit_target"] = target
+            state.note("blocks", "pydit", reason)
+    if target is not None:
+        state.hooks.append(model.register_forward_pre_hook(target, with_kwargs=True))
     return pipe_or_model
 
 
@@ -140,6 +143,7 @@ class _Accelerated:
 
     processors: list[tuple[nn.Module, Any]] = field(default_factory=list)
     blocks: list[tuple[nn.Module, type]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
     notes: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
     def note(self, kind: str, path: str, reason: str) -> None:
@@ -153,3 +157,6 @@ def _undo(model: nn.Module) -> None:
             module.processor = processor
         for block, cls in state.blocks:
             block.__class__ = cls
+            block.__dict__.pop("_pydit_target", None)
+        for hook in state.hooks:
+            hook.remove()

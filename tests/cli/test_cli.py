@@ -327,5 +327,5 @@ def test_from_drawn_images_to_a_student(tmp_path, capfd, fails, plan_file):
         "empty.safetensors", "index.json", "shard-00000.safetensors"]
     assert "data: expected --data or --prompts, got both" in fails(*train[:3], *train[3:-1], tmp_path / "out2",
                                                                   "--prompts", "demo")
-    assert "prompts: expected prompts or --prompts-file, got both" in fails(*draw, "a ring")
+    assert "prompts: expected prompts or --prompts-file, got both" in fails(*draw[:2], "a ring", *draw[2:])
     assert "out: expected a directory to write" in fails("distill", untrained(), tmp_path / "student", "--prompts", "demo")
