@@ -1,7 +1,8 @@
 """Fused kernels for a model as it is, by one call, and back.
 
 What is swapped: attention processors and the forward of the blocks, of Qwen-Image, FLUX.1, SD3 and SD3.5, whole or
-pruned. Weights, modules and their names stay.
+pruned. Weights, modules and their names stay; query, key and value projections move next to each other in memory, so
+that one product serves them where no gradient is needed.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False) -> Any:
             state.processors.append((module, processor))
             module.processor = getattr(attention, _PROCESSORS[kind])()
             state.note("attention", "pydit", "")
+            with torch.no_grad():
+                attention.pack_projections(module)
     from pydit.models import fused_blocks, get_adapter
 
     target = None

@@ -10,6 +10,8 @@ rotation round once instead of two or three times.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit import ops
 from pydit.models.qwen_image_blocks import text_modules
@@ -82,7 +84,7 @@ class FluxAttnProcessor:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
         fused = attn.fused_projections
         image = _project(attn, hidden_states, *(["to_qkv"] if fused else ["to_q", "to_k", "to_v"]))
-        table = None if image_rotary_emb is None else [t[:, ::2].float().contiguous() for t in image_rotary_emb]
+        table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
         if encoder_hidden_states is None:
             q, k = ops.qk_norm_rope(*image[:2], attn.norm_q.weight, attn.norm_k.weight, table, eps=attn.norm_q.eps)
             return _output(attn, _alone(q, k, image[2]))
@@ -129,11 +131,82 @@ class SD3AttnProcessor:
 
 def _project(attn, x, *names):
     """Query, key and value [B, S, H, D] from one projection each or from one for all."""
-    projected = [None if name is None else getattr(attn, name)(x) for name in names]
+    modules = [getattr(attn, name) for name in names if name is not None]
+    packed = _adjacent(modules, x)
+    if packed is None:
+        found = iter([module(x) for module in modules])
+    else:
+        weight, bias, sizes = packed
+        found = iter(F.linear(x, weight, bias).split(sizes, -1))
+    projected = [None if name is None else next(found) for name in names]
     if len(projected) == 1:
         projected = projected[0].chunk(3, -1)
     dim = attn.inner_dim // attn.heads
     return [None if part is None else part.unflatten(-1, (-1, dim)) for part in projected]
+
+
+def pack_projections(attn):
+    """Lay the projections of each stream behind one another in memory, in place, so that one product serves them all.
+
+    Weights, modules and names stay what they are; only where the numbers lie changes. Whatever moves a weight later
+    (``to``, offloading, an adapter) just separates them again: :func:`_adjacent` looks at every call.
+
+    Returns
+    -------
+    bool : whether there was anything to pack.
+    """
+    done = False
+    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")):
+        linears = [getattr(attn, name) for name in names if getattr(attn, name, None) is not None]
+        if len(linears) < 2 or not _alike(linears) or any(p.requires_grad and p.grad is not None
+                                                          for linear in linears for p in linear.parameters()):
+            continue
+        for name in ("weight", "bias"):
+            parts = [getattr(linear, name) for linear in linears]
+            if parts[0] is not None:
+                whole = torch.cat([part.detach() for part in parts])
+                for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                    part.data = place
+        done = True
+    return done
+
+
+def _alike(linears):
+    """Plain linear layers of one input width, dtype and device, all with a bias or none, that nothing listens to."""
+    first = linears[0]
+    return all(type(linear) is torch.nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+               and "forward" not in linear.__dict__ and linear.in_features == first.in_features
+               and linear.weight.dtype == first.weight.dtype and linear.weight.device == first.weight.device
+               and linear.weight.is_contiguous() and (linear.bias is None) == (first.bias is None)
+               for linear in linears)
+
+
+def _adjacent(linears, x):
+    """(weight, bias, sizes) of one layer in place of several whose numbers lie behind one another; None if they do not.
+
+    Not where a gradient is needed, which would reach the first alone, nor in a graph that is being compiled.
+    """
+    if len(linears) < 2 or torch.compiler.is_compiling() or not _alike(linears):
+        return None
+    needs = torch.is_grad_enabled() and (x.requires_grad or any(linear.weight.requires_grad for linear in linears))
+    if needs:
+        return None
+    sizes = [linear.out_features for linear in linears]
+    found = []
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if parts[0] is None:
+            found.append(None)
+            continue
+        end = parts[0].data_ptr()
+        storage = parts[0].untyped_storage().data_ptr()
+        for part in parts:
+            if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
+                return None
+            end += part.numel() * part.element_size()
+        shape = (sum(sizes), *parts[0].shape[1:])
+        found.append(torch.as_strided(parts[0].detach(), shape, parts[0].stride()))
+    return (*found, sizes)
 
 
 def _norms(attn):
@@ -163,5 +236,30 @@ def _output(attn, x):
 
 def _cosine_and_sine(rotation):
     """(cos, sin) fp32 [S, D/2], contiguous, of unit complex numbers."""
-    parts = torch.view_as_real(rotation).float()
-    return parts[..., 0].contiguous(), parts[..., 1].contiguous()
+    def make():
+        parts = torch.view_as_real(rotation).float()
+        return parts[..., 0].contiguous(), parts[..., 1].contiguous()
+    return _once(rotation, make)
+
+
+def _every_second(table):
+    """fp32 [S, D/2], contiguous, of a table that has every angle twice."""
+    return _once(table, lambda: table[:, ::2].float().contiguous())
+
+
+_MADE = WeakTensorKeyDictionary()  # a table as the model has it -> (its version, what the kernels read)
+
+
+def _once(key, make):
+    """What ``make`` makes of a table that all blocks share, made once and kept for as long as the table lives."""
+    if torch.compiler.is_compiling():
+        return make()  # one graph finds the common expression by itself
+    version = None if key.is_inference() else key._version
+    found = _MADE.get(key)
+    if found is not None and found[0] == version:
+        return found[1]
+    made = make()
+    # Memory of a CUDA graph's pool is written again with every replay; and a leaf must not keep a graph alive.
+    if not key.requires_grad and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _MADE[key] = (version, made)
+    return made

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from diffusers.models import activations as diffusers_activations
 from diffusers.models import attention as diffusers_attention
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 from torch import nn
@@ -40,10 +41,10 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
             **(joint_attention_kwargs or {}))
         image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale_i2, shift_i2,
                                                           eps=self.img_norm2.eps, split=split)
-        image = ops.gated_residual(image, self.img_mlp(normed), gate_i2, split=split)
+        image = ops.gated_residual(image, _feed_forward(self.img_mlp, normed), gate_i2, split=split)
         text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale_t2, shift_t2,
                                                          eps=self.txt_norm2.eps)
-        text = ops.gated_residual(text, self.txt_mlp(normed), gate_t2)
+        text = ops.gated_residual(text, _feed_forward(self.txt_mlp, normed), gate_t2)
         return _finite(text), _finite(image)
 
 
@@ -63,7 +64,7 @@ class PrunedQwenImageTransformerBlock(qwen_image_blocks.PrunedQwenImageTransform
         temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
         if spec.text == "linear":
             text, told = text.chunk(2, dim=1)
-            text_in = ops.linear_residual(told, self.txt_proj.weight, self.txt_proj.bias)
+            text_in = _linear_residual(self.txt_proj, told)
         else:
             mod = img_mod[:len(temb)] if spec.form == "single" else self.txt_mod(temb)
             norm = self.img_norm1 if spec.form == "single" else self.txt_norm1
@@ -79,7 +80,7 @@ class PrunedQwenImageTransformerBlock(qwen_image_blocks.PrunedQwenImageTransform
             shift, scale, gate = second_i
             image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale, shift,
                                                               eps=self.img_norm2.eps, split=split)
-            image = ops.gated_residual(image, self.img_mlp(normed), gate, split=split)
+            image = ops.gated_residual(image, _feed_forward(self.img_mlp, normed), gate, split=split)
         if spec.text == "linear":
             text = _linear_residual(self.txt_out_proj, text) if spec.text_output else torch.cat((text, told), dim=1)
         elif spec.text == "full" and spec.ffn == "linear":
@@ -88,7 +89,7 @@ class PrunedQwenImageTransformerBlock(qwen_image_blocks.PrunedQwenImageTransform
             norm, mlp = ((self.img_norm2, self.img_mlp) if spec.form == "single" else (self.txt_norm2, self.txt_mlp))
             gate_t, shift, scale, gate = rest_t
             text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale, shift, eps=norm.eps)
-            text = ops.gated_residual(text, mlp(normed), gate)
+            text = ops.gated_residual(text, _feed_forward(mlp, normed), gate)
         if self.hands_on:
             text = torch.cat((text, text_in), dim=1)
         return _finite(text), _finite(image)
@@ -125,12 +126,12 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
             image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale_i2, shift_i2,
                                                           eps=self.norm2.eps)
-        image = ops.gated_residual(image, self.ff(normed), gate_i2)
+        image = ops.gated_residual(image, _feed_forward(self.ff, normed), gate_i2)
         if adapted:  # an IP-adapter's third output
             image = image + adapted[0]
         text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale_t2, shift_t2,
                                                          eps=self.norm2_context.eps)
-        return _finite(ops.gated_residual(text, self.ff_context(normed), gate_t2)), image
+        return _finite(ops.gated_residual(text, _feed_forward(self.ff_context, normed), gate_t2)), image
 
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
@@ -143,7 +144,8 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         shift, scale, gate = _modulation(self.norm, temb).chunk(3, dim=-1)
         normed = ops.ada_layer_norm(both, scale, shift, eps=self.norm.norm.eps)
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        out = self.proj_out(torch.cat([attended, self.act_mlp(self.proj_mlp(normed))], dim=2))
+        hidden = _linear_gelu(self.proj_mlp, self.act_mlp, normed)
+        out = self.proj_out(torch.cat([attended, hidden], dim=2))
         both = _finite(ops.gated_residual(both, out, gate))
         return both[:, :tokens], both[:, tokens:]
 
@@ -174,12 +176,12 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
             image, out_image, gate_i = ops.gated_residual(image, out_image, gate_i), second, gate
         image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale_i2, shift_i2,
                                                           eps=self.norm2.eps)
-        image = ops.gated_residual(image, self.ff(normed), gate_i2)
+        image = ops.gated_residual(image, _feed_forward(self.ff, normed), gate_i2)
         if self.context_pre_only:
             return None, image
         text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale_t2, shift_t2,
                                                          eps=self.norm2_context.eps)
-        return ops.gated_residual(text, self.ff_context(normed), gate_t2), image
+        return ops.gated_residual(text, _feed_forward(self.ff_context, normed), gate_t2), image
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {fused.__mro__[1]: fused for fused in (
@@ -219,9 +221,33 @@ def _modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:
     return norm.linear(norm.silu(temb))
 
 
+def _feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A diffusers FeedForward, with its first product and GELU as one op where it is as it was made."""
+    first, *rest = mlp.net if _plain(mlp, type(mlp)) else (None,)
+    if not _plain(first, diffusers_activations.GELU):
+        return mlp(x)
+    x = _linear_gelu(first.proj, first, x)
+    for module in rest:
+        x = module(x)
+    return x
+
+
+def _linear_gelu(linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``gelu(linear(x))``; ``gelu`` is torch's, or diffusers', which holds the linear layer itself."""
+    if _plain(linear, nn.Linear) and not gelu._forward_hooks and gelu.approximate == "tanh":
+        return ops.linear_gelu(x, linear.weight, linear.bias)
+    return gelu(x) if hasattr(gelu, "proj") else gelu(linear(x))
+
+
+def _plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this class, and nothing listens to it or has replaced its forward."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks
+                                         or "forward" in module.__dict__)
+
+
 def _linear_residual(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``x + linear(x)``; a module that LoRA or quantisation has put there is called as it is."""
-    if type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks:
+    if _plain(linear, nn.Linear):
         return ops.linear_residual(x, linear.weight, linear.bias)
     return x + linear(x)
 

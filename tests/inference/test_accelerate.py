@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydit
 from pydit.errors import UserError
+from pydit.models import attention
 from pydit.plan import PruningPlan
 from pydit.testing import assert_accurate
 from tests.models import tiny
@@ -210,3 +212,102 @@ def test_copies_are_independent():
 def test_other_models_are_refused():
     with pytest.raises(UserError, match="transformer: expected QwenImageTransformer2DModel, .* got Linear"):
         pydit.accelerate(torch.nn.Linear(2, 2))
+
+
+class CountOps(TorchDispatchMode):
+    """Operations that do work: views and allocations are left out, one of ours counts as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket.__name__ not in ("empty", "empty_like", "detach", "_unsafe_view"):
+            self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def ops_per_block(model, batch, shorter):
+    """From two depths, so that what is outside the blocks drops out."""
+    counts = []
+    for one in (model, shorter):
+        with CountOps() as counter:
+            run(one, batch)
+        counts.append(len(counter.names))
+    return counts[0] - counts[1]
+
+
+# Operations of a block, stock (as diffusers' facts count them) and accelerated. Most that remain are matrix products.
+@pytest.mark.parametrize("family, stock, fused", [("qwen-image", 92, 22), ("flux", 96, 22), ("flux single", 49, 12),
+                                                  ("sd3.5", 83, 22)])
+def test_operations_of_a_block(family, stock, fused):
+    make, batch = {
+        "qwen-image": (lambda n: tiny.transformer(n), tiny.batch(masked=False)),
+        "flux": (lambda n: tiny.flux(num_layers=n), tiny.flux_batch()),
+        "flux single": (lambda n: tiny.flux(num_single_layers=n), tiny.flux_batch()),
+        "sd3.5": (lambda n: tiny.sd3(num_layers=n, dual_attention_layers=()), tiny.sd3_batch())}[family]
+    models = [make(n).bfloat16().requires_grad_(False) for n in (3, 2)]
+    found = ops_per_block(models[0], tiny.cast(batch, torch.bfloat16), models[1])
+    mine = ops_per_block(*(tiny.cast(batch, torch.bfloat16) if m is None else pydit.accelerate(m)
+                           for m in (models[0], None, models[1])))
+    print(family, found, mine)
+    assert found >= 0.8 * stock and mine <= fused
+
+
+def test_modules_that_something_listens_to_are_called():
+    """A hook on a layer of the MLP, or an adapter in its place, sees what it would have seen."""
+    for family, path in (("qwen", "img_mlp.net.0.proj"), ("qwen", "img_mlp"), ("flux", "proj_mlp")):
+        model, batch = (tiny.transformer(2), tiny.batch()) if family == "qwen" else (tiny.flux(), tiny.flux_batch())
+        block = model.transformer_blocks[0] if family == "qwen" else model.single_transformer_blocks[0]
+        seen = []
+        block.get_submodule(path).register_forward_hook(lambda module, args, out, seen=seen: seen.append(out * 2) or out * 2)
+        stock = run(model, batch)
+        pydit.accelerate(model)
+        torch.testing.assert_close(run(model, batch), stock, rtol=1e-4, atol=1e-4)
+        assert len(seen) == 2
+
+
+def test_projections_lie_together_and_come_apart_again(tmp_path):
+    """One product for query, key and value; the numbers, names and files stay, whatever moves them."""
+    model, batch = tiny.transformer(2).requires_grad_(False), tiny.batch()
+    before = tiny.fingerprint(model)
+    identities = [id(p) for p in model.parameters()]
+    pydit.accelerate(model)
+    assert tiny.same(before, model.state_dict()) and [id(p) for p in model.parameters()] == identities
+    attn = model.transformer_blocks[0].attn
+    x = torch.randn(2, 5, 64)
+    assert attention._adjacent([attn.to_q, attn.to_k, attn.to_v], x) is not None
+    together = [part.clone() for part in attention._project(attn, x, "to_q", "to_k", "to_v")]
+    for part, linear in zip(together, (attn.to_q, attn.to_k, attn.to_v), strict=True):
+        torch.testing.assert_close(part, linear(x).unflatten(-1, (-1, 32)))
+    stock = run(model, batch)
+    with torch.no_grad():  # a merged adapter writes into the weights
+        attn.to_k.weight.mul_(1.5)
+    changed = run(model, batch)
+    assert not torch.allclose(changed, stock)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(run(loaded, batch), changed, rtol=1e-4, atol=1e-4)
+    attn.to_k.weight.data = attn.to_k.weight.data.clone()  # as offloading leaves it
+    assert attention._adjacent([attn.to_q, attn.to_k, attn.to_v], x) is None
+    torch.testing.assert_close(run(model, batch), changed, rtol=1e-4, atol=1e-4)
+    model.double().float()
+    torch.testing.assert_close(run(model, batch), changed, rtol=1e-4, atol=1e-4)
+    copied = copy.deepcopy(pydit.accelerate(model))
+    torch.testing.assert_close(run(copied, batch), changed, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        copied.transformer_blocks[0].attn.to_q.weight.zero_()
+    torch.testing.assert_close(run(model, batch), changed, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_projections_that_lie_together():
+    model, batch = tiny.transformer(2), tiny.batch()
+    model(**batch, return_dict=False)[0].square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    pydit.accelerate(model)(**batch, return_dict=False)[0].square().sum().backward()
+    for name, grad in expected.items():
+        found = model.get_parameter(name).grad
+        if found is not None:
+            torch.testing.assert_close(found, grad, rtol=1e-3, atol=1e-3)
+    assert model.transformer_blocks[0].attn.to_v.weight.grad.abs().max() > 0

@@ -134,6 +134,24 @@ def test_bad_arguments():
 # FLUX.1 and SD3.5 -----------------------------------------------------------------------------------------------------
 
 
+def test_tables_are_made_once_and_follow_their_source():
+    from pydit.models import attention
+
+    angles = torch.polar(torch.ones(5, 4), torch.randn(5, 4))
+    first = attention._cosine_and_sine(angles)
+    assert attention._cosine_and_sine(angles)[0] is first[0]
+    assert torch.equal(first[0], angles.real) and torch.equal(first[1], angles.imag)
+    angles.mul_(1j)  # changed in place: made again
+    again = attention._cosine_and_sine(angles)
+    assert torch.equal(again[0], angles.real) and not torch.equal(again[0], first[0])
+    with torch.inference_mode():
+        inference = torch.polar(torch.ones(2, 4), torch.randn(2, 4))
+        assert attention._cosine_and_sine(inference)[0] is attention._cosine_and_sine(inference)[0]
+    held = len(attention._MADE)
+    del angles, inference
+    assert len(attention._MADE) < held  # and forgotten with it
+
+
 FAMILIES = {"flux": (tiny.flux, tiny.flux_batch, FluxAttnProcessor),
             "sd3.5": (tiny.sd3, tiny.sd3_batch, SD3AttnProcessor)}
 
