@@ -17,10 +17,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
-from pydit.errors import UserError
 from pydit.families import BlockSpec
 from pydit.models.adapter import BlockIO, ModelAdapter
-from pydit.models.pruned import AffineBlock, PrunedModel, plan_of, require_depth
+from pydit.models.pruned import PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.plan import PruningPlan
 
 __all__ = ["FluxAdapter", "ModelMixin", "PrunedFluxTransformer2DModel"]
@@ -66,13 +65,7 @@ class FluxAdapter(ModelAdapter):
         return kind(dim=heads * dim, num_attention_heads=heads, attention_head_dim=dim)
 
     def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
-        if spec.is_stock:
-            return block
-        if spec.form != "affine":
-            raise UserError(f"plan: expected intervals and affine blocks for {self.family}, got {spec.kind}")
-        like = block.attn.to_q.weight
-        with torch.device(like.device):
-            return AffineBlock(like.shape[1], spec, text_first=True).to(like.dtype)
+        return block if spec.is_stock else affine_in_place_of(block, spec, family=self.family)
 
 
 class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):

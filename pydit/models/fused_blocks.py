@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_flux, transformer_qwenimag
 from torch import nn
 
 from pydit import ops
-from pydit.models import pruned, qwen_image_blocks, sd3
+from pydit.models import pruned, qwen_image_blocks
 
 
 class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock):
@@ -106,12 +106,6 @@ class AffineBlock(pruned.AffineBlock):
         return (text, image) if self.text_first else (image, text)
 
 
-class SD3AffineBlock(sd3.SD3AffineBlock):
-    """The same in SD3."""
-
-    forward = AffineBlock.forward
-
-
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
     """FLUX.1's dual-stream block."""
 
@@ -185,7 +179,7 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {fused.__mro__[1]: fused for fused in (
-    QwenImageTransformerBlock, PrunedQwenImageTransformerBlock, AffineBlock, SD3AffineBlock, FluxTransformerBlock,
+    QwenImageTransformerBlock, PrunedQwenImageTransformerBlock, AffineBlock, FluxTransformerBlock,
     FluxSingleTransformerBlock, JointTransformerBlock)}
 
 

@@ -281,6 +281,17 @@ class AffineBlock(nn.Module):
         return (text, image) if self.text_first else (image, text)
 
 
+def affine_in_place_of(block: nn.Module, spec: BlockSpec, *, family: str) -> AffineBlock:
+    """The affine block for ``block``, on its device and in its dtype; UserError for any other specification."""
+    if spec.form != "affine":
+        raise UserError(f"plan: expected intervals and affine blocks for {family}, got {spec.kind}")
+    like = block.attn.to_q.weight
+    with torch.device(like.device):
+        made = AffineBlock(like.shape[1], spec, text_first=True).to(like.dtype)
+    made.context_pre_only = getattr(block, "context_pre_only", False)  # SD3's forward asks every block
+    return made
+
+
 def residual_map(width: int) -> nn.Linear:
     """The W and b of ``x + (W x + b)``, zero: the identity until it is fitted or trained."""
     linear = nn.Linear(width, width)

@@ -16,7 +16,7 @@ from torch import nn
 
 from pydit.families import BlockSpec
 from pydit.models.adapter import BlockIO, ModelAdapter
-from pydit.models.pruned import AffineBlock, PrunedModel, plan_of, require_depth
+from pydit.models.pruned import AffineBlock, PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.models.qwen_image_blocks import PrunedQwenImageTransformerBlock
 from pydit.plan import PruningPlan
 
@@ -59,8 +59,7 @@ class QwenImageAdapter(ModelAdapter):
         if spec.is_stock:
             return block
         if spec.form == "affine":
-            with torch.device(block.img_mod[1].weight.device):
-                return AffineBlock(block.dim, spec, text_first=True).to(block.img_mod[1].weight.dtype)
+            return affine_in_place_of(block, spec, family=self.family)
         return PrunedQwenImageTransformerBlock.from_stock(block, spec)
 
     def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:

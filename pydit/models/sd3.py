@@ -19,10 +19,9 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import nn
 
-from pydit.errors import UserError
 from pydit.families import BlockSpec
 from pydit.models.adapter import BlockIO, ModelAdapter
-from pydit.models.pruned import AffineBlock, PrunedModel, plan_of, require_depth
+from pydit.models.pruned import AffineBlock, PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.plan import PruningPlan
 
 __all__ = ["ModelMixin", "PrunedSD3Transformer2DModel", "SD3Adapter"]
@@ -66,26 +65,12 @@ class SD3Adapter(ModelAdapter):
             use_dual_attention=any(name.startswith("attn2.") for name in state))
 
     def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
-        if spec.is_stock:
-            return block
-        if spec.form != "affine":
-            raise UserError(f"plan: expected intervals and affine blocks for {self.family}, got {spec.kind}")
-        like = block.attn.to_q.weight
-        with torch.device(like.device):
-            return SD3AffineBlock(like.shape[1], spec, last=block.context_pre_only).to(like.dtype)
+        return block if spec.is_stock else affine_in_place_of(block, spec, family=self.family)
 
     def conform(self, block: nn.Module, layer: nn.Module) -> nn.Module:
         if layer.context_pre_only and not block.context_pre_only:
             _drop_text_output(block)
         return block
-
-
-class SD3AffineBlock(AffineBlock):
-    """An affine block that knows whether it is the model's last, which the model's forward asks of every block."""
-
-    def __init__(self, width: int, spec: BlockSpec, *, last: bool) -> None:
-        super().__init__(width, spec, text_first=True)
-        self.context_pre_only = last
 
 
 def _drop_text_output(block: JointTransformerBlock) -> None:
@@ -108,7 +93,7 @@ class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
     """An SD3 or SD3.5 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
 
     family = "sd3.5"
-    _no_split_modules: ClassVar = ["JointTransformerBlock", "SD3AffineBlock"]
+    _no_split_modules: ClassVar = ["JointTransformerBlock", "AffineBlock"]
 
     residual_arguments: ClassVar = {"block_controlnet_hidden_states": ("transformer_blocks", "share")}
 
