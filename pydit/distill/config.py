@@ -49,6 +49,9 @@ class DistillConfig:
         which has weight 1).
     output_trainable
         ``"replaced"``: only the replacement blocks move. ``"all"``: every parameter of the student does.
+    velocity_weight
+        Output phase: weight of the squared error against the teacher's velocity. 0 with a ``boundary_weight`` is
+        sequential distillation: blocks fed by the student, judged where the teacher's would end.
     boundary_weight
         Output phase: weight of ``loss`` between student and teacher at the end of every interval, with the student
         fed by itself.
@@ -100,6 +103,7 @@ class DistillConfig:
     linear_weight: float = 0.0
     intervals: tuple[tuple[int, int], ...] | None = None
     output_trainable: str = "replaced"
+    velocity_weight: float = 1.0
     boundary_weight: float = 0.0
     flow_weight: float = 0.0
     warmup: float = 0.02
@@ -125,7 +129,8 @@ class DistillConfig:
             _require(name, getattr(self, name), "a whole number >= 0, or None", lambda v: v is None or _whole(v, 0))
         for name in ("layers_lr", "output_lr", "eps"):
             _require(name, getattr(self, name), "a number > 0", lambda v: _number(v) and v > 0)
-        for name in ("magnitude", "linear_weight", "boundary_weight", "flow_weight", "weight_decay", "clip"):
+        for name in ("magnitude", "linear_weight", "velocity_weight", "boundary_weight", "flow_weight", "weight_decay",
+                     "clip"):
             _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
         for name in ("max_minutes", "save_every_seconds", "muon_lr"):
             _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or (_number(v) and v > 0))
@@ -159,6 +164,9 @@ class DistillConfig:
         if self.intervals is not None and self.output_steps != 0:
             raise UserError("intervals: expected None, because output_steps is not 0 and the output phase runs the "
                             f"whole student, got {self.intervals!r}")
+        if self.output_steps != 0 and not (self.velocity_weight or self.boundary_weight or self.flow_weight):
+            raise UserError("velocity_weight: expected a weight above 0 here, in boundary_weight or in flow_weight, "
+                            "because output_steps is not 0, got 0")
         if self.checkpoint_dir is None:
             for name in ("save_every", "save_every_seconds", "resume"):
                 if getattr(self, name):

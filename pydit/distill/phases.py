@@ -178,7 +178,7 @@ class OutputPhase(Phase):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         config = self.config
-        self.terms = [Term("output", "velocity", 1.0)]
+        self.terms = [Term("output", "velocity", config.velocity_weight)]
         if config.flow_weight:
             self.terms.append(Term("output", "flow", config.flow_weight))
         self.watched = self.intervals if config.boundary_weight else []
