@@ -114,7 +114,7 @@ class PrunedModel:
         Parameters
         ----------
         intervals : [start, end] pairs out of ``plan.units`` (of a plan with intervals alone, its intervals), in any
-            order. A text region and everything in it is one unit.
+            order. A text region and everything in it is one unit; an interval of the plan inside it stands for it.
 
         Raises
         ------
@@ -125,6 +125,7 @@ class PrunedModel:
             wanted = {(int(start), int(end)) for start, end in intervals}
         except (TypeError, ValueError):
             raise UserError(f"intervals: expected [start, end] pairs, got {intervals!r}") from None
+        wanted = {self._unit_of(pair) for pair in wanted}
         unknown = wanted - set(self.plan.units)
         if unknown:
             raise UserError(f"intervals: expected intervals of the plan {list(self.plan.units)}, "
@@ -142,6 +143,12 @@ class PrunedModel:
             for index, layers in enumerate(blocks.source):
                 if layers[0] in regions:
                     blocks[index].hand_on(regions[layers[0]] not in idle)
+
+    def _unit_of(self, pair: tuple[int, int]) -> tuple[int, int]:
+        """The unit that an interval of the plan lies in; any other pair as it is."""
+        if pair not in self.plan.intervals:
+            return pair
+        return next((start, end) for start, end in self.plan.units if start <= pair[0] <= end)
 
     def attach_teacher(self, teacher: nn.Module) -> None:
         """Share the teacher's layers of the plan's units, for :meth:`set_active`."""
