@@ -133,7 +133,8 @@ def test_a_full_disk_names_the_checkpoint_that_is_left(tmp_path, uninterrupted, 
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 from tests.distill import crash
 try:
     crash.live(sys.argv[1])
