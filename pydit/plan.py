@@ -32,8 +32,8 @@ _PPCL_25 = ((3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42
             (54, 55), (56, 57))
 _PPCL_TEXT = ((36, 37), (40, 41), (50, 59))
 _EVERY_SECOND = tuple((layer, layer + 1) for layer in range(0, 60, 2))
-_AMBER = ("Amber-style: 30 of 60 blocks; which 30 is not published, every second one is a placeholder for "
-          "detect(method='amber')")
+_WHICH_30 = ("30 of 60 blocks; which 30 is not published, every second one is a placeholder for "
+             "detect(method='amber')")
 _OWN = "this project's own layout for a published size; a placeholder for detect"
 
 # name -> (family, layers, fields of the plan, a note for `describe`)
@@ -43,9 +43,9 @@ _PRESETS: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "ppcl-qwen-image-11b": ("qwen-image", 60, {"intervals": _PPCL_25, "text_linear": _PPCL_TEXT}, ""),
     "ppcl-qwen-image-10b": ("qwen-image", 60, {"intervals": _PPCL_25, "text_linear": _PPCL_TEXT,
                                                "linear_ffn": (2, 58, 59)}, ""),
-    "amber-qwen-image-10b": ("qwen-image", 60, {"intervals": _EVERY_SECOND}, _AMBER),
+    "amber-qwen-image-10b": ("qwen-image", 60, {"intervals": _EVERY_SECOND}, f"Amber-style: {_WHICH_30}"),
     "amber-qwen-image-6b": ("qwen-image", 60, {"intervals": _EVERY_SECOND, "single_stream": 20},
-                            "6.84 B, Amber-style: 10 dual-stream and 20 single-stream blocks; " + _AMBER[13:]),
+                            f"6.84 B, Amber-style: 10 dual-stream and 20 single-stream blocks; {_WHICH_30}"),
     # The paper's FLUX.1 model has 8 B parameters; its layers are not published. Ends of the stack stay whole.
     "ppcl-flux.1-8b": ("flux.1", 57, {"intervals": ((4, 5), (6, 7), (8, 9), (10, 11), (12, 13), *(
         (layer, layer + 1) for layer in range(23, 53, 2)))}, _OWN),
@@ -326,7 +326,7 @@ class PruningPlan:
         config : dict or diffusers config, optional
             The teacher's. Missing entries take the family's defaults; None means the published size.
         """
-        family, full = FAMILIES[self.family], self._full(config)
+        family, full = FAMILIES[self.family], self.full_config(config)
         return family.other_parameters(full) + sum(family.block_parameters(full, spec) for spec in self.blocks)
 
     def num_flops(self, config: Mapping[str, Any] | None = None, *, image_tokens: int = 6889,
@@ -338,10 +338,11 @@ class PruningPlan:
         config : as for :meth:`num_parameters`.
         image_tokens, text_tokens : of one image; the defaults are 1328 x 1328 pixels and a full prompt.
         """
-        family, full = FAMILIES[self.family], self._full(config)
+        family, full = FAMILIES[self.family], self.full_config(config)
         return sum(family.block_flops(full, spec, image_tokens, text_tokens) for spec in self.blocks)
 
-    def _full(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    def full_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
+        """``config`` with the published values where it has none; UserError when it does not fit the plan."""
         family = FAMILIES[self.family]
         if config is not None and not isinstance(config, Mapping):
             raise UserError(f"config: expected a dict or a diffusers config, got {type(config).__name__}")
@@ -375,7 +376,7 @@ class PruningPlan:
                         f"{1e3 * work[1] / _H200_FLOPS:.0f} on an H200 (predicted, not measured)")
         if note := self.provenance.get("note"):
             rows.append(str(note))
-        full = self._full(config) if priced else None
+        full = self.full_config(config) if priced else None
         rows.append(f"{'block':>5}  {'teacher layers':<14}  " + (f"{'parameters':>13}  " if priced else "") + "kind")
         for block, spec in enumerate(self.blocks):
             span = str(spec.source[0]) if len(spec.source) == 1 else f"{spec.source[0]}-{spec.source[-1]}"

@@ -68,9 +68,9 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first prompt; each next one takes the next (default: 0)")
-    parser.add_argument("--steps", type=count, help="denoising steps (default: 18 for the demo, else 40)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the demo's own for it, else 40)")
     parser.add_argument("--guidance", type=at_least_one,
-                        help="classifier-free guidance; 1 is off (default: 2.5 for the demo, else 1)")
+                        help="classifier-free guidance; 1 is off (default: the demo's own for it, else 1)")
     parser.add_argument("--height", type=count, help="pixels (default: the pipeline's)")
     parser.add_argument("--width", type=count, help="pixels (default: the pipeline's)")
 
@@ -104,8 +104,8 @@ def add_eval(commands: Any) -> None:
     add_pipeline(parser, optional=True)
     parser.add_argument("--prompts", type=count, default=2500, help="images to judge (default: 2500)")
     parser.add_argument("--seed", type=int, default=0, help="chooses prompts and noise (default: 0)")
-    parser.add_argument("--steps", type=count, default=18, help="denoising steps (default: 18)")
-    parser.add_argument("--guidance", type=at_least_one, default=2.5, help="1 is off (default: 2.5)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the demo's)")
+    parser.add_argument("--guidance", type=at_least_one, help="1 is off (default: the demo's)")
     parser.add_argument("--batch", type=count, default=50, help="images drawn at once (default: 50)")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="default: held_out")
     parser.add_argument("--out", type=Path, help="result file to write (.json)")
@@ -116,6 +116,7 @@ def add_eval(commands: Any) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from pydit import doctor
+    from pydit.demo import data as demo
     from pydit.demo import story, teacher, world
     from pydit.demo.evaluate import Result, evaluate, relative_loss
     from pydit.files import read_json, write_json
@@ -131,8 +132,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     seeds = list(range(arguments.seed, arguments.seed + len(prompts)))
     log = None if arguments.out is None else arguments.out.with_name(arguments.out.name + ".log.jsonl")
     started = time.monotonic()
-    result = evaluate(pipe, prompts, seeds, steps=arguments.steps, guidance=arguments.guidance,
-                      batch_size=arguments.batch, log=log, resume=arguments.resume, identity=content_hash(path))
+    result = evaluate(pipe, prompts, seeds, steps=arguments.steps or demo.STEPS,
+                      guidance=arguments.guidance or demo.GUIDANCE, batch_size=arguments.batch, log=log,
+                      resume=arguments.resume, identity=content_hash(path))
     data = {**result.to_json(), "pipeline": str(arguments.pipeline or "the committed teacher"), "seed": arguments.seed,
             "split": arguments.split, "seconds": round(time.monotonic() - started, 1), "machine": doctor.machine(),
             "versions": doctor.versions()}

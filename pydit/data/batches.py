@@ -51,8 +51,8 @@ class CachedDataset:
         self.timesteps, self.shift, self.prompt_dropout = timesteps, shift, prompt_dropout
         index = read_index(self.path)
         if not index["complete"]:
-            raise FormatError(f"data: expected a complete cache in {self.path}, got an unfinished one of "
-                              f"{len(index['samples'])} samples; build it again to finish it")
+            raise FormatError(f"data: expected a complete cache in {self.path}, got an unfinished one; "
+                              "build it again to finish it")
         self._shards, self._shard_size = index["shards"], index["made_of"]["shard_size"]
         self.samples, self.skipped = index["samples"], index["skipped"]
         if len(self._shards) != -(-len(self.samples) // self._shard_size):

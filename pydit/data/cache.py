@@ -1,12 +1,15 @@
 """Latents and prompt embeddings of a set of captioned images, computed once: safetensors shards and an index.
 
-``index.json`` names the shards and, sample by sample, key and size; it is rewritten after every shard, so a build that
-was stopped goes on behind the last one. ``empty.safetensors`` holds the embedding of the empty prompt.
+``index.json`` names the shards and, sample by sample, key and size; it is written first without any and last with all.
+In between every shard has a JSON file of its own, so a build that was stopped goes on behind the last one.
+``empty.safetensors`` holds the embedding of the empty prompt.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,26 +67,35 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
             raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out})")
         if index["complete"]:
             return index
+        for part in _parts(out):
+            for name in ("shards", "samples", "skipped"):
+                index[name] += part[name]
+            index["read"] = part["read"]
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"out: expected a new directory or a cache, got {out} with other files in it")
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / INDEX, index)  # from here on the directory is known as an unfinished cache
+    if not (out / INDEX).exists():
+        files.write_json(out / INDEX, index)  # from here on the directory is known as an unfinished cache
     if not (out / EMPTY).exists():
         files.save_safetensors(out / EMPTY, {"embeds": _embeds(pipe, "")}, {"format": FORMAT})
 
     pending: dict[str, torch.Tensor] = {}
     entries: list[dict[str, Any]] = []
+    told = len(index["skipped"])  # of those, how many a shard's file has
 
     def flush(read: int) -> None:
+        nonlocal told
+        index["read"] = read
         if entries:
-            name = f"shard-{len(index['shards']):05d}.safetensors"
-            files.save_safetensors(out / name, pending, {"format": FORMAT})
-            index["shards"].append(name)
+            shard = out / f"shard-{len(index['shards']):05d}.safetensors"
+            files.save_safetensors(shard, pending, {"format": FORMAT})
+            files.write_json(shard.with_suffix(".json"), {
+                "shards": [shard.name], "samples": entries, "skipped": index["skipped"][told:], "read": read})
+            told = len(index["skipped"])
+            index["shards"].append(shard.name)
             index["samples"] += entries
             pending.clear()
             entries.clear()
-        index["read"] = read
-        files.write_json(out / INDEX, index)
 
     read = 0
     for read, sample in enumerate(_bar(read_samples(source), progress, index["read"]), 1):
@@ -101,12 +113,27 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
         _add(pipe, sample, pixels, pending, entries, step)
         if len(entries) == shard_size:
             flush(read)
-    index["complete"] = True
     flush(read)
+    index["complete"] = True
+    files.write_json(out / INDEX, index)
+    for file in out.glob("shard-*.json"):
+        file.unlink()
     if not index["samples"]:
         raise UserError(f"data: expected at least one captioned image that can be read, got none of {read} (the first: "
                         f"{index['skipped'][0]['key']}: {index['skipped'][0]['reason']})")
     return index
+
+
+def _parts(out: Path) -> Iterator[dict[str, Any]]:
+    """What the shards of an unfinished build hold, in order."""
+    for number in itertools.count():
+        file = out / f"shard-{number:05d}.json"
+        if not file.exists():
+            return
+        part = files.read_json(file, what="data")
+        if not isinstance(part, dict) or set(part) != {"shards", "samples", "skipped", "read"}:
+            raise FormatError(f"data: expected the entries of a shard in {file}, got something else")
+        yield part
 
 
 def read_index(path: str | os.PathLike) -> dict[str, Any]:

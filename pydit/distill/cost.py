@@ -62,7 +62,7 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
         Settings that are wrong, or a configuration of another depth than the plan's.
     """
     settings.validate()
-    family, full = FAMILIES[plan.family], plan._full(config)
+    family, full = FAMILIES[plan.family], plan.full_config(config)
     teacher = PruningPlan(plan.family, plan.num_layers)
     width = full["num_attention_heads"] * full["attention_head_dim"]
     replaced = [plan.blocks[block] for block, _, _ in plan.replaced]

@@ -11,7 +11,6 @@ from torch import nn
 
 from pydit.distill.config import DistillConfig
 from pydit.errors import UserError
-from pydit.models import ModelAdapter, get_adapter
 
 
 def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> None:
@@ -78,22 +77,15 @@ def merge(student: nn.Module, parts: Mapping[tuple[int, int], nn.Module]) -> nn.
         A part of another plan, or a pair that the plan does not have.
     """
     place = {entry[1:]: entry[0] for entry in student.replaced}
-    adapter = get_adapter(student)
     for pair, part in parts.items():
         if tuple(pair) not in place:
             raise UserError(f"parts: expected some of {sorted(place)}, got {tuple(pair)}")
         if getattr(part, "plan", None) != student.plan:
             raise UserError(f"parts: expected students of the same plan, got another for {tuple(pair)}")
     for pair, part in parts.items():
-        ours, theirs = (student_blocks(adapter, model)[place[tuple(pair)]] for model in (student, part))
-        ours.load_state_dict(theirs.state_dict())
+        index = place[tuple(pair)]
+        student.own_blocks[index].load_state_dict(part.own_blocks[index].state_dict())
     return student
-
-
-def student_blocks(adapter: ModelAdapter, student: nn.Module) -> list[nn.Module]:
-    """The student's own blocks, whichever are active."""
-    lists = [getattr(student, name) for name in adapter.block_lists]
-    return [blocks[index] for blocks in lists for index in range(len(blocks))]
 
 
 def digest(model: nn.Module) -> str:

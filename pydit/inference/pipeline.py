@@ -256,7 +256,7 @@ def _restore(transformer, file: Path):
         student = adapter.pruned_class()(**config, pydit={"plan": plan.to_dict()})
     for name, module in transformer.named_children():
         setattr(student, name, module)
-    student._install(plan, blocks)
+    student.install(plan, blocks)
     return student.train(transformer.training)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from pydit import files
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES, BlockSpec
+from pydit.models import get_adapter
 from pydit.plan import PruningPlan
 
 _FORMAT, _VERSION = "pydit-fallback-order", 1
@@ -83,7 +84,7 @@ def fallback_order(student: nn.Module, batches: Iterable[Mapping[str, Any]], *, 
     batches, plan = list(batches), student.plan
     if not batches:
         raise UserError("batches: expected at least one batch, got none")
-    config = _teacher_config(student)
+    config = get_adapter(student).teacher_config(student)
     before = student.active
 
     def outputs(active: Iterable[tuple[int, int]]) -> list[torch.Tensor]:
@@ -151,24 +152,3 @@ def load_order(path: str | os.PathLike) -> list[Subset]:
                        int(entry["flops"]), float(entry["error"])) for entry in data["subsets"]]
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"order: expected complete {_FORMAT} in {path}, got {error!r}") from None
-
-
-def _teacher_config(student: nn.Module) -> dict[str, Any]:
-    """The student's configuration with the teacher's depth; which layers have a second attention is in its layers."""
-    config = {key: value for key, value in student.config.items() if not key.startswith("_")}
-    if "dual_attention_layers" in config:
-        twice = tuple(k for k, block in sorted(_layers(student).items()) if getattr(block, "attn2", None) is not None)
-        config |= {"num_layers": student.plan.num_layers, "dual_attention_layers": twice}
-    elif "num_single_layers" in config:
-        dual = sum(len(layers) for layers in student.plan.source[:config["num_layers"]])
-        config |= {"num_layers": dual, "num_single_layers": student.plan.num_layers - dual}
-    else:
-        config["num_layers"] = student.plan.num_layers
-    return config
-
-
-def _layers(student: nn.Module) -> dict[int, nn.Module]:
-    """Teacher layers by number: the attached ones, and the student's block where it stands for one alone."""
-    blocks = student.transformer_blocks
-    found = {layers[0]: blocks[index] for index, layers in enumerate(blocks.source)}
-    return found | blocks.teacher.layers

@@ -64,8 +64,12 @@ class ModelAdapter(ABC):
 
     family: str
     block_io: BlockIO
-    last_text_used: bool  # whether the model reads the text output of its last block
     modulation: tuple[str, ...]  # children of a block that turn the time embedding into shifts, scales and gates
+
+    @property
+    def last_text_used(self) -> bool:
+        """Whether the model reads the text output of its last block."""
+        return FAMILIES[self.family].text_used
 
     @property
     def block_lists(self) -> tuple[str, ...]:
@@ -90,6 +94,11 @@ class ModelAdapter(ABC):
     def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
         """What a plan changes in a teacher's configuration."""
         return {"num_layers": plan.num_student_layers}
+
+    def teacher_config(self, student: nn.Module) -> dict[str, Any]:
+        """The teacher's configuration, from a pruned model's."""
+        config = {key: value for key, value in student.config.items() if not key.startswith("_") and key != "pydit"}
+        return config | {"num_layers": student.plan.num_layers}
 
     def num_layers(self, transformer: nn.Module) -> int:
         """How many blocks a forward runs."""

@@ -32,7 +32,6 @@ class FluxAdapter(ModelAdapter):
     block_io = BlockIO(
         inputs=("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
         image="hidden_states", text="encoder_hidden_states", text_first=True)
-    last_text_used = False
     modulation = ("norm1", "norm1_context", "norm")
 
     def width(self, transformer: nn.Module) -> int:
@@ -52,6 +51,11 @@ class FluxAdapter(ModelAdapter):
     def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
         dual = sum(layers[0] < config["num_layers"] for layers in plan.source)
         return {"num_layers": dual, "num_single_layers": plan.num_student_layers - dual}
+
+    def teacher_config(self, student: nn.Module) -> dict[str, Any]:
+        config = super().teacher_config(student)
+        dual = sum(map(len, student.transformer_blocks.source))
+        return config | {"num_layers": dual, "num_single_layers": student.plan.num_layers - dual}
 
     def pruned_class(self) -> type[nn.Module]:
         return PrunedFluxTransformer2DModel

@@ -61,10 +61,11 @@ class PrunedModel:
         """Take a plan after the stock constructor: thinned-out blocks, routed lists."""
         adapter = get_adapter(self.family)
         stock = adapter.blocks(self)
-        self._install(plan, [block if spec.is_stock else adapter.new_block(block, spec)
+        self.install(plan, [block if spec.is_stock else adapter.new_block(block, spec)
                              for block, spec in zip(stock, plan.blocks, strict=True)])
 
-    def _install(self, plan: PruningPlan, blocks: Iterable[nn.Module]) -> None:
+    def install(self, plan: PruningPlan, blocks: Iterable[nn.Module]) -> None:
+        """Become the student of a plan with these blocks, without a teacher attached."""
         self.plan = plan
         self.source = [list(layers) for layers in plan.source]
         self.replaced = list(plan.replaced)
@@ -78,6 +79,11 @@ class PrunedModel:
     @property
     def _lists(self) -> list[RoutedBlocks]:
         return [getattr(self, name) for name in get_adapter(self.family).block_lists]
+
+    @property
+    def own_blocks(self) -> list[nn.Module]:
+        """The student's blocks, whichever of them are active."""
+        return [blocks[index] for blocks in self._lists for index in range(len(blocks))]
 
     @classmethod
     def from_teacher(cls, teacher: nn.Module, plan: PruningPlan, blocks: Iterable[nn.Module],
@@ -96,7 +102,7 @@ class PrunedModel:
             student = cls(**config)
         for name, module in others.items():
             setattr(student, name, module)
-        student._install(plan, blocks)
+        student.install(plan, blocks)
         student.attach_teacher(teacher)
         return student.train(teacher.training)
 
@@ -139,10 +145,9 @@ class PrunedModel:
         for blocks in self._lists:
             blocks.inactive = frozenset(index for index, layers in enumerate(blocks.source) if layers[0] in idle)
         regions = dict(self.plan.text_linear)
-        for blocks in self._lists:
-            for index, layers in enumerate(blocks.source):
-                if layers[0] in regions:
-                    blocks[index].hand_on(regions[layers[0]] not in idle)
+        for block, layers in zip(self.own_blocks, self.source, strict=True):
+            if layers[0] in regions:
+                block.hand_on(regions[layers[0]] not in idle)
 
     def _unit_of(self, pair: tuple[int, int]) -> tuple[int, int]:
         """The unit that an interval of the plan lies in; any other pair as it is."""

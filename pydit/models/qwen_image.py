@@ -31,7 +31,6 @@ class QwenImageAdapter(ModelAdapter):
         inputs=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "image_rotary_emb",
                 "joint_attention_kwargs", "modulate_index"),
         image="hidden_states", text="encoder_hidden_states", text_first=True)
-    last_text_used = False
     modulation = ("img_mod", "txt_mod")
 
     def width(self, transformer: nn.Module) -> int:

@@ -33,7 +33,6 @@ class SD3Adapter(ModelAdapter):
     family = "sd3.5"
     block_io = BlockIO(inputs=("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
                        image="hidden_states", text="encoder_hidden_states", text_first=True)
-    last_text_used = False
     modulation = ("norm1", "norm1_context")
 
     def width(self, transformer: nn.Module) -> int:
@@ -50,6 +49,13 @@ class SD3Adapter(ModelAdapter):
     def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
         twice = tuple(block for block, layers in enumerate(plan.source) if layers[0] in config["dual_attention_layers"])
         return {"num_layers": plan.num_student_layers, "dual_attention_layers": twice}
+
+    def teacher_config(self, student: nn.Module) -> dict[str, Any]:
+        blocks = student.transformer_blocks  # a layer that is not attached is the student's own
+        layers = dict(zip((layers[0] for layers in blocks.source), student.own_blocks, strict=True))
+        layers |= blocks.teacher.layers
+        twice = [k for k, block in layers.items() if getattr(block, "attn2", None) is not None]
+        return super().teacher_config(student) | {"dual_attention_layers": tuple(sorted(twice))}
 
     def pruned_class(self) -> type[nn.Module]:
         return PrunedSD3Transformer2DModel

@@ -179,7 +179,7 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, pipe, monkeypatch, at):
         with pytest.raises(KeyboardInterrupt):
             build_cache(pipe, source, tmp_path / "out", resolution=48, shard_size=3, progress=False)
         if (tmp_path / "out" / cache.INDEX).exists():
-            with pytest.raises(FormatError, match="got an unfinished one of"):
+            with pytest.raises(FormatError, match="got an unfinished one; build it again"):
                 CachedDataset(tmp_path / "out")
     monkeypatch.setattr(cache, "_add", add)
     if at >= 3:  # the first shard is not encoded again

@@ -248,8 +248,9 @@ def test_operations_of_a_block(family, stock, fused):
         "sd3.5": (lambda n: tiny.sd3(num_layers=n, dual_attention_layers=()), tiny.sd3_batch())}[family]
     models = [make(n).bfloat16().requires_grad_(False) for n in (3, 2)]
     found = ops_per_block(models[0], tiny.cast(batch, torch.bfloat16), models[1])
-    mine = ops_per_block(*(tiny.cast(batch, torch.bfloat16) if m is None else pydit.accelerate(m)
-                           for m in (models[0], None, models[1])))
+    pydit.accelerate(models[0])
+    pydit.accelerate(models[1])
+    mine = ops_per_block(models[0], tiny.cast(batch, torch.bfloat16), models[1])
     print(family, found, mine)
     assert found >= 0.8 * stock and mine <= fused
 
