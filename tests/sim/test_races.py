@@ -1,4 +1,4 @@
-"""The race detector: 17 planted bugs that must be reported, their clean twins that must not, and every kernel test.
+"""The race detector: planted bugs that must be reported, their clean twins that must not, and every kernel test.
 
 The kernels are compiled with -fsanitize=thread, whose calls csrc/sim/race_observe.cpp takes; the sanitizer's own library
 is not linked. See csrc/sim/race.h.

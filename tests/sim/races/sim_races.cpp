@@ -263,6 +263,32 @@ TEST(neighbouring_halves_of_a_word) {
   PAIR(halves_of_a_word, 64, 0, (Words{"race on", "then write"}), out.data());
 }
 
+// 18. Half of a warp's lanes shuffle among themselves, the other half has gone on to another collective.
+template <bool kBug>
+__global__ void divergent(int* out) {
+  int value = static_cast<int>(threadIdx.x);
+  if (!kBug || threadIdx.x % 32 < 16) value = __shfl_xor_sync(kAll, value, 1);
+  out[blockIdx.x * blockDim.x + threadIdx.x] = __any_sync(kAll, value > 0);
+}
+TEST(divergent_collectives) {
+  std::vector<int> out(128);
+  PAIR(divergent, 64, 0, (Words{"divergent", "__shfl_xor_sync", "__any_sync"}), out.data());
+}
+
+// 19. A named barrier that waits for more threads than come.
+template <bool kBug>
+__global__ void miscounted(int* out) {
+  __shared__ int values[64];
+  if (threadIdx.x >= 64) return;
+  values[threadIdx.x] = 2;
+  pydit::sim::barrier_sync(1, kBug ? 96 : 64);
+  out[threadIdx.x] = values[63 - threadIdx.x];
+}
+TEST(barrier_of_the_wrong_count) {
+  std::vector<int> out(64);
+  PAIR(miscounted, 96, 0, (Words{"deadlock", "64 threads wait", "at barrier 1 for 96 to come"}), out.data());
+}
+
 // 20. and 21. A product of ones (any layout of them is the same matrix): its accumulator read before the wait; its
 // operands written through the generic proxy without a fence.
 enum class ProductBug { kRead, kWrite, kProxy };
