@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/pydit demo --out demo_out --budget-minutes 14
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 setup: $(VENV)/.installed
 

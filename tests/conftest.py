@@ -65,6 +65,12 @@ def _sim_settings(nodeid, name):
     return {"PYDIT_BACKEND": "sim", **drawn, **given}
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: begun last, they leave one process at work and the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     """Add to the report of a failing simulated case the line that reproduces it."""
