@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from pydit.analysis.ablation import ablate
-from pydit.analysis.candidates import removed_layers
+from pydit.analysis.criteria.base import removed_layers
 from pydit.analysis.forward import shell_of
 from pydit.analysis.search import velocity_error
 from pydit.distill import DistillConfig, distill

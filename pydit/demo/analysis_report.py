@@ -12,8 +12,9 @@ import numpy as np
 
 from pydit import files
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.candidates import Candidate, agreement, candidates, removed_layers
+from pydit.analysis.candidates import Candidate, agreement, candidates
 from pydit.analysis.criteria import PPCL, Scores
+from pydit.analysis.criteria.base import removed_layers
 from pydit.demo import figures, report, story
 
 if TYPE_CHECKING:
