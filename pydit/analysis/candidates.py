@@ -29,6 +29,9 @@ class Candidate:
     loss : predicted relative squared error of the output right after pruning, the sum over removed blocks of the error
         without that block alone; None without an ablation.
     low, high : 95 % bootstrap interval of ``loss`` over calibration batches, or None.
+    parameters : of the pruned transformer; None where the statistics do not know the configuration.
+    flops : of its blocks for one image at 1328 x 1328, as a share of the teacher's: what latency follows until it has
+        been measured.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Candidate:
     loss: float | None = None
     low: float | None = None
     high: float | None = None
+    parameters: int | None = None
+    flops: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -50,12 +55,15 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
     Parameters
     ----------
     target : layers to remove, as for :func:`pydit.analysis.detect`.
-    methods : names of criteria; None takes all, and PPCL with both of its selections.
+    methods : names of criteria; None takes all, and PPCL with both of its selections and, where there is an ablation,
+        with a budget that does not look at it.
     scored : receives the scores by method, each of which is computed once.
     """
     tries = [(name, {}) for name in (names() if methods is None else methods)]
     if methods is None:
         tries.append(("ppcl", {"selection": "optimal"}))
+        if stats.ablation is not None:
+            tries.append(("ppcl", {"budget": "cka"}))
     scored = {} if scored is None else scored
     found = []
     for method, options in tries:
@@ -71,16 +79,30 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
                 found.append(Candidate(name, None, str(error)))
                 continue
         note = "; ".join(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-        found.append(Candidate(name, plan, note, *_predicted(stats, plan)))
+        found.append(Candidate(name, plan, note, *_predicted(stats, plan), **_price(stats, plan)))
     return sorted(found, key=lambda c: (c.plan is None, c.loss is None, c.loss or 0.0, c.name))
 
 
 def agreement(found: Iterable[Candidate], num_layers: int) -> list[float]:
-    """Of every layer, the share of the candidates that remove it: those with a plan that look at the model."""
-    plans = [candidate.plan for candidate in found if candidate.plan is not None and candidate.name not in BLIND]
-    if not plans:
-        return [0.0] * num_layers
-    return [sum(layer in removed_layers(plan) for plan in plans) / len(plans) for layer in range(num_layers)]
+    """Of every layer, the share of the criteria that remove it: those with a plan that look at the model.
+
+    Candidates of one criterion share its vote.
+    """
+    votes: dict[str, list[set[int]]] = {}
+    for candidate in found:
+        method = candidate.name.split()[0]
+        if candidate.plan is not None and method not in BLIND:
+            votes.setdefault(method, []).append(removed_layers(candidate.plan))
+    return [sum(sum(layer in removed for removed in plans) / len(plans) for plans in votes.values())
+            / max(len(votes), 1) for layer in range(num_layers)]
+
+
+def _price(stats: ActivationStats, plan: PruningPlan) -> dict[str, Any]:
+    if stats.config is None:
+        return {}
+    whole = PruningPlan(plan.family, plan.num_layers)
+    return {"parameters": plan.num_parameters(stats.config),
+            "flops": plan.num_flops(stats.config) / whole.num_flops(stats.config)}
 
 
 def _predicted(stats: ActivationStats, plan: PruningPlan) -> tuple[float, float, float] | tuple[()]:

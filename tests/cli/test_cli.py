@@ -53,6 +53,16 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_plan_is_checked_before_it_is_written(tmp_path, fails, capfd):
+    untrained()
+    capfd.readouterr()  # what making it printed
+    argv = ("plan", "--intervals", "[[1,2]]", "--num-layers", 6, "--out", tmp_path / "plan.json", "--check", untrained())
+    assert "prompts: expected a file with one prompt per line or demo" in fails(*argv)
+    assert "the plan is for 60 layers, the model has 6" in fails(
+        "plan", "--preset", "ppcl-qwen-image-12b", "--out", tmp_path / "p.json", "--check", untrained(), "--prompts", "demo")
+    assert _tree(tmp_path) == []
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -90,6 +100,9 @@ def test_module_entry_point_and_exit_code():
     (["plan", "/nowhere/stats.safetensors"], "stats: expected a safetensors file, got a path that does not exist"),
     (["plan", "--search", "/nowhere", "--prompts", "demo"], "pipeline: expected a pipeline directory"),
     (["plan", "--search", "x"], "pipeline: expected a pipeline directory"),
+    (["plan", "x", "--trial", "5"], "check: expected a pipeline with --trial, got none"),
+    (["plan", "x", "--trial-lr", "1"], "trial: expected steps with --trial-lr, got none"),
+    (["plan", "--preset", "ppcl-qwen-image-12b", "--check", "/nowhere"], "pipeline: expected a pipeline directory"),
     (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, got '1.5'"),
     (["demo", "--budget-minutes", "-1"], "argument --budget-minutes: expected a number above 0, got '-1'"),
     (["demo", "--prompts", "0"], "argument --prompts: expected a whole number of at least 1, got '0'"),
@@ -238,6 +251,16 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
     assert all(name in table for name in ("amber", "laptop", "ppcl optimal", "uniform", "removed by"))
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "ppcl optimal" in page and "http" not in page
+    checked = json.loads(run("plan", "--show", plan, "--check", untrained(), "--prompts", "demo", "--batches", 2,
+                             "--batch-size", 2, "--json"))
+    row, = checked.pop("check")
+    assert checked == made and row["plan"] == "plan" and row["blocks"] == 3
+    assert row["ratio"] == row["measured"] / row["predicted"]
+    table = run("plan", again, "--target", 0.4, "--compare", "--check", untrained(), "--prompts", "demo", "--batches", 1,
+                "--batch-size", 2, "--trial", 1, "--trial-lr", 1e-3)
+    assert "after 1 steps" in table and "on 1 batches: squared, relative error" in table
+    lower = table.split("after 1 steps")[1]
+    assert all(name in lower for name in ("amber", "laptop", "uniform", "random", "ppcl optimal"))
     assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
     assert not (tmp_path / "pruned").exists()
     run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
