@@ -71,7 +71,8 @@ def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     trained = [f"after {arguments.trial} steps"] if arguments.trial else []
     print()
     console.table(["plan", "blocks", "predicted", "measured", "ratio", *trained], [
-        [row["plan"], row["blocks"], *(f"{row[name]:.4f}" for name in ("predicted", "measured")), None if row["ratio"] is None else f"{row['ratio']:.2f}",
-         *(f"{row['after']:.4f}" for _ in trained)] for row in rows])
+        [row["plan"], row["blocks"], *(None if row[name] is None else f"{row[name]:.{digits}f}" for name, digits in (
+            ("predicted", 4), ("measured", 4), ("ratio", 2))), *(f"{row['after']:.4f}" for _ in trained)]
+        for row in rows])
     print(f"on {arguments.batches} batches: squared, relative error of the output; predicted: the sum of leaving out "
           "one block at a time; ratio: measured over predicted, above 1 where the blocks make up for each other")
