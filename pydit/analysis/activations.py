@@ -101,11 +101,18 @@ class ActivationStats:
         self.ablation = ablation if self.ablation is None else self.ablation.join(ablation)
 
     def probe(self, layer: int, stream: str, *, ridge: float = 1e-6) -> LinearProbe:
-        """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds)."""
+        """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds).
+
+        Raises UserError for a layer or stream that is not there.
+        """
+        self._check_stream(stream)
+        if not 0 <= layer < self.num_layers:
+            raise UserError(f"layer: expected 0 to {self.num_layers - 1}, got {layer!r}")
         return LinearProbe.fit(self.moments[stream][layer], ridge=ridge, residual=True)
 
     def probes(self, stream: str, *, ridge: float = 1e-6) -> list[LinearProbe]:
         """:meth:`probe` of every block."""
+        self._check_stream(stream)
         return LinearProbe.fit_all(self.moments[stream], ridge=ridge, residual=True)
 
     def sample_batches(self, stream: str) -> list[torch.Tensor]:
@@ -127,8 +134,7 @@ class ActivationStats:
         clip : see :func:`pydit.stats.clip_outliers`; None leaves features as they are.
         level : of the interval.
         """
-        if stream not in STREAMS:
-            raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
+        self._check_stream(stream)
         if rows not in ("token", "image"):
             raise UserError(f"rows: expected token or image, got {rows!r}")
         cka = CKA(self.num_layers + 1)
@@ -212,6 +218,11 @@ class ActivationStats:
             raise FormatError(f"stats: expected complete {FORMAT} in {path}, got a file that does not fit "
                               f"({error})") from None
         return stats
+
+    @staticmethod
+    def _check_stream(stream: str) -> None:
+        if stream not in STREAMS:
+            raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
 
     def _check(self, stream: str, states: list[torch.Tensor] | torch.Tensor) -> None:
         shapes = {tuple(state.shape) for state in states}

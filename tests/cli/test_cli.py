@@ -13,6 +13,7 @@ import pytest
 
 import pydit.cli
 from pydit import files
+from pydit.analysis import ActivationStats
 from pydit.cli import main
 from pydit.plan import PruningPlan
 from tests.demo.pipelines import untrained
@@ -225,7 +226,7 @@ def test_wrong_environment_is_one_line(monkeypatch, fails):
     assert "PYDIT_DEBUG: expected one of 0, 1, got 'yes'" in fails("doctor")
 
 
-def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
+def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     """The commands in their order, each reading what the one before wrote."""
     def run(*argv):
         assert main([str(a) for a in argv]) == 0, capfd.readouterr().err
@@ -241,9 +242,20 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
     again = tmp_path / "again.safetensors"
     analyze = ("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
                "--ablate", "--out", again, "--json")
-    run(*analyze, "--batches", 4)
-    again.rename(tmp_path / "again.safetensors.partial")  # as a run of 8 batches leaves it half way
-    run(*analyze, "--batches", 8, "--resume")
+    save = ActivationStats.save
+
+    def interrupted(stats, path):
+        save(stats, path)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:  # after the first checkpoint
+        patch.setattr(ActivationStats, "save", interrupted)
+        assert main([*map(str, analyze), "--batches", "8", "--save-every", "4"]) == 130
+    assert capfd.readouterr().err.endswith("pydit: interrupted\n")
+    assert not again.exists() and "expected no checkpoint of an earlier run" in fails(*analyze, "--batches", 8)
+    assert main([*map(str, analyze), "--batches", "8", "--resume"]) == 0
+    bar = capfd.readouterr().err
+    assert "50%" in bar and "8/8" in bar and "batch/s" in bar  # goes on at 4 of 8, with a rate and the time left
     first, second = (files.load_safetensors(p, what="test")[0] for p in (stats, again))
     assert all((first[name] == second[name]).all() for name in first) and "ablation.losses" in second
     assert not (tmp_path / "again.safetensors.partial").exists()
