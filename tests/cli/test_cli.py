@@ -1,5 +1,6 @@
 """The command line: every kind of bad input ends with one line, exit code 2 and nothing half-written."""
 
+import argparse
 import errno
 import json
 import os
@@ -15,8 +16,10 @@ import pydit.cli
 from pydit import files
 from pydit.analysis import ActivationStats
 from pydit.cli import main
+from pydit.errors import UserError
 from pydit.plan import PruningPlan
 from tests.demo.pipelines import untrained
+from tests.models import tiny
 
 COMMANDS = ("demo", "analyze", "plan", "prune", "distill", "generate", "eval", "bench", "doctor")
 
@@ -62,6 +65,22 @@ def test_a_plan_is_checked_before_it_is_written(tmp_path, fails, capfd):
     assert "the plan is for 60 layers, the model has 6" in fails(
         "plan", "--preset", "ppcl-qwen-image-12b", "--out", tmp_path / "p.json", "--check", untrained(), "--prompts", "demo")
     assert _tree(tmp_path) == []
+
+
+def test_max_memory_says_what_it_costs(capsys):
+    from pydit.cli import model
+
+    def directions(gigabytes):
+        return model._directions(tiny.transformer(2), argparse.Namespace(batches=4, tokens=8, max_memory=gigabytes))
+
+    most = ActivationStats.estimate_bytes(2, 64, sample_batches=3, tokens=8) / 1e9
+    assert directions(most) is None and capsys.readouterr().err == ""
+    kept = directions(most / 2)
+    assert ActivationStats.estimate_bytes(2, kept, sample_batches=3, tokens=8) <= most / 2 * 1e9
+    assert ActivationStats.estimate_bytes(2, kept + 8, sample_batches=3, tokens=8) > most / 2 * 1e9
+    assert f"standard error of a cosine {100 * (2 / kept) ** 0.5:.1f} %" in capsys.readouterr().err
+    with pytest.raises(UserError, match="max-memory: expected at least .* GB for 2 blocks of 64 channels, got 1e-06"):
+        directions(1e-6)
 
 
 def test_help_lists_every_command(capsys):
