@@ -2,7 +2,8 @@
 
 A whole model is 60 such blocks, so that the share is the model's. pydit adds X^T X of both streams' inputs, and in
 ``collect_xx_xy`` X^T Y to their outputs, which linear probes need. The peer "forward" collects nothing: with its ratio
-r, collecting adds 1 / r - 1 to a forward. Goal: 4 % for X^T X, 12 % with X^T Y.
+r, collecting adds 1 / r - 1 to a forward. Goal: 4 % for X^T X, 12 % with X^T Y. A whole ``pydit.analysis.collect`` adds
+half of it, as only every second batch feeds the probes; the others keep a few tokens each.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         width, project, generator=torch.Generator().manual_seed(seed)).div_(project ** 0.5).to(device)
     stats = ActivationStats(adapter.family, layers, project or width, last_text_used=adapter.last_text_used,
                             starts=adapter.starts(transformer), device=device, projected_from=project and width,
-                            config={name: transformer.config[name] for name in FAMILIES[adapter.family].published[0]})
+                            config={name: transformer.config[name] for name in FAMILIES[adapter.family].published[0]
+                                    if name in transformer.config})
     if resume is not None:
         stats.merge(resume)  # refuses those of another model
     first = stats.batches_seen

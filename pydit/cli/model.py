@@ -257,7 +257,7 @@ def _compare(arguments: argparse.Namespace) -> None:
                   rows)
     for candidate in found:
         if candidate.note:
-            print(f"{candidate.name}: {candidate.note.removeprefix(candidate.name + ': ')}")
+            print(f"{candidate.name}: {candidate.note}")
     print("removed by (share of the methods, without uniform and random): "
           + "  ".join(f"{layer}: {100 * share:.0f} %" for layer, share in enumerate(shares) if share))
     print("FLOPs: of the blocks, as a share of the teacher's; latency is predicted to follow it until it has been "
