@@ -78,7 +78,8 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
             except UserError as error:
                 found.append(Candidate(name, None, str(error)))
                 continue
-        note = "; ".join(str(w.message).removeprefix(f"{method}: ") for w in caught if issubclass(w.category, UserWarning))
+        note = "; ".join(str(w.message).removeprefix(f"{method}: ") for w in caught
+                         if issubclass(w.category, UserWarning))
         found.append(Candidate(name, plan, note, *_predicted(stats, plan), **_price(stats, plan)))
     return sorted(found, key=lambda c: (c.plan is None, c.loss is None, c.loss or 0.0, c.name))
 
