@@ -227,7 +227,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pydit.analysis import ActivationStats, agreement, candidates, removed_layers
     from pydit.demo import console
 
-    given = [name for name in ("search", "preset", "intervals", "show", "out") if getattr(arguments, name) is not None]
+    given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "reference",
+                                                 "selection", "budget", "protect_last")
+             if getattr(arguments, name) is not None]
     if arguments.stats is None or given:
         raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
                         f"got {'--' + given[0] if given else 'no statistics file'}")

@@ -120,6 +120,7 @@ def test_module_entry_point_and_exit_code():
     (["plan", "/nowhere/stats.safetensors"], "stats: expected a safetensors file, got a path that does not exist"),
     (["plan", "--search", "/nowhere", "--prompts", "demo"], "pipeline: expected a pipeline directory"),
     (["plan", "--search", "x"], "pipeline: expected a pipeline directory"),
+    (["plan", "x", "--compare", "--protect-last", "1"], "compare: expected STATS alone, got --protect-last"),
     (["plan", "x", "--trial", "5"], "check: expected a pipeline with --trial, got none"),
     (["plan", "x", "--trial-lr", "1"], "trial: expected steps with --trial-lr, got none"),
     (["plan", "--preset", "ppcl-qwen-image-12b", "--check", "/nowhere"], "pipeline: expected a pipeline directory"),
@@ -255,7 +256,9 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     out = run("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
               "--batches", 8, "--out", stats, "--plot", tmp_path / "cka.png", "--json")
-    assert len(json.loads(out)["blocks"]) == 6 and (tmp_path / "cka.png").stat().st_size > 1000
+    blocks = json.loads(out)["blocks"]
+    assert len(blocks) == 6 and all(block["condition_text"] > 1 for block in blocks)
+    assert (tmp_path / "cka.png").stat().st_size > 1000
     made = json.loads(run("plan", stats, "--target", 0.4, "--selection", "optimal", "--out", plan, "--json"))
     assert made == json.loads(plan.read_text()) and "3 removed" in run("plan", "--show", plan)
     again = tmp_path / "again.safetensors"
