@@ -107,15 +107,18 @@ class Bench:
         return ActivationStats.load(file)
 
     def plan(self, cell: Cell) -> PruningPlan:
-        """The plan of a cell. PPCL's difference rule where it reaches the share, else the least sum of 1 - CKA."""
+        """The plan of a cell. PPCL's difference rule where it reaches the share, else its least cost.
+
+        The literal row and that of least 1 - CKA look at CKA alone, as published.
+        """
         stats, options = self.stats(cell.seed), {}
         method = cell.name if cell.table == "methods" else "bi" if cell.name.startswith("bi") else "ppcl"
         if method == "random":
             options["seed"] = cell.seed
         if "literal" in cell.name:
-            options["rule"] = "literal"
+            options |= {"rule": "literal", "budget": "cka"}
         if "least" in cell.name:
-            options["selection"] = "optimal"
+            options |= {"selection": "optimal", "budget": "cka"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # choices inside the noise are what seeds are for
             try:
@@ -123,7 +126,7 @@ class Bench:
             except UserError:
                 if method != "ppcl":
                     raise
-                plan = detect(stats, method=method, target=cell.share, selection="optimal")
+                plan = detect(stats, method=method, target=cell.share, **{**options, "selection": "optimal"})
         extra: dict[str, Any] = {}
         if cell.name.startswith("+"):
             extra["text_linear"] = [self._region(plan)]

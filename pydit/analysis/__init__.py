@@ -2,9 +2,10 @@
 
 from pydit.analysis.ablation import Ablation, ablate
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.candidates import Candidate, agreement, candidates, removed_layers
+from pydit.analysis.candidates import Candidate, agreement, candidates
 from pydit.analysis.collect import collect
 from pydit.analysis.criteria import Scores
+from pydit.analysis.criteria.base import removed_layers
 from pydit.analysis.detect import detect, score, select
 from pydit.analysis.search import greedy_search, velocity_error
 from pydit.analysis.trial import joint_removal, recoverability

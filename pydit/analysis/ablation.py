@@ -17,6 +17,7 @@ from torch import nn
 from pydit.analysis.forward import GivenStates, shell_of, velocity
 from pydit.errors import UserError
 from pydit.models import get_adapter
+from pydit.stats.cka import bootstrap_ratios
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Ablation:
         """Sums [batches, W] of values [N, W] over the images of each batch."""
         sums = torch.zeros(int(self.batches.max()) + 1, values.shape[1], dtype=torch.float64)
         return sums.index_add_(0, self.batches, values)
+
+    def relative(self, resamples: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Relative squared error of the output without each block, float64 [1 + resamples, L].
+
+        Sums over images of weights [N, 1] (None: 1) times losses, over those of weights times norms: first over all
+        batches, then over each bootstrap draw of them.
+        """
+        weights = torch.ones_like(self.norms[:, None]) if weights is None else weights
+        return bootstrap_ratios(self.by_batch(weights * self.losses), self.by_batch(weights * self.norms[:, None]),
+                                resamples)
 
     def join(self, other: Ablation) -> Ablation:
         """Both sets of images; the batches of ``other`` are numbered after these."""

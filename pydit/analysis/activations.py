@@ -8,8 +8,10 @@ on which the probes are judged. Text and image are separate throughout, padded t
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -40,6 +42,8 @@ class ActivationStats:
         First layers of the runs of blocks of one class; no interval crosses into one. FLUX.1 has two.
     device : optional
         Where moments are accumulated; samples are kept on the CPU.
+    config : mapping, optional
+        The transformer's configuration, from which plans are priced; JSON-able.
     projected_from : int, optional
         Channels of the model, if features were projected to ``width`` random directions
         (:func:`pydit.analysis.collect`).
@@ -57,8 +61,9 @@ class ActivationStats:
 
     def __init__(self, family: str, num_layers: int, width: int, *, last_text_used: bool = True,
                  starts: tuple[int, ...] = (0,), device: torch.device | str | None = None,
-                 projected_from: int | None = None) -> None:
+                 projected_from: int | None = None, config: Mapping[str, Any] | None = None) -> None:
         self.starts, self.projected_from = tuple(starts), projected_from
+        self.config = None if config is None else dict(config)
         self.family, self.num_layers, self.width, self.last_text_used = family, num_layers, width, last_text_used
         self.moments = {stream: [Moments(width, width, device=device) for _ in range(num_layers)]
                         for stream in STREAMS}
@@ -96,11 +101,18 @@ class ActivationStats:
         self.ablation = ablation if self.ablation is None else self.ablation.join(ablation)
 
     def probe(self, layer: int, stream: str, *, ridge: float = 1e-6) -> LinearProbe:
-        """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds)."""
+        """The affine map closest to block ``layer`` on the probe set (fitted to what the block adds).
+
+        Raises UserError for a layer or stream that is not there.
+        """
+        self._check_stream(stream)
+        if not 0 <= layer < self.num_layers:
+            raise UserError(f"layer: expected 0 to {self.num_layers - 1}, got {layer!r}")
         return LinearProbe.fit(self.moments[stream][layer], ridge=ridge, residual=True)
 
     def probes(self, stream: str, *, ridge: float = 1e-6) -> list[LinearProbe]:
         """:meth:`probe` of every block."""
+        self._check_stream(stream)
         return LinearProbe.fit_all(self.moments[stream], ridge=ridge, residual=True)
 
     def sample_batches(self, stream: str) -> list[torch.Tensor]:
@@ -122,8 +134,7 @@ class ActivationStats:
         clip : see :func:`pydit.stats.clip_outliers`; None leaves features as they are.
         level : of the interval.
         """
-        if stream not in STREAMS:
-            raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
+        self._check_stream(stream)
         if rows not in ("token", "image"):
             raise UserError(f"rows: expected token or image, got {rows!r}")
         cka = CKA(self.num_layers + 1)
@@ -172,7 +183,8 @@ class ActivationStats:
             "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
             "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
             "images_seen": str(self.images_seen), "batches_seen": str(self.batches_seen),
-            "projected_from": str(self.projected_from or 0), "starts": " ".join(map(str, self.starts)),
+            "config": json.dumps(self.config), "projected_from": str(self.projected_from or 0),
+            "starts": " ".join(map(str, self.starts)),
             **{f"batches_{stream}": str(len(self.samples[stream])) for stream in STREAMS}})
 
     @classmethod
@@ -186,7 +198,8 @@ class ActivationStats:
             stats = cls(metadata["family"], int(metadata["num_layers"]), int(metadata["width"]),
                         last_text_used=bool(int(metadata["last_text_used"])),
                         starts=tuple(map(int, metadata.get("starts", "0").split())),
-                        projected_from=int(metadata["projected_from"]) or None)
+                        projected_from=int(metadata["projected_from"]) or None,
+                        config=json.loads(metadata.get("config", "null")))
             stats.images_seen, stats.batches_seen = int(metadata["images_seen"]), int(metadata["batches_seen"])
             for stream in STREAMS:
                 for layer, moments in enumerate(stats.moments[stream]):
@@ -205,6 +218,11 @@ class ActivationStats:
             raise FormatError(f"stats: expected complete {FORMAT} in {path}, got a file that does not fit "
                               f"({error})") from None
         return stats
+
+    @staticmethod
+    def _check_stream(stream: str) -> None:
+        if stream not in STREAMS:
+            raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
 
     def _check(self, stream: str, states: list[torch.Tensor] | torch.Tensor) -> None:
         shapes = {tuple(state.shape) for state in states}

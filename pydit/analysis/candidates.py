@@ -11,12 +11,10 @@ import torch
 
 from pydit.analysis.activations import ActivationStats
 from pydit.analysis.criteria import Scores, get_criterion, names
+from pydit.analysis.criteria.base import BLIND, removed_layers
 from pydit.analysis.detect import decide
 from pydit.errors import UserError
 from pydit.plan import PruningPlan
-from pydit.stats.cka import bootstrap_weights
-
-_BLIND = ("random", "uniform")
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,13 @@ class Candidate:
     ----------
     name : of the criterion, with its option where it appears twice.
     plan : or None if it has none.
-    note : why it has none, or its warning; "" otherwise.
+    note : why it has none, or its warnings; "" otherwise.
     loss : predicted relative squared error of the output right after pruning, the sum over removed blocks of the error
         without that block alone; None without an ablation.
     low, high : 95 % bootstrap interval of ``loss`` over calibration batches, or None.
+    parameters : of the pruned transformer; None where the statistics do not know the configuration.
+    flops : of its blocks for one image at 1328 x 1328, as a share of the teacher's: what latency follows until it has
+        been measured.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Candidate:
     loss: float | None = None
     low: float | None = None
     high: float | None = None
+    parameters: int | None = None
+    flops: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -52,12 +55,15 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
     Parameters
     ----------
     target : layers to remove, as for :func:`pydit.analysis.detect`.
-    methods : names of criteria; None takes all, and PPCL with both of its selections.
+    methods : names of criteria; None takes all, and PPCL with both of its selections and, where there is an ablation,
+        with a budget that does not look at it.
     scored : receives the scores by method, each of which is computed once.
     """
     tries = [(name, {}) for name in (names() if methods is None else methods)]
     if methods is None:
         tries.append(("ppcl", {"selection": "optimal"}))
+        if stats.ablation is not None:
+            tries.append(("ppcl", {"budget": "cka"}))
     scored = {} if scored is None else scored
     found = []
     for method, options in tries:
@@ -72,29 +78,37 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
             except UserError as error:
                 found.append(Candidate(name, None, str(error)))
                 continue
-        note = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), "")
-        found.append(Candidate(name, plan, note, *_predicted(stats, plan)))
+        note = "; ".join(str(w.message).removeprefix(f"{method}: ") for w in caught
+                         if issubclass(w.category, UserWarning))
+        found.append(Candidate(name, plan, note, *_predicted(stats, plan), **_price(stats, plan)))
     return sorted(found, key=lambda c: (c.plan is None, c.loss is None, c.loss or 0.0, c.name))
 
 
 def agreement(found: Iterable[Candidate], num_layers: int) -> list[float]:
-    """Of every layer, the share of the candidates that remove it: those with a plan that look at the model."""
-    plans = [candidate.plan for candidate in found if candidate.plan is not None and candidate.name not in _BLIND]
-    if not plans:
-        return [0.0] * num_layers
-    return [sum(layer in removed_layers(plan) for plan in plans) / len(plans) for layer in range(num_layers)]
+    """Of every layer, the share of the criteria that remove it: those with a plan that look at the model.
+
+    Candidates of one criterion share its vote.
+    """
+    votes: dict[str, list[set[int]]] = {}
+    for candidate in found:
+        method = candidate.name.split()[0]
+        if candidate.plan is not None and method not in BLIND:
+            votes.setdefault(method, []).append(removed_layers(candidate.plan))
+    return [sum(sum(layer in removed for removed in plans) / len(plans) for plans in votes.values())
+            / max(len(votes), 1) for layer in range(num_layers)]
 
 
-def removed_layers(plan: PruningPlan) -> set[int]:
-    """The layers of a plan that are not the first of their interval."""
-    return {layer for start, end in plan.intervals for layer in range(start + 1, end + 1)}
+def _price(stats: ActivationStats, plan: PruningPlan) -> dict[str, Any]:
+    if stats.config is None:
+        return {}
+    whole = PruningPlan(plan.family, plan.num_layers)
+    return {"parameters": plan.num_parameters(stats.config),
+            "flops": plan.num_flops(stats.config) / whole.num_flops(stats.config)}
 
 
 def _predicted(stats: ActivationStats, plan: PruningPlan) -> tuple[float, float, float] | tuple[()]:
     if stats.ablation is None:
         return ()
-    losses = stats.ablation.losses[:, sorted(removed_layers(plan))].sum(1)
-    sums = stats.ablation.by_batch(torch.stack((losses, stats.ablation.norms), 1))
-    drawn = bootstrap_weights(len(sums), 1000, 0) @ sums
-    low, high = torch.quantile(drawn[:, 0] / drawn[:, 1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(sums[:, 0].sum() / sums[:, 1].sum()), low, high
+    errors = stats.ablation.relative(1000)[:, sorted(removed_layers(plan))].sum(1)
+    low, high = torch.quantile(errors[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(errors[0]), low, high

@@ -12,6 +12,7 @@ from torch import nn
 from pydit.analysis.ablation import ablate
 from pydit.analysis.activations import ActivationStats
 from pydit.errors import UserError
+from pydit.families import FAMILIES
 from pydit.models import get_adapter
 
 
@@ -65,7 +66,9 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
     directions = None if project is None else torch.randn(
         width, project, generator=torch.Generator().manual_seed(seed)).div_(project ** 0.5).to(device)
     stats = ActivationStats(adapter.family, layers, project or width, last_text_used=adapter.last_text_used,
-                            starts=adapter.starts(transformer), device=device, projected_from=project and width)
+                            starts=adapter.starts(transformer), device=device, projected_from=project and width,
+                            config={name: transformer.config[name] for name in FAMILIES[adapter.family].published[0]
+                                    if name in transformer.config})
     if resume is not None:
         stats.merge(resume)  # refuses those of another model
     first = stats.batches_seen

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from pydit.analysis.ablation import ablate
-from pydit.analysis.candidates import removed_layers
+from pydit.analysis.ablation import Ablation, ablate
+from pydit.analysis.criteria.base import removed_layers
 from pydit.analysis.forward import shell_of
 from pydit.analysis.search import velocity_error
 from pydit.distill import DistillConfig, distill
@@ -23,8 +23,16 @@ from pydit.plan import PruningPlan
 from pydit.pruning import prune
 
 
-def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[Mapping[str, Any]], *,
+                  ablation: Ablation | None = None) -> dict[str, float]:
     """Leave out all blocks of a plan but the first of each interval: predicted and measured loss.
+
+    Parameters
+    ----------
+    transformer : the teacher; only read.
+    plan : of it.
+    batches : keyword-argument dicts for ``transformer.forward``.
+    ablation : of the same batches, if there is one (:func:`pydit.analysis.ablate`); else it is made here.
 
     Returns
     -------
@@ -44,7 +52,7 @@ def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[M
     kept = [block for k, block in enumerate(adapter.blocks(transformer)) if k not in removed]
     batches = list(batches)
     measured = velocity_error(transformer, adapter.put_blocks(shell_of(adapter, transformer), kept), batches)
-    singles = ablate(transformer, batches)
+    singles = ablate(transformer, batches) if ablation is None else ablation
     predicted = float(singles.losses[:, sorted(removed)].sum() / singles.norms.sum())
     return {"predicted": predicted, "measured": measured,
             "ratio": measured / predicted if predicted else (1.0 if not measured else float("inf"))}
@@ -52,7 +60,8 @@ def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[M
 
 def recoverability(transformer: nn.Module, plans: Mapping[str, PruningPlan],
                    make_batches: Callable[[int], Iterator[Mapping[str, Any]]], *, steps: int = 50,
-                   judge: Iterable[Mapping[str, Any]], config: DistillConfig | None = None) -> list[dict[str, Any]]:
+                   judge: Iterable[Mapping[str, Any]], config: DistillConfig | None = None,
+                   progress: bool = False) -> list[dict[str, Any]]:
     """Prune by each plan, train a little, and see which student is best then.
 
     Parameters
@@ -64,6 +73,7 @@ def recoverability(transformer: nn.Module, plans: Mapping[str, PruningPlan],
     steps : of output distillation, the same for every plan.
     judge : batches on which the students are judged; not among the training batches.
     config : other settings of the training.
+    progress : show a bar for each plan.
 
     Returns
     -------
@@ -79,7 +89,7 @@ def recoverability(transformer: nn.Module, plans: Mapping[str, PruningPlan],
     for name, plan in plans.items():
         student = prune(transformer, plan)
         before = velocity_error(transformer, student, judge)
-        distill(transformer, student, make_batches, config, progress=False)
+        distill(transformer, student, make_batches, config, progress=progress)
         rows.append({"plan": name, "before": before, "after": velocity_error(transformer, student, judge)})
     for key in ("before", "after"):
         for rank, row in enumerate(sorted(rows, key=lambda row: row[key]), 1):

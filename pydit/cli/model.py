@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydit.cli.check import add_check, measure, require_check, show
 from pydit.cli.options import (
     add_batches,
     add_device,
@@ -123,6 +124,7 @@ def add_plan(commands: Any) -> None:
         "interval [s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
         "pydit plan stats.safetensors --method ppcl --target 0.4 --out plan.json\n"
         "  pydit plan stats.safetensors --compare --target 0.4\n"
+        "  pydit plan stats.safetensors --compare --check ./my-pipeline --prompts prompts.txt --trial 50\n"
         "  pydit plan --search ./my-pipeline --prompts prompts.txt --target 0.4 --out plan.json\n"
         "  pydit plan --preset ppcl-qwen-image-12b --out plan.json\n"
         "  pydit plan --intervals '[[3,4],[5,7]]' --num-layers 60 --out plan.json\n"
@@ -152,9 +154,14 @@ def add_plan(commands: Any) -> None:
                         help="with STATS: what a chain of probes is compared with (default: same-depth)")
     parser.add_argument("--selection", choices=("difference", "optimal"),
                         help="with STATS: the paper's rule, or least loss at the target (default: difference)")
+    parser.add_argument("--budget", choices=("auto", "cka", "output"),
+                        help="with STATS: what intervals of ppcl cost (default: auto, output after --ablate, else cka)")
+    parser.add_argument("--protect-last", type=whole, metavar="N",
+                        help="with STATS: blocks at the end that are kept (default: 0)")
     parser.add_argument("--target", type=share, default=0.4,
                         help="with STATS or --search: share of blocks to remove (default: 0.4)")
     parser.add_argument("--out", type=Path, help="plan file to write (.json)")
+    add_check(parser)
     add_device(parser)
     add_batches(parser, batches=4, required=False)
 
@@ -162,6 +169,7 @@ def add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from pydit.plan import PruningPlan
 
+    require_check(arguments)
     if arguments.compare or arguments.report:
         return _compare(arguments)
     ways = {"STATS": arguments.stats, "--search": arguments.search, "--preset": arguments.preset,
@@ -188,7 +196,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     else:
         from pydit.analysis import ActivationStats, detect
 
-        options = {name: getattr(arguments, name) for name in ("reference", "selection") if getattr(arguments, name)}
+        options = {name: getattr(arguments, name) for name in ("reference", "selection", "budget", "protect_last")
+                   if getattr(arguments, name) is not None}
         stats = ActivationStats.load(arguments.stats)
         with _warnings_as_lines("plan"):
             plan = detect(stats, method=arguments.method, target=arguments.target, **options)
@@ -200,12 +209,15 @@ def _plan(arguments: argparse.Namespace) -> None:
         plan = dataclasses.replace(plan, **more)
     if arguments.lean:
         plan = plan.lean()
+    checked = measure(arguments, {"plan": plan}) if arguments.check else []
     if arguments.out:
         plan.save(arguments.out)
     if arguments.json:
-        print_json(plan.to_dict())
+        print_json(plan.to_dict() | ({"check": checked} if checked else {}))
     else:
         print(plan.describe())
+        if checked:
+            show(arguments, checked)
         if arguments.out:
             print(f"wrote {arguments.out}")
 
@@ -215,7 +227,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pydit.analysis import ActivationStats, agreement, candidates, removed_layers
     from pydit.demo import console
 
-    given = [name for name in ("search", "preset", "intervals", "show", "out") if getattr(arguments, name) is not None]
+    given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "reference",
+                                                 "selection", "budget", "protect_last")
+             if getattr(arguments, name) is not None]
     if arguments.stats is None or given:
         raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
                         f"got {'--' + given[0] if given else 'no statistics file'}")
@@ -227,25 +241,31 @@ def _compare(arguments: argparse.Namespace) -> None:
     else:
         found = candidates(stats, target=arguments.target)
     shares = agreement(found, stats.num_layers)
+    checked = measure(arguments, {c.name: c.plan for c in found if c.plan is not None}) if arguments.check else []
     if arguments.json:
-        print_json({"candidates": [candidate.as_dict() for candidate in found], "removed_share": shares})
+        print_json({"candidates": [candidate.as_dict() for candidate in found], "removed_share": shares}
+                   | ({"check": checked} if checked else {}))
         return
     rows = []
     for candidate in found:
         if candidate.plan is None:
             continue
         loss = "" if candidate.loss is None else f"{candidate.loss:.4f} ({candidate.low:.4f} to {candidate.high:.4f})"
-        blocks = candidate.plan.num_student_layers
-        rows.append([candidate.name, blocks, f"{100 * blocks / stats.num_layers:.0f} %", loss,
+        size = "" if candidate.parameters is None else f"{candidate.parameters:,}"
+        flops = "" if candidate.flops is None else f"{100 * candidate.flops:.0f} %"
+        rows.append([candidate.name, candidate.plan.num_student_layers, size, flops, loss,
                      " ".join(map(str, sorted(removed_layers(candidate.plan))))])
-    console.table(["method", "blocks", "of FLOPs", "predicted error of the output (95 %)", "removed blocks"], rows)
+    console.table(["method", "blocks", "parameters", "FLOPs", "predicted error of the output (95 %)", "removed blocks"],
+                  rows)
     for candidate in found:
         if candidate.note:
             print(f"{candidate.name}: {candidate.note}")
     print("removed by (share of the methods, without uniform and random): "
           + "  ".join(f"{layer}: {100 * share:.0f} %" for layer, share in enumerate(shares) if share))
-    print("of FLOPs: of those of all blocks, which is what their latency follows until it has been measured; predicted "
-          "error: squared, relative, the sum of what leaving out one block does")
+    print("FLOPs: of the blocks, as a share of the teacher's; latency is predicted to follow it until it has been "
+          "measured; predicted error: squared, relative, the sum of what leaving out one block does")
+    if checked:
+        show(arguments, checked)
     if arguments.report:
         print(f"wrote {arguments.report}")
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pydit import files
+from pydit.analysis.ablation import Ablation
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.candidates import Candidate, agreement, candidates, removed_layers
+from pydit.analysis.candidates import Candidate, agreement, candidates
 from pydit.analysis.criteria import PPCL, Scores
+from pydit.analysis.criteria.base import removed_layers
 from pydit.demo import figures, report, story
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ _CHARTS = (
     ("Where the chains of linear probes break",
      "From the first block of each unit real activations go through linear probes instead of blocks. Shown is the CKA "
      "that each probe loses, both streams together, with its 95 % interval over calibration batches. A unit ends "
-     "before the first loss that exceeds the one before it beyond that noise: the open circle."),
+     "before the first loss that exceeds the one before it beyond that noise: the open circle. Where blocks were left "
+     "out one by one, the bars below are the error of the output without each: what CKA does not know."),
     ("What every criterion removes", "Filled: the block is removed. The last row is the share of the criteria that do, "
      "without uniform and random."))
 _PAGE = """<!doctype html>
@@ -36,8 +39,9 @@ _PAGE = """<!doctype html>
 {sections}
 <section><h2>Candidate plans</h2>{table}
 <p class="note">Predicted error: squared, relative to the output, the sum of what leaving out one block does; where
-blocks depend on each other, leaving out all of them does something else. Share of FLOPs: of those of all blocks, which
-is what latency follows until it has been measured.</p></section></main></body></html>
+blocks depend on each other, leaving out all of them does something else (<code>--check</code> measures it). FLOPs: of
+the blocks, as a share of the teacher's; latency is predicted to follow it until it has been measured.</p></section>
+</main></body></html>
 """
 
 
@@ -59,23 +63,35 @@ def write(stats: ActivationStats, path: str | os.PathLike, *, target: float | in
     scores = scored.get("ppcl") or ppcl.score(stats)
     units = ppcl.select(scores).intervals
     curves = ppcl.curves(scores)
-    pictures = (figures.cka_maps(story.cka_matrices(stats), units), difference_curves(curves, stats.num_layers),
-                choices(found, stats.num_layers))
+    pictures = (figures.cka_maps(story.cka_matrices(stats), units),
+                difference_curves(curves, stats.num_layers, stats.ablation), choices(found, stats.num_layers))
     sections = "".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><figure><img class=\"chart\" "
         f'src="{report.data_uri(_png(picture))}" alt="{html.escape(title, quote=True)}"></figure></section>'
         for (title, text), picture in zip(_CHARTS, pictures, strict=True))
     page = _PAGE.format(family=html.escape(stats.family), css=report.CSS, layers=stats.num_layers,
                         images=stats.images_seen, batches=stats.batches_seen, sections=sections,
-                        target=_target(target), table=_table(found, stats))
+                        target=_target(target), table=_table(found))
     files.write_text(path, page)
     return found
 
 
 @figures.styled
-def difference_curves(curves: Sequence[dict[str, Any]], num_layers: int) -> Figure:
-    """One line per unit of :meth:`pydit.analysis.criteria.PPCL.curves`: CKA lost per step, with error bars."""
-    figure, ax = figures.new_figure(9.6, 3.8)
+def difference_curves(curves: Sequence[dict[str, Any]], num_layers: int, ablation: Ablation | None = None) -> Figure:
+    """One line per unit of :meth:`pydit.analysis.criteria.PPCL.curves`: CKA lost per step, with error bars.
+
+    Below, with an ablation, the relative squared error of the output without each block, with 95 % error bars.
+    """
+    figure, ax = figures.new_figure(9.6, 3.8 if ablation is None else 5.8)
+    if ablation is not None:
+        errors = ablation.relative(500).numpy()
+        ax.remove()
+        ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        spread = np.abs(np.quantile(errors[1:], (0.025, 0.975), axis=0) - errors[0])
+        below.bar(range(num_layers), errors[0], yerr=spread, color=figures.FAINT, width=0.6, ecolor=figures.INK,
+                  error_kw={"elinewidth": 0.9, "capsize": 2})
+        below.set_yscale("log")
+        below.set_ylabel("error without it")
     palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
     for index, curve in enumerate(curves):
         colour = palette[index % len(palette)]
@@ -86,7 +102,7 @@ def difference_curves(curves: Sequence[dict[str, Any]], num_layers: int) -> Figu
         ax.plot(layers[inside], loss[inside], "o", color=colour, markersize=4.5, zorder=3)
         ax.plot(layers[~inside], loss[~inside], "o", color=colour, markerfacecolor="white", markersize=5.5, zorder=3)
         ax.axvspan(curve["start"] - 0.3, curve["end"] + 0.3, color=colour, alpha=0.08, linewidth=0)
-    ax.set_xlabel("block")
+    (ax if ablation is None else below).set_xlabel("block")
     ax.set_ylabel("CKA lost by its probe")
     ax.set_xlim(-0.6, num_layers - 0.4)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
@@ -127,20 +143,21 @@ def choices(found: Sequence[Candidate], num_layers: int) -> Figure:
     return figure
 
 
-def _table(found: Sequence[Candidate], stats: ActivationStats) -> str:
+def _table(found: Sequence[Candidate]) -> str:
     rows = []
     for candidate in found:
         if candidate.plan is None:
-            rows.append(f'<tr><td>{html.escape(candidate.name)}</td><td colspan="3">{html.escape(candidate.note)}</td>'
+            rows.append(f'<tr><td>{html.escape(candidate.name)}</td><td colspan="4">{html.escape(candidate.note)}</td>'
                         "</tr>")
             continue
-        blocks = candidate.plan.num_student_layers
+        size = "" if candidate.parameters is None else f"{candidate.parameters:,}"
+        flops = "" if candidate.flops is None else f"{100 * candidate.flops:.0f} %"
         loss = "not predicted" if candidate.loss is None else \
             f"{candidate.loss:.4f} ({candidate.low:.4f} to {candidate.high:.4f})"
         note = f"<br><span class=\"note\">{html.escape(candidate.note)}</span>" if candidate.note else ""
-        rows.append(f"<tr><td style=\"white-space:normal\">{html.escape(candidate.name)}{note}</td><td>{blocks}</td>"
-                    f"<td>{100 * blocks / stats.num_layers:.0f} %</td><td>{loss}</td></tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("criterion", "blocks left", "share of FLOPs",
+        rows.append(f"<tr><td style=\"white-space:normal\">{html.escape(candidate.name)}{note}</td>"
+                    f"<td>{candidate.plan.num_student_layers}</td><td>{size}</td><td>{flops}</td><td>{loss}</td></tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("criterion", "blocks left", "parameters", "FLOPs",
                                                   "predicted error (95 %)"))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

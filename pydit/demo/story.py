@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,24 +39,30 @@ def linearity(stats: ActivationStats) -> dict[str, list[float]]:
 
 
 def block_rows(stats: ActivationStats) -> list[dict[str, float]]:
-    """Per block and stream: R2 of its probe, share of its change explained, CKA between its input and its output."""
+    """Per block and stream: R2 of its probe, share of its change explained, CKA between its input and its output, and
+    the condition number of the probe's matrix (None where it is singular)."""
     explained = linearity(stats)
     probes = {stream: stats.probes(stream) for stream in STREAMS}
     neighbours = {stream: stats.cka_matrix(stream)[0].diagonal(1).tolist() for stream in STREAMS}
     return [{"block": layer,
              **{f"{name}_{stream}": value for stream in STREAMS for name, value in (
                  ("r2", probes[stream][layer].r2), ("explained", explained[stream][layer]),
-                 ("cka", neighbours[stream][layer]))}}
+                 ("cka", neighbours[stream][layer]), ("condition", _finite(probes[stream][layer].condition)))}}
             for layer in range(stats.num_layers)]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def print_statistics(stats: ActivationStats) -> None:
     """One line per block."""
     rows = block_rows(stats)
-    console.table(["block", *(f"{stream} {name}" for stream in STREAMS for name in ("R2", "change", "CKA"))],
-                  [list(row.values()) for row in rows])
+    console.table(["block", *(f"{stream} {name}" for stream in STREAMS for name in ("R2", "change", "CKA", "cond."))],
+                  [[f"{value:.0e}" if name.startswith("condition") and value is not None else value
+                    for name, value in row.items()] for row in rows])
     print("R2: of an affine map from a block's input to its output; change: the same for what the block adds; "
-          "CKA: between input and output.")
+          "CKA: between input and output; cond.: condition number of the map's equations, - where singular.")
 
 
 def as_json(stats: ActivationStats) -> dict[str, Any]:

@@ -47,6 +47,13 @@ def bootstrap_weights(batches: int, resamples: int, seed: int) -> torch.Tensor:
     return weights
 
 
+def bootstrap_ratios(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int) -> torch.Tensor:
+    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L]."""
+    weights = torch.cat((torch.full((1, len(numerators)), 1 / len(numerators), dtype=torch.float64),
+                         bootstrap_weights(len(numerators), resamples, 0)))
+    return weights @ numerators / (weights @ denominators)
+
+
 class CKA:
     """Debiased linear CKA between every pair of L layers, over batches of paired rows.
 

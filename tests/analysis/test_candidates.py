@@ -18,13 +18,16 @@ def stats():
 
 def test_every_criterion_proposes(stats):
     found = candidates(stats, target=2)
-    assert {c.name for c in found} == {*names(), "ppcl optimal"}
+    assert {c.name for c in found} == {*names(), "ppcl optimal", "ppcl cka"}
     for candidate in found:
         if candidate.plan is None:
-            assert candidate.name == "ppcl" and "target" in candidate.note
+            assert candidate.name in ("ppcl", "ppcl cka") and "target" in candidate.note
             continue
         removed = removed_layers(candidate.plan)
         assert len(removed) == 2 and 0 not in removed
+        kept = tiny.transformer(6)
+        kept.transformer_blocks = kept.transformer_blocks[:4]
+        assert candidate.parameters == sum(p.numel() for p in kept.parameters()) and abs(candidate.flops - 4 / 6) < 1e-9
         sums = stats.ablation.losses[:, sorted(removed)].sum() / stats.ablation.norms.sum()
         assert abs(candidate.loss - float(sums)) < 1e-12 and candidate.low <= candidate.loss <= candidate.high
     losses = [c.loss for c in found if c.plan is not None]

@@ -1,12 +1,14 @@
 """Detection on layers whose redundancy is known, and the rules on hand-written score matrices."""
 
+import dataclasses
 import itertools
 import random
+import warnings
 
 import pytest
 import torch
 
-from pydit.analysis import Scores, collect, detect, score
+from pydit.analysis import Ablation, Scores, candidates, collect, detect, score
 from pydit.analysis import select as select_with_defaults
 from pydit.analysis.criteria import PPCL, get_criterion, names, register
 from pydit.errors import FormatError, UserError
@@ -202,6 +204,79 @@ def test_optimal_equals_brute_force(seed):
     plan = select(scores_of(cka), selection="optimal", target=removed, **limits)
     assert plan.removed == removed
     assert abs(sum(1 - float(cka[pair]) for pair in plan.intervals) - best) < 1e-12
+
+
+def heard(scores, errors, noise=0.0):
+    """Scores with the error of the output without each layer, and two draws of it."""
+    errors = torch.tensor(errors, dtype=torch.float64)
+    scores.matrices["output"] = torch.stack((errors, errors * (1 + noise), errors * (1 - noise)))
+    return scores
+
+
+def test_units_that_lose_the_same_cka_differ_in_the_output():
+    """[1, 2] and [4, 5] lose 0.01 each, [4, 5] a little less; without layer 5 the output changes 1000 times as much."""
+    cka = matrix(6, {1: [0.0101, 0.3], 4: [0.01]})
+    scores = heard(scores_of(cka), [1.0, 0.002, 0.0003, 0.002, 0.002, 0.3])
+    for rule in ({"min_cka": 0.9}, {"selection": "optimal"}):
+        assert select(scores, target=1, budget="cka", **rule).intervals == ((4, 5),)
+        assert select(scores, target=1, **rule).intervals == ((1, 2),)
+        assert select(scores_of(cka), target=1, **rule).intervals == ((4, 5),)
+    with pytest.raises(UserError, match=r"fewer than 2 layers from the units .* of \[4, 5\] .* by 0.3 .* for 0.0023"):
+        select(scores, target=2, min_cka=0.9)
+    assert select(scores, target=2, min_cka=0.9, budget="cka").intervals == ((1, 2), (4, 5))
+    with pytest.raises(UserError, match='stats: expected an ablation for budget="output", got none'):
+        select(scores_of(cka), target=1, budget="output")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_output_budget_equals_brute_force(seed):
+    torch.manual_seed(seed)
+    cka, errors = torch.rand(7, 7, dtype=torch.float64).triu(), torch.rand(7, dtype=torch.float64).tolist()
+    cost = torch.tensor([[(1 - float(cka[u, v])) * max(errors[u + 1:v + 1], default=0) for v in range(7)]
+                         for u in range(7)])
+    plan = select(heard(scores_of(cka), errors), selection="optimal", target=4)
+    assert abs(sum(float(cost[pair]) for pair in plan.intervals) - brute_force(1 - cost, 4)) < 1e-6
+
+
+def test_last_layers_can_be_protected():
+    cka = matrix(6, {0: [0.02, 0.5], 2: [0.01, 0.008, 0.006]})
+    assert select(scores_of(cka), protect_last=2).intervals == ((0, 1), (2, 3))
+    assert select(scores_of(cka), target=3, selection="optimal", protect_last=1).intervals == ((0, 1), (2, 4))
+    with pytest.raises(UserError, match="at most the 3 layers that .* protect_last leave removable, got 4"):
+        select(scores_of(cka), target=4, selection="optimal", protect_last=2)
+
+
+def test_warns_when_the_choice_is_inside_the_noise():
+    """Two units whose losses differ less than batches do, then two that every batch tells apart."""
+    def scores(first, second):
+        losses = [matrix(4, {0: [a, 0.5, 0.5], 2: [b]}) for a, b in zip(first, second, strict=True)]
+        hsic = torch.stack([torch.stack((cka, torch.ones(4, 4), torch.ones(4, 4))) for cka in losses])
+        found = scores_of(hsic[:, 0].mean(0))
+        return dataclasses.replace(found, matrices={**found.matrices, "image_hsic": hsic, "text_hsic": hsic})
+
+    near = scores([0.01, 0.02, 0.01, 0.02], [0.02, 0.01, 0.02, 0.011])
+    for selection in ("difference", "optimal"):
+        with pytest.warns(UserWarning, match="ppcl: the choice is inside the noise"):
+            assert 0.2 < select(near, target=1, selection=selection).provenance["stability"] < 0.95
+    far = scores([0.01, 0.012, 0.01, 0.012], [0.2, 0.1, 0.2, 0.1])
+    assert select(far, target=1).provenance["stability"] == 1.0
+
+
+def test_a_criterion_that_does_not_hear_the_output_is_named():
+    """Layers 3 and 6 are affine and CKA takes them; the output needs 6 and 3, and does without 1 and 2."""
+    stats = synthetic.stats("nnnanna")
+    losses = torch.tensor([[9.0, 0.01, 0.011, 3.0, 0.5, 0.5, 4.0]], dtype=torch.float64).repeat(6, 1)
+    stats.add_ablation(Ablation(losses, torch.full((6,), 10.0, dtype=torch.float64),
+                                torch.ones(6, dtype=torch.float64), torch.arange(6)))
+    with pytest.warns(UserWarning, match="ppcl does not hear the output here: leaving out layer 6 alone changes it by "
+                                         "0.4 .* all 2 layers by 0.7 .* by 0.0021"):
+        plan = detect(stats, target=2, budget="cka", selection="optimal")
+    assert plan.provenance["output"] == pytest.approx({"predicted": 0.7, "least": 0.0021})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detect(stats, "uniform", target=2)
+    deaf = next(c for c in candidates(stats, target=2) if c.name == "rel_l1")
+    assert ("rel_l1 does not hear the output" in deaf.note) == (deaf.loss > 0.021)
 
 
 @pytest.mark.parametrize("target, message", [

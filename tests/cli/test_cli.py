@@ -1,5 +1,6 @@
 """The command line: every kind of bad input ends with one line, exit code 2 and nothing half-written."""
 
+import argparse
 import errno
 import json
 import os
@@ -13,9 +14,12 @@ import pytest
 
 import pydit.cli
 from pydit import files
+from pydit.analysis import ActivationStats
 from pydit.cli import main
+from pydit.errors import UserError
 from pydit.plan import PruningPlan
 from tests.demo.pipelines import untrained
+from tests.models import tiny
 
 COMMANDS = ("demo", "analyze", "plan", "prune", "distill", "generate", "eval", "bench", "doctor")
 
@@ -51,6 +55,32 @@ def test_every_command_has_help_with_an_example(command, capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0 and f"example:\n  pydit {command}" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_plan_is_checked_before_it_is_written(tmp_path, fails, capfd):
+    untrained()
+    capfd.readouterr()  # what making it printed
+    argv = ("plan", "--intervals", "[[1,2]]", "--num-layers", 6, "--out", tmp_path / "plan.json", "--check", untrained())
+    assert "prompts: expected a file with one prompt per line or demo" in fails(*argv)
+    assert "the plan is for 60 layers, the model has 6" in fails(
+        "plan", "--preset", "ppcl-qwen-image-12b", "--out", tmp_path / "p.json", "--check", untrained(), "--prompts", "demo")
+    assert _tree(tmp_path) == []
+
+
+def test_max_memory_says_what_it_costs(capsys):
+    from pydit.cli import model
+
+    def directions(gigabytes):
+        return model._directions(tiny.transformer(2), argparse.Namespace(batches=4, tokens=8, max_memory=gigabytes))
+
+    most = ActivationStats.estimate_bytes(2, 64, sample_batches=3, tokens=8) / 1e9
+    assert directions(most) is None and capsys.readouterr().err == ""
+    kept = directions(most / 2)
+    assert ActivationStats.estimate_bytes(2, kept, sample_batches=3, tokens=8) <= most / 2 * 1e9
+    assert ActivationStats.estimate_bytes(2, kept + 8, sample_batches=3, tokens=8) > most / 2 * 1e9
+    assert f"standard error of a cosine {100 * (2 / kept) ** 0.5:.1f} %" in capsys.readouterr().err
+    with pytest.raises(UserError, match="max-memory: expected at least .* GB for 2 blocks of 64 channels, got 1e-06"):
+        directions(1e-6)
 
 
 def test_help_lists_every_command(capsys):
@@ -90,6 +120,10 @@ def test_module_entry_point_and_exit_code():
     (["plan", "/nowhere/stats.safetensors"], "stats: expected a safetensors file, got a path that does not exist"),
     (["plan", "--search", "/nowhere", "--prompts", "demo"], "pipeline: expected a pipeline directory"),
     (["plan", "--search", "x"], "pipeline: expected a pipeline directory"),
+    (["plan", "x", "--compare", "--protect-last", "1"], "compare: expected STATS alone, got --protect-last"),
+    (["plan", "x", "--trial", "5"], "check: expected a pipeline with --trial, got none"),
+    (["plan", "x", "--trial-lr", "1"], "trial: expected steps with --trial-lr, got none"),
+    (["plan", "--preset", "ppcl-qwen-image-12b", "--check", "/nowhere"], "pipeline: expected a pipeline directory"),
     (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, got '1.5'"),
     (["demo", "--budget-minutes", "-1"], "argument --budget-minutes: expected a number above 0, got '-1'"),
     (["demo", "--prompts", "0"], "argument --prompts: expected a whole number of at least 1, got '0'"),
@@ -212,7 +246,7 @@ def test_wrong_environment_is_one_line(monkeypatch, fails):
     assert "PYDIT_DEBUG: expected one of 0, 1, got 'yes'" in fails("doctor")
 
 
-def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
+def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     """The commands in their order, each reading what the one before wrote."""
     def run(*argv):
         assert main([str(a) for a in argv]) == 0, capfd.readouterr().err
@@ -222,15 +256,28 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
     stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
     out = run("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
               "--batches", 8, "--out", stats, "--plot", tmp_path / "cka.png", "--json")
-    assert len(json.loads(out)["blocks"]) == 6 and (tmp_path / "cka.png").stat().st_size > 1000
+    blocks = json.loads(out)["blocks"]
+    assert len(blocks) == 6 and all(block["condition_text"] > 1 for block in blocks)
+    assert (tmp_path / "cka.png").stat().st_size > 1000
     made = json.loads(run("plan", stats, "--target", 0.4, "--selection", "optimal", "--out", plan, "--json"))
     assert made == json.loads(plan.read_text()) and "3 removed" in run("plan", "--show", plan)
     again = tmp_path / "again.safetensors"
     analyze = ("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 3, "--size", 48,
                "--ablate", "--out", again, "--json")
-    run(*analyze, "--batches", 4)
-    again.rename(tmp_path / "again.safetensors.partial")  # as a run of 8 batches leaves it half way
-    run(*analyze, "--batches", 8, "--resume")
+    save = ActivationStats.save
+
+    def interrupted(stats, path):
+        save(stats, path)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:  # after the first checkpoint
+        patch.setattr(ActivationStats, "save", interrupted)
+        assert main([*map(str, analyze), "--batches", "8", "--save-every", "4"]) == 130
+    assert capfd.readouterr().err.endswith("pydit: interrupted\n")
+    assert not again.exists() and "expected no checkpoint of an earlier run" in fails(*analyze, "--batches", 8)
+    assert main([*map(str, analyze), "--batches", "8", "--resume"]) == 0
+    bar = capfd.readouterr().err
+    assert "50%" in bar and "8/8" in bar and "batch/s" in bar  # goes on at 4 of 8, with a rate and the time left
     first, second = (files.load_safetensors(p, what="test")[0] for p in (stats, again))
     assert all((first[name] == second[name]).all() for name in first) and "ablation.losses" in second
     assert not (tmp_path / "again.safetensors.partial").exists()
@@ -238,6 +285,16 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd):
     assert all(name in table for name in ("amber", "laptop", "ppcl optimal", "uniform", "removed by"))
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "ppcl optimal" in page and "http" not in page
+    checked = json.loads(run("plan", "--show", plan, "--check", untrained(), "--prompts", "demo", "--batches", 2,
+                             "--batch-size", 2, "--json"))
+    row, = checked.pop("check")
+    assert checked == made and row["plan"] == "plan" and row["blocks"] == 3
+    assert row["ratio"] == row["measured"] / row["predicted"]
+    table = run("plan", again, "--target", 0.4, "--compare", "--check", untrained(), "--prompts", "demo", "--batches", 1,
+                "--batch-size", 2, "--trial", 1, "--trial-lr", 1e-3)
+    assert "after 1 steps" in table and "on 1 batches: squared, relative error" in table
+    lower = table.split("after 1 steps")[1]
+    assert all(name in lower for name in ("amber", "laptop", "uniform", "random", "ppcl optimal"))
     assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
     assert not (tmp_path / "pruned").exists()
     run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")

@@ -75,6 +75,27 @@ def test_groups_of_tiles(device, kernel_only, monkeypatch):
     check(features)
 
 
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_no_buffer_of_all_gram_matrices(device, monkeypatch):
+    """60 layers of 7401 rows: 13 GB of Gram matrices, of which 600 MB are kept at a time."""
+    class AskedForError(Exception):
+        pass
+
+    new_empty = torch.Tensor.new_empty
+
+    def ask(self, size, **options):
+        if isinstance(size, int):  # the workspace
+            raise AskedForError(size)
+        return new_empty(self, size, **options)
+
+    features = [torch.zeros(7401, 8, dtype=torch.bfloat16)] * 60
+    monkeypatch.setattr(torch.Tensor, "new_empty", ask)
+    with pytest.raises(AskedForError) as caught:
+        ops.hsic_matrix(features)
+    size = caught.value.args[0]
+    assert 550 << 20 < size < 1000 << 20 and size < 60 * 7401**2 * 4 / 12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_of_wide_dtypes(dtype, device):
     check(make(30, (12, 7), dtype, device, offset=1000.0), bound=1e-9)

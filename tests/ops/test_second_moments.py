@@ -109,6 +109,22 @@ def test_error_does_not_grow_with_tokens(device, kernel_only):
 
 
 @every_kernel
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_error_is_not_above_that_of_float32_sums(mean, device, kernel_only):
+    """Of cuBLAS with float32 output on a GPU, of tokens added one by one in float32 elsewhere."""
+    x = make((2560, 24, 0), torch.bfloat16, device, mean=mean)[0]
+    if device.type == "cuda":
+        peer = torch.mm(x.T, x, out_dtype=torch.float32)
+    else:
+        peer = torch.zeros(24, 24)
+        for token in x.float():
+            peer.addr_(token, token)
+    exact = x.cpu().double().T @ x.cpu().double()
+    ours, theirs = ((t.cpu().double() - exact).abs().max() for t in (ops.second_moments(x)[3], peer))
+    assert theirs > 0 and ours <= theirs
+
+
+@every_kernel
 def test_more_chunks_than_one_sum_takes(device):
     """More chunks than one fp32 sum may have: 32 of 256 tokens."""
     check(*make((34 * 256 + 5, 16, 0), torch.bfloat16, device, mean=2.0), device)

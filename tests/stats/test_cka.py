@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pydit.errors import UserError
 from pydit.ops.reference import centred, u_centred_gram
-from pydit.stats import CKA, linear_cka
+from pydit.stats import CKA, clip_outliers, linear_cka
 from pydit.stats.cka import debiased_hsic_features
 
 
@@ -81,6 +81,19 @@ def test_unrelated_wide_features_are_near_zero():
     x, y = torch.randn(64, 3072, generator=generator), torch.randn(64, 3072, generator=generator)
     assert abs(linear_cka(x, y)) < 0.05
     assert linear_cka(x, y, debiased=False) > 0.95
+
+
+def test_clip_takes_shared_outliers_out():
+    """8 of 1024 tokens share one channel at 100 deviations; the rest is unrelated."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1024, 64, generator=generator), torch.randn(1024, 64, generator=generator)
+    for features in (x, y):
+        features[:8, 3] = 100
+    assert linear_cka(x, y) > 0.7
+    assert abs(linear_cka(clip_outliers(x, 5.0), clip_outliers(y, 5.0))) < 0.1
+    assert torch.equal(clip_outliers(x, 1e9), x)
+    with pytest.raises(UserError, match="clip: expected a number above 0, got 0"):
+        clip_outliers(x, 0)
 
 
 def test_biased_is_the_textbook_formula():

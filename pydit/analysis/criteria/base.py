@@ -18,6 +18,8 @@ from pydit.plan import PruningPlan
 _FORMAT = "pydit-scores"
 _VERSION = "1"
 _CRITERIA: dict[str, type] = {}
+BLIND = ("random", "uniform")  # these look at nothing
+DEAF = 10.0  # a plan's predicted error of the output, over the least possible, above which its criterion is overruled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,11 @@ def removal_target(target: float | int | None, num_layers: int) -> int | None:
     if not 1 <= target < num_layers:
         raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {target}")
     return target
+
+
+def removed_layers(plan: PruningPlan) -> set[int]:
+    """The layers of a plan that are not the first of their interval."""
+    return {layer for start, end in plan.intervals for layer in range(start + 1, end + 1)}
 
 
 def intervals_without(removed: Iterable[int], num_layers: int) -> list[tuple[int, int]]:

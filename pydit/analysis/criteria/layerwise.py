@@ -27,7 +27,7 @@ from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.plan import PruningPlan
 from pydit.stats import clip_outliers
-from pydit.stats.cka import bootstrap_weights
+from pydit.stats.cka import bootstrap_ratios
 
 _SELECTION_OPTIONS = ("protect_first", "protect_last", "sizes", "seed")  # the scores do not depend on them
 
@@ -120,14 +120,6 @@ class Layerwise(ABC):
                                           family=scores.family, provenance=provenance)
 
 
-def _resampled(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int) -> torch.Tensor:
-    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L]."""
-    batches = len(numerators)
-    weights = torch.cat((torch.full((1, batches), 1 / batches, dtype=torch.float64),
-                         bootstrap_weights(batches, resamples, 0)))
-    return weights @ numerators / (weights @ denominators)
-
-
 # What a block does to its streams --------------------------------------------------------------------------------
 
 
@@ -162,7 +154,7 @@ class _Local(Layerwise):
             values = torch.stack([torch.stack([self.compare(*pair).mean() for pair in self._pairs(batch)])
                                   for batch in batches])
             counts = torch.tensor([[float(batch.shape[1])] for batch in batches], dtype=torch.float64)
-            found.append(_resampled(values * counts, counts, self.resamples))
+            found.append(bootstrap_ratios(values * counts, counts, self.resamples))
         if len(found) == 2 and not stats.last_text_used:
             found[1][:, -1] = found[0][:, -1]
         return sum(found) / len(found)
@@ -212,8 +204,7 @@ class _Global(Layerwise):
             raise UserError(f"stats: expected an ablation for method {self.method!r}, got none; "
                             "collect with with_ablation=True (pydit analyze --ablate)")
         weights = self.weights(ablation)
-        return _resampled(ablation.by_batch(weights * ablation.losses),
-                          ablation.by_batch(weights * ablation.norms[:, None]), self.resamples)
+        return ablation.relative(self.resamples, weights)
 
     def weights(self, ablation: Ablation) -> torch.Tensor:
         """Of every image, [N, 1]."""
