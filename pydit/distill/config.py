@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydit.distill.choices import MEMORY, OPTIMIZERS, SHARD
 from pydit.distill.losses import LOSSES
 from pydit.distill.schedule import MAX_EMA_WIDTH
 from pydit.errors import UserError
 
-#: Fields that say where and how often a run reports, not what it computes; a resumed run may change them.
-BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every")
+#: Fields that say where a run's memory is and how often it reports, not what it computes; a resumed run may change
+#: them.
+BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every", "shard", "teacher_memory")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,19 @@ class DistillConfig:
         ``cache_batches``.
     gradient_checkpointing
         Recompute the student's blocks in the backward pass instead of keeping their activations.
+    optimizer
+        ``"adamw"``, or ``"adamw8bit"``: moments in 8 bits, by bitsandbytes or torchao, whichever is installed. Not for
+        a sharded student.
+    shard
+        With several processes (torchrun): ``"none"`` keeps both models whole in each, ``"student"`` shards the student
+        with its gradients and optimiser block by block (FSDP2), ``"all"`` the teacher too. Afterwards the parameters
+        of a sharded model are DTensors still; :func:`pydit.distill.full_weights` collects them.
+    split_batches
+        True: all processes are given the same batches, and each trains on its rows of them, so that any number of
+        processes takes the same steps, up to rounding. False: every process has batches of its own.
+    teacher_memory
+        ``"resident"``, or ``"streamed"``: the teacher is passed on the CPU, stays there, and its blocks are copied to
+        the student's device one by one as they run. What it computes is the same to the last bit.
     log_every
         Steps per history row; a row holds means over those steps.
     checkpoint_dir, save_every, save_every_seconds
@@ -117,6 +132,10 @@ class DistillConfig:
     cache_batches: int = 0
     output_cache_batches: int | None = None
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    shard: str = "none"
+    split_batches: bool = False
+    teacher_memory: str = "resident"
     log_every: int = 10
     checkpoint_dir: str | Path | None = None
     save_every: int | None = None
@@ -145,7 +164,11 @@ class DistillConfig:
         _require("intervals", self.intervals, "pairs of whole numbers, or None", lambda v: v is None or _is_pairs(v))
         _require("loss", self.loss, f"one of {', '.join(LOSSES)}", lambda v: isinstance(v, str) and v in LOSSES)
         _require("output_trainable", self.output_trainable, "'replaced' or 'all'", lambda v: v in ("replaced", "all"))
-        _require("gradient_checkpointing", self.gradient_checkpointing, "True or False", lambda v: isinstance(v, bool))
+        for name in ("gradient_checkpointing", "split_batches"):
+            _require(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
+        for name, choices in (("optimizer", OPTIMIZERS), ("shard", SHARD), ("teacher_memory", MEMORY)):
+            _require(name, getattr(self, name), f"one of {', '.join(choices)}",
+                     lambda v, choices=choices: isinstance(v, str) and v in choices)
         _require("cache_batches", self.cache_batches, "a whole number >= 0", lambda v: _whole(v, 0))
         _require("log_every", self.log_every, "a whole number >= 1", lambda v: _whole(v, 1))
         _require("save_every", self.save_every, "a whole number >= 1, or None", lambda v: v is None or _whole(v, 1))
@@ -155,6 +178,9 @@ class DistillConfig:
         self._validate_together()
 
     def _validate_together(self) -> None:
+        if self.teacher_memory == "streamed" and self.shard == "all":
+            raise UserError("teacher_memory: expected resident, because shard is 'all', got 'streamed'; a teacher is "
+                            "streamed from each process's memory or sharded over all of them")
         if self.max_minutes is None:
             for name in ("layers_steps", "output_steps"):
                 if getattr(self, name) is None:
