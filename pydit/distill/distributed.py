@@ -176,3 +176,11 @@ def start(device: str) -> str:
         # Long, because the others wait while the main process encodes a data set.
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=2))
     return device
+
+
+def stop() -> None:
+    """Part from the other processes, at the end of a command that called :func:`start`."""
+    if world_size() > 1:
+        dist.barrier()
+    if dist.is_available() and dist.is_initialized() and dist.is_torchelastic_launched():
+        dist.destroy_process_group()

@@ -54,6 +54,7 @@ class Optimizer:
         others = [p for name, p in self._masters.items() if name not in by_muon]
         matrices = [p for p in others if p.ndim >= 2]
         vectors = [p for p in others if p.ndim < 2]
+        self._plain = config.optimizer == "adamw"
         self._adamw = _adamw([{"params": matrices, "weight_decay": config.weight_decay},
                               {"params": vectors, "weight_decay": 0.0}], config)
 
@@ -129,7 +130,7 @@ class Optimizer:
             self._named[name].copy_(master)
             if self._averages:
                 self._averages[name].copy_(_fitting(tensors, f"average/{name}", master))
-            if isinstance(self._adamw, torch.optim.AdamW) and f"{_MOMENTS[0]}/{name}" in tensors:
+            if self._plain and f"{_MOMENTS[0]}/{name}" in tensors:
                 state = {moment: torch.empty_like(master).copy_(_fitting(tensors, f"{moment}/{name}", master))
                          for moment in _MOMENTS}
                 state["step"] = torch.tensor(float(step_count), device=master.device)
@@ -137,7 +138,7 @@ class Optimizer:
             if self._muon is not None and f"{_MOMENTUM}/{name}" in tensors:
                 momentum = torch.empty_like(master).copy_(_fitting(tensors, f"{_MOMENTUM}/{name}", master))
                 self._muon.state[master] = {_MOMENTUM: momentum}
-        if not isinstance(self._adamw, torch.optim.AdamW):
+        if not self._plain:
             self._load_quantised(tensors)
 
     def _load_quantised(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -176,8 +177,6 @@ def _adamw(groups: list[dict], config: DistillConfig) -> torch.optim.Optimizer:
     options = {"lr": 0.0, "betas": tuple(config.betas), "eps": config.eps}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
-    if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
-        raise UserError(f"optimizer: expected 'adamw', because the student is sharded, got {config.optimizer!r}")
     return eight_bit_adamw()([group for group in groups if group["params"]], **options)
 
 

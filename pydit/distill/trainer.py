@@ -21,6 +21,7 @@ from pydit.distill.phases import LayerPhase, OutputPhase, Phase
 from pydit.distill.progress import step_bar
 from pydit.distill.residence import teacher_blocks
 from pydit.distill.schedule import Budget, lr_factor
+from pydit.distill.stages import change_plan, require_successor
 from pydit.distill.stream import Batches, BatchStream
 from pydit.errors import UserError
 from pydit.models import get_adapter
@@ -50,13 +51,18 @@ class DistillResult:
     seconds
         Duration, earlier parts included.
     resumed_from
-        (phase, step) of the checkpoint that the run continued, or None.
+        (phase, step) of the checkpoint that the run continued, or None; in a schedule, of the last stage that had one.
+    batches
+        Number of the batch that a further run would begin with.
+
+    In a schedule every row has its ``stage`` too, 0 for the student as it came, and its time counts from its start.
     """
 
     history: list[dict[str, Any]]
     steps: dict[str, int]
     seconds: float
     resumed_from: tuple[str, int] | None = None
+    batches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -100,6 +106,21 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
         Training diverged; the last checkpoint is untouched.
     """
     config.validate()
+    results: list[DistillResult] = []
+    for number in range(len(config.schedule) + 1):
+        stage, first = config.stage(number), 0
+        if number:
+            change_plan(student, config.schedule[number - 1][0], teacher)
+            first = results[-1].batches
+        elif config.schedule:
+            require_successor(student.plan, config.schedule[0][0])
+        results.append(_distill_stage(teacher, student, batches, stage, first, progress))
+    return results[0] if len(results) == 1 else _joined(results)
+
+
+def _distill_stage(teacher: nn.Module, student: nn.Module, batches: Batches, config: DistillConfig, first: int,
+                   progress: bool) -> DistillResult:
+    """Train one student as it is, from batch ``first`` of the stream on."""
     adapter = get_adapter(student)
     require_pair(teacher, student, config)
     identity = {
@@ -113,7 +134,16 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
         distributed.shard(teacher, adapter)
     device = next(student.parameters()).device
     with prepared(teacher, student, config), teacher_blocks(teacher, adapter, config, device):
-        return _Run(teacher, student, adapter, batches, config, identity, progress).execute()
+        return _Run(teacher, student, adapter, batches, config, identity, first, progress).execute()
+
+
+def _joined(results: list[DistillResult]) -> DistillResult:
+    """Of a schedule: rows with the number of their stage, sums of the rest."""
+    rows = [row | {"stage": number} for number, result in enumerate(results) for row in result.history]
+    steps = {name: sum(result.steps[name] for result in results) for name in results[0].steps}
+    resumed = [result.resumed_from for result in results if result.resumed_from is not None]
+    return DistillResult(rows, steps, sum(result.seconds for result in results), resumed[-1] if resumed else None,
+                         results[-1].batches)
 
 
 class _Interrupt:
@@ -149,12 +179,12 @@ class _Run:
     """One call of :func:`distill`."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, batches: Batches,
-                 config: DistillConfig, identity: dict[str, Any], show: bool) -> None:
+                 config: DistillConfig, identity: dict[str, Any], first: int, show: bool) -> None:
         self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
         self.show = show and distributed.is_main()
         self.device = next(student.parameters()).device
         self.identity = identity
-        self.progress, self.loaded = self._start()
+        self.progress, self.loaded = self._start(first)
         self.resumed_from = (self.progress.phase, self.progress.step) if self.loaded else None
         self.began = monotonic() - self.progress.seconds
         self.saved_at = self.progress.seconds
@@ -165,7 +195,7 @@ class _Run:
             self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device,
                                       None if part == (0, 1) else part)
 
-    def _start(self) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
+    def _start(self, first: int) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
         directory, resume = self.config.checkpoint_dir, self.config.resume
         found = directory is not None and checkpoint.exists(directory)
         if found and not resume:
@@ -176,19 +206,21 @@ class _Run:
         distributed.barrier()  # no process may write before every one has looked
         if found:
             return checkpoint.load(directory, self.identity, dict(self.student.named_parameters()))
-        return checkpoint.Progress(), {}
+        return checkpoint.Progress(batches=first), {}
 
     def execute(self) -> DistillResult:
         """Run what is left of the phases."""
         state = self.progress
         if state.phase == "done" or state.step == 0:
             load_weights(self.student, self.loaded)
+        if state.phase == "done":  # for the stage to come
+            checkpoint.restore_random(self.loaded, self.device)
         names = list(_PHASES)
         for name, following in zip(names, [*names[1:], "done"], strict=True):
             if state.phase == name:
                 self._phase(_PHASES[name](self.teacher, self.student, self.adapter, self.config), following)
         state.seconds = self._now()
-        return DistillResult(state.history, state.steps, state.seconds, self.resumed_from)
+        return DistillResult(state.history, state.steps, state.seconds, self.resumed_from, state.batches)
 
     def _phase(self, phase: Phase, following: str) -> None:
         state = self.progress
