@@ -47,6 +47,9 @@ def add_distill(commands: Any) -> None:
                         help="print the memory and time that the run will take, from configuration files alone")
     parser.add_argument("--steps", type=count, default=1000, help="steps of the first phase (default: 1000)")
     parser.add_argument("--output-steps", type=whole, default=0, help="steps of the second phase (default: 0)")
+    parser.add_argument("--then", action="append", default=[], metavar="PLAN:STEPS[:OUTPUT_STEPS]",
+                        help="afterwards turn the student into that of this plan file and train again; may be "
+                             "repeated, for depth and width in turn, or single-stream blocks a few at a time")
     parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: that of the API)")
     parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase")
     parser.add_argument("--loss", choices=("direction", "normalized_mse", "mse", "masked_mse"), help="per stream and "
@@ -104,6 +107,8 @@ def _distill(arguments: argparse.Namespace) -> None:
     given |= {name: getattr(arguments, name) for name in (
         "max_minutes", "loss", "magnitude", "linear_weight", "flow_weight", "ema", "gradient_checkpointing",
         "output_trainable", "velocity_weight", "boundary_weight", "muon_lr", "optimizer", "teacher_memory", "shard")}
+    if arguments.then:
+        given["schedule"] = tuple(map(_stage, arguments.then))
     settings = {"layers_steps": arguments.steps, "output_steps": arguments.output_steps,
                 **{name: value for name, value in given.items() if value is not None}}
     if arguments.estimate:
@@ -113,6 +118,16 @@ def _distill(arguments: argparse.Namespace) -> None:
     with _alone(distributed):
         _train(arguments, settings)
     distributed.stop()
+
+
+def _stage(text: str) -> Any:
+    from pydit.distill import Stage
+    from pydit.plan import PruningPlan
+
+    path, *steps = text.split(":")
+    if not 1 <= len(steps) <= 2 or not all(number.isdigit() for number in steps):
+        raise UserError(f"then: expected PLAN:STEPS or PLAN:STEPS:OUTPUT_STEPS, got {text!r}")
+    return Stage(PruningPlan.load(path), *map(int, steps))
 
 
 @contextlib.contextmanager
