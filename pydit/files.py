@@ -100,9 +100,7 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     os.chmod(temporary, 0o777 & ~_umask())
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+        _fsync_files(temporary)
         if path.exists():  # a directory cannot be renamed over a non-empty one
             previous = temporary.with_suffix(".old")
             os.rename(path, previous)
@@ -117,6 +115,13 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_directory(temporary: Path, path: Path) -> None:
+    """Flush a finished directory to the disk and give it the name of a sibling that does not exist."""
+    _fsync_files(temporary)
+    os.rename(temporary, path)
+    _fsync(path.parent)
 
 
 @contextlib.contextmanager
@@ -143,6 +148,13 @@ def _existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path
     if not path.is_file():
         raise FormatError(f"{what}: expected {expected}, got a directory ({path})")
     return path
+
+
+def _fsync_files(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            _fsync(file)
+    _fsync(directory)
 
 
 def _fsync(path: Path) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import traceback
 
-from pydit.cli import demo, model, system
+from pydit.cli import demo, distill, model, system
 from pydit.cli.options import Parser
 from pydit.version import __version__
 
@@ -48,8 +48,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                            "example.")
     parser.add_argument("--version", action="version", version=f"pydit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (demo.add_demo, model.add_analyze, model.add_plan, model.add_prune, model.add_distill, demo.add_generate,
-                demo.add_eval, system.add_bench, system.add_doctor):
+    for add in (demo.add_demo, model.add_analyze, model.add_plan, model.add_prune, distill.add_distill,
+                demo.add_generate, demo.add_eval, system.add_bench, system.add_doctor):
         add(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "bench":

@@ -1,15 +1,11 @@
-"""Commands on a pipeline's transformer: analyze, plan, prune, distill."""
+"""Commands on a pipeline's transformer: analyze, plan, prune."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,10 @@ from pydit.cli.options import (
     count,
     inputs,
     load,
-    not_negative,
     positive,
     print_json,
-    sampling_defaults,
     share,
+    warnings_as_lines,
     whole,
 )
 from pydit.errors import UserError
@@ -199,7 +194,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         options = {name: getattr(arguments, name) for name in ("reference", "selection", "budget", "protect_last")
                    if getattr(arguments, name) is not None}
         stats = ActivationStats.load(arguments.stats)
-        with _warnings_as_lines("plan"):
+        with warnings_as_lines("plan"):
             plan = detect(stats, method=arguments.method, target=arguments.target, **options)
     more = {name: _parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
             if getattr(arguments, name) is not None}
@@ -270,16 +265,6 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"wrote {arguments.report}")
 
 
-@contextmanager
-def _warnings_as_lines(name: str) -> Iterator[None]:
-    """What the body warns of, on one line each on the standard error."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        print(f"pydit {name}: warning: {warning.message}", file=sys.stderr)
-
-
 def add_prune(commands: Any) -> None:
     parser = command(
         commands, "prune", _prune, "apply a plan to a pipeline",
@@ -309,7 +294,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.init == "probe" or (not plan.is_stock and arguments.prompts and not arguments.dry_run):
         stream = batch_stream(pipe, arguments)(0)
         batches = [inputs(next(stream)) for _ in range(arguments.batches)]
-    with _warnings_as_lines("prune"):
+    with warnings_as_lines("prune"):
         result = prune(pipe.transformer, plan, init=arguments.init, batches=batches, dry_run=arguments.dry_run)
     if arguments.dry_run:
         print(result)
@@ -317,136 +302,6 @@ def _prune(arguments: argparse.Namespace) -> None:
     pipe.register_modules(transformer=result)
     save_pipeline(pipe, arguments.out)
     print(f"wrote {arguments.out}: {plan.num_layers} blocks became {plan.num_student_layers}")
-
-
-def add_distill(commands: Any) -> None:
-    parser = command(
-        commands, "distill", _distill, "train the new blocks of a pruned pipeline to imitate its teacher",
-        "First each new block alone, fed by the teacher, then, with --output-steps, the whole student against the\n"
-        "teacher's prediction. With --resume a run that was stopped continues from OUT.checkpoint; Ctrl-C saves one.",
-        "pydit distill ./my-pipeline ./pruned --prompts prompts.txt --out ./distilled --steps 6000\n"
-        "  pydit distill qwen-image ppcl-qwen-image-10b --steps 6000 --batch-size 2 --dtype bfloat16 --estimate")
-    parser.add_argument("teacher", type=Path, metavar="TEACHER",
-                        help="the pipeline that was pruned; with --estimate also a family of published size")
-    parser.add_argument("student", type=Path, metavar="STUDENT",
-                        help="directory written by `pydit prune`; with --estimate also a plan file or a preset")
-    parser.add_argument("--out", type=Path, help="pipeline directory to write")
-    parser.add_argument("--estimate", action="store_true",
-                        help="print the memory and time that the run will take, from configuration files alone")
-    parser.add_argument("--steps", type=count, default=1000, help="steps of the first phase (default: 1000)")
-    parser.add_argument("--output-steps", type=whole, default=0, help="steps of the second phase (default: 0)")
-    parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: that of the API)")
-    parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase")
-    parser.add_argument("--loss", choices=("direction", "normalized_mse", "mse", "masked_mse"), help="per stream and "
-                        "block of the first phase (default: direction)")
-    parser.add_argument("--magnitude", type=not_negative, help="weight of the difference of log norms (default: 0)")
-    parser.add_argument("--linear-weight", type=not_negative,
-                        help="weight of the squared error of what linear maps stand for (default: 0)")
-    parser.add_argument("--ema", type=not_negative,
-                        help="relative width of the weight average; 0 is off (default: 0.05)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", default=None,
-                        help="recompute activations in the backward pass")
-    parser.add_argument("--max-minutes", type=positive, help="end, annealed, after this time")
-    parser.add_argument("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT.checkpoint")
-    add_device(parser)
-    add_batches(parser, batches=None, required=False)
-    images = parser.add_argument_group("training on captioned images instead of --prompts")
-    images.add_argument("--data", type=Path, metavar="DIR|TAR",
-                        help="a folder of images with .txt or .json captions, or of WebDataset shards; latents and "
-                             "embeddings are computed once, into --cache")
-    images.add_argument("--cache", type=Path, help="directory of the computed data (default: OUT.data)")
-    images.add_argument("--resolution", type=count, help="side of a square image (default: the pipeline's own)")
-    images.add_argument("--timesteps", choices=("uniform", "logit-normal"), default="uniform",
-                        help="distribution of the noise level (default: uniform)")
-    images.add_argument("--shift", type=positive, default=1.0,
-                        help="of the noise level, towards noise above 1 (default: 1)")
-    images.add_argument("--prompt-dropout", type=not_negative, default=0.0,
-                        help="share of samples with the empty prompt, for guidance (default: 0)")
-    parser.add_argument("--flow-weight", type=not_negative,
-                        help="second phase, with --data: weight of the error against the images (default: 0)")
-
-
-def _distill(arguments: argparse.Namespace) -> None:
-    from pydit.distill import DistillConfig, distill
-    from pydit.inference.pipeline import save_pipeline
-
-    given = {"layers_lr": arguments.lr, "output_lr": arguments.output_lr}
-    given |= {name: getattr(arguments, name) for name in (
-        "max_minutes", "loss", "magnitude", "linear_weight", "flow_weight", "ema", "gradient_checkpointing")}
-    settings = {"layers_steps": arguments.steps, "output_steps": arguments.output_steps,
-                **{name: value for name, value in given.items() if value is not None}}
-    if arguments.estimate:
-        _estimate(arguments, DistillConfig(**settings))
-        return
-    if arguments.out is None:
-        raise UserError("out: expected a directory to write (or --estimate), got none")
-    checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
-    if arguments.resume and not checkpoint.exists():
-        raise UserError(f"resume: expected the checkpoint of an earlier run in {checkpoint}, got none")
-    if checkpoint.exists() and not arguments.resume:
-        raise UserError(f"out: expected no checkpoint of an earlier run, got one in {checkpoint}; pass --resume to "
-                        "continue it, or delete it")
-    teacher = load(arguments.teacher, arguments)
-    student = load(arguments.student, arguments)
-    if not hasattr(student.transformer, "plan"):
-        raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({arguments.student})")
-    batches = batch_stream(teacher, arguments) if arguments.data is None else _image_batches(teacher, arguments)
-    config = DistillConfig(checkpoint_dir=checkpoint, save_every=arguments.save_every, resume=arguments.resume,
-                           **settings)
-    with _warnings_as_lines("distill"):
-        result = distill(teacher.transformer, student.transformer, batches, config)
-    save_pipeline(student, arguments.out)
-    shutil.rmtree(checkpoint)
-    if arguments.json:
-        print_json({"out": str(arguments.out), "history": result.history})
-    else:
-        last = result.history[-1]
-        print(f"wrote {arguments.out}: loss {last['loss']:.4g} after step {last['step']} of phase {last['phase']}")
-
-
-def _image_batches(pipe, arguments: argparse.Namespace) -> Any:
-    """Batches from --data, whose latents and embeddings are computed first."""
-    from pydit.data import CachedDataset, build_cache
-
-    if arguments.prompts is not None:
-        raise UserError("data: expected --data or --prompts, got both")
-    folder = arguments.cache or arguments.out.with_name(arguments.out.name + ".data")
-    resolution = arguments.resolution or sampling_defaults(pipe)[0] or 1328
-    index = build_cache(pipe, arguments.data, folder, resolution=resolution, progress=not arguments.json)
-    if index["skipped"]:
-        first = index["skipped"][0]
-        print(f"pydit distill: warning: {len(index['skipped'])} of {index['read']} samples are left out (the first: "
-              f"{first['key']}: {first['reason']}); all are listed in {folder / 'index.json'}", file=sys.stderr)
-    return CachedDataset(folder, batch_size=arguments.batch_size, seed=arguments.data_seed,
-                         timesteps=arguments.timesteps, shift=arguments.shift,
-                         prompt_dropout=arguments.prompt_dropout)
-
-
-def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
-    """`pydit distill --estimate`: no weights are read."""
-    from pydit.distill.cost import estimate
-    from pydit.families import FAMILIES
-    from pydit.files import read_json
-    from pydit.inference.pipeline import PLAN_FILE
-    from pydit.plan import PruningPlan
-
-    config = None if str(arguments.teacher) in FAMILIES else \
-        read_json(arguments.teacher / "transformer" / "config.json", what="teacher")
-    if arguments.student.is_dir():
-        stored = read_json(arguments.student / PLAN_FILE, what="student")
-        plan = PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
-    elif arguments.student.suffix == ".json":
-        plan = PruningPlan.load(arguments.student)
-    else:
-        plan = PruningPlan.preset(str(arguments.student))
-    size = {"bfloat16": 2, "float16": 2}.get(arguments.dtype, 4)
-    found = estimate(plan, config, settings, batch_size=arguments.batch_size, element_bytes=size)
-    if arguments.json:
-        print_json({"memory_bytes": found.memory, "flops_per_step": found.flops, "seconds": found.seconds})
-    else:
-        print(plan.describe(config).splitlines()[0])
-        print(found.describe())
 
 
 def _parse_list(name: str, text: str) -> Any:

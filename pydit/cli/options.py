@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,11 +73,15 @@ def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
         demo_pipeline(pipe)
         return lambda start: make_batches(pipe, batch_size=arguments.batch_size, seed=arguments.data_seed,
                                           start_step=start)
+    from pydit.distill import distributed
     from pydit.inference.sampling import endless_batches, read_prompts
 
     prompts = read_prompts(arguments.prompts)
-    return lambda start: endless_batches(pipe, prompts, start=start, steps=arguments.sampling_steps,
-                                         seed=arguments.data_seed, size=arguments.size)
+    rank, size = distributed.rank(), distributed.world_size()  # each process draws prompts of its own
+    prompts = prompts[rank % len(prompts)::size]
+    seed = arguments.data_seed + rank * 1_000_003
+    return lambda start: endless_batches(pipe, prompts, start=start, steps=arguments.sampling_steps, seed=seed,
+                                         size=arguments.size)
 
 
 def inputs(item: Any) -> dict[str, Any]:
@@ -109,8 +114,11 @@ def sampling_defaults(pipe) -> tuple[int | None, int, float]:
     return SIZE, STEPS, GUIDANCE
 
 
-def load(path: Path, arguments: argparse.Namespace):
-    """The pipeline of a directory on the device and in the dtype of the options, without bars of its own."""
+def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True):
+    """The pipeline of a directory on the device and in the dtype of the options, without bars of its own.
+
+    ``transformer=False`` leaves that one on the CPU.
+    """
     import torch
 
     from pydit.inference.pipeline import load_pipeline
@@ -123,7 +131,11 @@ def load(path: Path, arguments: argparse.Namespace):
         raise UserError(f"device: expected one that torch can use, got {arguments.device!r}, and torch sees no GPU "
                         "(`pydit doctor` says why)")
     quiet()
-    pipe = load_pipeline(path, dtype=getattr(torch, arguments.dtype), device=device)
+    pipe = load_pipeline(path, dtype=getattr(torch, arguments.dtype), device=device if transformer else "cpu")
+    if not transformer:
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name != "transformer":
+                part.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -193,6 +205,16 @@ def quiet() -> None:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def warnings_as_lines(name: str) -> Iterator[None]:
+    """What the body warns of, on one line each on the standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"pydit {name}: warning: {warning.message}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,11 @@
 
 from pydit.distill.config import DistillConfig
 from pydit.distill.cost import Estimate, estimate
+from pydit.distill.distributed import full_weights
 from pydit.distill.losses import LOSSES
 from pydit.distill.pair import merge
+from pydit.distill.stages import Stage, progressive
 from pydit.distill.trainer import DistillResult, NonFiniteLossError, distill
 
-__all__ = ["LOSSES", "DistillConfig", "DistillResult", "Estimate", "NonFiniteLossError", "distill", "estimate", "merge"]
+__all__ = ["LOSSES", "DistillConfig", "DistillResult", "Estimate", "NonFiniteLossError", "Stage", "distill",
+           "estimate", "full_weights", "merge", "progressive"]

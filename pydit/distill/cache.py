@@ -25,13 +25,13 @@ class Observations:
 
     def __init__(self, phase: Phase, stream: BatchStream, size: int, step: int) -> None:
         self._phase, self._stream, self._size = phase, stream, size
-        self._kept = [phase.observe(*stream.next()) for _ in range(min(step, size))]
+        self._kept = [phase.observe(stream.next()) for _ in range(min(step, size))]
 
     def get(self, step: int) -> Any:
         """What step ``step`` (0, 1, ...) learns from; steps must be asked for in order."""
         number, position = divmod(step, self._size) if self._size else (0, step)
         if number == 0:
-            observation = self._phase.observe(*self._stream.next())
+            observation = self._phase.observe(self._stream.next())
             if self._size:
                 self._kept.append(observation)
             return observation

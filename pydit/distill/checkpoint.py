@@ -3,12 +3,14 @@
 The tensors are written first, under a name that holds phase and step; then the JSON of the checkpoint so far becomes
 ``previous.json``, and the new one takes its place, each in a single rename; then older tensor files go. A kill at any
 moment leaves a JSON whose tensors exist. The JSON holds a checksum of the tensors: a checkpoint that a disk has damaged
-is found, said so, and passed over for the one before.
+is found, said so, and passed over for the one before. Where parameters are sharded over processes, a directory of the
+same name takes the place of the tensor file (:mod:`pydit.distill.shards`); all else is as above.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from pydit import files
+from pydit.distill import distributed, shards
 from pydit.errors import FormatError, UserError
 
 FORMAT = "pydit-distill-checkpoint"
@@ -54,13 +57,13 @@ def exists(directory: str | Path) -> bool:
 
 def save(directory: str | Path, progress: Progress, tensors: Mapping[str, torch.Tensor], run: Mapping[str, Any],
          device: torch.device) -> None:
-    """Write a checkpoint atomically, and keep the one before.
+    """Write a checkpoint atomically, and keep the one before. Every process calls it.
 
     Parameters
     ----------
     tensors : weights, and in the middle of a phase averages and moments.
     run : plain data that a resumed run must agree on (plan, configuration, teacher).
-    device : where training runs; its generator state is saved beside the CPU's.
+    device : where training runs; its generator state is saved beside the CPU's, both of every process.
 
     Raises
     ------
@@ -68,38 +71,72 @@ def save(directory: str | Path, progress: Progress, tensors: Mapping[str, torch.
         The disk is full or not writable. The checkpoint of before is as it was; the message says where it is.
     """
     directory = Path(directory)
-    name = f"state-{progress.phase}-{progress.step:08d}.safetensors"
-    random = {"random/cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        random["random/cuda"] = torch.cuda.get_rng_state(device)
+    name = f"state-{progress.phase}-{progress.step:08d}"
+    spread = shards.are_needed(tensors)
+    if not spread:
+        name += ".safetensors"
+    tensors = {**tensors, **_random_states(device)}
     metadata = {"format": FORMAT, "version": str(VERSION)}
-    index = directory / INDEX
     try:
-        files.save_safetensors(directory / name, {**tensors, **random}, metadata)
-        new = {"format": FORMAT, "version": VERSION, "tensors": name, "crc32": _crc32(directory / name),
-               "progress": asdict(progress), "run": dict(run)}
-        before = None
-        with contextlib.suppress(FormatError):  # there is none, or a damaged one that a run was resumed past
-            before = files.read_json(index, what="checkpoint_dir")
-        if isinstance(before, dict) and before.get("tensors") != name:
-            files.write_json(directory / PREVIOUS, before)
-        files.write_json(index, new)
+        if spread:
+            shards.save(directory / name, tensors)
+        else:
+            distributed.together(lambda: files.save_safetensors(directory / name, tensors, metadata), main_only=True)
+        index = {"format": FORMAT, "version": VERSION, "tensors": name, "crc32": _crc32(directory / name),
+                 "progress": asdict(progress), "run": dict(run)}
+        distributed.together(lambda: _put_index(directory, index), main_only=True)
     except OSError as error:
         last = "there is no earlier one" if not exists(directory) else \
             f"the last good one is in {directory}: make room and resume"
         raise OSError(error.errno, f"could not write a checkpoint ({error.strerror or error}); {last}",
                       str(directory)) from None
+    if distributed.is_main():
+        _remove_old(directory, name)
+
+
+def _put_index(directory: Path, index: dict[str, Any]) -> None:
+    before = None
+    with contextlib.suppress(FormatError):  # there is none, or a damaged one that a run was resumed past
+        before = files.read_json(directory / INDEX, what="checkpoint_dir")
+    if isinstance(before, dict) and before.get("tensors") != index["tensors"]:
+        files.write_json(directory / PREVIOUS, before)
+    files.write_json(directory / INDEX, index)
+
+
+def _remove_old(directory: Path, name: str) -> None:
+    """Remove what no index names, killed writes included. A leftover costs space, not the run."""
     kept = {name}
     with contextlib.suppress(FormatError):
         kept.add(files.read_json(directory / PREVIOUS, what="checkpoint_dir").get("tensors"))
-    for old in directory.glob("state-*.safetensors"):
-        if old.name not in kept:
-            with contextlib.suppress(OSError):  # a leftover costs space, not the run
-                old.unlink()
+    for old in [*directory.glob("state-*"), *directory.glob(".state-*.part")]:
+        if old.name in kept:
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def load(directory: str | Path, run: Mapping[str, Any]) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Read the latest checkpoint made by the same run that is whole.
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The generators of every process."""
+    states = [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None]
+    found = {}
+    for number, (cpu, cuda) in enumerate(distributed.gather(states)):
+        found[_of_process("random/cpu", number)] = cpu
+        if cuda is not None:
+            found[_of_process("random/cuda", number)] = cuda
+    return found
+
+
+def _of_process(name: str, number: int) -> str:
+    return f"{name}/{number}" if number else name
+
+
+def load(directory: str | Path, run: Mapping[str, Any], like: Mapping[str, torch.Tensor]
+         ) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Read the latest checkpoint made by the same run that is whole. Every process calls it.
+
+    Parameters
+    ----------
+    like : the student's parameters; those that are sharded are read in shards, if they were written so.
 
     Raises
     ------
@@ -115,10 +152,10 @@ def load(directory: str | Path, run: Mapping[str, Any]) -> tuple[Progress, dict[
     """
     directory = Path(directory)
     try:
-        return _load(directory, INDEX, run)
+        return _load(directory, INDEX, run, like)
     except FormatError as error:
         try:
-            found = _load(directory, PREVIOUS, run)
+            found = _load(directory, PREVIOUS, run, like)
         except FormatError:
             raise error from None
         warnings.warn(f"{error}; going on from the checkpoint before, step {found[0].step} of phase {found[0].phase}",
@@ -126,7 +163,15 @@ def load(directory: str | Path, run: Mapping[str, Any]) -> tuple[Progress, dict[
         return found
 
 
-def _load(directory: Path, file: str, run: Mapping[str, Any]) -> tuple[Progress, dict[str, torch.Tensor]]:
+def _load(directory: Path, file: str, run: Mapping[str, Any], like: Mapping[str, torch.Tensor]
+          ) -> tuple[Progress, dict[str, torch.Tensor]]:
+    progress, path, tensors = distributed.together(lambda: _read(directory, file, run))
+    return progress, shards.load(path, like) if tensors is None else tensors
+
+
+def _read(directory: Path, file: str, run: Mapping[str, Any]
+          ) -> tuple[Progress, Path, dict[str, torch.Tensor] | None]:
+    """What one process can read for itself: (progress, path of the tensors, the tensors if they are one file)."""
     index = files.read_json(directory / file, what="checkpoint_dir")
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
         got = "something else"
@@ -142,14 +187,19 @@ def _load(directory: Path, file: str, run: Mapping[str, Any]) -> tuple[Progress,
     if Path(name).name != name:
         raise FormatError(f"checkpoint_dir: expected a file name beside {file}, got {name!r}")
     _require_same(made_by, run)
-    tensors, _ = files.load_safetensors(directory / name, what="checkpoint_dir")
-    if "crc32" in index and _crc32(directory / name) != index["crc32"]:
+    path, tensors = directory / name, None
+    if not path.is_dir():
+        tensors, _ = files.load_safetensors(path, what="checkpoint_dir")
+    if "crc32" in index and _crc32(path) != index["crc32"]:
         raise FormatError(f"checkpoint_dir: expected the tensors that were written, got a damaged file "
-                          f"({directory / name}: its checksum is another)")
-    return progress, tensors
+                          f"({path}: its checksum is another)")
+    return progress, path, tensors
 
 
-def _crc32(path: Path) -> int:
+def _crc32(path: Path) -> int | dict[str, int]:
+    """Of a file; of a directory, of each of its files by name."""
+    if path.is_dir():
+        return {file.name: _crc32(file) for file in sorted(path.iterdir())}
     value = 0
     with path.open("rb") as file:
         while part := file.read(1 << 24):
@@ -158,10 +208,12 @@ def _crc32(path: Path) -> int:
 
 
 def restore_random(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Set torch's generators to the state that was saved."""
-    torch.set_rng_state(tensors["random/cpu"])
-    if device.type == "cuda" and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"], device)
+    """Set torch's generators to the state that was saved by this process; if there were fewer, leave them."""
+    cpu, cuda = (_of_process(name, distributed.rank()) for name in ("random/cpu", "random/cuda"))
+    if cpu in tensors:
+        torch.set_rng_state(tensors[cpu].cpu())
+    if device.type == "cuda" and cuda in tensors:
+        torch.cuda.set_rng_state(tensors[cuda].cpu(), device)
 
 
 def _require_same(made_by: Mapping[str, Any], run: Mapping[str, Any], path: str = "") -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydit.distill.losses import LOSSES
 from pydit.distill.schedule import MAX_EMA_WIDTH
+from pydit.distill.stages import Stage, require_successor
 from pydit.errors import UserError
+from pydit.plan import PruningPlan
 
-#: Fields that say where and how often a run reports, not what it computes; a resumed run may change them.
-BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every")
+SHARD = ("none", "student", "all")
+MEMORY = ("resident", "streamed")  # of the teacher
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+#: Fields that say where a run's memory is and how often it reports, not what it computes; a resumed run may change
+#: them.
+BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every", "shard", "teacher_memory")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,10 @@ class DistillConfig:
         the two fractions, so that a slow machine ends annealed too. At most one step runs over.
     output_share
         Part of ``max_minutes`` kept for the output phase. What the layer phase leaves unused is added to it.
+    schedule
+        :class:`pydit.distill.Stage` s: after the steps above, on the student as it came, the student becomes that of
+        each stage's plan and is trained for its steps, with the same settings; at the end it is that of the last.
+        Rates and averages begin anew in each stage. Needs ``max_minutes`` None, ``intervals`` None, ``shard`` "none".
     loss
         Name in :data:`pydit.distill.LOSSES`, applied to each stream of each interval.
     magnitude
@@ -82,6 +94,19 @@ class DistillConfig:
         ``cache_batches``.
     gradient_checkpointing
         Recompute the student's blocks in the backward pass instead of keeping their activations.
+    optimizer
+        ``"adamw"``, or ``"adamw8bit"``: moments in 8 bits, by bitsandbytes or torchao, whichever is installed. Not for
+        a sharded student.
+    shard
+        With several processes (torchrun): ``"none"`` keeps both models whole in each, ``"student"`` shards the student
+        with its gradients and optimiser block by block (FSDP2), ``"all"`` the teacher too. Afterwards the parameters
+        of a sharded model are DTensors still; :func:`pydit.distill.full_weights` collects them.
+    split_batches
+        True: all processes are given the same batches, and each trains on its rows of them, so that any number of
+        processes takes the same steps, up to rounding. False: every process has batches of its own.
+    teacher_memory
+        ``"resident"``, or ``"streamed"``: the teacher is passed on the CPU, stays there, and its blocks are copied to
+        the student's device one by one as they run. What it computes is the same to the last bit.
     log_every
         Steps per history row; a row holds means over those steps.
     checkpoint_dir, save_every, save_every_seconds
@@ -98,6 +123,7 @@ class DistillConfig:
     output_lr: float = 1e-5
     max_minutes: float | None = None
     output_share: float = 0.3
+    schedule: tuple[Stage, ...] = ()
     loss: str = "direction"
     magnitude: float = 0.0
     linear_weight: float = 0.0
@@ -117,6 +143,10 @@ class DistillConfig:
     cache_batches: int = 0
     output_cache_batches: int | None = None
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    shard: str = "none"
+    split_batches: bool = False
+    teacher_memory: str = "resident"
     log_every: int = 10
     checkpoint_dir: str | Path | None = None
     save_every: int | None = None
@@ -143,9 +173,16 @@ class DistillConfig:
         _require("betas", self.betas, "two numbers from 0 up to, not including, 1",
                  lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v))
         _require("intervals", self.intervals, "pairs of whole numbers, or None", lambda v: v is None or _is_pairs(v))
+        _require("schedule", self.schedule, "stages of a plan and steps, at least one in each", _is_schedule)
+        for before, after in pairwise(self.schedule):
+            require_successor(before[0], after[0])
         _require("loss", self.loss, f"one of {', '.join(LOSSES)}", lambda v: isinstance(v, str) and v in LOSSES)
         _require("output_trainable", self.output_trainable, "'replaced' or 'all'", lambda v: v in ("replaced", "all"))
-        _require("gradient_checkpointing", self.gradient_checkpointing, "True or False", lambda v: isinstance(v, bool))
+        for name in ("gradient_checkpointing", "split_batches"):
+            _require(name, getattr(self, name), "True or False", lambda v: isinstance(v, bool))
+        for name, choices in (("optimizer", OPTIMIZERS), ("shard", SHARD), ("teacher_memory", MEMORY)):
+            _require(name, getattr(self, name), f"one of {', '.join(choices)}",
+                     lambda v, choices=choices: isinstance(v, str) and v in choices)
         _require("cache_batches", self.cache_batches, "a whole number >= 0", lambda v: _whole(v, 0))
         _require("log_every", self.log_every, "a whole number >= 1", lambda v: _whole(v, 1))
         _require("save_every", self.save_every, "a whole number >= 1, or None", lambda v: v is None or _whole(v, 1))
@@ -155,6 +192,15 @@ class DistillConfig:
         self._validate_together()
 
     def _validate_together(self) -> None:
+        for name, free in (("max_minutes", None), ("intervals", None), ("shard", "none")):
+            if self.schedule and getattr(self, name) != free:
+                raise UserError(f"{name}: expected {free!r}, because there is a schedule, got {getattr(self, name)!r}")
+        if self.teacher_memory == "streamed" and self.shard == "all":
+            raise UserError("teacher_memory: expected resident, because shard is 'all', got 'streamed'; a teacher is "
+                            "streamed from each process's memory or sharded over all of them")
+        if self.optimizer == "adamw8bit" and self.shard != "none":
+            raise UserError(f"optimizer: expected 'adamw', because shard is {self.shard!r} and moments are sharded in "
+                            "full precision only, got 'adamw8bit'")
         if self.max_minutes is None:
             for name in ("layers_steps", "output_steps"):
                 if getattr(self, name) is None:
@@ -181,8 +227,9 @@ class DistillConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        fields = dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["betas"] = list(self.betas)
+        fields["schedule"] = [[plan.to_dict(), *steps] for plan, *steps in self.schedule]
         fields["intervals"] = None if self.intervals is None else [list(pair) for pair in self.intervals]
         fields["checkpoint_dir"] = None if self.checkpoint_dir is None else str(self.checkpoint_dir)
         return fields
@@ -199,6 +246,12 @@ class DistillConfig:
         fields = dict(fields)
         if isinstance(fields.get("betas"), list):
             fields["betas"] = tuple(fields["betas"])
+        if isinstance(fields.get("schedule"), list):
+            if not all(isinstance(stage, (list, tuple)) and len(stage) == 3 for stage in fields["schedule"]):
+                raise UserError("schedule: expected [plan, layers_steps, output_steps] each, "
+                                f"got {fields['schedule']!r}")
+            fields["schedule"] = tuple(Stage(PruningPlan.from_dict(plan, what="schedule"), *steps)
+                                       for plan, *steps in fields["schedule"])
         if isinstance(fields.get("intervals"), list):
             fields["intervals"] = tuple(tuple(pair) for pair in fields["intervals"] if isinstance(pair, (list, tuple)))
         config = cls(**fields)
@@ -206,8 +259,21 @@ class DistillConfig:
         return config
 
     def computation(self) -> dict[str, Any]:
-        """The fields that decide the result: what a checkpoint must agree on to be continued."""
-        return {name: value for name, value in self.to_dict().items() if name not in BOOKKEEPING}
+        """The fields that decide the result: what a checkpoint must agree on to be continued.
+
+        Not the schedule, of which every stage has a checkpoint of its own.
+        """
+        return {name: value for name, value in self.to_dict().items() if name not in (*BOOKKEEPING, "schedule")}
+
+    def stage(self, number: int) -> DistillConfig:
+        """The configuration of a stage by itself: 0 is the student as it came."""
+        if number == 0:
+            return dataclasses.replace(self, schedule=())
+        stage = Stage(*self.schedule[number - 1])
+        directory = None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / f"stage-{number}"
+        return dataclasses.replace(
+            self, schedule=(), layers_steps=stage.layers_steps, output_steps=stage.output_steps,
+            checkpoint_dir=directory, resume="auto" if self.resume else False)
 
 
 def _require(name: str, value: Any, expected: str, accepts: Any) -> None:
@@ -222,6 +288,12 @@ def _number(value: Any) -> bool:
 def _is_pairs(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) > 0 and all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_whole(k, 0) for k in pair) for pair in value)
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(stage, (tuple, list)) and 2 <= len(stage) <= 3 and isinstance(stage[0], PruningPlan)
+        and all(_whole(steps, 0) for steps in stage[1:]) and any(stage[1:]) for stage in value)
 
 
 def _whole(value: Any, least: int) -> bool:

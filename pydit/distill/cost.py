@@ -7,10 +7,11 @@ Nothing here has been compared with a run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydit.distill.config import DistillConfig
+from pydit.distill.residence import AHEAD
 from pydit.families import FAMILIES, BlockSpec
 from pydit.plan import PruningPlan
 
@@ -23,17 +24,20 @@ _SAVED = 34  # values per token and channel that a block keeps for its backward 
 class Estimate:
     """Of one process.
 
-    memory : item -> bytes on the device. flops : of an optimiser step of each phase, over its batch.
+    memory : item -> bytes on the device. host : the same in host memory. flops : of an optimiser step of each phase,
+    over its batch.
     seconds : of each phase at 40 % of an H200's dense bfloat16 peak; None for a phase that only time ends.
     """
 
     memory: dict[str, int]
     flops: dict[str, int]
     seconds: dict[str, float | None]
+    host: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """A table and the sums."""
-        items = {**self.memory, "memory of one process": sum(self.memory.values())}
+        items = {**{name: value for name, value in self.memory.items() if value},
+                 "device memory of one process": sum(self.memory.values()), **self.host}
         column = max(map(len, items))
         rows = [f"{name:<{column}}{value / 1e9:>10.1f} GB" for name, value in items.items()]
         for phase, flops in self.flops.items():
@@ -47,13 +51,14 @@ class Estimate:
 
 
 def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: DistillConfig, *, batch_size: int = 1,
-             element_bytes: int = 2, image_tokens: int = 6889, text_tokens: int = 512) -> Estimate:
-    """Memory and time of :func:`pydit.distill.distill` on one GPU.
+             element_bytes: int = 2, image_tokens: int = 6889, text_tokens: int = 512, processes: int = 1) -> Estimate:
+    """Memory and time of :func:`pydit.distill.distill` in one process, with one GPU.
 
     Parameters
     ----------
     config : the teacher's configuration; None is the family's published size.
-    settings : phases, steps, checkpointing, averaging and cache of the run.
+    settings : phases, steps, checkpointing, averaging, cache, optimiser, sharding and teacher's memory of the run.
+    batch_size : of all processes together; each takes its share of every batch.
     element_bytes : of weights and activations: 2 for bfloat16, 4 for float32.
 
     Raises
@@ -67,23 +72,37 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
     width = full["num_attention_heads"] * full["attention_head_dim"]
     replaced = [plan.blocks[block] for block, _, _ in plan.replaced]
 
+    rows = -(-batch_size // processes)  # of the process with the most
+
     def work(specs: list[BlockSpec]) -> int:
-        return batch_size * sum(family.block_flops(full, spec, image_tokens, text_tokens) for spec in specs)
+        return rows * sum(family.block_flops(full, spec, image_tokens, text_tokens) for spec in specs)
 
     layers, output = settings.layers_steps != 0, settings.output_steps != 0
     trained = sum(family.block_parameters(full, spec) for spec in replaced)
     if output and settings.output_trainable == "all":
         trained = plan.num_parameters(full)
     masters = 0 if element_bytes == 4 else 4
-    per_parameter = element_bytes + masters + 8 + (4 if settings.ema else 0)  # gradient, master, moments, average
-    tokens = batch_size * (image_tokens + text_tokens) * width * element_bytes
+    moments = 8 if settings.optimizer == "adamw" else 2
+    per_parameter = element_bytes + masters + moments + (4 if settings.ema else 0)  # with gradient and average
+    largest = max(family.block_parameters(full, spec) for spec in teacher.blocks)
+    parts = {"none": (1, 1), "student": (1, processes), "all": (processes, processes)}[settings.shard]
+    teacher_held = -(-element_bytes * teacher.num_parameters(full) // parts[0])
+    host = {}
+    if settings.teacher_memory == "streamed":
+        blocks = sum(family.block_parameters(full, spec) for spec in teacher.blocks)
+        host["teacher's blocks, streamed, in host memory"] = element_bytes * blocks
+        visiting = min(AHEAD + 1, len(teacher.blocks)) * largest
+        teacher_held = element_bytes * (teacher.num_parameters(full) - blocks + visiting)
+    tokens = rows * (image_tokens + text_tokens) * width * element_bytes
     boundaries = {spec.source[0] for spec in replaced} | {spec.source[-1] + 1 for spec in replaced}
     deepest = len(plan.blocks) if output else 1
     memory = {
-        "teacher's weights": element_bytes * teacher.num_parameters(full),
-        "student's weights": element_bytes * plan.num_parameters(full),
-        f"gradients, optimiser{', average' if settings.ema else ''} of {trained:,} trained parameters":
-            per_parameter * trained,
+        f"teacher's weights{_over(parts[0])}": teacher_held,
+        f"student's weights{_over(parts[1])}": -(-element_bytes * plan.num_parameters(full) // parts[1]),
+        f"gradients, optimiser{', average' if settings.ema else ''} of {trained:,} trained parameters{_over(parts[1])}":
+            -(-per_parameter * trained // parts[1]),
+        # Gathered for its turn, with the next one on its way and a gradient before it is scattered.
+        "blocks gathered from all processes": 3 * element_bytes * largest if parts[1] > 1 else 0,
         "teacher's activations at the boundaries of one batch": tokens * len(boundaries) if layers else 0,
         "activations for the backward pass": tokens * (_SAVED + deepest if settings.gradient_checkpointing
                                                        else _SAVED * deepest),
@@ -100,4 +119,8 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
     steps = {"layers": settings.layers_steps, "output": settings.output_steps}
     seconds = {phase: None if steps[phase] is None else steps[phase] * flops[phase] / (_PEAK * _SHARE)
                for phase in flops}
-    return Estimate(memory, flops, seconds)
+    return Estimate(memory, flops, seconds, host)
+
+
+def _over(parts: int) -> str:
+    return f", sharded over {parts}" if parts > 1 else ""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from pydit.distill import distributed
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of the Muon reference, tuned for a steep slope at zero
 
 
 class Muon(torch.optim.Optimizer):
     """For two-dimensional hidden weights. Parameters of one shape are stepped as one batched matrix product.
+
+    The iteration needs whole matrices: sharded ones are gathered, orthogonalised by every process, and cut again.
 
     Parameters
     ----------
@@ -27,15 +31,15 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                gradients = torch.stack([p.grad for p in parameters])
-                averages = []
-                for p, gradient in zip(parameters, gradients, strict=True):
+                directions = []
+                for p in parameters:
                     average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    averages.append(average.lerp_(gradient, 1 - group["momentum"]))
-                update = orthogonalize(gradients.lerp_(torch.stack(averages), group["momentum"]))
+                    average.lerp_(p.grad, 1 - group["momentum"])
+                    directions.append(distributed.whole(p.grad.lerp(average, group["momentum"])))
+                update = orthogonalize(torch.stack(directions))
                 step = -group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, u in zip(parameters, update, strict=True):
-                    p.add_(u, alpha=step)
+                    p.add_(distributed.spread(u, p), alpha=step)
 
 
 def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pydit.distill import distributed
 from pydit.distill.config import DistillConfig
 from pydit.distill.muon import Muon
 from pydit.distill.schedule import ema_decay, ema_exponent
-from pydit.errors import FormatError
+from pydit.errors import FormatError, UserError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _MOMENTUM = "momentum"  # of Muon
@@ -52,16 +54,17 @@ class Optimizer:
         others = [p for name, p in self._masters.items() if name not in by_muon]
         matrices = [p for p in others if p.ndim >= 2]
         vectors = [p for p in others if p.ndim < 2]
-        self._adamw = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
+        self._plain = config.optimizer == "adamw"
+        self._adamw = _adamw([{"params": matrices, "weight_decay": config.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], config)
 
     def gradient_norms(self) -> torch.Tensor:
         """Average gradients over processes, if there are several, and return each group's norm, fp32 [groups]."""
+        norms = []
         for named in self.groups.values():
-            distributed.average([p.grad for p in named.values() if p.grad is not None])
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None])
-                 for named in self.groups.values()]
+            gradients = [p.grad for p in named.values() if p.grad is not None]
+            distributed.average(gradients)
+            norms.append(distributed.whole(torch.nn.utils.get_total_norm(gradients)))
         device = next(iter(self._named.values())).device
         return torch.stack([norm.to(device, torch.float32) for norm in norms])
 
@@ -73,7 +76,8 @@ class Optimizer:
         """
         if self.clip:
             for named, norm in zip(self.groups.values(), norms, strict=True):
-                torch.nn.utils.clip_grads_with_norm_(named.values(), self.clip, norm)
+                gradients = [local(p.grad) for p in named.values() if p.grad is not None]
+                torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         for group in self._adamw.param_groups:
             group["lr"] = lr
         for name, p in self._named.items():
@@ -86,7 +90,8 @@ class Optimizer:
         self.step_count += 1
         if self._averages:
             decay = ema_decay(self.step_count, self._exponent)
-            torch._foreach_lerp_(list(self._averages.values()), list(self._masters.values()), 1 - decay)
+            torch._foreach_lerp_([local(average) for average in self._averages.values()],
+                                 [local(master) for master in self._masters.values()], 1 - decay)
         for name, p in self._named.items():
             if self._masters[name] is not p:
                 p.copy_(self._masters[name])
@@ -108,9 +113,10 @@ class Optimizer:
         tensors = {f"weight/{name}": master for name, master in self._masters.items()}
         tensors |= {f"average/{name}": average for name, average in self._averages.items()}
         for name, master in self._masters.items():
-            moments = self._adamw.state.get(master)
-            if moments:  # a parameter without a gradient has none
-                tensors |= {f"{moment}/{name}": moments[moment] for moment in _MOMENTS}
+            # A parameter without a gradient has no moments.
+            for moment, value in self._adamw.state.get(master, {}).items():
+                if moment != "step" and isinstance(value, torch.Tensor):
+                    tensors |= {f"{part}/{name}": tensor for part, tensor in _parts(moment, value).items()}
             if self._muon is not None and (momentum := self._muon.state.get(master)):
                 tensors[f"{_MOMENTUM}/{name}"] = momentum[_MOMENTUM]
         return tensors
@@ -124,7 +130,7 @@ class Optimizer:
             self._named[name].copy_(master)
             if self._averages:
                 self._averages[name].copy_(_fitting(tensors, f"average/{name}", master))
-            if f"{_MOMENTS[0]}/{name}" in tensors:
+            if self._plain and f"{_MOMENTS[0]}/{name}" in tensors:
                 state = {moment: torch.empty_like(master).copy_(_fitting(tensors, f"{moment}/{name}", master))
                          for moment in _MOMENTS}
                 state["step"] = torch.tensor(float(step_count), device=master.device)
@@ -132,6 +138,29 @@ class Optimizer:
             if self._muon is not None and f"{_MOMENTUM}/{name}" in tensors:
                 momentum = torch.empty_like(master).copy_(_fitting(tensors, f"{_MOMENTUM}/{name}", master))
                 self._muon.state[master] = {_MOMENTUM: momentum}
+        if not self._plain:
+            self._load_quantised(tensors)
+
+    def _load_quantised(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Moments in a form that only their library can make: it makes them in a step at rate 0, then they are set."""
+        stored = {name for key in tensors for name in [key.partition("/")[2]] if name in self._masters
+                  and key.partition("/")[0] not in ("weight", "average", _MOMENTUM)}
+        for name in stored:
+            self._masters[name].grad = torch.zeros_like(self._masters[name])
+        for group in self._adamw.param_groups:
+            group["lr"] = 0.0
+        self._adamw.step()
+        for name in stored:
+            master = self._masters[name]
+            master.grad = None
+            state = self._adamw.state[master]
+            for moment, value in state.items():
+                if moment == "step":
+                    state[moment] = torch.full_like(value, self.step_count) if isinstance(value, torch.Tensor) \
+                        else self.step_count
+                elif isinstance(value, torch.Tensor):
+                    for part, tensor in _parts(moment, value).items():
+                        tensor.copy_(_fitting(tensors, f"{part}/{name}", tensor))
 
 
 @torch.no_grad()
@@ -144,6 +173,38 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         parameters[name].copy_(_fitting(tensors, f"weight/{name}", parameters[name]))
 
 
+def _adamw(groups: list[dict], config: DistillConfig) -> torch.optim.Optimizer:
+    options = {"lr": 0.0, "betas": tuple(config.betas), "eps": config.eps}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    return eight_bit_adamw()([group for group in groups if group["params"]], **options)
+
+
+def eight_bit_adamw() -> type[torch.optim.Optimizer]:
+    """AdamW with 8-bit moments, of bitsandbytes or else of torchao; UserError when neither can be imported."""
+    found = []
+    for module in ("bitsandbytes.optim", "torchao.optim"):
+        try:
+            return importlib.import_module(module).AdamW8bit
+        except (ImportError, AttributeError, RuntimeError) as error:  # a build for another GPU or torch is no use
+            found.append(f"{module.partition('.')[0]}: {' '.join(str(error).split())[:100]}")
+    raise UserError("optimizer: expected bitsandbytes or torchao to be installed for 'adamw8bit' "
+                    f"(pip install bitsandbytes), got {'; '.join(found)}")
+
+
+def _parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A quantised tensor of torchao by its plain parts; any other as it is."""
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {name: tensor}
+    inner, _ = tensor.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(tensor, part) for part in inner}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _names(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[str]:
     return (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
 
@@ -153,4 +214,4 @@ def _fitting(tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor)
         raise FormatError(f"checkpoint: expected a tensor {name!r}, got a file without it")
     if tensors[name].shape != like.shape:
         raise FormatError(f"checkpoint: expected {name!r} of shape {list(like.shape)}, got {list(tensors[name].shape)}")
-    return tensors[name]
+    return distributed.spread(tensors[name], like)

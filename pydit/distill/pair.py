@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pydit.distill import distributed
 from pydit.distill.config import DistillConfig
 from pydit.errors import UserError
 
@@ -25,7 +26,13 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
         raise UserError(f"intervals: expected some of {[entry[1:] for entry in student.replaced]}, "
                         f"got {sorted(unknown)}")
     ours, theirs = next(student.parameters()), next(teacher.parameters())
-    if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+    if config.teacher_memory == "streamed":
+        if theirs.device.type != "cpu":
+            raise UserError("teacher: expected it on the CPU, because teacher_memory is 'streamed', "
+                            f"got {theirs.device}")
+        if ours.dtype != theirs.dtype:
+            raise UserError(f"student: expected the teacher's dtype {theirs.dtype}, got {ours.dtype}")
+    elif (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
         raise UserError(f"student: expected the teacher's device and dtype ({theirs.device}, {theirs.dtype}), "
                         f"got {ours.device}, {ours.dtype}")
     if config.output_steps != 0 and config.output_trainable == "all":
@@ -92,5 +99,6 @@ def digest(model: nn.Module) -> str:
     """A fingerprint that tells models apart without reading all weights: names, shapes and eight values of each."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().flatten()[:8].double().tolist()}\n".encode())
+        first = distributed.whole(p.detach())
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {first.flatten()[:8].double().tolist()}\n".encode())
     return digest.hexdigest()

@@ -16,8 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pydit.distill import distributed
 from pydit.distill.config import DistillConfig
 from pydit.distill.losses import LOSSES, log_norm, token_mean
+from pydit.distill.residence import called_in_parts
+from pydit.distill.stream import Batch
 from pydit.errors import UserError
 from pydit.models.adapter import Capture, ModelAdapter
 
@@ -51,7 +54,7 @@ class Phase:
         """Trainable parameters of the student: clipping group -> name -> parameter."""
         raise NotImplementedError
 
-    def observe(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> Any:
+    def observe(self, batch: Batch) -> Any:
         """What the teacher has to say about a batch: all that :meth:`backward` needs, without gradients."""
         raise NotImplementedError
 
@@ -76,20 +79,28 @@ class Phase:
         dead = spec.source[-1] == self.last and not self.adapter.last_text_used
         return ("image", "text") if writes and not dead else ("image",)
 
-    def boundary_losses(self, index: int, student: Streams, target: Streams,
-                        mask: torch.Tensor | None) -> list[torch.Tensor]:
+    def boundary_losses(self, index: int, student: Streams, target: Streams, mask: torch.Tensor | None,
+                        weights: Mapping[str, float] | None) -> list[torch.Tensor]:
         """The configured loss on every stream that matters after a student block."""
         image, text = student
         if self.specs[index].hands_on:  # the text for the blocks to come stands behind it
             text = text.chunk(2, dim=1)[0]
         pairs = {"image": (image, target[0], None), "text": (text, target[1], mask)}
-        return [token_mean(self._token_loss, *pairs[stream]) for stream in self.streams_of(index)]
+        return [_weighted(token_mean(self._token_loss, *pairs[stream]), stream, weights)
+                for stream in self.streams_of(index)]
 
     def _token_loss(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         value = LOSSES[self.config.loss](student, target)
         if self.config.magnitude:
             value = value + self.config.magnitude * log_norm(student, target)
         return value
+
+
+class _Seen(NamedTuple):
+    """The teacher's activations on a batch, and the batch's weights."""
+
+    capture: Capture
+    weights: dict[str, float] | None
 
 
 class LayerPhase(Phase):
@@ -108,25 +119,33 @@ class LayerPhase(Phase):
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         return self.replaced_parameters()
 
-    def observe(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> Capture:
-        return self.adapter.capture(self.teacher, batch, self.boundaries)
+    def observe(self, batch: Batch) -> _Seen:
+        return _Seen(self.adapter.capture(self.teacher, batch.inputs, self.boundaries), batch.weights)
 
-    def backward(self, observation: Capture) -> torch.Tensor:
-        states, kwargs = observation
+    def backward(self, observation: _Seen) -> torch.Tensor:
+        capture, weights = observation
+        states, kwargs = capture
         mask = self.adapter.text_mask(kwargs)
         values = []
         for index, _, end in self.intervals:
-            with torch.no_grad():
-                inputs = self.adapter.student_streams(self.student.plan, index, self.layers, observation)
+            inputs = self._inputs(index, capture)
             output = self._run(self.blocks[index], inputs, kwargs)
-            losses = self.boundary_losses(index, output, states[end + 1], mask)
+            losses = self.boundary_losses(index, output, states[end + 1], mask, weights)
             if self._is_linear(index):
                 losses.append(self._linear_loss(index, inputs, output, observation, mask))
             # The intervals share no parameter: a backward pass each keeps one block's activations at a time.
-            weights = losses[0].new_tensor([weight for _, weight in self._parts(index)])
-            (torch.stack(losses) * weights).sum().backward()
+            scales = losses[0].new_tensor([weight for _, weight in self._parts(index)])
+            (torch.stack(losses) * scales).sum().backward()
             values += [loss.detach() for loss in losses]
         return torch.stack(values)
+
+    @torch.no_grad()
+    def _inputs(self, index: int, capture: Capture) -> Streams:
+        """What the teacher feeds to a student block."""
+        spec = self.specs[index]
+        anchors = [self.layers[self.specs[spec.anchor].source[0]]] if spec.text == "linear" else []
+        with called_in_parts(anchors):
+            return self.adapter.student_streams(self.student.plan, index, self.layers, capture)
 
     def _parts(self, index: int) -> list[tuple[str, float]]:
         """What is measured of a student block, with weights."""
@@ -137,23 +156,25 @@ class LayerPhase(Phase):
         spec = self.specs[index]
         return bool(self.config.linear_weight) and (spec.text == "linear" or spec.ffn == "linear")
 
-    def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: Capture,
+    def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: _Seen,
                      mask: torch.Tensor | None) -> torch.Tensor:
         """PPCL's L_linear: squared error of what the linear maps of a block stand for (C.1 of the method's notes)."""
-        spec, block = self.specs[index], self.blocks[index]
-        start, target = observation.states[spec.source[0]], observation.states[spec.source[-1] + 1]
+        spec, capture = self.specs[index], observation.capture
+        start, target = capture.states[spec.source[0]], capture.states[spec.source[-1] + 1]
         pairs = []
         if spec.text == "linear":
             told = inputs[1].chunk(2, dim=1)[1]
-            with torch.no_grad():
-                wanted = self.adapter.modulated_text(self.layers[spec.source[0]], start[1], observation.kwargs)
-            pairs.append((told + block.txt_proj(told), wanted, mask))
+            layer = self.layers[spec.source[0]]
+            with torch.no_grad(), called_in_parts([layer]):
+                wanted = self.adapter.modulated_text(layer, start[1], capture.kwargs)
+            block = distributed.gathered(self.blocks[index])
+            pairs.append(("text", told + block.txt_proj(told), wanted, mask))
         if spec.ffn == "linear":
-            pairs.append((output[0], target[0], None))
+            pairs.append(("image", output[0], target[0], None))
         if "text" in self.streams_of(index):
             text = output[1].chunk(2, dim=1)[0] if spec.hands_on else output[1]
-            pairs.append((text, target[1], mask))
-        return sum(token_mean(LOSSES["mse"], *pair) for pair in pairs)
+            pairs.append(("text", text, target[1], mask))
+        return sum(_weighted(token_mean(LOSSES["mse"], *pair), stream, observation.weights) for stream, *pair in pairs)
 
     def _run(self, block: nn.Module, streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
         if self.config.gradient_checkpointing:
@@ -164,8 +185,7 @@ class LayerPhase(Phase):
 class _Forward(NamedTuple):
     """A batch and what the teacher made of it: its velocity and, by last layer of an interval, its streams."""
 
-    batch: Mapping[str, Any]
-    target: torch.Tensor | None
+    batch: Batch
     velocity: torch.Tensor
     boundaries: dict[int, Streams]
 
@@ -190,24 +210,25 @@ class OutputPhase(Phase):
             return {"output": dict(self.student.named_parameters())}
         return {"output": {name: p for named in self.replaced_parameters().values() for name, p in named.items()}}
 
-    def observe(self, batch: Mapping[str, Any], target: torch.Tensor | None) -> _Forward:
+    def observe(self, batch: Batch) -> _Forward:
         layers = self.adapter.blocks(self.teacher)
         boundaries: dict[int, Streams] = {}
         with torch.no_grad(), self._outputs({end: layers[end] for _, _, end in self.watched}, boundaries):
-            velocity = self.teacher(**batch, return_dict=False)[0]
-        return _Forward(batch, target, velocity, boundaries)
+            velocity = self.teacher(**batch.inputs, return_dict=False)[0]
+        return _Forward(batch, velocity, boundaries)
 
     def backward(self, observation: _Forward) -> torch.Tensor:
-        batch = observation.batch
+        batch, target, weights = observation.batch
         boundaries: dict[int, Streams] = {}
         with self._outputs({end: self.blocks[index] for index, _, end in self.watched}, boundaries):
             velocity = self.student(**batch, return_dict=False)[0]
         losses = [F.mse_loss(velocity.float(), observation.velocity.float())]
         if self.config.flow_weight:
-            losses.append(F.mse_loss(velocity.float(), _flow_target(observation.target, velocity)))
+            losses.append(F.mse_loss(velocity.float(), _flow_target(target, velocity)))
+        losses = [_weighted(loss, "image", weights) for loss in losses]
         mask = self.adapter.text_mask(batch)
         for index, _, end in self.watched:
-            losses += self.boundary_losses(index, boundaries[end], observation.boundaries[end], mask)
+            losses += self.boundary_losses(index, boundaries[end], observation.boundaries[end], mask, weights)
         values = torch.stack(losses)
         (values * values.new_tensor([term.weight for term in self.terms])).sum().backward()
         return values.detach()
@@ -226,6 +247,10 @@ class OutputPhase(Phase):
         finally:  # before the backward pass, in which checkpointing runs the blocks again
             for handle in handles:
                 handle.remove()
+
+
+def _weighted(loss: torch.Tensor, stream: str, weights: Mapping[str, float] | None) -> torch.Tensor:
+    return loss if weights is None else loss * weights[stream]
 
 
 def _label(start: int, end: int) -> str:

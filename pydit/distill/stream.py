@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pydit.errors import UserError
-from pydit.models.adapter import ModelAdapter
+from pydit.models.adapter import STREAMS, ModelAdapter
 
 Batches = Iterable[Any] | Callable[[int], Iterator[Any]]
+
+
+class Batch(NamedTuple):
+    """What one process trains on in a step.
+
+    inputs : forward arguments. target : the true velocity, or None.
+    weights : by stream, what makes the mean over this process's tokens its part of the mean over those of all
+        processes, which is what the average over processes then is; None is 1.
+    """
+
+    inputs: dict[str, Any]
+    target: torch.Tensor | None
+    weights: dict[str, float] | None = None
 
 
 class BatchStream:
@@ -24,6 +37,7 @@ class BatchStream:
         iterator (a list, say) starts over at its end. An item is a dict of forward arguments or a pair
         ``(dict, target)``.
     start : number of the first batch to deliver.
+    part : (number of this process, processes) that share every batch row by row; None: a batch is this process's own.
 
     Attributes
     ----------
@@ -31,8 +45,9 @@ class BatchStream:
         Number of the next batch.
     """
 
-    def __init__(self, batches: Batches, start: int, adapter: ModelAdapter, device: torch.device) -> None:
-        self._adapter, self._device = adapter, device
+    def __init__(self, batches: Batches, start: int, adapter: ModelAdapter, device: torch.device,
+                 part: tuple[int, int] | None = None) -> None:
+        self._adapter, self._device, self._part = adapter, device, part
         self.delivered = start
         self._again = None
         if callable(batches):
@@ -46,8 +61,8 @@ class BatchStream:
         for number in range(start):
             self._advance(number)
 
-    def next(self) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """The next batch as (forward arguments, target or None); UserError when there is none."""
+    def next(self) -> Batch:
+        """The next batch; UserError when there is none."""
         item = self._advance(self.delivered)
         target = None
         if isinstance(item, (tuple, list)) and len(item) == 2:
@@ -56,8 +71,29 @@ class BatchStream:
             raise UserError("batches: expected dicts of forward arguments or (dict, tensor) pairs, "
                             f"got {_describe(item, target)} as batch {self.delivered}")
         self.delivered += 1
-        batch = {name: self._place(value) for name, value in item.items() if name != "return_dict"}
-        return self._without_padding(batch), self._place(target)
+        batch = {name: value for name, value in item.items() if name != "return_dict"}
+        weights = None
+        if self._part is not None:
+            batch, target, weights = self._own_rows(batch, target)
+        batch = {name: self._place(value) for name, value in batch.items()}
+        return Batch(self._without_padding(batch), self._place(target), weights)
+
+    def _own_rows(self, batch: dict[str, Any], target: torch.Tensor | None) -> Batch:
+        """This process's rows. One that gets none takes the first with weight 0: it has a part in every collective."""
+        number, processes = self._part
+        rows = len(batch[self._adapter.block_io.image])
+        own = slice(number * rows // processes, (number + 1) * rows // processes)
+        count = own.stop - own.start
+        weights = dict.fromkeys(STREAMS, count * processes / rows)
+        mask = self._adapter.text_mask(batch)
+        if mask is not None:
+            weights["text"] = int(mask[own].sum()) * processes / max(1, int(mask.sum()))
+        if not count:
+            own = slice(0, 1)
+        # Positions of tokens (FLUX.1) are common to all rows.
+        cut = {name: value[own] if _length(value) == rows and not name.endswith("_ids") else value
+               for name, value in batch.items()}
+        return Batch(cut, None if target is None else target[own], weights)
 
     def _advance(self, number: int) -> Any:
         try:
@@ -79,6 +115,12 @@ class BatchStream:
         if mask is not None and isinstance(text, torch.Tensor) and mask.shape == text.shape[:2]:
             batch[name] = text.where(mask.to(torch.bool).unsqueeze(-1), text.new_zeros(()))
         return batch
+
+
+def _length(value: Any) -> int | None:
+    if isinstance(value, torch.Tensor):
+        return value.shape[0] if value.ndim else None
+    return len(value) if isinstance(value, list) else None
 
 
 def _describe(item: Any, target: Any) -> str:

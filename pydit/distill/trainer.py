@@ -19,7 +19,9 @@ from pydit.distill.optimizer import Optimizer, load_weights
 from pydit.distill.pair import digest, prepared, require_pair
 from pydit.distill.phases import LayerPhase, OutputPhase, Phase
 from pydit.distill.progress import step_bar
+from pydit.distill.residence import teacher_blocks
 from pydit.distill.schedule import Budget, lr_factor
+from pydit.distill.stages import change_plan, require_successor
 from pydit.distill.stream import Batches, BatchStream
 from pydit.errors import UserError
 from pydit.models import get_adapter
@@ -49,13 +51,18 @@ class DistillResult:
     seconds
         Duration, earlier parts included.
     resumed_from
-        (phase, step) of the checkpoint that the run continued, or None.
+        (phase, step) of the checkpoint that the run continued, or None; in a schedule, of the last stage that had one.
+    batches
+        Number of the batch that a further run would begin with.
+
+    In a schedule every row has its ``stage`` too, 0 for the student as it came, and its time counts from its start.
     """
 
     history: list[dict[str, Any]]
     steps: dict[str, int]
     seconds: float
     resumed_from: tuple[str, int] | None = None
+    batches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -72,8 +79,9 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
     runs by itself and learns the teacher's final velocity.
 
     The student trains in its own dtype; losses are fp32 and bf16 parameters are stepped through fp32 master copies.
-    With ``torch.distributed`` initialised, gradients are averaged over processes, each with its own ``batches``.
-    Ctrl-C ends a run of one process after the step at hand, with a checkpoint if there is a ``checkpoint_dir``.
+    With ``torch.distributed`` initialised every process calls this, with batches of its own or, with
+    ``config.split_batches``, with the same ones; ``config.shard`` says what is sharded. Ctrl-C ends a run after the
+    step at hand, with a checkpoint if there is a ``checkpoint_dir``.
 
     Parameters
     ----------
@@ -98,17 +106,52 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
         Training diverged; the last checkpoint is untouched.
     """
     config.validate()
+    results: list[DistillResult] = []
+    for number in range(len(config.schedule) + 1):
+        stage, first = config.stage(number), 0
+        if number:
+            change_plan(student, config.schedule[number - 1][0], teacher)
+            first = results[-1].batches
+        elif config.schedule:
+            require_successor(student.plan, config.schedule[0][0])
+        results.append(_distill_stage(teacher, student, batches, stage, first, progress))
+    return results[0] if len(results) == 1 else _joined(results)
+
+
+def _distill_stage(teacher: nn.Module, student: nn.Module, batches: Batches, config: DistillConfig, first: int,
+                   progress: bool) -> DistillResult:
+    """Train one student as it is, from batch ``first`` of the stream on."""
     adapter = get_adapter(student)
     require_pair(teacher, student, config)
-    with prepared(teacher, student, config):
-        return _Run(teacher, student, adapter, batches, config, progress).execute()
+    identity = {
+        "plan": {name: value for name, value in student.plan.to_dict().items()
+                 if name not in ("format", "version", "provenance")},
+        "config": config.computation(), "teacher": digest(teacher)}
+    distributed.broadcast(list(student.parameters()))
+    if config.shard != "none":
+        distributed.shard(student, adapter)
+    if config.shard == "all":
+        distributed.shard(teacher, adapter)
+    device = next(student.parameters()).device
+    with prepared(teacher, student, config), teacher_blocks(teacher, adapter, config, device):
+        return _Run(teacher, student, adapter, batches, config, identity, first, progress).execute()
+
+
+def _joined(results: list[DistillResult]) -> DistillResult:
+    """Of a schedule: rows with the number of their stage, sums of the rest."""
+    rows = [row | {"stage": number} for number, result in enumerate(results) for row in result.history]
+    steps = {name: sum(result.steps[name] for result in results) for name in results[0].steps}
+    resumed = [result.resumed_from for result in results if result.resumed_from is not None]
+    return DistillResult(rows, steps, sum(result.seconds for result in results), resumed[-1] if resumed else None,
+                         results[-1].batches)
 
 
 class _Interrupt:
     """Turns the first Ctrl-C into a note, so that a step can end and be saved; a second one interrupts at once.
 
-    Does nothing outside the main thread, where Python delivers no signals, nor with several processes, which must all
-    stop after the same step: there Ctrl-C ends the run at once, and the last checkpoint stays.
+    With several processes no second one does: torchrun passes on to them the Ctrl-C that a terminal has given them
+    already, and they must stop after the same step. Does nothing outside the main thread, where Python delivers no
+    signals.
     """
 
     def __init__(self) -> None:
@@ -116,7 +159,7 @@ class _Interrupt:
 
     def __enter__(self) -> _Interrupt:
         self._before = signal.getsignal(signal.SIGINT)
-        self._ours = (threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
+        self._ours = (threading.current_thread() is threading.main_thread()
                       and self._before is signal.default_int_handler)
         if self._ours:
             signal.signal(signal.SIGINT, self._note)
@@ -124,7 +167,8 @@ class _Interrupt:
 
     def _note(self, *_: Any) -> None:
         self.came = True
-        signal.signal(signal.SIGINT, self._before)
+        if distributed.world_size() == 1:
+            signal.signal(signal.SIGINT, self._before)
 
     def __exit__(self, *_: Any) -> None:
         if self._ours:
@@ -135,24 +179,23 @@ class _Run:
     """One call of :func:`distill`."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, batches: Batches,
-                 config: DistillConfig, show: bool) -> None:
+                 config: DistillConfig, identity: dict[str, Any], first: int, show: bool) -> None:
         self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
         self.show = show and distributed.is_main()
         self.device = next(student.parameters()).device
-        self.identity = {
-            "plan": {name: value for name, value in student.plan.to_dict().items()
-                     if name not in ("format", "version", "provenance")},
-            "config": config.computation(), "teacher": digest(teacher)}
-        self.progress, self.loaded = self._start()
+        self.identity = identity
+        self.progress, self.loaded = self._start(first)
         self.resumed_from = (self.progress.phase, self.progress.step) if self.loaded else None
         self.began = monotonic() - self.progress.seconds
         self.saved_at = self.progress.seconds
         if self.progress.phase != "done":
             # A resumed phase observes again what its cache held.
             again = min(self.progress.step, config.cache_size(self.progress.phase))
-            self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device)
+            part = (distributed.rank(), distributed.world_size()) if config.split_batches else None
+            self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device,
+                                      None if part == (0, 1) else part)
 
-    def _start(self) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
+    def _start(self, first: int) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
         directory, resume = self.config.checkpoint_dir, self.config.resume
         found = directory is not None and checkpoint.exists(directory)
         if found and not resume:
@@ -162,21 +205,22 @@ class _Run:
             raise UserError(f"checkpoint_dir: expected a checkpoint to resume, got none in {directory}")
         distributed.barrier()  # no process may write before every one has looked
         if found:
-            return checkpoint.load(directory, self.identity)
-        distributed.broadcast(list(self.student.parameters()))
-        return checkpoint.Progress(), {}
+            return checkpoint.load(directory, self.identity, dict(self.student.named_parameters()))
+        return checkpoint.Progress(batches=first), {}
 
     def execute(self) -> DistillResult:
         """Run what is left of the phases."""
         state = self.progress
         if state.phase == "done" or state.step == 0:
             load_weights(self.student, self.loaded)
+        if state.phase == "done":  # for the stage to come
+            checkpoint.restore_random(self.loaded, self.device)
         names = list(_PHASES)
         for name, following in zip(names, [*names[1:], "done"], strict=True):
             if state.phase == name:
                 self._phase(_PHASES[name](self.teacher, self.student, self.adapter, self.config), following)
         state.seconds = self._now()
-        return DistillResult(state.history, state.steps, state.seconds, self.resumed_from)
+        return DistillResult(state.history, state.steps, state.seconds, self.resumed_from, state.batches)
 
     def _phase(self, phase: Phase, following: str) -> None:
         state = self.progress
@@ -219,8 +263,10 @@ class _Run:
                 lr = peak * factor
                 values = phase.backward(observations.get(state.step))
                 norms = optimizer.gradient_norms()
-                distributed.average([values])
-                numbers = torch.cat([values, norms]).tolist()  # the only synchronisation of a step
+                shared = torch.cat([values, values.new_tensor([float(interrupt.came)])])
+                distributed.average([shared])
+                numbers = torch.cat([shared, norms]).tolist()  # the only synchronisation of a step
+                interrupted = numbers.pop(len(values))
                 self._require_finite(phase, list(optimizer.groups), numbers)
                 optimizer.step(lr, norms, factor)
                 state.step += 1
@@ -232,7 +278,7 @@ class _Run:
                 bar.update(1)
                 if state.history:
                     bar.set_postfix(loss=f"{state.history[-1]['loss']:.4g}", lr=f"{lr:.1e}", refresh=False)
-                if interrupt.came:  # between two steps, where everything fits together
+                if interrupted:  # in any process, between two steps, where everything fits together
                     if config.checkpoint_dir is not None:
                         self._save(optimizer.state())
                     raise KeyboardInterrupt
@@ -299,8 +345,7 @@ class _Run:
 
     def _save(self, tensors: dict[str, torch.Tensor]) -> None:
         self.progress.seconds = self._now()
-        if distributed.is_main():
-            checkpoint.save(self.config.checkpoint_dir, self.progress, tensors, self.identity, self.device)
+        checkpoint.save(self.config.checkpoint_dir, self.progress, tensors, self.identity, self.device)
         self.saved_at = self._now()
 
     def _now(self) -> float:

@@ -242,7 +242,8 @@ class ModelAdapter(ABC):
             entered = [k for k in wanted if k < len(blocks)] or [len(blocks) - 1]
             for k in entered:
                 handles.append(blocks[k].register_forward_pre_hook(
-                    lambda module, args, given, k=k: enter(k, args, given), with_kwargs=True))
+                    lambda module, args, given, k=k: enter(k, args, given), with_kwargs=True,
+                    prepend=True))  # a block that is only looked at is not fetched or gathered
             if wanted[-1] == len(blocks):
                 handles.append(blocks[-1].register_forward_hook(
                     lambda module, args, given, outputs: leave(args, given, outputs), with_kwargs=True))

@@ -314,6 +314,29 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     assert not list(tmp_path.glob("*.jsonl")) and not [p for p in tmp_path.rglob("*.part")]
 
 
+@pytest.mark.slow
+def test_distill_under_torchrun(tmp_path, capfd, fails, plan_file):
+    """The command of one process on two, sharded: one line printed, the same loss, a whole pipeline. And --then."""
+    assert main(["prune", str(untrained()), "--plan", str(plan_file), "--out", str(tmp_path / "student")]) == 0
+    train = ["distill", str(untrained()), str(tmp_path / "student"), "--prompts", "demo", "--batch-size", "3", "--steps",
+             "2", "--output-steps", "1", "--out"]
+    then = PruningPlan.from_intervals(6, [(1, 2), (3, 5)])
+    then.save(tmp_path / "then.json")
+    capfd.readouterr()
+    assert main([*train, str(tmp_path / "one")]) == 0
+    printed = capfd.readouterr().out
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+                           "pydit", *train, str(tmp_path / "two"), "--shard", "all"], capture_output=True, text=True,
+                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == printed.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+    assert _tree(tmp_path / "two") == _tree(tmp_path / "one") and not (tmp_path / "two.checkpoint").exists()
+    assert "then: expected PLAN:STEPS" in fails(*train, tmp_path / "three", "--then", "then.json")
+    assert main([*train, str(tmp_path / "three"), "--then", f"{tmp_path / 'then.json'}:1"]) == 0
+    stored = files.read_json(tmp_path / "three" / "pydit_plan.json", what="test")
+    assert PruningPlan.from_dict(stored["plan"], what="test") == then
+
+
 def test_bench_hands_its_options_on(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
@@ -328,7 +351,7 @@ def test_bench_hands_its_options_on(tmp_path, monkeypatch):
 
 def test_every_module_of_the_command_is_thin():
     """Commands are a few lines over the API: no torch, numpy or diffusers imported at the top of a module."""
-    for module in (pydit.cli, pydit.cli.options, pydit.cli.model, pydit.cli.demo, pydit.cli.system):
+    for module in (pydit.cli, pydit.cli.options, pydit.cli.distill, pydit.cli.model, pydit.cli.demo, pydit.cli.system):
         assert not {"torch", "np", "diffusers"} & set(vars(module))
 
 

@@ -35,6 +35,11 @@ from pydit.distill import DistillConfig
     ({"clip": -1}, "clip: expected a number >= 0, got -1"),
     ({"ema": 0.5}, "ema: expected a number from 0 to 0.28, got 0.5"),
     ({"gradient_checkpointing": 1}, "gradient_checkpointing: expected True or False, got 1"),
+    ({"shard": "both"}, "shard: expected one of none, student, all, got 'both'"),
+    ({"split_batches": None}, "split_batches: expected True or False, got None"),
+    ({"optimizer": "sgd"}, "optimizer: expected one of adamw, adamw8bit, got 'sgd'"),
+    ({"optimizer": "adamw8bit", "shard": "student"}, "optimizer: expected 'adamw', because shard is 'student'"),
+    ({"teacher_memory": "streamed", "shard": "all"}, "teacher_memory: expected resident, because shard is 'all'"),
     ({"cache_batches": -1}, "cache_batches: expected a whole number >= 0, got -1"),
     ({"log_every": 0}, "log_every: expected a whole number >= 1, got 0"),
     ({"checkpoint_dir": ""}, "checkpoint_dir: expected a path or None, got ''"),
@@ -71,8 +76,11 @@ def test_unknown_fields_and_non_mappings_are_refused():
 def test_only_bookkeeping_may_change_between_parts_of_a_run():
     base = DistillConfig()
     for field in dataclasses.fields(DistillConfig):
+        if field.name == "schedule":  # each of its stages has a checkpoint of its own
+            continue
         other = dataclasses.replace(base, **{field.name: "different"})
-        may_change = field.name in ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every")
+        may_change = field.name in ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every", "shard",
+                                    "teacher_memory")
         if field.name != "betas":
             assert (other.computation() == base.computation()) == may_change, field.name
 

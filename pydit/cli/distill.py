@@ -1,0 +1,233 @@
+"""The command that trains: distill, on one process or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydit.cli.options import (
+    add_batches,
+    add_device,
+    batch_stream,
+    command,
+    count,
+    load,
+    not_negative,
+    positive,
+    print_json,
+    sampling_defaults,
+    warnings_as_lines,
+    whole,
+)
+from pydit.errors import UserError
+
+
+def add_distill(commands: Any) -> None:
+    parser = command(
+        commands, "distill", _distill, "train the new blocks of a pruned pipeline to imitate its teacher",
+        "First each new block alone, fed by the teacher, then, with --output-steps, the whole student against the\n"
+        "teacher's prediction. With --resume a run that was stopped continues from OUT.checkpoint; Ctrl-C saves one.\n"
+        "Under torchrun the same command trains on several processes: they share every batch, so that the steps are\n"
+        "those of one process (with a prompt file each draws prompts of its own); --shard divides the memory too.",
+        "pydit distill ./my-pipeline ./pruned --prompts prompts.txt --out ./distilled --steps 6000\n"
+        "  torchrun --nproc-per-node 8 -m pydit distill ./my-pipeline ./pruned --data ./images --out ./distilled \\\n"
+        "      --device cuda --dtype bfloat16 --shard student --output-steps 2000 --train all --flow-weight 1\n"
+        "  pydit distill qwen-image ppcl-qwen-image-10b --steps 6000 --batch-size 2 --dtype bfloat16 --estimate")
+    parser.add_argument("teacher", type=Path, metavar="TEACHER",
+                        help="the pipeline that was pruned; with --estimate also a family of published size")
+    parser.add_argument("student", type=Path, metavar="STUDENT",
+                        help="directory written by `pydit prune`; with --estimate also a plan file or a preset")
+    parser.add_argument("--out", type=Path, help="pipeline directory to write")
+    parser.add_argument("--estimate", action="store_true",
+                        help="print the memory and time that the run will take, from configuration files alone")
+    parser.add_argument("--steps", type=count, default=1000, help="steps of the first phase (default: 1000)")
+    parser.add_argument("--output-steps", type=whole, default=0, help="steps of the second phase (default: 0)")
+    parser.add_argument("--then", action="append", default=[], metavar="PLAN:STEPS[:OUTPUT_STEPS]",
+                        help="afterwards turn the student into that of this plan file and train again; may be "
+                             "repeated, for depth and width in turn, or single-stream blocks a few at a time")
+    parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: that of the API)")
+    parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase")
+    parser.add_argument("--loss", choices=("direction", "normalized_mse", "mse", "masked_mse"), help="per stream and "
+                        "block of the first phase (default: direction)")
+    parser.add_argument("--magnitude", type=not_negative, help="weight of the difference of log norms (default: 0)")
+    parser.add_argument("--linear-weight", type=not_negative,
+                        help="weight of the squared error of what linear maps stand for (default: 0)")
+    parser.add_argument("--ema", type=not_negative,
+                        help="relative width of the weight average; 0 is off (default: 0.05)")
+    parser.add_argument("--train", choices=("replaced", "all"), dest="output_trainable",
+                        help="second phase: the new blocks, or every parameter of the student (default: replaced)")
+    parser.add_argument("--velocity-weight", type=not_negative,
+                        help="second phase: weight of the error against the teacher's prediction (default: 1)")
+    parser.add_argument("--boundary-weight", type=not_negative,
+                        help="second phase: weight of --loss at the end of every new block (default: 0)")
+    parser.add_argument("--muon-lr", type=positive, help="second phase: step hidden matrices by Muon at this rate")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--gradient-checkpointing", action="store_true", default=None,
+                        help="recompute activations in the backward pass")
+    memory.add_argument("--optimizer", choices=("adamw", "adamw8bit"),
+                        help="adamw8bit needs bitsandbytes or torchao (default: adamw)")
+    memory.add_argument("--teacher-memory", choices=("resident", "streamed"),
+                        help="streamed: the teacher stays in host memory, its blocks visit the device one by one\n"
+                             "(default: resident)")
+    memory.add_argument("--shard", choices=("none", "student", "all"),
+                        help="under torchrun: spread the student, or the teacher too, over the processes by FSDP2\n"
+                             "(default: none)")
+    memory.add_argument("--processes", type=count, default=1,
+                        help="with --estimate: how many there will be (default: 1)")
+    parser.add_argument("--max-minutes", type=positive, help="end, annealed, after this time")
+    parser.add_argument("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT.checkpoint")
+    add_device(parser)
+    add_batches(parser, batches=None, required=False)
+    images = parser.add_argument_group("training on captioned images instead of --prompts")
+    images.add_argument("--data", type=Path, metavar="DIR|TAR",
+                        help="a folder of images with .txt or .json captions, or of WebDataset shards; latents and "
+                             "embeddings are computed once, into --cache")
+    images.add_argument("--cache", type=Path, help="directory of the computed data (default: OUT.data)")
+    images.add_argument("--resolution", type=count, help="side of a square image (default: the pipeline's own)")
+    images.add_argument("--timesteps", choices=("uniform", "logit-normal"), default="uniform",
+                        help="distribution of the noise level (default: uniform)")
+    images.add_argument("--shift", type=positive, default=1.0,
+                        help="of the noise level, towards noise above 1 (default: 1)")
+    images.add_argument("--prompt-dropout", type=not_negative, default=0.0,
+                        help="share of samples with the empty prompt, for guidance (default: 0)")
+    images.add_argument("--flow-weight", type=not_negative,
+                        help="second phase, with --data: weight of the error against the images (default: 0)")
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from pydit.distill import DistillConfig, distributed
+
+    given = {"layers_lr": arguments.lr, "output_lr": arguments.output_lr}
+    given |= {name: getattr(arguments, name) for name in (
+        "max_minutes", "loss", "magnitude", "linear_weight", "flow_weight", "ema", "gradient_checkpointing",
+        "output_trainable", "velocity_weight", "boundary_weight", "muon_lr", "optimizer", "teacher_memory", "shard")}
+    if arguments.then:
+        given["schedule"] = tuple(map(_stage, arguments.then))
+    settings = {"layers_steps": arguments.steps, "output_steps": arguments.output_steps,
+                **{name: value for name, value in given.items() if value is not None}}
+    if arguments.estimate:
+        _estimate(arguments, DistillConfig(**settings))
+        return
+    arguments.device = distributed.start(arguments.device)
+    with _alone(distributed):
+        _train(arguments, settings)
+    distributed.stop()
+
+
+def _stage(text: str) -> Any:
+    from pydit.distill import Stage
+    from pydit.plan import PruningPlan
+
+    path, *steps = text.split(":")
+    if not 1 <= len(steps) <= 2 or not all(number.isdigit() for number in steps):
+        raise UserError(f"then: expected PLAN:STEPS or PLAN:STEPS:OUTPUT_STEPS, got {text!r}")
+    return Stage(PruningPlan.load(path), *map(int, steps))
+
+
+@contextlib.contextmanager
+def _alone(distributed: Any):
+    """Let the main process alone print; another one's failure is one line that says whose it is."""
+    if distributed.is_main():
+        yield
+        return
+    complain = sys.stderr
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            yield
+        except (OSError, ValueError, TypeError) as error:
+            print(f"pydit: process {distributed.rank()}: error: {' '.join(str(error).split())}", file=complain)
+            raise SystemExit(2) from None
+
+
+def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from pydit.distill import DistillConfig, distill, distributed, full_weights
+    from pydit.inference.pipeline import save_pipeline
+
+    if arguments.out is None:
+        raise UserError("out: expected a directory to write (or --estimate), got none")
+    checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
+    if arguments.resume and not checkpoint.exists():
+        raise UserError(f"resume: expected the checkpoint of an earlier run in {checkpoint}, got none")
+    if checkpoint.exists() and not arguments.resume:
+        raise UserError(f"out: expected no checkpoint of an earlier run, got one in {checkpoint}; pass --resume to "
+                        "continue it, or delete it")
+    config = DistillConfig(checkpoint_dir=checkpoint, save_every=arguments.save_every, resume=arguments.resume,
+                           split_batches=arguments.data is not None or arguments.prompts == "demo", **settings)
+    config.validate()
+    teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident")
+    student = load(arguments.student, arguments)
+    if not hasattr(student.transformer, "plan"):
+        raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({arguments.student})")
+    batches = batch_stream(teacher, arguments) if arguments.data is None else _image_batches(teacher, arguments)
+    with warnings_as_lines("distill"):
+        result = distill(teacher.transformer, student.transformer, batches, config)
+    if config.shard != "none" and distributed.world_size() > 1:
+        weights = full_weights(student.transformer)
+        if distributed.is_main():  # the sharded one cannot be saved as a pipeline
+            arguments.device = "cpu"
+            student = load(arguments.student, arguments)
+            student.transformer.load_state_dict(weights, strict=False)
+    if distributed.is_main():
+        save_pipeline(student, arguments.out)
+        shutil.rmtree(checkpoint)
+    distributed.barrier()
+    if arguments.json:
+        print_json({"out": str(arguments.out), "history": result.history})
+    else:
+        last = result.history[-1]
+        print(f"wrote {arguments.out}: loss {last['loss']:.4g} after step {last['step']} of phase {last['phase']}")
+
+
+def _image_batches(pipe, arguments: argparse.Namespace) -> Any:
+    """Batches from --data, whose latents and embeddings are computed first."""
+    from pydit.data import CachedDataset, build_cache
+    from pydit.distill import distributed
+
+    if arguments.prompts is not None:
+        raise UserError("data: expected --data or --prompts, got both")
+    folder = arguments.cache or arguments.out.with_name(arguments.out.name + ".data")
+    resolution = arguments.resolution or sampling_defaults(pipe)[0] or 1328
+    index = distributed.together(
+        lambda: build_cache(pipe, arguments.data, folder, resolution=resolution, progress=not arguments.json),
+        main_only=True)
+    if index is not None and index["skipped"]:
+        first = index["skipped"][0]
+        print(f"pydit distill: warning: {len(index['skipped'])} of {index['read']} samples are left out (the first: "
+              f"{first['key']}: {first['reason']}); all are listed in {folder / 'index.json'}", file=sys.stderr)
+    return CachedDataset(folder, batch_size=arguments.batch_size, seed=arguments.data_seed,
+                         timesteps=arguments.timesteps, shift=arguments.shift,
+                         prompt_dropout=arguments.prompt_dropout)
+
+
+def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
+    """`pydit distill --estimate`: no weights are read."""
+    from pydit.distill.cost import estimate
+    from pydit.families import FAMILIES
+    from pydit.files import read_json
+    from pydit.inference.pipeline import PLAN_FILE
+    from pydit.plan import PruningPlan
+
+    config = None if str(arguments.teacher) in FAMILIES else \
+        read_json(arguments.teacher / "transformer" / "config.json", what="teacher")
+    if arguments.student.is_dir():
+        stored = read_json(arguments.student / PLAN_FILE, what="student")
+        plan = PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
+    elif arguments.student.suffix == ".json":
+        plan = PruningPlan.load(arguments.student)
+    else:
+        plan = PruningPlan.preset(str(arguments.student))
+    size = {"bfloat16": 2, "float16": 2}.get(arguments.dtype, 4)
+    found = estimate(plan, config, settings, batch_size=arguments.batch_size, element_bytes=size,
+                     processes=arguments.processes)
+    if arguments.json:
+        print_json({"memory_bytes": found.memory, "host_bytes": found.host, "flops_per_step": found.flops,
+                    "seconds": found.seconds})
+    else:
+        print(plan.describe(config).splitlines()[0])
+        print(found.describe())

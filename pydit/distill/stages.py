@@ -1,0 +1,105 @@
+"""A student that changes on the way: one plan after another, each trained before the next takes more away.
+
+So blocks become single-stream a few at a time, the deepest first (Amber-Image's progressive distillation, whose steps
+per block are not published), or depth and width phases follow each other in one run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pydit.errors import UserError
+from pydit.families import BlockSpec
+from pydit.models import get_adapter
+from pydit.plan import PruningPlan
+
+
+class Stage(NamedTuple):
+    """plan : what the student becomes. layers_steps, output_steps : of the training that follows."""
+
+    plan: PruningPlan
+    layers_steps: int
+    output_steps: int = 0
+
+
+def progressive(plan: PruningPlan, stages: int, *, layers_steps: int, output_steps: int = 0
+                ) -> tuple[PruningPlan, tuple[Stage, ...]]:
+    """A plan with single-stream blocks, taken in stages: (the plan to prune by, the stages that end in ``plan``).
+
+    The blocks from ``plan.single_stream`` on become single-stream in ``stages`` groups of about one size, the deepest
+    first; the plan to prune by has none.
+
+    Raises
+    ------
+    UserError
+        No single-stream blocks, or fewer than stages.
+    """
+    if plan.single_stream is None:
+        raise UserError("plan: expected one with single-stream blocks, got none to convert in stages")
+    first = [layers[0] for layers in plan.source if layers[0] >= plan.single_stream]
+    if not 1 <= stages <= len(first):
+        raise UserError(f"stages: expected 1 to {len(first)}, the single-stream blocks of the plan, got {stages!r}")
+    starts = [first[len(first) - len(first) * number // stages] for number in range(1, stages + 1)]
+    return dataclasses.replace(plan, single_stream=None), tuple(
+        Stage(dataclasses.replace(plan, single_stream=start), layers_steps, output_steps) for start in starts)
+
+
+def require_successor(before: PruningPlan, after: PruningPlan, *, what: str = "schedule") -> None:
+    """Raise UserError when a student of one plan cannot become that of another: what is gone does not come back."""
+    if (before.family, before.num_layers) != (after.family, after.num_layers):
+        raise UserError(f"{what}: expected plans for {before.family} with {before.num_layers} layers, got one for "
+                        f"{after.family} with {after.num_layers}")
+    specs = {spec.source[0]: spec for spec in before.blocks}
+    ends = {spec.source[-1] for spec in before.blocks}
+    for spec in after.blocks:
+        if spec.source[0] not in specs or spec.source[-1] not in ends:
+            raise UserError(f"{what}: expected intervals that join blocks of the plan before, got "
+                            f"[{spec.source[0]}, {spec.source[-1]}] across one")
+        given = specs[spec.source[0]]
+        if not (_same(given, spec) or given.is_stock):
+            raise UserError(f"{what}: expected the block of layer {spec.source[0]} to stay '{given.kind}', because "
+                            f"only a whole block can be changed, got '{spec.kind}'")
+
+
+@torch.no_grad()
+def change_plan(student: nn.Module, plan: PruningPlan, teacher: nn.Module) -> nn.Module:
+    """Turn a student of ``teacher`` into that of a further plan, in place; returns it.
+
+    A block that the plan leaves alone stays the same module. One that stands for several blocks of before goes on from
+    the first of them; one that is thinned out keeps what it still has, and its new linear maps are the identity.
+
+    Raises
+    ------
+    UserError
+        The plan is no successor of the student's.
+    """
+    require_successor(student.plan, plan)
+    adapter = get_adapter(student)
+    old = dict(zip((spec.source[0] for spec in student.plan.blocks),
+                   zip(student.own_blocks, student.plan.blocks, strict=True), strict=True))
+    last = {spec.source[-1]: block for block, spec in zip(student.own_blocks, student.plan.blocks, strict=True)}
+    blocks = []
+    for spec in plan.blocks:
+        block, given = old[spec.source[0]]
+        if not _same(given, spec):
+            block = copy.deepcopy(block)  # the one of before is whole should this fail
+            if spec.source != given.source:
+                block = adapter.conform(block, last[spec.source[-1]])
+            block = adapter.new_block(block, spec)
+        elif "spec" in block.__dict__:
+            block.spec = spec  # anchors are counted anew
+        blocks.append(block)
+    student.register_to_config(**adapter.student_config(adapter.teacher_config(student), plan),
+                               pydit={"plan": plan.to_dict()})
+    student.install(plan, blocks)
+    student.attach_teacher(teacher)
+    return student
+
+
+def _same(one: BlockSpec, other: BlockSpec) -> bool:
+    return dataclasses.replace(one, anchor=None) == dataclasses.replace(other, anchor=None)

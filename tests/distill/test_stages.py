@@ -1,0 +1,105 @@
+"""A student that changes on the way keeps what a stage leaves alone, and goes on wherever it was stopped."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pydit import PruningPlan, UserError, prune
+from pydit.distill import DistillConfig, Stage, distill, progressive, stages
+from tests.distill import tiny
+from tests.distill.test_resume import Stop, stopping_stream
+
+FINAL = PruningPlan("qwen-image", 6, [(1, 2)], single_stream=3)
+START, STAGES = progressive(FINAL, 2, layers_steps=2, output_steps=1)
+CONFIG = DistillConfig(layers_steps=2, layers_lr=1e-3, output_steps=1, output_lr=1e-3, output_trainable="all", log_every=1,
+                       schedule=STAGES, weight_decay=0.1)
+
+
+def pair(plan=START):
+    teacher = tiny.make_teacher()
+    return teacher, prune(teacher, plan)
+
+
+def test_the_deepest_become_single_first():
+    assert PruningPlan("qwen-image", 6, [(1, 2)]) == START and [stage.plan.single_stream for stage in STAGES] == [5, 3]
+    preset = PruningPlan.preset("amber-qwen-image-6b")
+    assert [stage.plan.single_stream for stage in progressive(preset, 4, layers_steps=1)[1]] == [50, 40, 30, 20]
+    with pytest.raises(UserError, match="stages: expected 1 to 3, the single-stream blocks of the plan, got 4"):
+        progressive(FINAL, 4, layers_steps=1)
+    with pytest.raises(UserError, match="plan: expected one with single-stream blocks"):
+        progressive(START, 1, layers_steps=1)
+
+
+def test_a_switch_keeps_every_weight_that_stays():
+    """Depth and width one after the other: what a plan does not touch is the same tensor."""
+    teacher, student = pair()
+    torch.nn.init.normal_(student.transformer_blocks[4].attn.to_q.weight)
+    before, modules = tiny.weights(student), list(student.own_blocks)
+    stages.change_plan(student, STAGES[0].plan, teacher)
+    assert student.own_blocks[:4] == modules[:4] and student.plan == STAGES[0].plan
+    assert student.config["pydit"]["plan"] == STAGES[0].plan.to_dict() and student.config["num_layers"] == 5
+    after = tiny.weights(student)
+    assert set(after) < set(before) and all(torch.equal(after[name], before[name]) for name in after)
+    gone = {name for name in before if name not in after}
+    assert gone and all(name.startswith("transformer_blocks.4.") and ("txt_" in name or "add" in name) for name in gone)
+    with pytest.raises(UserError, match="to stay 'kept, single stream'"):
+        stages.change_plan(student, START, teacher)
+    teacher, student = pair()
+    before = tiny.weights(student)
+    stages.change_plan(student, dataclasses.replace(FINAL, intervals=[(1, 2), (3, 4)], single_stream=None), teacher)
+    assert student.source == [[0], [1, 2], [3, 4], [5]] and student.config["num_layers"] == 4
+    assert all(torch.equal(p, before[name.replace("blocks.3.", "blocks.4.")]) for name, p in tiny.weights(student).items())
+    student.set_active([])
+    velocity = student(**tiny.make_batch(0)[0], return_dict=False)[0]
+    assert torch.equal(velocity, teacher(**tiny.make_batch(0)[0], return_dict=False)[0])  # still attached
+
+
+@pytest.mark.parametrize("after, message", [
+    (PruningPlan("qwen-image", 8), "expected plans for qwen-image with 6 layers, got one for qwen-image with 8"),
+    (PruningPlan("qwen-image", 6, [(2, 3)]), "expected intervals that join blocks of the plan before"),
+    (PruningPlan("qwen-image", 6, [(1, 2)], single_stream=5), "block of layer 3 to stay 'kept, single stream'"),
+])
+def test_what_is_gone_does_not_come_back(after, message):
+    with pytest.raises(UserError, match=f"schedule: .*{message}"):
+        DistillConfig(schedule=(Stage(FINAL, 1), Stage(after, 1))).validate()
+    with pytest.raises(UserError, match=f"schedule: .*{message}"):
+        distill(*pair(FINAL), tiny.stream, DistillConfig(schedule=(Stage(after, 1),)), progress=False)
+
+
+def test_a_schedule_is_checked_and_survives_json():
+    assert DistillConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    for wrong in ([(FINAL, 0)], [(FINAL, -1)], [("plan", 1)], 3):
+        with pytest.raises(UserError, match="schedule: expected stages of a plan and steps"):
+            dataclasses.replace(CONFIG, schedule=wrong).validate()
+    with pytest.raises(UserError, match="shard: expected 'none', because there is a schedule, got 'all'"):
+        dataclasses.replace(CONFIG, shard="all").validate()
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    _, student = made = pair()
+    return distill(*made, tiny.stream, CONFIG, progress=False), student
+
+
+def test_a_schedule_ends_in_its_last_plan(unbroken):
+    result, student = unbroken
+    assert student.plan == FINAL and [spec.form for spec in student.plan.blocks] == ["stock"] * 2 + ["single"] * 3
+    assert result.steps == {"layers": 6, "output": 3} and result.batches == 9
+    assert [(row["stage"], row["phase"]) for row in result.history] == [
+        (stage, phase) for stage in range(3) for phase in ("layers", "layers", "output")]
+    assert [list(row["intervals"]) for row in result.history if row["phase"] == "layers"][::2] == [
+        ["1-2"], ["1-2", "5-5"], ["1-2", "3-3", "4-4", "5-5"]]
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 7])  # in a stage's output phase, between two stages, in later stages
+def test_a_schedule_that_was_stopped_goes_on_bit_for_bit(tmp_path, unbroken, at):
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path, save_every=1, resume="auto")
+    with pytest.raises(Stop):
+        distill(*pair(), stopping_stream(at), config, progress=False)
+    _, student = made = pair()
+    result = distill(*made, tiny.stream, config, progress=False)
+    assert result.resumed_from is not None and student.plan == FINAL
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in unbroken[0].history]
+    expected = tiny.weights(unbroken[1])
+    assert all(torch.equal(p, expected[name]) for name, p in tiny.weights(student).items())
