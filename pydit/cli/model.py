@@ -138,8 +138,9 @@ def add_plan(commands: Any) -> None:
                       help="text regions as '[[anchor,last],...]': linear maps from the anchor's text")
     thin.add_argument("--linear-ffn", metavar="JSON", help="blocks with linear FFNs, such as '[2,58]'")
     thin.add_argument("--affine", metavar="JSON", help="blocks that become one affine map per stream")
-    thin.add_argument("--single-stream", type=whole, metavar="LAYER",
-                      help="from this layer on both streams run through the image branch")
+    thin.add_argument("--single-stream", metavar="LAYER",
+                      help="from this layer on both streams run through the image branch; with '[first,last]' between "
+                           "these (FLUX.1: dual blocks)")
     thin.add_argument("--lean", action="store_true", help="leave out tensors that no output depends on")
     parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
     parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
@@ -195,7 +196,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     more = {name: _parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
             if getattr(arguments, name) is not None}
     if arguments.single_stream is not None:
-        more["single_stream"] = arguments.single_stream
+        text = arguments.single_stream
+        more["single_stream"] = int(text) if text.isdecimal() else _parse_list("single_stream", text)
     if more:
         plan = dataclasses.replace(plan, **more)
     if arguments.lean:
@@ -435,6 +437,6 @@ def _parse_list(name: str, text: str) -> Any:
     except ValueError:
         found = None
     if not isinstance(found, list):
-        example = "[2,58]" if name in ("linear_ffn", "affine") else "[[3,4],[5,7]]"
+        example = "[2,58]" if name in ("linear_ffn", "affine", "single_stream") else "[[3,4],[5,7]]"
         raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
     return found

@@ -58,7 +58,7 @@ class QwenImageAdapter(ModelAdapter):
         if spec.is_stock:
             return block
         if spec.form == "affine":
-            return affine_in_place_of(block, spec, family=self.family)
+            return affine_in_place_of(block, spec)
         return PrunedQwenImageTransformerBlock.from_stock(block, spec)
 
     def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
