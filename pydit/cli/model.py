@@ -266,7 +266,8 @@ def add_prune(commands: Any) -> None:
     parser = command(
         commands, "prune", _prune, "apply a plan to a pipeline",
         "Writes a pipeline directory; stock diffusers loads it when the plan has intervals alone. The new blocks are\n"
-        "only initialised: distil next.",
+        "only initialised: distil next. Without a probe and without maps to fit, blocks are read and written one at a\n"
+        "time: a transformer of 41 GB does not need them in memory.",
         "pydit prune ./my-pipeline --plan plan.json --init first --out ./pruned", figures=False)
     add_pipeline(parser)
     parser.add_argument("--plan", type=Path, required=True, help="plan file")
@@ -276,6 +277,7 @@ def add_prune(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="pipeline directory to write")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_batches(parser, batches=8, required=False)
+    parser.set_defaults(dtype=None)  # as it is stored
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -286,6 +288,15 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.out is None and not arguments.dry_run:
         raise UserError("out: expected a directory to write (or --dry-run), got none")
     plan = PruningPlan.load(arguments.plan)
+    if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):
+        import torch
+
+        from pydit.inference.streaming import prune_pipeline
+
+        with _warnings_as_lines("prune"):
+            prune_pipeline(arguments.pipeline, plan, arguments.out, init=arguments.init,
+                           dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+        return
     pipe = load(arguments.pipeline, arguments)
     batches = None
     if arguments.init == "probe" or (not plan.is_stock and arguments.prompts and not arguments.dry_run):

@@ -123,7 +123,7 @@ def load(path: Path, arguments: argparse.Namespace):
         raise UserError(f"device: expected one that torch can use, got {arguments.device!r}, and torch sees no GPU "
                         "(`pydit doctor` says why)")
     quiet()
-    pipe = load_pipeline(path, dtype=getattr(torch, arguments.dtype), device=device)
+    pipe = load_pipeline(path, dtype=getattr(torch, arguments.dtype or "float32"), device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

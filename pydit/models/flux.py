@@ -86,6 +86,7 @@ class FluxAdapter(ModelAdapter):
 class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
     """A FLUX.1 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
 
+    __module__ = "pydit"  # where diffusers finds the class of a component after `import pydit`
     family = "flux.1"
     _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "PrunedFluxTransformerBlock",
                                    "PrunedFluxSingleTransformerBlock", "AffineBlock"]

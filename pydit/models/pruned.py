@@ -77,6 +77,11 @@ class PrunedModel:
             start += length
 
     @property
+    def init(self) -> str:
+        """How the blocks of intervals began; see :func:`pydit.prune`."""
+        return (self.config.get("pydit") or {}).get("init", "first")
+
+    @property
     def _lists(self) -> list[RoutedBlocks]:
         return [getattr(self, name) for name in get_adapter(self.family).block_lists]
 
@@ -87,7 +92,7 @@ class PrunedModel:
 
     @classmethod
     def from_teacher(cls, teacher: nn.Module, plan: PruningPlan, blocks: Iterable[nn.Module],
-                     others: Mapping[str, nn.Module]) -> Any:
+                     others: Mapping[str, nn.Module], *, init: str = "first") -> Any:
         """Assemble a student from ready modules, with the teacher attached.
 
         Parameters
@@ -95,9 +100,10 @@ class PrunedModel:
         teacher : the model that ``plan`` is for; only read.
         blocks : one block per student block; become the student's own.
         others : every other child of the teacher by name; become the student's own.
+        init : how the blocks of intervals began, which decides where a LoRA of the teacher goes.
         """
         config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-        config.update(get_adapter(cls.family).student_config(config, plan), pydit={"plan": plan.to_dict()})
+        config.update(get_adapter(cls.family).student_config(config, plan), pydit=entry_of(plan, init))
         with torch.device("meta"):
             student = cls(**config)
         for name, module in others.items():
@@ -310,9 +316,14 @@ def residual_map(width: int) -> nn.Linear:
     return linear
 
 
+def entry_of(plan: PruningPlan, init: str) -> dict[str, Any]:
+    """The ``pydit`` entry of a configuration. ``"first"`` is what an entry without ``init`` means."""
+    return {"plan": plan.to_dict()} | ({} if init == "first" else {"init": init})
+
+
 def plan_of(entry: Any, family: str) -> PruningPlan:
     """The plan in a configuration's ``pydit`` entry; FormatError when it is none or for another family."""
-    if not isinstance(entry, Mapping) or set(entry) != {"plan"}:
+    if not isinstance(entry, Mapping) or not {"plan"} <= set(entry) <= {"plan", "init"}:
         raise FormatError(f"config: expected \"pydit\": {{\"plan\": ...}}, got {entry!r}")
     plan = PruningPlan.from_dict(entry["plan"], what="config")
     if plan.family != family:

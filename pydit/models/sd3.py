@@ -108,6 +108,7 @@ def _drop_text_output(block: JointTransformerBlock) -> None:
 class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
     """An SD3 or SD3.5 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
 
+    __module__ = "pydit"  # where diffusers finds the class of a component after `import pydit`
     family = "sd3.5"
     _no_split_modules: ClassVar = ["JointTransformerBlock", "PrunedJointTransformerBlock", "AffineBlock"]
 

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,3 +183,47 @@ def test_a_foreign_directory_is_not_replaced(pruned, tmp_path):
     with pytest.raises(UserError, match="out: expected a new path"):
         save_pipeline(pruned, tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"x"
+
+
+@pytest.fixture(scope="module")
+def thinned(tmp_path_factory):
+    """Directories of one pipeline whose transformer no stock class carries: plain, with a shim; and its output."""
+    path = tmp_path_factory.mktemp("thinned")
+    pipe = load_pipeline(untrained(), dtype=torch.float32)
+    with pytest.warns(UserWarning, match="start as the identity"):
+        pipe.register_modules(transformer=prune(pipe.transformer, PruningPlan(
+            "qwen-image", 6, [(1, 2)], text_linear=[(3, 5)], linear_ffn=[0])))
+    save_pipeline(pipe, path / "plain")
+    save_pipeline(pipe, path / "shim", remote_code=True)
+    depth = prune(load_pipeline(untrained(), dtype=torch.float32).transformer, PruningPlan.from_intervals(6, [(1, 2)]))
+    pipe.register_modules(transformer=depth)
+    save_pipeline(pipe, path / "depth")
+    return path
+
+
+_WITHOUT_PYDIT = "import sys; sys.modules['pydit'] = None  # as if it were not installed\n"
+
+
+@pytest.mark.parametrize(("before", "name", "options", "expected"), [
+    ("import pydit\n", "plain", "", "PrunedQwenImageTransformer2DModel (0,)"),
+    ("", "shim", ", trust_remote_code=True", "PrunedQwenImageTransformer2DModel (0,)"),
+    (_WITHOUT_PYDIT, "shim", ", trust_remote_code=True", "expected the package pydit, which pruned this model, got an"),
+    (_WITHOUT_PYDIT, "plain", "", "pydit is not one of the libraries"),
+    (_WITHOUT_PYDIT, "depth", "", "QwenImageTransformer2DModel depth"),
+])
+def test_by_diffusers_in_a_process_of_its_own(thinned, before, name, options, expected):
+    script = before + (
+        "from diffusers import DiffusionPipeline\n"
+        f"model = DiffusionPipeline.from_pretrained({str(thinned / name)!r}, local_files_only=True{options}).transformer\n"
+        "print(type(model).__name__, getattr(getattr(model, 'plan', None), 'linear_ffn', 'depth'))\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert expected in done.stdout + done.stderr
+    assert (done.returncode == 0) == expected.startswith(("Pruned", "Qwen"))
+
+
+def test_both_reload_to_the_last_bit(thinned):
+    models = [load_pipeline(thinned / name, dtype=torch.float32).transformer for name in ("plain", "shim")]
+    assert torch.equal(_output(models[0]), _output(models[1])) and models[0].plan == models[1].plan
+    import pydit
+
+    assert type(models[0]) is pydit.PrunedQwenImageTransformer2DModel

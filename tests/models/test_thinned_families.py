@@ -50,7 +50,8 @@ PLANS = {
     ("sd3.5", "affine end"): {"affine": [6]},
     ("sd3.5", "dead"): {},
 }
-EACH = pytest.mark.parametrize("family, name, lean", [(*key, lean) for key in PLANS for lean in (False, True)],
+EACH = pytest.mark.parametrize("family, name, lean", [(*key, lean) for key in PLANS for lean in (False, True)
+                                                     if lean == (key[1] != "text to the end")],
                                ids=lambda value: {True: "lean", False: "whole"}.get(value, value))
 
 
@@ -190,8 +191,8 @@ def test_lean_is_lossless_and_files_are_exact(tmp_path, family, name):
         tensor.copy_(kept[key][:len(tensor)])
     assert torch.allclose(run(lean, batch), run(full, batch), rtol=1e-4, atol=1e-5)
     saved = full.plan.num_parameters(dict(teacher.config)) - lean.plan.num_parameters(dict(teacher.config))
-    assert (saved > 0) == ((family, name) not in {("flux.1", "ffn"), ("flux.1", "text to the end"), ("flux.1", "dead"),
-                                                  ("flux.1", "single")}) or name == "text to the end"
+    # A single block stores nothing for its text alone but the map of a linear FFN.
+    assert (saved > 0) == (name in ("text to the end", "affine end", "single") if family == "flux.1" else name != "single")
     lean.save_pretrained(tmp_path, with_teacher=bool(lean.plan.units))
     loaded = type(lean).from_pretrained(tmp_path)
     assert (run(loaded, batch) - run(lean, batch)).abs().max() == 0 and loaded.plan == lean.plan
@@ -216,7 +217,7 @@ def test_flops_are_those_counted_by_torch(family):
 
     outside = counted(teacher) - PruningPlan(family, depth).num_flops(dict(teacher.config), **tokens)
     for key in PLANS:
-        for lean in (False, True) if key[0] == family else ():
+        for lean in (key[1] != "text",) if key[0] == family else ():
             chosen = plan(*key, lean)
             expected = chosen.num_flops(dict(teacher.config), **tokens)
             assert counted(student_of(teacher, chosen)) - outside == expected, (key, lean)
@@ -239,27 +240,27 @@ def test_accelerated_within_the_tolerance_policy(family, name, lean, device):
     assert torch.equal(run(pydit.restore(student), inputs), stock)
 
 
-@pytest.mark.parametrize("family, name", [("flux.1", "ffn"), ("flux.1", "text"), ("sd3.5", "ffn"), ("sd3.5", "text")])
+@pytest.mark.parametrize("family, name", [("flux.1", "text"), ("sd3.5", "text"), ("sd3.5", "ffn")])
 def test_fitting_and_distilling_lower_the_error(family, name):
     make, batches, _ = MADE[family]
     teacher, chosen = make(), plan(family, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         identity = pydit.prune(teacher, chosen)
-    student = pydit.prune(teacher, chosen, batches=[batches(seed) for seed in range(10)])
+    student = pydit.prune(teacher, chosen, batches=[batches(seed) for seed in range(12)])
     maps = [key for key in student.state_dict() if key.endswith("weight") and key.split(".")[-2] in
             ("img_ffn", "txt_ffn", "txt_proj", "txt_out_proj")]
     assert len(student.fits) == len(maps) and all(one.rows >= one.inputs for one in student.fits)
 
-    def error(model):
-        return float((run(model, batches(99)) - run(teacher, batches(99))).square().mean())
+    config = pydit.distill.DistillConfig(layers_steps=3, layers_lr=3e-3, linear_weight=1.0, loss="mse", log_every=1)
 
-    before = error(student)
-    assert before < error(identity)
-    config = pydit.distill.DistillConfig(layers_steps=10, layers_lr=1e-3, linear_weight=0.1, log_every=1)
-    result = pydit.distill.distill(teacher, student, lambda start: (batches(start + n) for n in range(10**6)), config,
-                                   progress=False)
-    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    def losses(model):
+        result = pydit.distill.distill(teacher, model, [batches()], config, progress=False)
+        return [row["loss"] for row in result.history]
+
+    assert losses(student)[0] < losses(identity)[0]
+    trained = losses(student_of(teacher, chosen))
+    assert trained[-1] < 0.95 * trained[0]
 
 
 def test_published_sizes_of_thinned_blocks():
