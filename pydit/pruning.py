@@ -15,6 +15,7 @@ from torch import nn
 from pydit.errors import UserError
 from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
+from pydit.models.by_source import init_weights
 from pydit.plan import PruningPlan
 from pydit.stats.ridge import gated_ridge
 
@@ -119,16 +120,6 @@ def initial_block(adapter: ModelAdapter, layers: Sequence[nn.Module], init: str)
     if states:
         block.load_state_dict({name: weighted_mean([state[name] for state in states], init) for name in states[0]})
     return block
-
-
-def init_weights(layers: int, init: str) -> list[float]:
-    """The share that each layer of an interval has in its block: one of them all, or an average."""
-    if init == "position-average":
-        weights = range(layers, 0, -1)
-    else:
-        chosen = (layers - 1) // 2 if init == "middle" else 0
-        weights = [1 if init == "average" or k == chosen else 0 for k in range(layers)]
-    return [weight / sum(weights) for weight in weights]
 
 
 def weighted_mean(tensors: Sequence[torch.Tensor], init: str) -> torch.Tensor:

@@ -18,10 +18,13 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import nn
 
 from pydit.families import BlockSpec
+from pydit.models import flux_lora
 from pydit.models.adapter import BlockIO, ModelAdapter
 from pydit.models.flux_blocks import PrunedFluxSingleTransformerBlock, PrunedFluxTransformerBlock
 from pydit.models.pruned import PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.plan import PruningPlan
+
+flux_lora.install()
 
 __all__ = ["FluxAdapter", "ModelMixin", "PrunedFluxTransformer2DModel"]
 

@@ -189,13 +189,21 @@ class PrunedModel:
             if not isinstance(pretrained_model_name_or_path_or_dict, Mapping):
                 raise UserError("load_lora_adapter: expected a state dict, because block numbers have to follow the "
                                 "plan, got a path; load it by pipeline.load_lora_weights or files.load_safetensors")
-            lists = dict(zip(get_adapter(self.family).block_lists, self._lists, strict=True))
-            renamed, dropped = remap_lora(lists, pretrained_model_name_or_path_or_dict)
+            if "average" in self.init and kwargs.get("metadata"):
+                raise UserError("load_lora_adapter: expected a LoRA without metadata of its own, because blocks that "
+                                "began as averages take the average of their layers' adapters, got some")
+            alphas, made = kwargs.get("network_alphas") or {}, {}
+            renamed, dropped = self.follow_source(pretrained_model_name_or_path_or_dict, alphas=alphas, made=made)
             warn_of_dropped(dropped)
-            if kwargs.get("network_alphas"):
-                kwargs["network_alphas"] = remap_lora(lists, kwargs["network_alphas"])[0]
+            if alphas:
+                kwargs["network_alphas"] = self.follow_source(alphas)[0] | made
             pretrained_model_name_or_path_or_dict = renamed
         return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def follow_source(self, state: Mapping[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
+        """:func:`pydit.models.by_source.remap_lora` for this model."""
+        lists = dict(zip(get_adapter(self.family).block_lists, self._lists, strict=True))
+        return remap_lora(lists, state, init=self.init, **options)
 
     def _with_residuals(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward with ControlNet residuals where the teacher's layers are."""
@@ -203,9 +211,6 @@ class PrunedModel:
             if not arguments.get(name):
                 continue
             blocks = getattr(self, where)
-            if rule == "share" and blocks.inactive:  # the forward divides by the student's depth
-                raise UserError(f"{name}: expected all units of the plan active with a ControlNet, got "
-                                f"{self.active} of {list(self.plan.units)}")
             if name == "controlnet_block_samples" and arguments.get("controlnet_blocks_repeat"):
                 rule = "repeat"
             arguments[name] = residuals_by_source(blocks, arguments[name], rule=rule)
