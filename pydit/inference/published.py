@@ -1,7 +1,8 @@
 """Checkpoints in the layout of PPCL's authors (OPPO-Mente-Lab: 10B, 12B, 13B), as this package's pruned models.
 
-Their configuration numbers blocks of the pruned model: ``single_stream_index`` (linear text), ``ffn_proj_index`` (linear
-FFN), ``ehs_proj_index`` (text output); their modules are ``txt_proj``, ``img_ffn_proj``, ``txt_ffn_proj``, ``ehs_proj``.
+Their configuration numbers blocks of the pruned model: ``single_stream_index`` (linear text), ``ffn_proj_index``
+(linear FFN), ``ehs_proj_index`` (text output); their modules are ``txt_proj``, ``img_ffn_proj``, ``txt_ffn_proj`` and
+``ehs_proj``.
 A file without the last two lists is of the first release, whose text map has no residual: ``t = P m`` and not
 ``m + P m``; its weight loses the identity here. 13B is a shorter stock model, which stock diffusers loads too.
 """
@@ -16,6 +17,7 @@ import torch
 
 from pydit.errors import FormatError, UserError
 from pydit.files import SafetensorsReader, read_json
+from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
 from pydit.presets import PRESETS
 
@@ -40,7 +42,7 @@ def load_published(path: str | Path, plan: PruningPlan | None = None, *, name: s
     UserError
         A plan of another layout.
     """
-    from pydit.models.qwen_image import PrunedQwenImageTransformer2DModel
+    from pydit.models import get_adapter
 
     path = Path(path)
     config = read_json(path / "config.json", what="checkpoint")
@@ -51,7 +53,9 @@ def load_published(path: str | Path, plan: PruningPlan | None = None, *, name: s
     first = "single_stream_index" in config and not set(_LISTS[1:]) & set(config)
     settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in _LISTS}
     with torch.device("meta"):
-        model = PrunedQwenImageTransformer2DModel(**{**settings, "pydit": {"plan": found.to_dict()}})
+        model = get_adapter("qwen-image").pruned_class()(**{**settings, "pydit": entry_of(found, "first")})
+    # Rotary tables are no weights, and there are none on the meta device.
+    model.pos_embed = get_adapter("qwen-image").stock_class()(**{**settings, "num_layers": 0}).pos_embed
     reader = SafetensorsReader(path, name, what="checkpoint")
     state = {}
     for key in reader.keys():  # noqa: SIM118
