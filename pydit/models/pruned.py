@@ -255,12 +255,13 @@ class PrunedModel:
             path.unlink(missing_ok=True)  # left by an earlier save of another model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As in diffusers; teacher layers saved beside the weights are attached."""
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *, with_teacher: bool = True,
+                        **kwargs: Any) -> Any:
+        """As in diffusers; teacher layers saved beside the weights are attached, unless ``with_teacher=False``."""
         result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         path = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "") / TEACHER_FILE
-        if path.is_file():
+        if with_teacher and path.is_file():
             model._load_teacher_layers(path)
         return result
 
