@@ -35,6 +35,14 @@ _NAMES = {
     "restore": ("pydit.inference.accelerate", "restore"),
 }
 
+# What diffusers looks up here for a component that model_index.json declares as ["pydit", class].
+_FOR_DIFFUSERS = {
+    "PrunedQwenImageTransformer2DModel": "pydit.models.qwen_image",
+    "PrunedFluxTransformer2DModel": "pydit.models.flux",
+    "PrunedSD3Transformer2DModel": "pydit.models.sd3",
+    "ModelMixin": "diffusers",
+}
+
 __all__ = ["FormatError", "UserError", "__version__", *_MODULES, *_NAMES]
 
 
@@ -46,6 +54,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(module), attribute)
         globals()[name] = value
         return value
+    if name in _FOR_DIFFUSERS:
+        return getattr(importlib.import_module(_FOR_DIFFUSERS[name]), name)
     raise AttributeError(f"module 'pydit' has no attribute {name!r}")
 
 

@@ -61,8 +61,8 @@ class Family:
 
     published : configurations of the released sizes, the usual one first.
     depth : blocks of a model with this configuration.
-    kinds : which fields of a plan beside its intervals the pruned class can carry.
     text_used : whether the model reads the text output of its last block.
+    text_ends : whether that block has none to begin with.
     block_parameters, block_flops : of one block, from its specification; FLOPs for one image of so many image and
         text tokens (matrix products and attention, a multiply-add is two).
     other_parameters : of everything outside the blocks.
@@ -73,12 +73,12 @@ class Family:
     class_name: str
     block_lists: tuple[str, ...]
     published: tuple[Config, ...]
-    kinds: frozenset[str]
-    text_used: bool
     block_parameters: Callable[[Config, BlockSpec], int]
     other_parameters: Callable[[Config], int]
     block_flops: Callable[[Config, BlockSpec, int, int], int]
     segments: Callable[[Config], tuple[int, ...]] = lambda config: (config["num_layers"],)
+    text_used: bool = False
+    text_ends: bool = False
 
     def depth(self, config: Config) -> int:
         """Blocks of a model with this configuration."""
@@ -105,41 +105,49 @@ def _affine_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int
     return 2 * (image + (0 if spec.text == "none" else text)) * _width(config) ** 2
 
 
-def _qwen_image_block(config: Config, spec: BlockSpec) -> int:
+def _dual_block(config: Config, spec: BlockSpec, *, norms: bool = True, twice: bool = False,
+                ends: bool = False) -> int:
+    """Parameters of a dual-stream block; ``norms`` of queries and keys, ``twice``: a second, image-only attention,
+    ``ends``: the teacher's block has no text output already."""
     if spec.form == "affine":
         return _affine_parameters(config, spec)
-    head, width = config["attention_head_dim"], _width(config)
+    head, width = config["attention_head_dim"] if norms else 0, _width(config)
     square = _linear(width, width)
     chunks, ffn = (6, _mlp(width)) if spec.ffn == "mlp" else (3, square)
-    branch = _linear(width, chunks * width) + 4 * square + 2 * head + ffn  # q, k, v, out; norms of q and k
+    attention = 4 * square + 2 * head  # q, k, v, out; norms of q and k
+    image = _linear(width, (chunks + 3 * twice) * width) + (1 + twice) * attention + ffn
     if spec.form == "single":
-        return branch
-    if spec.text == "full":
-        return 2 * branch
+        return image
     if spec.text == "keys":
-        return branch + _linear(width, 2 * width) + 2 * square + head
-    projections = 4 * square + 2 * head if spec.dead_query else 2 * square + head
-    return branch + square + projections + (square if spec.text_output else 0)
+        return image + _linear(width, 2 * width) + 2 * square + head
+    stored = attention - (square if ends else 0)
+    if spec.text == "full":
+        return image + stored + (_linear(width, 2 * width) if ends else _linear(width, chunks * width) + ffn)
+    return image + square + (stored if spec.dead_query else 2 * square + head) + (square if spec.text_output else 0)
 
 
-def _qwen_image_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
+def _dual_flops(config: Config, spec: BlockSpec, image: int, text: int, *, twice: bool = False,
+                ends: bool = False) -> int:
+    """FLOPs of a dual-stream block; see :func:`_dual_block`."""
     if spec.form == "affine":
         return _affine_flops(config, spec, image, text)
     width = _width(config)
     chunks, ffn = (6, 8) if spec.ffn == "mlp" else (3, 1)
     per_token = 4 + ffn
-    squares = image * per_token + chunks  # in units of width ** 2: tokens, and the modulation of one row
-    queries = image
-    if spec.form == "single" and spec.text == "keys":
-        squares += text * 2
-    elif spec.text == "full":
+    # In units of width ** 2: tokens, and the modulation of one row.
+    squares, queries = image * (per_token + 4 * twice) + chunks + 3 * twice, image
+    if spec.text == "linear":
+        squares += text * (3 + spec.text_output)
+    elif spec.text == "full" and not ends:
         squares += text * per_token + (0 if spec.form == "single" else chunks)
         queries += text
-    elif spec.text == "keys":
-        squares += text * 2 + 2
+    elif spec.text == "full" and spec.is_stock:  # diffusers lets the text ask, for an output that nothing reads
+        squares += text * 3 + 2
+        queries += text
     else:
-        squares += text * (3 + spec.text_output)
-    return 2 * squares * width ** 2 + 4 * queries * (image + text) * width
+        squares += text * 2 + (0 if spec.form == "single" else 2)
+    second = 4 * image ** 2 * width if twice else 0
+    return 2 * squares * width ** 2 + 4 * queries * (image + text) * width + second
 
 
 def _qwen_image_other(config: Config) -> int:
@@ -155,21 +163,27 @@ def _flux_is_single(config: Config, spec: BlockSpec) -> bool:
 
 
 def _flux_block(config: Config, spec: BlockSpec) -> int:
-    if spec.form == "affine":
-        return _affine_parameters(config, spec)
-    head, width = config["attention_head_dim"], _width(config)
+    if spec.form == "affine" or not _flux_is_single(config, spec):
+        return _dual_block(config, spec)
+    width = _width(config)
     square = _linear(width, width)
-    if _flux_is_single(config, spec):
-        return (_linear(width, 3 * width) + 3 * square + 2 * head + _linear(width, 4 * width)
-                + _linear(5 * width, width))
-    return 2 * (_linear(width, 6 * width) + 4 * square + 2 * head + _mlp(width))
+    found = _linear(width, 3 * width) + 3 * square + 2 * config["attention_head_dim"]
+    if spec.ffn == "mlp":
+        found += _linear(width, 4 * width) + _linear(5 * width, width)
+    else:
+        found += square + (2 if spec.text == "full" else 1) * square
+    return found + ((1 + spec.text_output) * square if spec.text == "linear" else 0)
 
 
 def _flux_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
-    if spec.form == "affine":
-        return _affine_flops(config, spec, image, text)
-    chunks = 3 if _flux_is_single(config, spec) else 12  # both kinds spend 12 width ** 2 on a token
-    return 2 * (12 * (image + text) + chunks) * _width(config) ** 2 + 4 * (image + text) ** 2 * _width(config)
+    if spec.form == "affine" or not _flux_is_single(config, spec):
+        return _dual_flops(config, spec, image, text)
+    width, per_token = _width(config), 12 if spec.ffn == "mlp" else 5
+    full = spec.text == "full"
+    squares = image * per_token + 3 + text * (per_token if full else 2)
+    if spec.text == "linear":
+        squares += text * (1 + spec.text_output)
+    return 2 * squares * width ** 2 + 4 * (image + (text if full else 0)) * (image + text) * width
 
 
 def _flux_other(config: Config) -> int:
@@ -183,16 +197,8 @@ def _flux_other(config: Config) -> int:
 
 
 def _sd3_block(config: Config, spec: BlockSpec) -> int:
-    if spec.form == "affine":
-        return _affine_parameters(config, spec)
-    head, width = config["attention_head_dim"], _width(config)
-    square = _linear(width, width)
-    norms = 2 * head if config["qk_norm"] else 0
-    twice, last = _sd3_twice(config, spec), _sd3_last(config, spec)
-    image = _linear(width, (9 if twice else 6) * width) + (2 if twice else 1) * (4 * square + norms) + _mlp(width)
-    text = norms + (_linear(width, 2 * width) + 3 * square if last
-                    else _linear(width, 6 * width) + 4 * square + _mlp(width))
-    return image + text
+    return _dual_block(config, spec, norms=bool(config["qk_norm"]), twice=_sd3_twice(config, spec),
+                       ends=_sd3_last(config, spec))
 
 
 def _sd3_twice(config: Config, spec: BlockSpec) -> bool:
@@ -206,14 +212,7 @@ def _sd3_last(config: Config, spec: BlockSpec) -> bool:
 
 
 def _sd3_flops(config: Config, spec: BlockSpec, image: int, text: int) -> int:
-    if spec.form == "affine":
-        return _affine_flops(config, spec, image, text)
-    width, twice, last = _width(config), _sd3_twice(config, spec), _sd3_last(config, spec)
-    squares = image * (16 if twice else 12) + (9 if twice else 6)
-    squares += text * 3 + 2 if last else text * 12 + 6
-    # The text of the last block asks too, for an output that nothing reads.
-    return (2 * squares * width ** 2 + 4 * (image + text) ** 2 * width
-            + (4 * image ** 2 * width if twice else 0))
+    return _dual_flops(config, spec, image, text, twice=_sd3_twice(config, spec), ends=_sd3_last(config, spec))
 
 
 def _sd3_other(config: Config) -> int:
@@ -233,15 +232,13 @@ FAMILIES = {
         published=({"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60,
                     "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
                     "use_additional_t_cond": False},),
-        kinds=frozenset({"text_linear", "linear_ffn", "affine", "single_stream", "lean"}), text_used=False,
-        block_parameters=_qwen_image_block, other_parameters=_qwen_image_other, block_flops=_qwen_image_flops),
+        block_parameters=_dual_block, other_parameters=_qwen_image_other, block_flops=_dual_flops),
     "flux.1": Family(
         name="flux.1", class_name="FluxTransformer2DModel",
         block_lists=("transformer_blocks", "single_transformer_blocks"),
         published=({"patch_size": 1, "in_channels": 64, "out_channels": None, "num_layers": 19,
                     "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
                     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True},),
-        kinds=frozenset({"affine"}), text_used=False,
         block_parameters=_flux_block, other_parameters=_flux_other, block_flops=_flux_flops,
         segments=lambda config: (config["num_layers"], config["num_single_layers"])),
     "sd3.5": Family(
@@ -250,6 +247,5 @@ FAMILIES = {
                     "dual_attention_layers": ()},
                    {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
                     "dual_attention_layers": tuple(range(13))}),
-        kinds=frozenset({"affine"}), text_used=False,
-        block_parameters=_sd3_block, other_parameters=_sd3_other, block_flops=_sd3_flops),
+        text_ends=True, block_parameters=_sd3_block, other_parameters=_sd3_other, block_flops=_sd3_flops),
 }

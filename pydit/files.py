@@ -82,6 +82,114 @@ def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu")
         raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {error})") from None
 
 
+class SafetensorsReader:
+    """Reads the tensors of one safetensors file or of a sharded one, one at a time, into memory of their own.
+
+    Nothing is mapped, so that what is held is what was asked for: a limit on data memory counts private mappings.
+
+    Parameters
+    ----------
+    folder : directory. name : of the file without a suffix, such as ``"diffusion_pytorch_model"``; shards are found
+        through ``<name>.safetensors.index.json``.
+
+    Raises
+    ------
+    FormatError
+        No such file, a shard that is missing, or a broken one.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str, *, what: str) -> None:
+        folder, self.what = Path(folder), what
+        index = folder / f"{name}.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index, what=what).get("weight_map", {}).values()))
+        else:
+            shards = [f"{name}.safetensors"]
+        self._entries: dict[str, tuple[Path, int, dict]] = {}
+        for shard in shards:
+            path = _existing_file(folder / shard, what=what, expected="a safetensors file")
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                try:
+                    header = json.loads(file.read(length) if length < path.stat().st_size else b"")
+                    self._entries |= {key: (path, 8 + length + int(entry["data_offsets"][0]), entry)
+                                      for key, entry in header.items() if key != "__metadata__"}
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    raise self._broken(path) from None
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return tuple(self._entries[key][2]["shape"])
+
+    def __getitem__(self, key: str) -> Any:
+        """One tensor, torch, on the CPU."""
+        import torch
+        from safetensors.torch import _TYPES
+
+        path, offset, entry = self._entries[key]
+        start, stop = entry["data_offsets"]
+        buffer = bytearray(stop - start)
+        with path.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(buffer) != len(buffer) or entry["dtype"] not in _TYPES:
+                raise self._broken(path)
+        dtype = _TYPES[entry["dtype"]]
+        try:
+            flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+            return flat.reshape(entry["shape"])
+        except (RuntimeError, ValueError):
+            raise self._broken(path) from None
+
+    def _broken(self, path: Path) -> FormatError:
+        return FormatError(f"{self.what}: expected a complete safetensors file, got a broken one ({path})")
+
+
+class SafetensorsWriter:
+    """Writes tensors as they come into shards of bounded size, under diffusers' names.
+
+    Parameters
+    ----------
+    folder : an existing directory. name : as for :class:`SafetensorsReader`. shard_bytes : most bytes of a shard.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str, *, shard_bytes: int) -> None:
+        self._folder, self._name, self._limit = Path(folder), name, shard_bytes
+        self._pending: dict[str, Any] = {}
+        self._bytes = self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, key: str, tensor: Any) -> None:
+        """Take one tensor; a full shard is written at once."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self._limit:
+            self._flush()
+        self._pending[key] = tensor
+        self._bytes, self._total = self._bytes + size, self._total + size
+
+    def close(self) -> None:
+        """Write what is left, give the shards their names and, if there are several, an index."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        names = [f"{self._name}.safetensors"] if count == 1 else [
+            f"{self._name}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        for number, name in enumerate(names):
+            os.replace(self._folder / f"part-{number}", self._folder / name)
+        if count > 1:
+            write_json(self._folder / f"{self._name}.safetensors.index.json", {
+                "metadata": {"total_size": self._total},
+                "weight_map": {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}})
+
+    def _flush(self) -> None:
+        save_safetensors(self._folder / f"part-{len(self._shards)}", self._pending, {"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._bytes = {}, 0
+
+
 @contextlib.contextmanager
 def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``path`` that takes its place on success and vanishes on failure.

@@ -19,39 +19,11 @@ from typing import Any
 from pydit import files
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES, BlockSpec, Family
+from pydit.presets import PRESETS
 
 FORMAT = "pydit-plan"
 VERSIONS = (1, 2)  # 1 has intervals alone; a plan that needs no more is still written as 1
 _H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
-
-
-# Depth lists of the PPCL authors' repository: its commented alternative (18 layers removed) and its default (25).
-_PPCL_18 = ((5, 7), (8, 9), (11, 12), (16, 18), (19, 20), (22, 24), (25, 27), (42, 43), (45, 47), (48, 49), (52, 53),
-            (54, 55), (56, 57))
-_PPCL_25 = ((3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42, 43), (45, 47), (48, 49), (52, 53),
-            (54, 55), (56, 57))
-_PPCL_TEXT = ((36, 37), (40, 41), (50, 59))
-_EVERY_SECOND = tuple((layer, layer + 1) for layer in range(0, 60, 2))
-_WHICH_30 = ("30 of 60 blocks; which 30 is not published, every second one is a placeholder for "
-             "detect(method='amber')")
-_OWN = "this project's own layout for a published size; a placeholder for detect"
-
-# name -> (family, layers, fields of the plan, a note for `describe`)
-_PRESETS: dict[str, tuple[str, int, dict[str, Any], str]] = {
-    "ppcl-qwen-image-14b": ("qwen-image", 60, {"intervals": _PPCL_18}, ""),
-    "ppcl-qwen-image-12b": ("qwen-image", 60, {"intervals": _PPCL_25}, ""),
-    "ppcl-qwen-image-11b": ("qwen-image", 60, {"intervals": _PPCL_25, "text_linear": _PPCL_TEXT}, ""),
-    "ppcl-qwen-image-10b": ("qwen-image", 60, {"intervals": _PPCL_25, "text_linear": _PPCL_TEXT,
-                                               "linear_ffn": (2, 58, 59)}, ""),
-    "amber-qwen-image-10b": ("qwen-image", 60, {"intervals": _EVERY_SECOND}, f"Amber-style: {_WHICH_30}"),
-    "amber-qwen-image-6b": ("qwen-image", 60, {"intervals": _EVERY_SECOND, "single_stream": 20},
-                            f"6.84 B, Amber-style: 10 dual-stream and 20 single-stream blocks; {_WHICH_30}"),
-    # The paper's FLUX.1 model has 8 B parameters; its layers are not published. Ends of the stack stay whole.
-    "ppcl-flux.1-8b": ("flux.1", 57, {"intervals": ((4, 5), (6, 7), (8, 9), (10, 11), (12, 13), *(
-        (layer, layer + 1) for layer in range(23, 53, 2)))}, _OWN),
-    # No size is published for SD3.5: a third of the blocks of the large model.
-    "ppcl-sd3.5-large-5b": ("sd3.5", 38, {"intervals": tuple((layer, layer + 1) for layer in range(6, 32, 2))}, _OWN),
-}
 
 
 def family_of(transformer: object) -> Family:
@@ -93,9 +65,10 @@ class PruningPlan:
         Blocks, named by the first layer they stand for, whose FFNs become affine maps (PPCL, Eq. 9).
     affine : sequence of int, optional
         Blocks, named likewise, that become one affine map per stream.
-    single_stream : int, optional
-        Every block from the one that begins at this layer on runs both streams through the image branch's weights
-        (Amber-Image's hybrid stream).
+    single_stream : int or (first, last), optional
+        Every block from the one that begins at this layer on, or up to the one that ends in layer ``last``, runs both
+        streams through the image branch's weights (Amber-Image's hybrid stream). Of FLUX.1, whose dual blocks are
+        followed by single-stream ones of another kind, it names dual blocks, by both ends.
     dead_tensors : bool
         False leaves out tensors that no output depends on; see :meth:`lean`.
     provenance : dict, optional
@@ -114,7 +87,7 @@ class PruningPlan:
     text_linear: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     linear_ffn: tuple[int, ...] = field(default=(), kw_only=True)
     affine: tuple[int, ...] = field(default=(), kw_only=True)
-    single_stream: int | None = field(default=None, kw_only=True)
+    single_stream: int | tuple[int, int] | None = field(default=None, kw_only=True)
     dead_tensors: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -122,7 +95,9 @@ class PruningPlan:
             object.__setattr__(self, name, tuple(sorted(_pairs(name, getattr(self, name)))))
         for name in ("linear_ffn", "affine"):
             object.__setattr__(self, name, tuple(sorted(_layers(name, getattr(self, name)))))
-        if self.single_stream is not None:
+        if isinstance(self.single_stream, (list, tuple)):
+            object.__setattr__(self, "single_stream", _pairs("single_stream", [self.single_stream])[0])
+        elif self.single_stream is not None:
             object.__setattr__(self, "single_stream", _layers("single_stream", [self.single_stream])[0])
         self.validate()
 
@@ -138,9 +113,9 @@ class PruningPlan:
 
         What is not published and therefore this project's own is said in ``provenance["note"]``.
         """
-        if name not in _PRESETS:
-            raise UserError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
-        family, num_layers, fields, note = _PRESETS[name]
+        if name not in PRESETS:
+            raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        family, num_layers, fields, note = PRESETS[name]
         return cls(family, num_layers, provenance={"preset": name} | ({"note": note} if note else {}), **fields)
 
     def validate(self) -> None:
@@ -157,12 +132,9 @@ class PruningPlan:
                           "which removes nothing; leave it out")
         _require_disjoint("text_linear", self.text_linear, self.num_layers, "which replaces nothing; leave it out")
         family = FAMILIES[self.family]
-        for name in ("text_linear", "linear_ffn", "affine", "single_stream"):
-            if getattr(self, name) not in ((), None) and name not in family.kinds:
-                raise UserError(f"{name}: expected none, because {self.family} plans have "
-                                f"{', '.join(('intervals', *sorted(family.kinds)))}, got {getattr(self, name)}")
-        if not self.dead_tensors and "lean" not in family.kinds:
-            raise UserError(f"dead_tensors: expected true, because nothing is dead in {self.family} plans, got false")
+        if len(family.block_lists) > 1 and isinstance(self.single_stream, int):
+            raise UserError(f"single_stream: expected [first, last], because {self.family} has single-stream blocks of "
+                            f"another kind after its dual ones, got {self.single_stream}")
         self._require_blocks()
         for config in family.published:
             if family.depth(config) == self.num_layers:
@@ -173,8 +145,8 @@ class PruningPlan:
         first = {layers[0] for layers in self.source}
         last = {layers[-1] for layers in self.source}
         alone = {layers[0] for layers in self.source if len(layers) == 1}
-        single = () if self.single_stream is None else (self.single_stream,)
-        for name, layers in (("linear_ffn", self.linear_ffn), ("affine", self.affine), ("single_stream", single)):
+        single = self._single_layers
+        for name, layers in (("linear_ffn", self.linear_ffn), ("affine", self.affine), ("single_stream", single[:1])):
             for layer in layers:
                 if layer not in first:
                     raise UserError(f"{name}: expected the first layer of a block ({_listed(first)}), got {layer}")
@@ -191,16 +163,32 @@ class PruningPlan:
             other = set(self.linear_ffn) if where == "linear_ffn" else linear
             if b & other:
                 raise UserError(f"{a}: expected blocks that {where} leaves alone, got {_listed(b & other)} in both")
-        if self.single_stream is not None:
-            late = {*self.linear_ffn, *linear, *(anchor for anchor, _ in self.text_linear)}
-            late = {layer for layer in late if layer >= self.single_stream}
+        if single:
+            if single[-1] not in last:
+                raise UserError(f"single_stream: expected the last layer of a block to end it, got {single[-1]} of "
+                                f"{list(self.single_stream)}, which is inside an interval or past the model")
+            late = {*self.linear_ffn, *linear, *(anchor for anchor, _ in self.text_linear)} & set(single)
             if late:
-                raise UserError(f"single_stream: expected blocks from layer {self.single_stream} on to be thinned out "
+                where = f"from layer {single[0]} on" if isinstance(self.single_stream, int) else \
+                    f"of {list(self.single_stream)}"
+                raise UserError(f"single_stream: expected blocks {where} to be thinned out "
                                 f"by nothing else, got {_listed(late)} in text_linear or linear_ffn")
 
+    @property
+    def _single_layers(self) -> range:
+        """Teacher layers of the blocks that become single-stream."""
+        if self.single_stream is None:
+            return range(0)
+        if isinstance(self.single_stream, int):
+            return range(self.single_stream, max(self.num_layers, self.single_stream + 1))
+        return range(self.single_stream[0], self.single_stream[1] + 1)
+
     def _require_segments(self, config: Mapping[str, Any]) -> None:
-        boundary = 0
-        for length in FAMILIES[self.family].segments(config):
+        boundary, lengths = 0, FAMILIES[self.family].segments(config)
+        if len(lengths) > 1 and self._single_layers and self._single_layers[-1] >= lengths[0]:
+            raise UserError(f"single_stream: expected dual blocks, which are layers 0 to {lengths[0] - 1}, got "
+                            f"{list(self.single_stream)}")
+        for length in lengths:
             boundary += length
             for start, end in self.intervals:
                 if start < boundary <= end:
@@ -225,19 +213,20 @@ class PruningPlan:
         block_of = {layer: block for block, layers in enumerate(source) for layer in layers}
         anchors = {block_of[anchor]: block_of[last] for anchor, last in self.text_linear}
         region = {block: anchor for anchor, last in anchors.items() for block in range(anchor + 1, last + 1)}
-        specs = []
+        specs, family = [], FAMILIES[self.family]
         for block, layers in enumerate(source):
+            ends = family.text_ends and layers[-1] == self.num_layers - 1  # no text output in the teacher already
             spec = BlockSpec(layers, hands_on=block in anchors,
                              ffn="linear" if layers[0] in self.linear_ffn else "mlp")
             if layers[0] in self.affine:
                 spec = dataclasses.replace(spec, form="affine")
-            elif self.single_stream is not None and layers[0] >= self.single_stream:
-                spec = dataclasses.replace(spec, form="single")
+            elif layers[0] in self._single_layers:
+                spec = dataclasses.replace(spec, form="single", text="keys" if ends else "full")
             elif block in region:
                 spec = dataclasses.replace(spec, text="linear", anchor=region[block],
-                                           text_output=block in anchors.values())
+                                           text_output=block in anchors.values() and not ends)
             specs.append(spec)
-        return tuple(specs) if self.dead_tensors else _without_dead(specs, FAMILIES[self.family].text_used)
+        return tuple(specs) if self.dead_tensors else _without_dead(specs, family.text_used)
 
     @property
     def replaced(self) -> tuple[tuple[int, int, int], ...]:
@@ -288,14 +277,9 @@ class PruningPlan:
         What goes: the text's output path in blocks whose text output nothing reads (that of the last block, and of an
         anchor before it when all that follows is linear), the query and output projections of the text in text-linear
         blocks, and the text map at the end of a region that ends the model.
-
-        Raises
-        ------
-        UserError
-            The family keeps no dead tensors that its class could do without.
+        Where both streams share their weights (FLUX.1's single blocks) nothing is stored for the text alone, and what
+        goes is work.
         """
-        if "lean" not in FAMILIES[self.family].kinds:
-            raise UserError(f"lean: expected a family with dead tensors, got {self.family}")
         return dataclasses.replace(self, dead_tensors=False)
 
     def matches(self, transformer: object) -> bool:
@@ -390,6 +374,8 @@ class PruningPlan:
                 "intervals": [list(pair) for pair in self.intervals], "provenance": self.provenance}
         more = {"text_linear": [list(pair) for pair in self.text_linear], "linear_ffn": list(self.linear_ffn),
                 "affine": list(self.affine), "single_stream": self.single_stream, "dead_tensors": self.dead_tensors}
+        if isinstance(self.single_stream, tuple):
+            more["single_stream"] = list(self.single_stream)
         if any(more[name] for name in ("text_linear", "linear_ffn", "affine")) or self.single_stream is not None \
                 or not self.dead_tensors:
             data |= {"version": 2, **more}

@@ -6,7 +6,7 @@ What a plan adds to the teacher, the linear maps of thinned-out blocks, is fitte
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from pydit.errors import UserError
 from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
+from pydit.models.by_source import init_weights
 from pydit.plan import PruningPlan
 from pydit.stats.ridge import gated_ridge
 
@@ -86,7 +87,7 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
         return f"{plan.describe(transformer.config)}\ninit: {init}"
 
     layers = adapter.blocks(transformer)
-    blocks = [_initial_block(adapter, [layers[k] for k in source], init) for source in plan.source]
+    blocks = [initial_block(adapter, [layers[k] for k in source], init) for source in plan.source]
     batches = None if batches is None else list(batches)
     if init == "probe":
         _refit(adapter, transformer, plan, blocks, batches, ridge, tokens_per_batch, seed)
@@ -98,12 +99,13 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     fits = fit_linear_maps(adapter, transformer, plan, blocks, originals, batches, ridge=ridge)
     others = {name: copy.deepcopy(child) for name, child in transformer.named_children()
               if name not in adapter.block_lists}
-    student = adapter.pruned_class().from_teacher(transformer, plan, blocks, others)
+    student = adapter.pruned_class().from_teacher(transformer, plan, blocks, others, init=init)
     student.fits = fits
     return student.requires_grad_(True)
 
 
-def _initial_block(adapter: ModelAdapter, layers: list[nn.Module], init: str) -> nn.Module:
+def initial_block(adapter: ModelAdapter, layers: Sequence[nn.Module], init: str) -> nn.Module:
+    """What the block that stands for these layers of the teacher begins as; see :func:`prune`."""
     index = (len(layers) - 1) // 2 if init == "middle" else 0
     block = adapter.conform(copy.deepcopy(layers[index]), layers[-1])
     states = []
@@ -116,12 +118,16 @@ def _initial_block(adapter: ModelAdapter, layers: list[nn.Module], init: str) ->
     if not same or any({name: t.shape for name, t in state.items()} != _shapes(block) for state in states):
         raise UserError(f'init: expected "first" for an interval whose layers differ in structure, got {init!r}')
     if states:
-        weights = range(len(states), 0, -1) if init == "position-average" else [1] * len(states)
-        block.load_state_dict({
-            name: (sum(weight * state[name].double() for weight, state in zip(weights, states, strict=True))
-                   / sum(weights)).to(tensor.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in states[0].items()})
+        block.load_state_dict({name: weighted_mean([state[name] for state in states], init) for name in states[0]})
     return block
+
+
+def weighted_mean(tensors: Sequence[torch.Tensor], init: str) -> torch.Tensor:
+    """Of one parameter of all layers of an interval, in float64, for an average init; in the first one's dtype."""
+    if not tensors[0].is_floating_point():
+        return tensors[0]
+    weights = init_weights(len(tensors), init)
+    return sum(weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True)).to(tensors[0].dtype)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -135,8 +135,9 @@ def add_plan(commands: Any) -> None:
                       help="text regions as '[[anchor,last],...]': linear maps from the anchor's text")
     thin.add_argument("--linear-ffn", metavar="JSON", help="blocks with linear FFNs, such as '[2,58]'")
     thin.add_argument("--affine", metavar="JSON", help="blocks that become one affine map per stream")
-    thin.add_argument("--single-stream", type=whole, metavar="LAYER",
-                      help="from this layer on both streams run through the image branch")
+    thin.add_argument("--single-stream", metavar="LAYER",
+                      help="from this layer on both streams run through the image branch; with '[first,last]' between "
+                           "these (FLUX.1: dual blocks)")
     thin.add_argument("--lean", action="store_true", help="leave out tensors that no output depends on")
     parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
     parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
@@ -199,7 +200,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     more = {name: _parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
             if getattr(arguments, name) is not None}
     if arguments.single_stream is not None:
-        more["single_stream"] = arguments.single_stream
+        text = arguments.single_stream
+        more["single_stream"] = int(text) if text.isdecimal() else _parse_list("single_stream", text)
     if more:
         plan = dataclasses.replace(plan, **more)
     if arguments.lean:
@@ -269,7 +271,8 @@ def add_prune(commands: Any) -> None:
     parser = command(
         commands, "prune", _prune, "apply a plan to a pipeline",
         "Writes a pipeline directory; stock diffusers loads it when the plan has intervals alone. The new blocks are\n"
-        "only initialised: distil next.",
+        "only initialised: distil next. Without a probe and without maps to fit, blocks are read and written one at a\n"
+        "time: a transformer of 41 GB does not need them in memory.",
         "pydit prune ./my-pipeline --plan plan.json --init first --out ./pruned", figures=False)
     add_pipeline(parser)
     parser.add_argument("--plan", type=Path, required=True, help="plan file")
@@ -279,6 +282,7 @@ def add_prune(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="pipeline directory to write")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_batches(parser, batches=8, required=False)
+    parser.set_defaults(dtype=None)  # as it is stored
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -289,6 +293,15 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.out is None and not arguments.dry_run:
         raise UserError("out: expected a directory to write (or --dry-run), got none")
     plan = PruningPlan.load(arguments.plan)
+    if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):
+        import torch
+
+        from pydit.inference.streaming import prune_pipeline
+
+        with _warnings_as_lines("prune"):
+            prune_pipeline(arguments.pipeline, plan, arguments.out, init=arguments.init,
+                           dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+        return
     pipe = load(arguments.pipeline, arguments)
     batches = None
     if arguments.init == "probe" or (not plan.is_stock and arguments.prompts and not arguments.dry_run):
@@ -310,6 +323,6 @@ def _parse_list(name: str, text: str) -> Any:
     except ValueError:
         found = None
     if not isinstance(found, list):
-        example = "[2,58]" if name in ("linear_ffn", "affine") else "[[3,4],[5,7]]"
+        example = "[2,58]" if name in ("linear_ffn", "affine", "single_stream") else "[[3,4],[5,7]]"
         raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
     return found

@@ -21,7 +21,9 @@ _KEY = "_pydit_accelerated"
 _PROCESSORS = {  # stock class -> ours
     "QwenDoubleStreamAttnProcessor2_0": "QwenImageAttnProcessor", "FluxAttnProcessor": "FluxAttnProcessor",
     "JointAttnProcessor2_0": "SD3AttnProcessor",
-    "PrunedQwenImageAttnProcessor": "QwenImageAttnProcessor",  # of thinned-out blocks; stock operations
+    # of thinned-out blocks; stock operations
+    "PrunedQwenImageAttnProcessor": "QwenImageAttnProcessor", "PrunedFluxAttnProcessor": "FluxAttnProcessor",
+    "PrunedSD3AttnProcessor": "SD3AttnProcessor",
 }
 _HEAD_DIMS = (32, 64, 128)
 _MODELS = ("QwenImageTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")

@@ -3,20 +3,23 @@
 A depth-pruned transformer is a shorter transformer of the stock class, so it is stored as one: stock diffusers loads
 and runs the directory without pydit. ``pydit_plan.json`` beside ``model_index.json`` keeps the plan and which teacher
 blocks each remaining block stands for; with it :func:`load_pipeline` restores the pruned class. Thinned-out blocks have
-no stock class: such a transformer is stored under its own, and diffusers loads it once ``pydit`` has been imported.
+no stock class: such a transformer is stored under its own, and diffusers loads it once ``pydit`` has been imported, or
+by ``trust_remote_code=True`` where a file beside the weights imports it.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydit.errors import FormatError, UserError
-from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_json
+from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +29,18 @@ FORMAT = "pydit-pruned-pipeline"
 VERSION = 1
 
 
-def save_pipeline(pipe, path: str | os.PathLike) -> Path:
+SHIM = "modeling_pydit"
+_SHIM_TEXT = '''"""The class of this transformer, from the pydit package, for diffusers with trust_remote_code=True."""
+
+try:
+    from pydit import {name}
+except ImportError as error:
+    raise ImportError("transformer: expected the package pydit, which pruned this model, got an environment without "
+                      f"it ({{error}}); pip install pydit") from None
+'''
+
+
+def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -> Path:
     """Write a diffusers pipeline as a directory that stock diffusers loads, atomically.
 
     Parameters
@@ -34,6 +48,10 @@ def save_pipeline(pipe, path: str | os.PathLike) -> Path:
     pipe : diffusers.DiffusionPipeline
         Its transformer may be a pruned one (:func:`pydit.prune`) or a stock one.
     path : directory to create, or an earlier model directory to replace.
+    remote_code : let ``DiffusionPipeline.from_pretrained(path, trust_remote_code=True)``, also from a hub, load it
+        without ``import pydit`` before: a file beside the weights imports it, or says in one sentence that it is not
+        installed. Plain ``from_pretrained(path)`` then no longer does; diffusers runs such a file only when told to.
+        A stock transformer needs neither.
 
     Raises
     ------
@@ -61,10 +79,26 @@ def save_pipeline(pipe, path: str | os.PathLike) -> Path:
             if as_stock:
                 pipe.register_modules(transformer=student)
         _forget_paths(new)
+        if pruned and remote_code and not as_stock:
+            use_remote_code(new, type(student).__name__)
         if pruned:
-            write_json(new / PLAN_FILE, {"format": FORMAT, "version": VERSION, "plan": student.plan.to_dict(),
-                                         "source": [list(layers) for layers in student.source]})
+            write_plan(new, student.plan, student.init)
     return Path(path)
+
+
+def write_plan(path: Path, plan, init: str) -> None:
+    """What a pipeline directory says of its pruned transformer."""
+    from pydit.models.pruned import entry_of
+
+    write_json(path / PLAN_FILE, {"format": FORMAT, "version": VERSION, "source": list(map(list, plan.source)),
+                                  **entry_of(plan, init)})
+
+
+def use_remote_code(path: Path, name: str) -> None:
+    """Let the transformer of a pipeline directory be found by a file beside its weights; ``name`` of its class."""
+    write_text(path / "transformer" / f"{SHIM}.py", _SHIM_TEXT.format(name=name))
+    index = read_json(path / "model_index.json", what="pipeline")
+    write_json(path / "model_index.json", index | {"transformer": [SHIM, name]})
 
 
 def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
@@ -93,6 +127,8 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
     from diffusers import DiffusionPipeline
 
     models = _load_models(path, index, dtype)
+    if SHIM in (index.get("transformer") or ()):  # diffusers asks where the class is from, of a model passed to it too
+        sys.modules.setdefault(SHIM, importlib.import_module("pydit"))
     try:
         pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True,
                                                  **_dtype_option(dtype), **models)
@@ -216,13 +252,13 @@ def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -
 
 
 def _pruned_class(library: Any, class_name: Any) -> type | None:
-    """One of this package's own model classes by its entry in a model index; importing it lets diffusers find it."""
+    """One of this package's own model classes by its entry in a model index."""
     from pydit.families import FAMILIES
     from pydit.models import get_adapter
 
-    for family in FAMILIES if isinstance(library, str) and library.startswith("pydit.models.") else ():
+    for family in FAMILIES if library in ("pydit", SHIM) else ():
         kind = get_adapter(family).pruned_class()
-        if (kind.__module__, kind.__name__) == (library, class_name):
+        if kind.__name__ == class_name:
             return kind
     return None
 
@@ -232,6 +268,7 @@ def _restore(transformer, file: Path):
     import torch
 
     from pydit.models import get_adapter
+    from pydit.models.pruned import entry_of
     from pydit.plan import PruningPlan, family_of
 
     data = read_json(file, what="pipeline")
@@ -253,7 +290,7 @@ def _restore(transformer, file: Path):
                           f"stored transformer has, got one that leaves {depth} ({file})")
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     with torch.device("meta"):
-        student = adapter.pruned_class()(**config, pydit={"plan": plan.to_dict()})
+        student = adapter.pruned_class()(**config, pydit=entry_of(plan, data.get("init", "first")))
     for name, module in transformer.named_children():
         setattr(student, name, module)
     student.install(plan, blocks)

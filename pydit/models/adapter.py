@@ -143,9 +143,9 @@ class ModelAdapter(ABC):
         """``block``, a copy, made to fit where ``layer`` is; only the last block of a family may differ in form."""
         return block
 
+    @abstractmethod
     def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The text [B, S_txt, C] as the projections of a stock block see it: normed, shifted and scaled."""
-        raise UserError(f"text_linear: expected a family with text-linear blocks, got {self.family}")
 
     def student_streams(self, plan: PruningPlan, index: int, teacher: list[nn.Module], capture: Capture
                         ) -> tuple[torch.Tensor, torch.Tensor]:

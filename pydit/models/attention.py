@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit import ops
-from pydit.models.qwen_image_blocks import text_modules
+from pydit.models.thinned import text_modules
 
 
 class QwenImageAttnProcessor:
@@ -22,7 +22,7 @@ class QwenImageAttnProcessor:
 
     Text tokens that the mask leaves out, which need not be at the end, are moved there on the device. Their rows of the
     text output are 0 before the output projection; the stock processor lets them attend, but nothing reads the result.
-    Blocks that a plan has thinned out (see :mod:`pydit.models.qwen_image_blocks`) are served too: without a text query
+    Blocks that a plan has thinned out (see :mod:`pydit.models.thinned`) are served too: without a text query
     the text output is None, and a single stream's text goes through the image's projections.
     """
 
@@ -88,13 +88,11 @@ class FluxAttnProcessor:
         if encoder_hidden_states is None:
             q, k = ops.qk_norm_rope(*image[:2], attn.norm_q.weight, attn.norm_k.weight, table, eps=attn.norm_q.eps)
             return _output(attn, _alone(q, k, image[2]))
-        text = _project(attn, encoder_hidden_states,
-                        *(["to_added_qkv"] if fused else ["add_q_proj", "add_k_proj", "add_v_proj"]))
+        modules = text_modules(attn)
+        text = _project(attn, encoder_hidden_states, *(["to_added_qkv"] if fused else modules.projections))
         tokens = encoder_hidden_states.shape[1]
         tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
-        q_img, k_img, q_txt, k_txt = _norm_and_rotate(_norms(attn), image, text, tables)
-        out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt, k_txt, text[2])
-        return _output(attn, out_img), attn.to_add_out(out_txt.flatten(2))
+        return _attend_both(attn, modules, image, text, tables)
 
 
 class SD3AttnProcessor:
@@ -120,13 +118,9 @@ class SD3AttnProcessor:
                 q_img, k_img = ops.qk_norm_rope(q_img, k_img, attn.norm_q.weight, attn.norm_k.weight, None,
                                                 eps=attn.norm_q.eps)
             return _output(attn, _alone(q_img, k_img, v_img))
-        q_txt, k_txt, v_txt = _project(attn, encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
-        if attn.norm_q is not None:
-            q_img, k_img, q_txt, k_txt = _norm_and_rotate(_norms(attn), (q_img, k_img), (q_txt, k_txt),
-                                                          (None, None))
-        q_txt = None if attn.context_pre_only else q_txt
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt)
-        return _output(attn, out_img), None if out_txt is None else attn.to_add_out(out_txt.flatten(2))
+        modules = text_modules(attn)
+        text = _project(attn, encoder_hidden_states, *modules.projections)
+        return _attend_both(attn, modules, (q_img, k_img, v_img), text, (None, None))
 
 
 def _project(attn, x, *names):
@@ -209,9 +203,23 @@ def _adjacent(linears, x):
     return (*found, sizes)
 
 
-def _norms(attn):
-    """The norms of a stock module: query and key of the image, query and key of the text."""
-    return attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+def _attend_both(attn, modules, image, text, tables):
+    """(image, text) after attention of unmasked streams; None for text that does not ask."""
+    asks = text[0] is not None
+    # Without a text query the keys stand in for it: one launch, and what it makes of them is not used.
+    keys, norms = text[:2] if asks else (text[1], text[1]), (attn.norm_q, attn.norm_k, *modules.norms)
+    queries = [image[0], image[1], *keys]
+    if any(norm is not None for norm in norms):
+        norms = norms if asks else (*norms[:2], norms[3], norms[3])
+        queries = _norm_and_rotate(norms, image, keys, tables)
+    q_img, k_img, q_txt, k_txt = queries
+    out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt if asks else None, k_txt, text[2])
+    if not asks:
+        return _output(attn, out_img), None
+    out_txt = out_txt.flatten(2)
+    for module in modules.output:
+        out_txt = module(out_txt)
+    return _output(attn, out_img), out_txt
 
 
 def _norm_and_rotate(norms, image, text, tables):

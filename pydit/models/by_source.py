@@ -20,15 +20,32 @@ from pydit.models.routing import RoutedBlocks
 _LEAF = re.compile(r"\.(lora[_.]\w+|lokr_\w+|alpha|diff|diff_b|weight|bias)(\.|$)")
 
 
-def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Names of a LoRA for the teacher -> names for the student.
+def init_weights(layers: int, init: str) -> list[float]:
+    """The share that each layer of an interval has in what its block begins as: one of them all, or an average."""
+    if init == "position-average":
+        weights = range(layers, 0, -1)
+    else:
+        chosen = (layers - 1) // 2 if init == "middle" else 0
+        weights = [1 if init == "average" or k == chosen else 0 for k in range(layers)]
+    return [weight / sum(weights) for weight in weights]
 
-    A block that stands for several layers takes the adapter of the first, whose weights it began with.
+
+def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any], *, init: str = "first",
+               alphas: Mapping[str, Any] | None = None, made: dict[str, Any] | None = None
+               ) -> tuple[dict[str, Any], list[str]]:
+    """A LoRA for the teacher -> one for the student.
+
+    A block that stands for several layers takes the adapter of the one whose weights it began with. Where it began as
+    their average, which is linear in the weights, it takes the average of their adapters: B A of rank r from each make
+    one of the sum of the ranks. Of a linear layer that was narrowed, the adapter keeps the same rows or columns.
 
     Parameters
     ----------
     lists : name of a list of blocks -> the student's, first list first.
-    state : name -> anything; names may have any prefix.
+    state : name -> tensor; names may have any prefix.
+    init : how the blocks of intervals began.
+    alphas : name of a module, ``.alpha`` at its end -> number, of the same LoRA.
+    made : where the alphas of averaged modules go, if there are any at all.
 
     Returns
     -------
@@ -36,8 +53,10 @@ def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any]) -> t
         the plan has removed.
     """
     pattern = re.compile(rf"(^|.*?\.)({'|'.join(lists)})\.(\d+)\.(.+)$")
-    renamed, dropped = {}, []
-    place = {name: {layers[0] - blocks.source[0][0]: index for index, layers in enumerate(blocks.source)}
+    renamed, dropped, alphas = {}, [], alphas or {}
+    parts: dict[str, list[tuple[float, str]]] = {}  # what a new name is made of
+    place = {name: {layer - blocks.source[0][0]: (index, share) for index, layers in enumerate(blocks.source)
+                    for layer, share in zip(layers, init_weights(len(layers), init), strict=True)}
              for name, blocks in lists.items() if len(blocks.source)}
     for key, value in state.items():
         match = pattern.match(key)
@@ -45,12 +64,54 @@ def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any]) -> t
             renamed[key] = value
             continue
         prefix, name, layer, rest = match.groups()
-        index = place.get(name, {}).get(int(layer))
-        if index is None or not _has(lists[name][index], _LEAF.split(rest, maxsplit=1)[0]):
+        index, share = place.get(name, {}).get(int(layer), (None, 0))
+        path = _LEAF.split(rest, maxsplit=1)[0]
+        if not share or not _has(lists[name][index], path) or (share < 1 and not rest.endswith(_PAIR)):
             dropped.append(key)
-        else:
-            renamed[f"{prefix}{name}.{index}.{rest}"] = value
+            continue
+        new = f"{prefix}{name}.{index}.{rest}"
+        renamed[new] = _kept(lists[name][index], path, rest, value)
+        parts.setdefault(new, []).append((share, key))
+    for new in [new for new in parts if new.endswith(_PAIR[1]) and parts[new][0][0] < 1]:
+        first = new.removesuffix(_PAIR[1]) + _PAIR[0]
+        downs, ups = [], []
+        for share, key in parts[new]:
+            stem = key.removesuffix(_PAIR[1])
+            rank = state[key].shape[1]
+            scale = share * float(alphas.get(f"{stem}.alpha", rank)) / rank
+            block, path, rest = _target(lists, pattern, new)
+            ups.append(_kept(block, path, rest, state[key]) * scale)
+            downs.append(_kept(block, path, rest.removesuffix(_PAIR[1]) + _PAIR[0], state[stem + _PAIR[0]]))
+        renamed[first], renamed[new] = torch.cat(downs), torch.cat(ups, dim=1)
+        if alphas:
+            made[f"{new.removesuffix(_PAIR[1])}.alpha"] = float(renamed[first].shape[0])
     return renamed, dropped
+
+
+_PAIR = (".lora_A.weight", ".lora_B.weight")
+
+
+def _target(lists: Mapping[str, RoutedBlocks], pattern: re.Pattern, new: str) -> tuple[nn.Module, str, str]:
+    _, name, index, rest = pattern.match(new).groups()
+    return lists[name][int(index)], _LEAF.split(rest, maxsplit=1)[0], rest
+
+
+def _kept(block: nn.Module, path: str, rest: str, value: Any) -> Any:
+    """The rows (of an up projection) or columns (of a down projection) that a narrowed linear layer still has."""
+    up = bool(re.search(r"lora(_B|_up|\.up|_linear_layer\.up)\b", rest))
+    module = block.get_submodule(path)
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if not isinstance(value, torch.Tensor) or value.ndim != 2 or not hasattr(module, "out_features"):
+        return value
+    if not up:
+        kept = getattr(module, "pydit_kept", {}).get("columns")
+        return value if kept is None or value.shape[1] == module.in_features else torch.cat(
+            [value[:, start:stop] for start, stop in kept], dim=1)
+    kept, rows = getattr(module, "pydit_kept", {}).get("rows"), module.out_features
+    owner = block.get_submodule(path.rpartition(".")[0])
+    if type(owner).__name__ == "AdaLayerNormContinuous" and len(value) == 3 * rows:
+        kept = [(rows // 2, rows), (0, rows // 2)]  # of an interval that ends SD3: scale before shift, no more
+    return value if kept is None or len(value) == rows else torch.cat([value[start:stop] for start, stop in kept])
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -89,4 +150,20 @@ def residuals_by_source(blocks: RoutedBlocks, samples: Sequence[torch.Tensor], *
     running: list[tuple[int, ...]] = []
     for index, layers in enumerate(blocks.source):
         running += [layers] if index not in blocks.inactive else [(layer,) for layer in layers]
-    return [added(layers) for layers in running]
+    found = [added(layers) for layers in running]
+    return _PerRunning(found, len(blocks)) if rule == "share" else found
+
+
+class _PerRunning(list):
+    """One residual per block that runs, under the length that makes a family's own spreading the identity.
+
+    SD3's forward divides the number of its blocks, which is the student's, by this length and indexes by the block
+    that runs, of which there are more where the teacher's layers are active.
+    """
+
+    def __init__(self, items: Iterable[torch.Tensor], blocks: int) -> None:
+        super().__init__(items)
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return self._blocks

@@ -18,9 +18,13 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import nn
 
 from pydit.families import BlockSpec
+from pydit.models import flux_lora
 from pydit.models.adapter import BlockIO, ModelAdapter
+from pydit.models.flux_blocks import PrunedFluxSingleTransformerBlock, PrunedFluxTransformerBlock
 from pydit.models.pruned import PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.plan import PruningPlan
+
+flux_lora.install()
 
 __all__ = ["FluxAdapter", "ModelMixin", "PrunedFluxTransformer2DModel"]
 
@@ -41,9 +45,10 @@ class FluxAdapter(ModelAdapter):
         return None  # FLUX.1 attends to the padding of its prompts
 
     def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
-        if isinstance(block, FluxTransformerBlock):
-            return {"image": block.ff.net[2], "text": block.ff_context.net[2]}
-        return {}  # the one output projection of a single block serves both streams
+        if not isinstance(block, FluxTransformerBlock) or block.__dict__.get("spec", BlockSpec((0,))).form == "single":
+            return {}  # the one output projection of a single block serves both streams
+        branches = {"image": getattr(block, "ff", None), "text": getattr(block, "ff_context", None)}
+        return {stream: mlp.net[2] for stream, mlp in branches.items() if mlp is not None}
 
     def segments_of(self, plan: PruningPlan, config: Mapping[str, Any]) -> tuple[int, ...]:
         return config["num_layers"], config["num_single_layers"]
@@ -69,14 +74,27 @@ class FluxAdapter(ModelAdapter):
         return kind(dim=heads * dim, num_attention_heads=heads, attention_head_dim=dim)
 
     def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
-        return block if spec.is_stock else affine_in_place_of(block, spec, family=self.family)
+        if spec.is_stock:
+            return block
+        if spec.form == "affine":
+            return affine_in_place_of(block, spec)
+        single = isinstance(block, FluxSingleTransformerBlock)
+        return (PrunedFluxSingleTransformerBlock if single else PrunedFluxTransformerBlock).from_stock(block, spec)
+
+    def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        norm = block.norm if isinstance(block, FluxSingleTransformerBlock) else block.norm1_context
+        return norm(text, emb=kwargs["temb"])[0]
 
 
 class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
     """A FLUX.1 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
 
+    __module__ = "pydit"  # where diffusers finds the class of a component after `import pydit`
     family = "flux.1"
-    _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "AffineBlock"]
+    _no_split_modules: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "PrunedFluxTransformerBlock",
+                                   "PrunedFluxSingleTransformerBlock", "AffineBlock"]
+    _repeated_blocks: ClassVar = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "PrunedFluxTransformerBlock",
+                                  "PrunedFluxSingleTransformerBlock"]
 
     residual_arguments: ClassVar = {
         "controlnet_block_samples": ("transformer_blocks", "ceil"),

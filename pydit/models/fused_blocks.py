@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_flux, transformer_qwenimag
 from torch import nn
 
 from pydit import ops
-from pydit.models import pruned, qwen_image_blocks
+from pydit.models import flux_blocks, pruned, qwen_image_blocks, sd3_blocks
 
 
 class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock):
@@ -178,9 +178,56 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
         return ops.gated_residual(text, _feed_forward(self.ff_context, normed), gate_t2), image
 
 
+class Fused:
+    """:class:`pydit.models.thinned.Stock`'s operations on this package's kernels."""
+
+    @staticmethod
+    def modulate(norm, x, shift, scale, split=None):
+        return ops.ada_layer_norm(x, scale, shift, eps=norm.eps, split=split)
+
+    @staticmethod
+    def residual(x, y, gate, split=None):
+        return ops.gated_residual(x, y, gate, split=split)
+
+    @staticmethod
+    def residual_modulate(norm, x, y, gate, shift, scale, split=None):
+        return ops.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=norm.eps, split=split)
+
+    @staticmethod
+    def linear_residual(linear, x):
+        return _linear_residual(linear, x)
+
+    @staticmethod
+    def feed_forward(mlp, x):
+        return _feed_forward(mlp, x)
+
+    @staticmethod
+    def linear_gelu(linear, gelu, x):
+        return _linear_gelu(linear, gelu, x)
+
+
+class PrunedFluxTransformerBlock(flux_blocks.PrunedFluxTransformerBlock):
+    """What a plan left of a dual block of FLUX.1."""
+
+    operations = Fused
+
+
+class PrunedFluxSingleTransformerBlock(flux_blocks.PrunedFluxSingleTransformerBlock):
+    """What a plan left of a single one."""
+
+    operations = Fused
+
+
+class PrunedJointTransformerBlock(sd3_blocks.PrunedJointTransformerBlock):
+    """What a plan left of a block of SD3 or SD3.5."""
+
+    operations = Fused
+
+
 FUSED: dict[type[nn.Module], type[nn.Module]] = {fused.__mro__[1]: fused for fused in (
     QwenImageTransformerBlock, PrunedQwenImageTransformerBlock, AffineBlock, FluxTransformerBlock,
-    FluxSingleTransformerBlock, JointTransformerBlock)}
+    FluxSingleTransformerBlock, JointTransformerBlock, PrunedFluxTransformerBlock, PrunedFluxSingleTransformerBlock,
+    PrunedJointTransformerBlock)}
 
 
 class TargetTokens:

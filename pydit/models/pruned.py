@@ -77,6 +77,11 @@ class PrunedModel:
             start += length
 
     @property
+    def init(self) -> str:
+        """How the blocks of intervals began; see :func:`pydit.prune`."""
+        return (self.config.get("pydit") or {}).get("init", "first")
+
+    @property
     def _lists(self) -> list[RoutedBlocks]:
         return [getattr(self, name) for name in get_adapter(self.family).block_lists]
 
@@ -87,7 +92,7 @@ class PrunedModel:
 
     @classmethod
     def from_teacher(cls, teacher: nn.Module, plan: PruningPlan, blocks: Iterable[nn.Module],
-                     others: Mapping[str, nn.Module]) -> Any:
+                     others: Mapping[str, nn.Module], *, init: str = "first") -> Any:
         """Assemble a student from ready modules, with the teacher attached.
 
         Parameters
@@ -95,9 +100,10 @@ class PrunedModel:
         teacher : the model that ``plan`` is for; only read.
         blocks : one block per student block; become the student's own.
         others : every other child of the teacher by name; become the student's own.
+        init : how the blocks of intervals began, which decides where a LoRA of the teacher goes.
         """
         config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-        config.update(get_adapter(cls.family).student_config(config, plan), pydit={"plan": plan.to_dict()})
+        config.update(get_adapter(cls.family).student_config(config, plan), pydit=entry_of(plan, init))
         with torch.device("meta"):
             student = cls(**config)
         for name, module in others.items():
@@ -183,13 +189,21 @@ class PrunedModel:
             if not isinstance(pretrained_model_name_or_path_or_dict, Mapping):
                 raise UserError("load_lora_adapter: expected a state dict, because block numbers have to follow the "
                                 "plan, got a path; load it by pipeline.load_lora_weights or files.load_safetensors")
-            lists = dict(zip(get_adapter(self.family).block_lists, self._lists, strict=True))
-            renamed, dropped = remap_lora(lists, pretrained_model_name_or_path_or_dict)
+            if "average" in self.init and kwargs.get("metadata"):
+                raise UserError("load_lora_adapter: expected a LoRA without metadata of its own, because blocks that "
+                                "began as averages take the average of their layers' adapters, got some")
+            alphas, made = kwargs.get("network_alphas") or {}, {}
+            renamed, dropped = self.follow_source(pretrained_model_name_or_path_or_dict, alphas=alphas, made=made)
             warn_of_dropped(dropped)
-            if kwargs.get("network_alphas"):
-                kwargs["network_alphas"] = remap_lora(lists, kwargs["network_alphas"])[0]
+            if alphas:
+                kwargs["network_alphas"] = self.follow_source(alphas)[0] | made
             pretrained_model_name_or_path_or_dict = renamed
         return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def follow_source(self, state: Mapping[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
+        """:func:`pydit.models.by_source.remap_lora` for this model."""
+        lists = dict(zip(get_adapter(self.family).block_lists, self._lists, strict=True))
+        return remap_lora(lists, state, init=self.init, **options)
 
     def _with_residuals(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward with ControlNet residuals where the teacher's layers are."""
@@ -197,9 +211,6 @@ class PrunedModel:
             if not arguments.get(name):
                 continue
             blocks = getattr(self, where)
-            if rule == "share" and blocks.inactive:  # the forward divides by the student's depth
-                raise UserError(f"{name}: expected all units of the plan active with a ControlNet, got "
-                                f"{self.active} of {list(self.plan.units)}")
             if name == "controlnet_block_samples" and arguments.get("controlnet_blocks_repeat"):
                 rule = "repeat"
             arguments[name] = residuals_by_source(blocks, arguments[name], rule=rule)
@@ -244,12 +255,13 @@ class PrunedModel:
             path.unlink(missing_ok=True)  # left by an earlier save of another model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As in diffusers; teacher layers saved beside the weights are attached."""
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *, with_teacher: bool = True,
+                        **kwargs: Any) -> Any:
+        """As in diffusers; teacher layers saved beside the weights are attached, unless ``with_teacher=False``."""
         result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         path = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "") / TEACHER_FILE
-        if path.is_file():
+        if with_teacher and path.is_file():
             model._load_teacher_layers(path)
         return result
 
@@ -293,10 +305,8 @@ class AffineBlock(nn.Module):
         return (text, image) if self.text_first else (image, text)
 
 
-def affine_in_place_of(block: nn.Module, spec: BlockSpec, *, family: str) -> AffineBlock:
-    """The affine block for ``block``, on its device and in its dtype; UserError for any other specification."""
-    if spec.form != "affine":
-        raise UserError(f"plan: expected intervals and affine blocks for {family}, got {spec.kind}")
+def affine_in_place_of(block: nn.Module, spec: BlockSpec) -> AffineBlock:
+    """The affine block for ``block``, on its device and in its dtype."""
     like = block.attn.to_q.weight
     with torch.device(like.device):
         made = AffineBlock(like.shape[1], spec, text_first=True).to(like.dtype)
@@ -312,9 +322,14 @@ def residual_map(width: int) -> nn.Linear:
     return linear
 
 
+def entry_of(plan: PruningPlan, init: str) -> dict[str, Any]:
+    """The ``pydit`` entry of a configuration. ``"first"`` is what an entry without ``init`` means."""
+    return {"plan": plan.to_dict()} | ({} if init == "first" else {"init": init})
+
+
 def plan_of(entry: Any, family: str) -> PruningPlan:
     """The plan in a configuration's ``pydit`` entry; FormatError when it is none or for another family."""
-    if not isinstance(entry, Mapping) or set(entry) != {"plan"}:
+    if not isinstance(entry, Mapping) or not {"plan"} <= set(entry) <= {"plan", "init"}:
         raise FormatError(f"config: expected \"pydit\": {{\"plan\": ...}}, got {entry!r}")
     plan = PruningPlan.from_dict(entry["plan"], what="config")
     if plan.family != family:

@@ -58,7 +58,7 @@ class QwenImageAdapter(ModelAdapter):
         if spec.is_stock:
             return block
         if spec.form == "affine":
-            return affine_in_place_of(block, spec, family=self.family)
+            return affine_in_place_of(block, spec)
         return PrunedQwenImageTransformerBlock.from_stock(block, spec)
 
     def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -72,6 +72,7 @@ class QwenImageAdapter(ModelAdapter):
 class PrunedQwenImageTransformer2DModel(PrunedModel, QwenImageTransformer2DModel):
     """A Qwen-Image transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
 
+    __module__ = "pydit"  # where diffusers finds the class of a component after `import pydit`
     family = "qwen-image"
     _no_split_modules: ClassVar = ["QwenImageTransformerBlock", "PrunedQwenImageTransformerBlock", "AffineBlock"]
     _repeated_blocks: ClassVar = ["QwenImageTransformerBlock", "PrunedQwenImageTransformerBlock"]

@@ -22,6 +22,7 @@ from torch import nn
 from pydit.families import BlockSpec
 from pydit.models.adapter import BlockIO, ModelAdapter
 from pydit.models.pruned import AffineBlock, PrunedModel, affine_in_place_of, plan_of, require_depth
+from pydit.models.sd3_blocks import PrunedJointTransformerBlock
 from pydit.plan import PruningPlan
 
 __all__ = ["ModelMixin", "PrunedSD3Transformer2DModel", "SD3Adapter"]
@@ -42,9 +43,10 @@ class SD3Adapter(ModelAdapter):
         return None  # these models have no text mask
 
     def last_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
-        if isinstance(block, AffineBlock):
+        if isinstance(block, AffineBlock) or block.__dict__.get("spec", BlockSpec((0,))).form == "single":
             return {}
-        return {"image": block.ff.net[2]} | ({} if block.context_pre_only else {"text": block.ff_context.net[2]})
+        branches = {"image": getattr(block, "ff", None), "text": getattr(block, "ff_context", None)}
+        return {stream: mlp.net[2] for stream, mlp in branches.items() if mlp is not None}
 
     def student_config(self, config: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
         twice = tuple(block for block, layers in enumerate(plan.source) if layers[0] in config["dual_attention_layers"])
@@ -71,7 +73,15 @@ class SD3Adapter(ModelAdapter):
             use_dual_attention=any(name.startswith("attn2.") for name in state))
 
     def new_block(self, block: nn.Module, spec: BlockSpec) -> nn.Module:
-        return block if spec.is_stock else affine_in_place_of(block, spec, family=self.family)
+        if spec.is_stock:
+            return block
+        return affine_in_place_of(block, spec) if spec.form == "affine" else \
+            PrunedJointTransformerBlock.from_stock(block, spec)
+
+    def modulated_text(self, block: nn.Module, text: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        if block.context_pre_only:
+            return block.norm1_context(text, kwargs["temb"])
+        return block.norm1_context(text, emb=kwargs["temb"])[0]
 
     def conform(self, block: nn.Module, layer: nn.Module) -> nn.Module:
         if layer.context_pre_only and not block.context_pre_only:
@@ -98,8 +108,9 @@ def _drop_text_output(block: JointTransformerBlock) -> None:
 class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
     """An SD3 or SD3.5 transformer after a plan; see :class:`pydit.models.pruned.PrunedModel`."""
 
+    __module__ = "pydit"  # where diffusers finds the class of a component after `import pydit`
     family = "sd3.5"
-    _no_split_modules: ClassVar = ["JointTransformerBlock", "AffineBlock"]
+    _no_split_modules: ClassVar = ["JointTransformerBlock", "PrunedJointTransformerBlock", "AffineBlock"]
 
     residual_arguments: ClassVar = {"block_controlnet_hidden_states": ("transformer_blocks", "share")}
 

@@ -374,7 +374,10 @@ def test_plans_beyond_depth(tmp_path, capfd, fails):
         "plan", "--preset", "amber-qwen-image-10b", "--affine", "3")
     assert "linear_ffn: expected the first layer of a block" in fails(
         "plan", "--preset", "ppcl-qwen-image-12b", "--linear-ffn", "[4]")
-    assert "lean: expected a family with dead tensors, got flux.1" in fails("plan", "--preset", "ppcl-flux.1-8b", "--lean")
+    assert main(["plan", "--preset", "ppcl-flux.1-8b", "--lean", "--single-stream", "[17,18]"]) == 0
+    out = capfd.readouterr().out
+    assert "17                169,915,648  kept, single stream" in out and "kept, text keys and values" in out
+    assert "single_stream: expected [first, last]" in fails("plan", "--preset", "ppcl-flux.1-8b", "--single-stream", "17")
 
 
 def test_from_drawn_images_to_a_student(tmp_path, capfd, fails, plan_file):

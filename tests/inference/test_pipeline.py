@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,3 +183,58 @@ def test_a_foreign_directory_is_not_replaced(pruned, tmp_path):
     with pytest.raises(UserError, match="out: expected a new path"):
         save_pipeline(pruned, tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"x"
+
+
+@pytest.fixture(scope="module")
+def thinned(tmp_path_factory):
+    """Directories of one pipeline whose transformer no stock class carries: plain, with a shim; and its output."""
+    path = tmp_path_factory.mktemp("thinned")
+    pipe = load_pipeline(untrained(), dtype=torch.float32)
+    with pytest.warns(UserWarning, match="start as the identity"):
+        pipe.register_modules(transformer=prune(pipe.transformer, PruningPlan(
+            "qwen-image", 6, [(1, 2)], text_linear=[(3, 5)], linear_ffn=[0])))
+    save_pipeline(pipe, path / "plain")
+    save_pipeline(pipe, path / "shim", remote_code=True)
+    depth = prune(load_pipeline(untrained(), dtype=torch.float32).transformer, PruningPlan.from_intervals(6, [(1, 2)]))
+    pipe.register_modules(transformer=depth)
+    save_pipeline(pipe, path / "depth")
+    return path
+
+
+def test_by_diffusers_in_a_process_of_its_own(thinned):
+    """Where pydit is not installed, then with the shim, which imports it, then with pydit imported."""
+    script = """
+import sys
+from diffusers import DiffusionPipeline
+
+def load(name, **options):
+    try:
+        model = DiffusionPipeline.from_pretrained(f"{sys.argv[1]}/{name}", local_files_only=True, **options).transformer
+        print(name, type(model).__name__, getattr(getattr(model, "plan", None), "linear_ffn", ""))
+    except Exception as error:
+        print(name, " ".join(str(error).split()))
+
+sys.modules["pydit"] = None
+load("depth")
+load("plain")
+load("shim")
+load("shim", trust_remote_code=True)
+del sys.modules["pydit"]
+load("shim", trust_remote_code=True)
+load("plain")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(thinned)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0].strip() == "depth QwenImageTransformer2DModel"
+    assert "pydit is not one of the libraries" in lines[1] and "Pass `trust_remote_code=True`" in lines[2]
+    assert "transformer: expected the package pydit, which pruned this model, got an environment without it" in lines[3]
+    assert lines[4:] == [f"{name} PrunedQwenImageTransformer2DModel (0,)" for name in ("shim", "plain")]
+
+
+def test_both_reload_to_the_last_bit(thinned):
+    models = [load_pipeline(thinned / name, dtype=torch.float32).transformer for name in ("plain", "shim")]
+    assert torch.equal(_output(models[0]), _output(models[1])) and models[0].plan == models[1].plan
+    import pydit
+
+    assert type(models[0]) is pydit.PrunedQwenImageTransformer2DModel

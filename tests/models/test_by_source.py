@@ -86,8 +86,13 @@ def test_residuals_of_sd3():
     expected = with_hooks(student.to_stock(), [sum(each[k] for k in layers) for layers in student.source], batch)
     assert torch.allclose(run(student, given), expected, rtol=1e-4, atol=1e-5)
     student.set_active([])
-    with pytest.raises(UserError, match="expected all units of the plan active with a ControlNet"):
-        run(student, given)
+    assert torch.allclose(run(student, given), run(teacher, given), rtol=1e-5, atol=1e-6)
+    student.set_active([intervals[0]])
+    layers = [k for k in range(depth) if not intervals[0][0] < k <= intervals[0][1]]
+    stock = make()
+    stock.transformer_blocks = torch.nn.ModuleList([teacher.transformer_blocks[k] for k in layers])
+    added = [each[k] + (each[k + 1] if k == intervals[0][0] else 0.0) for k in layers]
+    assert torch.allclose(run(student, given), with_hooks(stock, added, batch), rtol=1e-4, atol=1e-5)
 
 
 def lora(teacher, modules, rank=2, seed=0):
@@ -164,3 +169,75 @@ def test_a_teachers_lora_acts_on_its_own_layers(family):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         own.load_lora_adapter(small, prefix="transformer")
+
+
+@pytest.mark.parametrize("family, fields, init, modules", [
+    ("qwen-image", {"intervals": [(1, 3)], "linear_ffn": [5]}, "middle", ("attn.to_q", "img_mod.1")),
+    ("qwen-image", {"intervals": [(1, 3)]}, "position-average", ("attn.to_q",)),
+    ("sd3.5", {"intervals": [(4, 6)], "linear_ffn": [1]}, "first", ("norm1.linear", "norm1_context.linear")),
+])
+def test_loading_commutes_with_pruning(family, fields, init, modules):
+    """Merged into the teacher and pruned, or pruned and then loaded: the same, narrowed layers and averages included."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
+    make, batch, depth = (lambda: tiny.transformer(8), tiny.batch(), 8) if family == "qwen-image" else (
+        FAMILIES[family][0], FAMILIES[family][1](), FAMILIES[family][3])
+    plan = PruningPlan(family, depth, **fields)
+    state = lora(make(), modules)
+    merged = make()
+    with torch.no_grad():
+        for number, block in enumerate(merged.transformer_blocks):
+            for module in modules:
+                key = f"transformer.transformer_blocks.{number}.{module}"
+                block.get_submodule(module).weight += 0.5 * (
+                    state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"])
+    alphas = {key.replace(".lora_A.weight", ".alpha"): 1.0 for key in state if "lora_A" in key}  # of rank 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        student, expected = pydit.prune(make(), plan, init=init), pydit.prune(merged, plan, init=init)
+        plain = run(student, batch)
+        student.load_lora_adapter(dict(state), prefix="transformer", network_alphas=alphas)
+    assert not torch.allclose(plain, run(expected, batch), rtol=1e-2)
+    assert torch.allclose(run(student, batch), run(expected, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_flux_pipelines_loader(tmp_path):
+    """It compares shapes by the teacher's numbers and would widen the student's narrow layers."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
+    from diffusers import FluxPipeline
+
+    make, batches, _cls, depth, _ = FAMILIES["flux.1"]
+    plan = PruningPlan("flux.1", depth, [(0, 1)], linear_ffn=[2, 5])
+    modules = {"transformer_blocks": ("attn.to_q", "norm1.linear"), "single_transformer_blocks": ("attn.to_q", "proj_out")}
+    teacher, merged, batch = make(), make(), batches()
+    state = {key: value for name, which in modules.items() for key, value in lora_of(teacher, name, which).items()}
+    with torch.no_grad():
+        for key in (key for key in state if key.endswith("lora_A.weight")):
+            module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            merged.get_submodule(module).weight += state[key.replace("lora_A", "lora_B")] @ state[key]
+        norm = merged.transformer_blocks[3].attn.norm_k.weight.mul_(1.5)  # control LoRAs bring norms with them
+    state["transformer.transformer_blocks.3.attn.norm_k.weight"] = norm.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        student, expected = pydit.prune(teacher, plan), pydit.prune(merged, plan)
+    plain, size = run(student, batch), sum(p.numel() for p in student.parameters())
+    pipe = FluxPipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
+                        tokenizer_2=None, transformer=student)
+    with pytest.warns(UserWarning, match="4 LoRA weights have no place"):
+        pipe.load_lora_weights(state)
+    assert torch.allclose(run(student, batch), run(expected, batch), rtol=1e-4, atol=1e-5)
+    pipe.unload_lora_weights()
+    assert torch.equal(run(student, batch), plain) and size == sum(p.numel() for p in student.parameters())
+
+
+def lora_of(teacher, name, modules):
+    """:func:`lora` for one list of blocks."""
+    found = {}
+    for module in modules:
+        for number, block in enumerate(getattr(teacher, name)):
+            weight = block.get_submodule(module).weight
+            generator = torch.Generator().manual_seed(number)
+            found[f"transformer.{name}.{number}.{module}.lora_A.weight"] = torch.randn(2, weight.shape[1],
+                                                                                       generator=generator)
+            found[f"transformer.{name}.{number}.{module}.lora_B.weight"] = torch.randn(weight.shape[0], 2,
+                                                                                       generator=generator) * 0.1
+    return found

@@ -224,15 +224,6 @@ def test_no_interval_straddles():
         plan.num_parameters(dict(flux().config))
 
 
-@pytest.mark.parametrize("field, value", [("text_linear", [(1, 2)]), ("linear_ffn", [1]), ("single_stream", 1),
-                                          ("dead_tensors", False)])
-def test_what_a_family_cannot_carry_is_refused(family, field, value):
-    with pytest.raises(UserError, match=f"{field}: expected"):
-        PruningPlan(family, FAMILIES[family][3], **{field: value})
-    with pytest.raises(UserError, match="lean: expected a family with dead tensors"):
-        PruningPlan(family, FAMILIES[family][3]).lean()
-
-
 def test_a_plan_of_another_family(family, teacher, plan, tmp_path):
     with pytest.raises(UserError, match=f"plan: expected a plan for {family}, got one for qwen-image"):
         pydit.prune(teacher, PruningPlan("qwen-image", FAMILIES[family][3]))

@@ -189,6 +189,8 @@ def test_bad_set_active(student):
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_save_and_load(tmp_path, teacher, student, with_teacher):
     student.save_pretrained(tmp_path, with_teacher=with_teacher)
+    small = PrunedQwenImageTransformer2DModel.from_pretrained(tmp_path, with_teacher=False)
+    assert torch.equal(run(small), run(student)) and not small.transformer_blocks.teacher.layers
     loaded = PrunedQwenImageTransformer2DModel.from_pretrained(tmp_path)
     assert (run(loaded) - run(student)).abs().max() == 0
     assert (loaded.plan, loaded.source, loaded.replaced) == (student.plan, student.source, student.replaced)

@@ -19,6 +19,7 @@ LAYERS = [
     {"ops"},
     {"stats"},
     {"families"},
+    {"presets"},
     {"plan"},
     {"models"},
     {"linear_maps"},

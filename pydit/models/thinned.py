@@ -1,0 +1,298 @@
+"""Blocks that a plan has thinned out, of any dual-stream family: one forward, and what each family puts into it.
+
+Formulas, for a stream x with modulation (shift, scale, gate, shift2, scale2, gate2), n(x) the LayerNorm:
+
+    a = attention(n(x) (1 + scale) + shift)                     of both streams together
+    h = x + gate a
+    y = h + gate2 MLP(n(h) (1 + scale2) + shift2)               ffn "mlp"
+    y = h + (W h + b)                                           ffn "linear" (PPCL, Eq. 9)
+
+Text that is ``"linear"`` gives keys and values of ``m + (W m + b)``, m the anchor's modulated text (PPCL, Eq. 8);
+text of a ``"single"`` block goes through the image's weights (Amber-Image); text that is ``"keys"`` gives keys and
+values and has no output.
+
+Between an anchor and the end of its text region the text stream is two tensors, the anchor's text output and its
+modulated text, one after the other along the tokens. Passing both through the model's own forward, rather than beside
+it, keeps gradient checkpointing, compilation and offloading hooks working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+from pydit.families import BlockSpec
+from pydit.models.pruned import residual_map
+
+
+class Branch(NamedTuple):
+    """Names of the modules that a stream runs through in a block, as paths below it.
+
+    modulation : the linear layer that makes shifts, scales and gates. owner : what to remove with it.
+    norm1, norm2 : before attention and before the MLP.
+    """
+
+    modulation: str
+    owner: tuple[str, ...]
+    norm1: str
+    norm2: str
+    mlp: str
+
+
+class Modulation(NamedTuple):
+    """Shifts, scales and gates of one stream, each [B, 1, C], [B, S, C], or [B, 2, C] with ``split``.
+
+    rows : in the order shift, scale, gate, then those of the MLP as far as there are any.
+    split : tokens that take row 0 where there are two.
+    """
+
+    rows: tuple[torch.Tensor, ...]
+    split: int | None = None
+
+
+class Stock:
+    """The operations of a thinned-out block, rounding where diffusers' blocks round."""
+
+    @staticmethod
+    def modulate(norm: nn.Module, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor,
+                 split: int | None = None) -> torch.Tensor:
+        return norm(x) * (1 + scale) + shift
+
+    @staticmethod
+    def residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, split: int | None = None) -> torch.Tensor:
+        return x + gate * y
+
+    @classmethod
+    def residual_modulate(cls, norm: nn.Module, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor,
+                          shift: torch.Tensor, scale: torch.Tensor, split: int | None = None
+                          ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = cls.residual(x, y, gate)
+        return x, cls.modulate(norm, x, shift, scale)
+
+    @staticmethod
+    def linear_residual(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x + linear(x)
+
+    @staticmethod
+    def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return mlp(x)
+
+    @staticmethod
+    def linear_gelu(linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return gelu(linear(x))
+
+
+class ThinnedBlock:
+    """Mixin of a dual-stream block of which a plan has left a part; the family's block class comes next.
+
+    Modules that stay keep their names, so LoRA and quantisation find them. New ones: ``img_ffn``, ``txt_ffn`` (linear
+    FFN), ``txt_proj`` (the anchor's modulated text to this layer's), ``txt_out_proj`` (the anchor's text output to
+    that of the region's last layer); each is the W and b of ``x + (W x + b)``. A linear layer of which only some rows
+    or columns stayed says which in ``pydit_kept``.
+    """
+
+    image_branch: ClassVar[Branch]
+    text_branch: ClassVar[Branch]
+    processor_class: ClassVar[type]
+    operations: ClassVar[type] = Stock
+
+    @classmethod
+    def from_stock(cls, block: nn.Module, spec: BlockSpec) -> Any:
+        """Thin out ``block`` in place and return it under this class; ``spec`` is no affine one."""
+        block.__class__ = cls
+        block._thin_out(spec)
+        return block
+
+    def hand_on(self, wanted: bool) -> None:
+        """An anchor hands its modulated text on unless the teacher's layers run its region."""
+        self.hands_on = wanted
+
+    @property
+    def width(self) -> int:
+        """Channels C."""
+        return self.get_submodule(self.image_branch.modulation).in_features
+
+    @property
+    def text_ends(self) -> bool:
+        """Whether the block has no text output in the teacher already."""
+        return False
+
+    def _thin_out(self, spec: BlockSpec) -> None:
+        self.spec, self.hands_on = spec, spec.hands_on
+        width, image, text = self.width, self.image_branch, self.text_branch
+        gone = spec.form == "single" or spec.text != "full" or self.text_ends  # the text has no FFN
+        if spec.ffn == "linear":
+            self.img_ffn = self._map()
+            self._keep_rows(image.modulation, [(0, 3 * width), *self._beyond_the_mlp])
+            self._remove((image.mlp, image.norm2))
+            if spec.text == "full" and not self.text_ends:
+                self.txt_ffn = self._map()
+                if spec.form != "single":
+                    self._keep_rows(text.modulation, [(0, 3 * width)])
+        if spec.ffn == "linear" or gone:
+            self._remove((text.mlp, text.norm2))
+        query = ("add_q_proj", "to_add_out", "norm_added_q")
+        if spec.form == "single":
+            self._remove([f"attn.{name}" for name in (*query, "add_k_proj", "add_v_proj", "norm_added_k")])
+        elif spec.text != "full" and not (spec.text == "linear" and spec.dead_query):
+            self._remove([f"attn.{name}" for name in query])
+        if spec.form == "single" or spec.text == "linear":
+            self._remove(text.owner)
+        elif spec.text == "keys":
+            self._keep_rows(text.modulation, [(0, 2 * width)])
+        self._add_text_maps()
+        self._choose_processor("keys" if spec.text != "full" or self.text_ends else "query")
+
+    def _add_text_maps(self) -> None:
+        if self.spec.text == "linear":
+            self.txt_proj = self._map()
+            if self.spec.text_output:
+                self.txt_out_proj = self._map()
+
+    def _choose_processor(self, kind: str, form: str | None = None) -> None:
+        self.attn.pydit_text = (form or self.spec.form, kind)
+        self.attn.set_processor(self.processor_class())
+
+    @property
+    def _beyond_the_mlp(self) -> list[tuple[int, int]]:
+        """Rows of the image's modulation beyond those of attention and MLP."""
+        return []
+
+    def _map(self) -> nn.Linear:
+        like = self.get_submodule(self.image_branch.modulation).weight
+        with torch.device(like.device):
+            return residual_map(like.shape[1]).to(like.dtype)
+
+    def _remove(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            owner, _, name = path.rpartition(".")
+            module = self.get_submodule(owner)
+            if hasattr(module, name):  # `= None` would let load_state_dict swallow its weights
+                delattr(module, name)
+
+    def _keep_rows(self, path: str, kept: list[tuple[int, int]]) -> None:
+        """Keep some outputs of a linear layer."""
+        linear = self.get_submodule(path)
+        for name in ("weight", "bias"):
+            tensor = getattr(linear, name).detach()
+            setattr(linear, name, nn.Parameter(torch.cat([tensor[start:stop] for start, stop in kept])))
+        linear.out_features = len(linear.bias)
+        linear.pydit_kept = {"rows": kept}
+
+    def _run(self, image: torch.Tensor, text: torch.Tensor, image_mod: Modulation, text_mod: Modulation | None,
+             **attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(text, image) after the block; ``text_mod`` is None where the text is linear."""
+        spec, do = self.spec, self.operations
+        own, other = self.image_branch, self.image_branch if spec.form == "single" else self.text_branch
+        image_in = do.modulate(self.get_submodule(own.norm1), image, *image_mod.rows[:2], image_mod.split)
+        if spec.text == "linear":
+            text, told = text.chunk(2, dim=1)
+            text_in = do.linear_residual(self.txt_proj, told)
+        else:
+            text_in = do.modulate(self.get_submodule(other.norm1), text, *text_mod.rows[:2], text_mod.split)
+        out_image, out_text = self.attn(hidden_states=image_in, encoder_hidden_states=text_in, **attention)
+        image = self._after_attention(image, image_in, out_image, image_mod, own, "img_ffn")
+        if spec.text == "linear":
+            text = do.linear_residual(self.txt_out_proj, text) if spec.text_output else torch.cat((text, told), dim=1)
+        elif out_text is not None:
+            text = self._after_attention(text, text_in, out_text, text_mod, other, "txt_ffn")
+        if self.hands_on:
+            text = torch.cat((text, text_in), dim=1)
+        return finite(text), finite(image)
+
+    def _after_attention(self, x: torch.Tensor, normed: torch.Tensor, out: torch.Tensor, mod: Modulation,
+                         branch: Branch, linear: str) -> torch.Tensor:
+        """A stream x after the attention's output and the FFN; ``normed``: what attention was given."""
+        do = self.operations
+        if self.spec.ffn == "linear":
+            return do.linear_residual(getattr(self, linear), do.residual(x, out, mod.rows[2], mod.split))
+        x, normed = do.residual_modulate(self.get_submodule(branch.norm2), x, out, mod.rows[2], *mod.rows[3:5],
+                                         mod.split)
+        return do.residual(x, do.feed_forward(self.get_submodule(branch.mlp), normed), mod.rows[5], mod.split)
+
+
+def rows_of(modulation: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+    """[B, n C] -> n of [B, 1, C]."""
+    return modulation[:, None].split(width, dim=-1)
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """float16 clipped to its range, as the stock blocks do."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+class TextModules(NamedTuple):
+    """Where a block's attention takes its text from.
+
+    projections : names of query (None: there is none), key and value.
+    norms : of query and key. output : modules after attention, in order.
+    """
+
+    projections: tuple[str | None, str, str]
+    norms: tuple[nn.Module | None, nn.Module | None]
+    output: tuple[nn.Module, ...]
+
+
+def text_modules(attn: nn.Module) -> TextModules:
+    """Of any attention module of two streams, stock or thinned out."""
+    form, kind = getattr(attn, "pydit_text", ("stock", "query"))
+    if form == "single":
+        names, norms, output = ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k), tuple(getattr(attn, "to_out", ()))
+    elif kind == "keys" or getattr(attn, "context_pre_only", None):
+        return TextModules((None, "add_k_proj", "add_v_proj"), (None, attn.norm_added_k), ())
+    else:
+        names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), (attn.norm_added_q, attn.norm_added_k)
+        output = (attn.to_add_out,)
+    return TextModules((None, *names[1:]) if kind == "keys" else names, norms, output)
+
+
+class ThinnedAttnProcessor:
+    """Stock attention for what a plan leaves of a block's text: keys and values alone, or the image's projections.
+
+    Everything else as the stock processors: masking, the backend chosen with ``set_attention_backend``.
+    ``attn.pydit_text`` says which; see :func:`text_modules`.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def attend(self, attn: nn.Module, image: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None,
+               rotate_image: Any, rotate_text: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """image [B, S_img, C], text [B, S_txt, C], text_mask [B, S_txt] or None -> (image, text or None).
+
+        The rotations take and return [B, S, H, D].
+        """
+        names = text_modules(attn)
+        image_parts = _projected(attn, image, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k), rotate_image)
+        text_parts = _projected(attn, text, names.projections, names.norms, rotate_text)
+        mask = None
+        if text_mask is not None:
+            ones = text_mask.new_ones(image.shape[:2], dtype=torch.bool)
+            mask = torch.cat((text_mask.bool(), ones), dim=1)[:, None, None]
+        asks = text_parts[0] is not None
+        queries = torch.cat((text_parts[0], image_parts[0]), dim=1) if asks else image_parts[0]
+        joined = [torch.cat(pair, dim=1) for pair in zip(text_parts[1:], image_parts[1:], strict=True)]
+        out = dispatch_attention_fn(queries, *joined, attn_mask=mask, dropout_p=0.0, is_causal=False,
+                                    backend=self._attention_backend, parallel_config=self._parallel_config)
+        out = out.flatten(2, 3).to(queries.dtype)
+        tokens = text.shape[1] if asks else 0
+        image_out = _through(out[:, tokens:].contiguous(), getattr(attn, "to_out", ()))
+        return image_out, _through(out[:, :tokens].contiguous(), names.output) if asks else None
+
+
+def _projected(attn, x, names, norms, rotate):
+    """Query, key and value [B, S, H, D], normed and rotated; None for a projection without a name."""
+    dim = attn.inner_dim // attn.heads
+    q, k, v = [None if name is None else getattr(attn, name)(x).unflatten(-1, (-1, dim)) for name in names]
+    turned = [part if part is None or norm is None else norm(part) for part, norm in zip((q, k), norms, strict=True)]
+    return [*(part if part is None else rotate(part) for part in turned), v]
+
+
+def _through(x, modules):
+    for module in modules:
+        x = module(x)
+    return x
