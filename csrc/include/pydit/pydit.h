@@ -200,20 +200,20 @@ typedef struct {
  *   x [B, S, K], residual and out [B, S, N], gate [B, R, N], weight [N, K], bias [N], all of `dtype`, float16 or
  *   bfloat16; cos, sin fp32 [S, head_dim / 2] contiguous. NULL data leaves out bias, residual, gate, norm_weight or
  *   (both or neither) cos and sin. K, N >= 1; S may be 0. head_dim: 0, or 32, 64 or 128, N a multiple of it; then no
- *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases nothing else.
- * Layers may share x. FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
+ *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
+ * nothing else. Layers may share x. FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
 #define PYDIT_MAX_LINEARS 6
 typedef enum { PYDIT_NO_ACTIVATION = 0, PYDIT_GELU_TANH = 1 } pydit_activation;
 typedef struct {
-  pydit_tokens x;             /* [B, S, K] in */
-  const void* weight;         /* [N, K] in */
-  const void* bias;           /* [N] in or NULL */
-  pydit_tokens residual;      /* [B, S, N] in or NULL */
-  pydit_modulation gate;      /* [B, R, N] in or NULL */
-  pydit_tokens out;           /* [B, S, N] out */
-  const void* norm_weight;    /* [head_dim] in or NULL */
-  const float *cos, *sin;     /* [S, head_dim / 2] in or NULL */
-  int64_t weight_stride;      /* from one row of weight to the next */
+  pydit_tokens x;          /* [B, S, K] in */
+  const void* weight;      /* [N, K] in */
+  const void* bias;        /* [N] in or NULL */
+  pydit_tokens residual;   /* [B, S, N] in or NULL */
+  pydit_modulation gate;   /* [B, R, N] in or NULL */
+  pydit_tokens out;        /* [B, S, N] out */
+  const void* norm_weight; /* [head_dim] in or NULL */
+  const float *cos, *sin;  /* [S, head_dim / 2] in or NULL */
+  int64_t weight_stride;   /* from one row of weight to the next */
   int64_t tokens, in_features, out_features;
   int64_t split; /* first token of gate's row 1 */
   int32_t head_dim;

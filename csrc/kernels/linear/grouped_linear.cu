@@ -1,8 +1,8 @@
 // Linear layers of both streams in one launch, with what a DiT block does to their output; see pydit.h. The portable
 // kernel (sm_80 and up), and the entry point.
 //
-// A block: a tile of 128 x 128 outputs, 4 warps of 32 x 128 each, so that whole heads lie in a warp; steps of 32 along K
-// come by cp.async, three stages ahead. A step reads 16 KB of L2 for 2 x 128 x 128 x 32 FLOP: 64 FLOP per byte. 128
+// A block: a tile of 128 x 128 outputs, 4 warps of 32 x 128 each, so that whole heads lie in a warp; steps of 32 along
+// K come by cp.async, three stages ahead. A step reads 16 KB of L2 for 2 x 128 x 128 x 32 FLOP: 64 FLOP per byte. 128
 // registers of sums in each of 128 threads: two blocks share a multiprocessor, and one multiplies during the other's
 // epilogue.
 //
@@ -64,8 +64,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[2][kN / 2], const ch
       ldmatrix(b, w + place(n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(sums[i / 2][8 * n + i % 2 * 4]), a[i / 2],
-                        reinterpret_cast<const uint32_t(&)[2]>(b[i % 2 * 2]));
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(sums[i / 2][8 * n + i % 2 * 4]), a[i / 2],
+                        reinterpret_cast<const uint32_t (&)[2]>(b[i % 2 * 2]));
     }
   }
 }
@@ -147,8 +147,9 @@ int launch(const pydit_grouped_linear_params& p) {
   AllOperands operands = {};
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
-    operands.layer[i] = {l.x.data,     l.weight,       l.residual.data, l.out.data, l.x.stride_b, l.x.stride_s,
-                         l.weight_stride, l.residual.stride_b, l.residual.stride_s, l.out.stride_b, l.out.stride_s};
+    operands.layer[i] = {l.x.data,      l.weight,        l.residual.data,     l.out.data,          l.x.stride_b,
+                         l.x.stride_s,  l.weight_stride, l.residual.stride_b, l.residual.stride_s, l.out.stride_b,
+                         l.out.stride_s};
   }
   const cudaError_t error = cudaFuncSetAttribute(grouped_linear_kernel<T, kAligned, kHeads>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -156,8 +157,8 @@ int launch(const pydit_grouped_linear_params& p) {
   name_grouped_linear_tensors<T>(p);
   const auto blocks = static_cast<unsigned>(count_tiles<kM, kN>(all));
   return launch_status(kGroupedLinear,
-                       PYDIT_LAUNCH((grouped_linear_kernel<T, kAligned, kHeads>), dim3(blocks), dim3(kThreads), kSharedBytes,
-                                    static_cast<cudaStream_t>(p.stream), all, operands));
+                       PYDIT_LAUNCH((grouped_linear_kernel<T, kAligned, kHeads>), dim3(blocks), dim3(kThreads),
+                                    kSharedBytes, static_cast<cudaStream_t>(p.stream), all, operands));
 }
 
 // Whether 16-byte accesses are legal, which is also what the copy engine asks for.
@@ -207,7 +208,8 @@ int check(const pydit_grouped_linear_params& p) {
       return bad_argument("%s: cos, sin of layer %d: expected both or neither, got one", kGroupedLinear, i);
     heads = heads || l.head_dim != 0;
     plain = plain && l.residual.data == nullptr && l.gate.data == nullptr;
-    if (l.head_dim != 0 && ((l.head_dim != 32 && l.head_dim != 64 && l.head_dim != 128) || l.out_features % l.head_dim != 0))
+    if (l.head_dim != 0 &&
+        ((l.head_dim != 32 && l.head_dim != 64 && l.head_dim != 128) || l.out_features % l.head_dim != 0))
       return bad_argument("%s: head_dim of layer %d: expected 0, 32, 64 or 128, a divisor of %lld, got %d",
                           kGroupedLinear, i, static_cast<long long>(l.out_features), l.head_dim);
   }

@@ -6,8 +6,8 @@
 //
 // Epilogue. It works on sums as the tensor cores leave them: a warp holds 16 rows; lane l has of each group of 8
 // columns columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8 (elements 0, 1 and 2, 3 of the group). An
-// interleaved pair of RoPE is one thread's, and a head lies in one warp. Kernels for layers with heads (kHeads) are apart
-// from those with activation, gate and residual: one kernel for all spills on sm_90a.
+// interleaved pair of RoPE is one thread's, and a head lies in one warp. Kernels for layers with heads (kHeads) are
+// apart from those with activation, gate and residual: one kernel for all spills on sm_90a.
 #pragma once
 
 #include "device/check.h"
@@ -46,9 +46,19 @@ inline Layers layers_of(const pydit_grouped_linear_params& p) {
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
     all.heads = all.heads || l.head_dim != 0;
-    all.layer[i] = {l.bias, l.gate.data, l.norm_weight, l.cos, l.sin, l.gate.stride_b, l.gate.stride_r,
-                    static_cast<int>(l.tokens), static_cast<int>(l.in_features), static_cast<int>(l.out_features),
-                    static_cast<int>(l.split < l.tokens ? l.split : l.tokens), l.head_dim, l.residual.data != nullptr};
+    all.layer[i] = {l.bias,
+                    l.gate.data,
+                    l.norm_weight,
+                    l.cos,
+                    l.sin,
+                    l.gate.stride_b,
+                    l.gate.stride_r,
+                    static_cast<int>(l.tokens),
+                    static_cast<int>(l.in_features),
+                    static_cast<int>(l.out_features),
+                    static_cast<int>(l.split < l.tokens ? l.split : l.tokens),
+                    l.head_dim,
+                    l.residual.data != nullptr};
   }
   return all;
 }
@@ -135,12 +145,14 @@ __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const 
     // rows past the last take its angles: they are not stored
     const int64_t angles = static_cast<int64_t>(min(row + 8 * half, l.tokens - 1)) * (kHeadDim / 2) + in_group / 2;
     const T* weights = static_cast<const T*>(l.norm_weight) + in_group;
-    const float *cosines = l.cos + angles, *sines = l.sin + angles;
+    const float* cosines = l.cos + angles;
+    const int64_t to_sines = l.sin - l.cos;  // one pointer: there are no registers for two
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const float2 weight = l.norm_weight == nullptr ? make_float2(1.f, 1.f)
-                                                     : load_pair<T, kAligned>(weights + 8 * group, 8);
-      const float c = l.cos == nullptr ? 1.f : cosines[4 * group], s = l.cos == nullptr ? 0.f : sines[4 * group];
+      const float2 weight =
+          l.norm_weight == nullptr ? make_float2(1.f, 1.f) : load_pair<T, kAligned>(weights + 8 * group, 8);
+      float c = 1.f, s = 0.f;
+      if (l.cos != nullptr) c = cosines[4 * group], s = cosines[4 * group + to_sines];
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) {
         float* x = sums + 4 * (head * kGroups + group) + 2 * half;
@@ -152,8 +164,8 @@ __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const 
   }
 }
 
-// All but gate and residual: sums become act(sums + bias), or their heads are normalised and rotated. 16 rows of a warp,
-// this lane's first is `row`; columns from `column` on.
+// All but gate and residual: sums become act(sums + bias), or their heads are normalised and rotated. 16 rows of a
+// warp, this lane's first is `row`; columns from `column` on.
 template <typename T, bool kAligned, bool kHeads, int kElements>
 __device__ __forceinline__ void apply_epilogue(float (&sums)[kElements], const Layers& all, const Layer& l, int row,
                                                int column) {

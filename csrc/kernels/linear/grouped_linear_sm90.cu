@@ -4,8 +4,9 @@
 // Cost, QKV of a Qwen-Image block at 1328 x 1328: (6889 + 512) x 9216 x 3072, 419 GFLOP, 424 us at 989 TFLOP/s. Memory:
 // x, weights and outputs once, 45 + 113 + 136 MB, 61 us at 4.8 TB/s. L2: a tile of 128 x 256 reads 48 KB for a step of
 // 64 along K, 1024 clocks of the tensor cores: 48 bytes per clock and SM, 11.6 TB/s at the floor. What L2 gives has not
-// been measured here; at 7 TB/s it decides: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs, 15.8 waves, of which 16 are paid:
-// 99 %. Of a projection to 3072 columns 58 x 12 tiles are 5.3 waves, of which 6 are paid: 88 %. Nothing splits the last.
+// been measured here; at 7 TB/s it decides: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs, 15.8 waves, of which 16 are
+// paid: 99 %. Of a projection to 3072 columns 58 x 12 tiles are 5.3 waves, of which 6 are paid: 88 %. Nothing splits
+// the last.
 //
 // Three warpgroups on 192 x 256, 37 bytes per clock, are not to be had: with 512 threads ptxas has 128 registers where
 // the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
@@ -71,8 +72,8 @@ __device__ __forceinline__ char* buffer_of(char* shared, int group, unsigned sla
 
 // Makes the buffer of a slab ready, when its last store has been read: with the residual, or with nothing. One thread.
 template <bool kHeads>
-__device__ __forceinline__ void prepare(const Layer& l, const TensorMap& residual, const TileOfLayer& tile, char* shared,
-                                        Barriers* barriers, int group, unsigned slab, int column) {
+__device__ __forceinline__ void prepare(const Layer& l, const TensorMap& residual, const TileOfLayer& tile,
+                                        char* shared, Barriers* barriers, int group, unsigned slab, int column) {
   uint64_t* ready = &barriers->ready[group][slab % kBuffers];
   if (!kHeads && l.residual) {
     mbarrier_arrive_expect_tx(ready, kSlabBytes);
@@ -104,7 +105,8 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     if (thread == 0) {
       bulk_wait_group_read<0>();
       for (int slab = 0; slab < kBuffers && exists(slab); ++slab)
-        prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab, tile.column + slab * kSlab);
+        prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
+                        tile.column + slab * kSlab);
     }
     for (int first = 0; first < l.depth; first += kStep) {
       const char* stage = shared + ring.slot * kStageBytes;
@@ -161,7 +163,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         if (exists(slab + kBuffers)) {
           bulk_wait_group_read<0>();
           prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + kBuffers,
-                  tile.column + (slab + kBuffers) * kSlab);
+                          tile.column + (slab + kBuffers) * kSlab);
         }
       }
       ++done;
@@ -232,14 +234,14 @@ int launch(const pydit_grouped_linear_params& p) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error =
-        cudaFuncSetAttribute(grouped_linear_sm90_kernel<T, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    error = cudaFuncSetAttribute(grouped_linear_sm90_kernel<T, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kSharedBytes);
   if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
   name_grouped_linear_tensors<T>(p);
-  return launch_status(kGroupedLinear,
-                       PYDIT_LAUNCH((grouped_linear_sm90_kernel<T, kHeads>), dim3(static_cast<unsigned>(min(tiles, processors))),
-                                    dim3(kThreads), kSharedBytes, static_cast<cudaStream_t>(p.stream), all, maps,
-                                    tiles));
+  return launch_status(
+      kGroupedLinear,
+      PYDIT_LAUNCH((grouped_linear_sm90_kernel<T, kHeads>), dim3(static_cast<unsigned>(min(tiles, processors))),
+                   dim3(kThreads), kSharedBytes, static_cast<cudaStream_t>(p.stream), all, maps, tiles));
 }
 
 }  // namespace
