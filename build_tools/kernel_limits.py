@@ -25,6 +25,6 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("(joint_attention(_backward)?|second_moments)_sm90", "TMA feeds wgmma, and warpgroups trade registers",
-         arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
+    Rule("(joint_attention(_backward)?|second_moments|grouped_linear)_sm90",
+         "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
 )

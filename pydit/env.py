@@ -34,6 +34,9 @@ VARIABLES = (
     Variable("PYDIT_SIM_ARCH", "80", ("80", "90a"), "run", "The device that the simulator plays."),
     Variable("PYDIT_EXTENSION", "", (), "run",
              "Path of another build of pydit._C to load, such as one with the simulator's race detector."),
+    Variable("PYDIT_GEMM", "auto", ("auto", "pydit", "library"), "run",
+             "Whose product linear ops take. auto: this package's kernel in the simulator, the library's (cuBLASLt) on "
+             "a GPU, until a race there says otherwise. pydit: the kernel everywhere. library: torch's everywhere."),
     Variable("PYDIT_CHECK", "0", ("0", "1"), "run",
              "1: ops check the contents of index tensors (txt_lens) too, which waits for the GPU."),
     Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),

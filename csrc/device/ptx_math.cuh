@@ -18,4 +18,15 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x within 1 ulp, for |x| from 2^-126 to 2^126.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef PYDIT_SIM
+  return 1.f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 }  // namespace pydit::PYDIT_BACKEND

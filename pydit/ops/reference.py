@@ -32,7 +32,7 @@ def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=N
 
 def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6):
     """RMSNorm of q and k [B, S, H, D] over D, then rotation of interleaved pairs by freqs = (cos, sin) [S, D/2]."""
-    return _norm_rope(q, q_weight, freqs, eps), _norm_rope(k, k_weight, freqs, eps)
+    return norm_rope(q, q_weight, freqs, eps), norm_rope(k, k_weight, freqs, eps)
 
 
 def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt, *, eps=1e-6):
@@ -42,23 +42,31 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
             *qk_norm_rope(q_txt, k_txt, *weights[2:], freqs_txt, eps=eps))
 
 
+def linear(x, weight, bias=None, residual=None, gate=None, *, gelu=False, split=None):
+    """residual + gate * act(x W^T + b) for x [..., K] and weight [N, K]; a gate asks for x [B, S, K]."""
+    out = torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    if gelu:
+        out = torch.nn.functional.gelu(out, approximate="tanh")
+    if gate is not None:
+        out = per_token(wide(gate), out, split) * out
+    if residual is not None:
+        out = wide(residual) + out
+    return out.to(x.dtype)
+
+
 def linear_gelu(x, weight, bias=None):
-    """gelu(x W^T + b), tanh approximation, for x [..., K] and weight [N, K]."""
-    return torch.nn.functional.gelu(_linear(x, weight, bias), approximate="tanh").to(x.dtype)
+    """gelu(x W^T + b), tanh approximation."""
+    return linear(x, weight, bias, gelu=True)
 
 
-def linear_gated_residual(x, weight, bias, residual, gate):
+def linear_gated_residual(x, weight, bias, residual, gate, *, split=None):
     """residual + gate * (x W^T + b) for x [B, S, K], residual [B, S, N]."""
-    return (wide(residual) + per_token(wide(gate), residual, None) * _linear(x, weight, bias)).to(x.dtype)
+    return linear(x, weight, bias, residual, gate, split=split)
 
 
 def linear_residual(x, weight, bias=None):
     """x + x W^T + b for x [..., C]."""
-    return (wide(x) + _linear(x, weight, bias)).to(x.dtype)
-
-
-def _linear(x, weight, bias):
-    return torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    return linear(x, weight, bias, x)
 
 
 def second_moments(x, y=None):
@@ -98,7 +106,8 @@ def centred(x):
     return torch.where(out.abs().amax((-2, -1), keepdim=True) <= 1e-13 * scale, 0.0, out)
 
 
-def _norm_rope(x, weight, freqs, eps):
+def norm_rope(x, weight, freqs, eps):
+    """RMSNorm of x [B, S, H, D] over D, weight [D] or None, then rotation by freqs = (cos, sin) or None."""
     value = wide(x)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

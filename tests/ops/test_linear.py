@@ -1,4 +1,6 @@
-"""Linear layers with their epilogues against float64 under the tolerance policy, forward and backward."""
+"""Linear layers with their epilogues, of one stream and of two, against float64 under the tolerance policy."""
+
+import os
 
 import pytest
 import torch
@@ -7,53 +9,276 @@ import torch.nn.functional as F
 from pydit import backend, ops
 from pydit.ops import reference
 from pydit.testing import assert_accurate
+from tests.ops import cases
 
+BACKENDS = ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)]
+every_kernel = pytest.mark.parametrize("device", BACKENDS, indirect=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def gated(x, w, b, r, g, split=None):
+    return r + cases.rows(g, x.shape[1], split) * F.linear(x, w, b)
+
+
 OPS = {  # name -> (op, the same in plain torch, which inputs it takes)
     "linear_gelu": (ops.linear_gelu, lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), "xwb"),
-    "linear_gated_residual": (ops.linear_gated_residual,
-                              lambda x, w, b, r, g: r + (g if g.ndim == 3 else g[:, None]) * F.linear(x, w, b), "xwbrg"),
+    "linear_gated_residual": (ops.linear_gated_residual, gated, "xwbrg"),
     "linear_residual": (ops.linear_residual, lambda x, w, b: x + F.linear(x, w, b), "xsc"),
 }
 
 
-def inputs(names, dtype, device, tokens=21, k=40, n=24, gate_ndim=2):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (2, tokens, k), "w": (n, k), "b": (n,), "r": (2, tokens, n), "s": (k, k), "c": (k,),
-              "g": (2, n) if gate_ndim == 2 else (2, 1, n)}
+@pytest.fixture(autouse=True)
+def own_kernel(monkeypatch):
+    """On a GPU too the kernel runs, not the library."""
+    monkeypatch.setenv("PYDIT_GEMM", "pydit")
+
+
+def inputs(names, dtype, device, batch=2, tokens=21, k=40, n=24, gate_rows=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x": (batch, tokens, k), "w": (n, k), "b": (n,), "r": (batch, tokens, n), "s": (k, k), "c": (k,),
+              "g": (batch, n) if gate_rows is None else (batch, gate_rows, n)}
     return [(torch.randn(shapes[name], generator=generator) / (k ** 0.5 if name in "ws" else 1)).to(device, dtype)
             for name in names]
 
 
+def double(args):
+    return [x.double().cpu() for x in args]
+
+
+def path_of(op):
+    return backend.report()[op]["path"], backend.report()[op]["reason"]
+
+
+@every_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("tokens", [21, 1, 0])
+@pytest.mark.parametrize("tokens", [21, 0])
 def test_values(name, tokens, dtype, device):
     op, plain, names = OPS[name]
-    args = inputs(names, dtype, device, tokens)
-    exact = getattr(reference, name)(*(x.double() for x in args))
-    assert_accurate(op(*args), exact, plain(*args), name=name)
-    assert op(*args).dtype == dtype and op(*args).shape == exact.shape
-    assert backend.report()[name]["path"] == "torch" and "no kernel of our own" in backend.report()[name]["reason"]
+    args = inputs(names, dtype, device, tokens=tokens)
+    out = op(*args)
+    assert_accurate(out, plain(*double(args)), plain(*args), name=name)
+    assert out.dtype == dtype and out.shape == plain(*args).shape
+    path, reason = path_of(name)
+    if path != "reference":
+        assert path == ("torch" if dtype == torch.float32 else "cuda" if device.type == "cuda" else "sim"), reason
+        assert ("takes float16" if dtype == torch.float32 else "kernel") in reason
 
 
-def test_values_without_bias_and_with_a_third_gate_dimension(device):
-    x, w, s = inputs("xws", torch.float32, device)
-    torch.testing.assert_close(ops.linear_gelu(x, w), F.gelu(F.linear(x, w), approximate="tanh"))
-    torch.testing.assert_close(ops.linear_residual(x, s), x + F.linear(x, s))
-    args = inputs("xwbrg", torch.float32, device, gate_ndim=3)
-    torch.testing.assert_close(ops.linear_gated_residual(*args), OPS["linear_gated_residual"][1](*args))
-    torch.testing.assert_close(ops.linear_gelu(x[0, 0], w), F.gelu(F.linear(x[0, 0], w), approximate="tanh"))
+# Several tiles of each kernel, ragged rows, columns and K, one token, one feature, a warpgroup without rows.
+@every_kernel
+@pytest.mark.parametrize(("batch", "tokens", "k", "n"), [(2, 150, 72, 264), (1, 1, 8, 8), (1, 197, 200, 136)])
+def test_values_of_tiles(batch, tokens, k, n, device):
+    args = inputs("xwbrg", torch.bfloat16, device, batch, tokens, k, n)
+    assert_accurate(ops.linear_gated_residual(*args), gated(*double(args)), gated(*args))
+    assert "not multiples" not in path_of("linear_gated_residual")[1]
 
 
-@pytest.mark.parametrize("name", OPS)
+@every_kernel
+def test_split_values(device):
+    """A gate's second row from inside a tile on, from the first token on, and from beyond the last."""
+    args = inputs("xwbrg", torch.float16, device, tokens=70, gate_rows=2)
+    for split in (33, 0, 100):
+        out = ops.linear_gated_residual(*args, split=split)
+        assert_accurate(out, gated(*double(args), split), gated(*args, split), name=f"split {split}")
+
+
+@every_kernel
+@pytest.mark.parametrize("layout", ["packed", "swapped", "unaligned"])
+def test_layouts(layout, device):
+    generator = torch.Generator().manual_seed(0)
+    x = cases.tokens((2, 20, 40), torch.bfloat16, device, generator=generator, layout=layout)
+    r = cases.tokens((2, 20, 24), torch.bfloat16, device, generator=generator, layout=layout)
+    _, w, b, _, g = inputs("xwbrg", torch.bfloat16, device, tokens=20)
+    args = (x, w, b, r, g)
+    assert_accurate(ops.linear_gated_residual(*args), gated(*double(args)), gated(*args))
+    path, reason = path_of("linear_gated_residual")
+    if path == "sim" and os.environ["PYDIT_SIM_ARCH"] == "90a":
+        assert ("not multiples of 16 bytes" if layout == "unaligned" else "Hopper kernel") in reason
+
+
+@every_kernel
+def test_odd_features_and_a_strided_weight_values(device):
+    """Neither K nor N a multiple of 8, and a weight that is a slice: the element-wise path."""
+    x, w, b = inputs("xwb", torch.bfloat16, device, k=33, n=27)
+    w = torch.cat((w, w), 1)[:, :33]
+    plain = OPS["linear_gelu"][1]
+    assert_accurate(ops.linear_gelu(x, w, b), plain(*double((x, w, b))), plain(x, w, b))
+    assert_accurate(ops.linear_gelu(x, w.T.contiguous().T), plain(*double((x, w)), None), plain(x, w, None))
+
+
+@every_kernel
+def test_values_of_large_gelu_inputs(device, kernel_only):
+    """Results far below and above zero, where 1 + tanh would cancel or an exponential overflow."""
+    x = torch.linspace(-40, 40, 64, device=device, dtype=torch.bfloat16)[None, :, None].expand(1, 64, 8).contiguous()
+    w = torch.eye(8, device=device, dtype=torch.bfloat16)
+    out, exact = ops.linear_gelu(x, w), F.gelu(x.double().cpu(), approximate="tanh")
+    assert_accurate(out, exact, F.gelu(x, approximate="tanh"))
+    small = (exact < 0) & (exact > -1e-2) & (exact < -1e-9)
+    error = (out.double().cpu() - exact).abs()[small]
+    assert small.any() and (error <= 2 ** -8 * exact.abs()[small]).all()
+
+
+def joint_inputs(names, dtype, device, text, **shape):
+    """Pairs of image and text inputs, in the order of the joint ops' arguments."""
+    image, words = (inputs(names, dtype, device, tokens=tokens, n=n, k=k, seed=seed, **shape)
+                    for tokens, n, k, seed in ((70, 136, 72, 0), (text, 48, 40, 1)))
+    return [x for pair in zip(image, words, strict=True) for x in pair]
+
+
+JOINT = {"joint_linear": (ops.joint_linear, F.linear, "xwb"),
+         "joint_linear_gelu": (ops.joint_linear_gelu, OPS["linear_gelu"][1], "xwb"),
+         "joint_linear_gated_residual": (ops.joint_linear_gated_residual, gated, "xwbrg")}
+
+
+@every_kernel
+@pytest.mark.parametrize("text", [9, 0])
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_values(name, text, device):
+    op, plain, names = JOINT[name]
+    args = joint_inputs(names, torch.bfloat16, device, text)
+    for found, stream, tokens in zip(op(*args), (args[::2], args[1::2]), (70, text), strict=True):
+        assert found.shape[1] == tokens
+        assert_accurate(found, plain(*double(stream)), plain(*stream), name=name)
+
+
+@every_kernel
+def test_joint_values_without_an_image(device):
+    x, w, b = inputs("xwb", torch.bfloat16, device)
+    none, out = ops.joint_linear(x[:, :0], x, w, w, None, b)
+    assert none.shape == (2, 0, 24)
+    assert_accurate(out, F.linear(*double((x, w, b))), F.linear(x, w, b))
+
+
+def qkv_inputs(dtype, device, head_dim, heads=2, tokens=(37, 9), k=40, text_queries=True, batch=2):
+    generator = torch.Generator().manual_seed(head_dim)
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+    streams = []
+    for s in tokens:
+        theta = 6.28 * torch.rand(s, head_dim // 2, generator=generator)
+        streams.append([draw(batch, s, k), [draw(heads * head_dim, k, scale=k ** -0.5) for _ in "qkv"],
+                        [draw(heads * head_dim) for _ in "qkv"], [1 + draw(head_dim, scale=0.1) for _ in "qk"],
+                        (theta.cos().to(device), theta.sin().to(device))])
+    if not text_queries:
+        streams[1][1][0] = streams[1][2][0] = None
+    return [x for pair in zip(*streams, strict=True) for x in pair]
+
+
+def qkv_plain(args, head_dim, to=lambda x: x):
+    found = []
+    for x, weights, biases, norms, freqs in (args[::2], args[1::2]):
+        for w, b, norm in zip(weights, biases, (*norms, None), strict=True):
+            if w is None:
+                found.append(None)
+                continue
+            heads = F.linear(to(x), to(w), None if b is None else to(b)).unflatten(-1, (-1, head_dim))
+            found.append(heads if norm is None else cases.qk_norm_rope(
+                heads, to(norm), None if freqs is None else tuple(to(t) if heads.dtype == torch.float64 else t
+                                                                  for t in freqs)))
+    return found
+
+
+@every_kernel
+@pytest.mark.parametrize(("head_dim", "text_queries", "dtype"), [
+    (128, True, torch.bfloat16), (64, False, torch.float16), (32, True, torch.bfloat16), (48, True, torch.bfloat16)])
+def test_qkv_values(head_dim, text_queries, dtype, device):
+    args = qkv_inputs(dtype, device, head_dim, text_queries=text_queries)
+    found = ops.joint_qkv(*args, head_dim=head_dim)
+    exact, same = qkv_plain(args, head_dim, lambda x: x.double().cpu()), qkv_plain(args, head_dim)
+    for name, a, b, c in zip(("q_img", "k_img", "v_img", "q_txt", "k_txt", "v_txt"), found, exact, same, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_accurate(a, b, c, name=name)
+    if path_of("joint_qkv")[0] != "reference":
+        assert ("head_dim 48" in path_of("joint_qkv")[1]) == (head_dim == 48)
+
+
+@every_kernel
+def test_qkv_values_bare(device):
+    """No bias, no weights of the norm, no rotation; no text; unaligned inputs."""
+    args = qkv_inputs(torch.bfloat16, device, 64, tokens=(20, 0))
+    x = torch.empty(args[0].numel() + 1, dtype=torch.bfloat16, device=device)[1:].view(args[0].shape).copy_(args[0])
+    found = ops.joint_qkv(x, args[1], args[2], args[3], head_dim=64)
+    plain = [x, args[1], args[2], args[3], [None] * 3, [None] * 3, *[[torch.ones(64, device=device)] * 2] * 2, None, None]
+    exact = qkv_plain(plain, 64, lambda t: t.double().cpu())
+    same = qkv_plain(plain, 64, lambda t: t.to(torch.bfloat16))
+    for a, b, c in zip(found, exact, same, strict=True):
+        assert_accurate(a, b, c)
+
+
+@every_kernel
+def test_out_may_be_the_residual(device, kernel_only):
+    """The C API's aliasing rule, through the binding."""
+    x, w, b, r, g = inputs("xwbrg", torch.bfloat16, device, tokens=70, n=136)
+    expected = ops.linear_gated_residual(x, w, b, r, g)
+    kernels = backend.choose("linear", x).kernels
+    with backend.device_of(x):
+        kernels.grouped_linear([(x, w, b, r, g[:, None], -1, None, None, None, 0, r)], 0, 0.0,
+                               backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
+    assert torch.equal(r, expected)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"dtype": 0}, r"dtype: expected float16 \(1\) or bfloat16 \(2\), got 0"),
+    ({"activation": 7}, r"activation: expected none \(0\) or GELU \(1\), got 7"),
+    ({"head_dim": 48}, "head_dim of layer 0: expected 0, 32, 64 or 128, a divisor of 64, got 48"),
+    ({"head_dim": 32, "activation": 1}, "expected no residual, gate or activation beside a layer with head_dim"),
+    ({"head_dim": 32, "cos": True}, "cos, sin of layer 0: expected both or neither, got one"),
+    ({"k": 0}, r"features of layer 0: expected 1 to 2\^24, got 0")])
+def test_bad_arguments_of_the_kernel(change, words, device, kernel_only):
+    x, w = inputs("xw", torch.bfloat16, device, k=change.get("k", 40), n=64)
+    cos = torch.ones(21, 16, device=device) if "cos" in change else None
+    with pytest.raises(RuntimeError, match=words):
+        backend.choose("linear", x).kernels.grouped_linear(
+            [(x, w, None, None, None, -1, None, cos, None, change.get("head_dim", 0), torch.empty(2, 21, 64))],
+            change.get("activation", 0), 1e-6, change.get("dtype", 2), backend.stream_of(x))
+
+
+@pytest.mark.parametrize("name", [*OPS, *JOINT, "joint_qkv"])
 def test_gradients(name, device):
-    op, plain, names = OPS[name]
-    found, right = ([x.requires_grad_() for x in inputs(names, torch.float32, device)] for _ in range(2))
-    for function, args in ((op, found), (plain, right)):
-        (function(*args) * torch.arange(1.0, 3.0, device=device)[:, None, None]).sum().backward()
+    """In float32, so that torch's own gradient is right; the backward is one formula for every dtype."""
+    if name == "joint_qkv":
+        def flat(found):
+            return torch.cat([x.flatten() for x in found if x is not None])
+
+        def leaves(args):
+            return [x for a in args for x in (a if isinstance(a, (list, tuple)) else [a])
+                    if x is not None and not isinstance(a, tuple)]
+
+        found, right = (qkv_inputs(torch.float32, device, 32, text_queries=False) for _ in range(2))
+        pairs = [(found, flat(ops.joint_qkv(*[x.requires_grad_() for x in leaves(found)] and found, head_dim=32))),
+                 (right, flat(qkv_plain([x.requires_grad_() for x in leaves(right)] and right, 32)))]
+    else:
+        op, plain, names = {**OPS, **JOINT}[name]
+        joint = name in JOINT
+
+        def leaves(args):
+            return args
+
+        found, right = ([x.requires_grad_() for x in (joint_inputs(names, torch.float32, device, 9) if joint
+                                                      else inputs(names, torch.float32, device))] for _ in range(2))
+        streams = (right[::2], right[1::2]) if joint else (right,)
+        results = op(*found) if joint else (op(*found),)
+        pairs = [(found, torch.cat([x.flatten() for x in results])),
+                 (right, torch.cat([plain(*stream).flatten() for stream in streams]))]
+    for _, out in pairs:
+        (out * torch.arange(len(out), device=device).remainder(7)).sum().backward()
+    for a, b in zip(leaves(pairs[0][0]), leaves(pairs[1][0]), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_of_two_gate_rows(dtype, device):
+    found = [x.requires_grad_() for x in inputs("xwbrg", dtype, device, gate_rows=2)]
+    right = [x.detach().double().requires_grad_() for x in found]
+    ops.linear_gated_residual(*found, split=8).sum().backward()
+    gated(*right, 8).sum().backward()
     for a, b in zip(found, right, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=2e-2, atol=2e-2 * b.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -64,7 +289,34 @@ def test_compiles_whole(name, device):
     torch.testing.assert_close(torch.compile(op, backend="aot_eager", fullgraph=True)(*args), op(*args))
 
 
+def test_opcheck(device):
+    args = [x.requires_grad_() for x in inputs("xwbrg", torch.float32, device, gate_rows=2)]
+    torch.library.opcheck(torch.ops.pydit.linear.default, (*args, 8, False, "linear_gated_residual"))
+    torch.library.opcheck(torch.ops.pydit.joint_linear.default,
+                          (*args[:3], None, None, *args[:3], None, None, -1, True, "joint_linear_gelu"))
+    image = [x for a in qkv_inputs(torch.float32, device, 32)[::2] for x in (a if isinstance(a, (list, tuple)) else [a])]
+    torch.library.opcheck(torch.ops.pydit.joint_qkv.default, (*image, image[0], None, *image[2:], 32, 1e-6))
+
+
+def test_the_library_is_named_when_it_runs(device, monkeypatch):
+    monkeypatch.setenv("PYDIT_GEMM", "library")
+    for name, (op, plain, names) in OPS.items():
+        args = inputs(names, torch.float32, device)
+        torch.testing.assert_close(op(*args), plain(*args))
+        assert path_of(name) == ("torch", "the product is the library's: PYDIT_GEMM=library")
+    args = joint_inputs("xwb", torch.float32, device, 9)
+    torch.testing.assert_close(ops.joint_linear(*args)[1], F.linear(*args[1::2]))
+    qkv = qkv_inputs(torch.float32, device, 32, text_queries=False)
+    for a, b in zip(ops.joint_qkv(*qkv, head_dim=32), qkv_plain(qkv, 32), strict=True):
+        assert a is b is None or torch.allclose(a, b, atol=1e-5)
+    if device.type == "cuda":
+        monkeypatch.setenv("PYDIT_GEMM", "auto")
+        ops.linear_gelu(*inputs("xwb", torch.bfloat16, device))
+        assert "has not been raced" in path_of("linear_gelu")[1]
+
+
 X, W = torch.ones(2, 3, 4), torch.ones(5, 4)
+W4 = torch.ones(4, 4)
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [
@@ -76,7 +328,23 @@ X, W = torch.ones(2, 3, 4), torch.ones(5, 4)
     (lambda: ops.linear_gated_residual(X[0], W, None, X, X), ValueError, r"x: expected shape \[B, S, K\]"),
     (lambda: ops.linear_gated_residual(X, W, None, X, torch.ones(2, 5)), ValueError,
      r"residual: expected shape \[2, 3, 5\], got \[2, 3, 4\]"),
-    (lambda: ops.linear_gated_residual(X, W, None, torch.ones(2, 3, 5), torch.ones(2, 4)), ValueError, "gate: expected")])
+    (lambda: ops.linear_gated_residual(X, W, None, torch.ones(2, 3, 5), torch.ones(2, 4)), ValueError, "gate: expected"),
+    (lambda: ops.linear_gated_residual(X, W4, None, X, torch.ones(2, 4), split=-1), ValueError, "split: expected 0"),
+    (lambda: ops.joint_linear(X, X[:1], W, W), ValueError, r"x_txt: expected shape \[B, S, K\], B the same"),
+    (lambda: ops.joint_linear(X, X, W, W, None, torch.ones(4)), ValueError, r"bias_txt: expected shape \[5\]"),
+    (lambda: ops.joint_qkv(X, X, (W, W), (W, W, W), head_dim=2), TypeError, "weights_img: expected 3 tensors"),
+    (lambda: ops.joint_qkv(X, X, (W4, W4, W), (W4,) * 3, head_dim=2), ValueError, "weights_img v: expected a multiple"),
+    (lambda: ops.joint_qkv(X, X, (W4,) * 3, (W4,) * 3, head_dim=3), ValueError, "head_dim: expected an even number"),
+    (lambda: ops.joint_qkv(X, X, (W4,) * 3, (W4,) * 3, norms_txt=(torch.ones(3), None), head_dim=2), ValueError,
+     r"norms_txt q: expected shape \[2\]"),
+    (lambda: ops.joint_qkv(X, X, (None, W4, W4), (W4,) * 3, head_dim=2), TypeError, "weights_img q: expected a torch")])
 def test_bad_arguments(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_reference_equals_the_formula():
+    x, w, b, r, g = inputs("xwbrg", torch.float64, "cpu", gate_rows=2)
+    found = reference.linear(x, w, b, r, g, gelu=True, split=8)
+    plain = r + cases.rows(g, 21, 8) * F.gelu(F.linear(x, w, b), approximate="tanh")
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)

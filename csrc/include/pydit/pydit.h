@@ -193,8 +193,42 @@ typedef struct {
   void* stream;
 } pydit_hsic_matrix_params;
 
+/* Up to PYDIT_MAX_LINEARS linear layers in one launch, each
+ *   out = residual + gate * act(x W^T + bias),  or, with head_dim not 0,  out = rotate(norm(x W^T + bias)):
+ * RMSNorm over every head_dim columns, times norm_weight [head_dim] (NULL: ones), then each interleaved pair rotated by
+ * the angle whose cosine and sine are cos[s, i], sin[s, i], as in qk_norm_rope.
+ *   x [B, S, K], residual and out [B, S, N], gate [B, R, N], weight [N, K], bias [N], all of `dtype`, float16 or
+ *   bfloat16; cos, sin fp32 [S, head_dim / 2] contiguous. NULL data leaves out bias, residual, gate, norm_weight or
+ *   (both or neither) cos and sin. K, N >= 1; S may be 0. head_dim: 0, or 32, 64 or 128, N a multiple of it; then no
+ *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
+ * nothing else. Layers may share x. FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
+#define PYDIT_MAX_LINEARS 6
+typedef enum { PYDIT_NO_ACTIVATION = 0, PYDIT_GELU_TANH = 1 } pydit_activation;
+typedef struct {
+  pydit_tokens x;          /* [B, S, K] in */
+  const void* weight;      /* [N, K] in */
+  const void* bias;        /* [N] in or NULL */
+  pydit_tokens residual;   /* [B, S, N] in or NULL */
+  pydit_modulation gate;   /* [B, R, N] in or NULL */
+  pydit_tokens out;        /* [B, S, N] out */
+  const void* norm_weight; /* [head_dim] in or NULL */
+  const float *cos, *sin;  /* [S, head_dim / 2] in or NULL */
+  int64_t weight_stride;   /* from one row of weight to the next */
+  int64_t tokens, in_features, out_features;
+  int64_t split; /* first token of gate's row 1 */
+  int32_t head_dim;
+} pydit_linear;
+typedef struct {
+  pydit_linear linear[PYDIT_MAX_LINEARS];
+  int64_t batch;
+  int32_t count, activation; /* linears; pydit_activation */
+  float eps;                 /* of the RMSNorm */
+  int32_t dtype;
+  void* stream;
+} pydit_grouped_linear_params;
+
 /* Which kernel an op takes for these arguments on the current device: joint_attention_path(),
- * joint_attention_backward_path(), second_moments_path(). */
+ * joint_attention_backward_path(), second_moments_path(), grouped_linear_path(). */
 enum {
   PYDIT_PATH_HOPPER = 0,     /* TMA and wgmma */
   PYDIT_PATH_NOT_HOPPER = 1, /* portable: the device is not of compute capability 9.x */
@@ -218,7 +252,9 @@ enum {
   int pydit_##backend##_second_moments_path(const pydit_second_moments_params*);                              \
   int64_t pydit_##backend##_second_moments_workspace(const pydit_second_moments_params*);                     \
   int pydit_##backend##_hsic_matrix(const pydit_hsic_matrix_params*);                                         \
-  int64_t pydit_##backend##_hsic_matrix_workspace(const pydit_hsic_matrix_params*);
+  int64_t pydit_##backend##_hsic_matrix_workspace(const pydit_hsic_matrix_params*);                           \
+  int pydit_##backend##_grouped_linear(const pydit_grouped_linear_params*);                                   \
+  int pydit_##backend##_grouped_linear_path(const pydit_grouped_linear_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)
 PYDIT_DECLARE_BACKEND(sim)

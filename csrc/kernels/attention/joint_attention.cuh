@@ -69,19 +69,6 @@ __device__ __forceinline__ void store_nothing(const pydit_joint_attention_params
 // A warp holds 16 rows (queries) of scores as the tensor cores leave them: lane l has of each group of 8 columns
 // columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8. Element i of a thread is in group i / 4, row i / 2 % 2.
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // Scores of keys from `keys` on become -inf. For the last tile of a stream.
 template <int kElements>
 __device__ __forceinline__ void mask_keys(float (&scores)[kElements], int keys) {

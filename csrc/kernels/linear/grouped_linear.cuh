@@ -1,0 +1,241 @@
+// What the kernels of grouped_linear share: the layers as a kernel sees them, the order of tiles, and the epilogue.
+//
+// Order of tiles. Layers come one after the other, image before text, so that the large tiles are not the last. Inside
+// a layer, bands of kBand rows of tiles are walked column by column: 132 tiles that run at once are then about 12 x 11
+// and share 12 operands from x and 11 from the weight, where a walk along whole rows would share 4 and 36 at N = 9216.
+//
+// Epilogue. It works on sums as the tensor cores leave them: a warp holds 16 rows; lane l has of each group of 8
+// columns columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8 (elements 0, 1 and 2, 3 of the group). An
+// interleaved pair of RoPE is one thread's, and a head lies in one warp. Kernels for layers with heads (kHeads) are
+// apart from those with activation, gate and residual: one kernel for all spills on sm_90a.
+#pragma once
+
+#include "device/check.h"
+#include "device/platform.cuh"
+#include "device/ptx_math.cuh"
+#include "device/reduce.cuh"
+#include "device/tiling.cuh"
+#include "device/vector.cuh"
+#include "pydit/pydit.h"
+
+namespace pydit::PYDIT_BACKEND {
+
+constexpr const char* kGroupedLinear = "grouped_linear";
+
+// A layer but for its operands.
+struct Layer {
+  const void *bias, *gate, *norm_weight;
+  const float *cos, *sin;
+  int64_t gate_stride_b, gate_stride_r;
+  int tokens, depth, columns;
+  int split, head_dim;
+  bool residual;
+};
+
+struct Layers {
+  Layer layer[PYDIT_MAX_LINEARS];
+  int count, batch;
+  float eps;
+  bool gelu, heads;  // heads: of some layer
+};
+
+inline Layers layers_of(const pydit_grouped_linear_params& p) {
+  Layers all = {};
+  all.count = p.count, all.batch = static_cast<int>(p.batch), all.eps = p.eps;
+  all.gelu = p.activation == PYDIT_GELU_TANH;
+  for (int i = 0; i < p.count; ++i) {
+    const pydit_linear& l = p.linear[i];
+    all.heads = all.heads || l.head_dim != 0;
+    all.layer[i] = {l.bias,
+                    l.gate.data,
+                    l.norm_weight,
+                    l.cos,
+                    l.sin,
+                    l.gate.stride_b,
+                    l.gate.stride_r,
+                    static_cast<int>(l.tokens),
+                    static_cast<int>(l.in_features),
+                    static_cast<int>(l.out_features),
+                    static_cast<int>(l.split < l.tokens ? l.split : l.tokens),
+                    l.head_dim,
+                    l.residual.data != nullptr};
+  }
+  return all;
+}
+
+// Tiles ----------------------------------------------------------------------------------------------------------
+
+constexpr int kBand = 12;
+
+template <int kM, int kN>
+__host__ __device__ inline int64_t count_tiles(const Layers& all) {
+  int64_t total = 0;
+  for (int i = 0; i < all.count; ++i)
+    total += all.batch * ceil_div(all.layer[i].tokens, kM) * ceil_div(all.layer[i].columns, kN);
+  return total;
+}
+
+struct TileOfLayer {
+  int layer, batch;
+  int row, column;  // the first
+};
+
+template <int kM, int kN>
+__device__ __forceinline__ TileOfLayer decode_tile(const Layers& all, int index) {
+  for (int i = 0;; ++i) {
+    const int height = (all.layer[i].tokens + kM - 1) / kM, columns = (all.layer[i].columns + kN - 1) / kN;
+    const int rows = all.batch * height;
+    if (index >= rows * columns) {
+      index -= rows * columns;
+      continue;
+    }
+    const int band = index / (kBand * columns), inside = index % (kBand * columns);
+    const int in_band = min(kBand, rows - band * kBand);
+    const int row = band * kBand + inside % in_band;
+    return {i, row / height, row % height * kM, inside / in_band * kN};
+  }
+}
+
+// Epilogue -------------------------------------------------------------------------------------------------------
+
+// Two neighbouring elements, `left` elements before the end of their row; what does not exist is 0. Offsets of a loop's
+// steps are to be constants in both arguments, or each step has an address of its own in registers. kAligned: left is
+// even.
+template <typename T, bool kAligned>
+__device__ __forceinline__ float2 load_pair(const T* from, int left) {
+  if constexpr (kAligned) {
+    if (left <= 0) return make_float2(0.f, 0.f);
+    const auto pair = Pack<T, 2>::load(from);
+    return make_float2(pair[0], pair[1]);
+  } else {
+    return make_float2(left > 0 ? to_float(from[0]) : 0.f, left > 1 ? to_float(from[1]) : 0.f);
+  }
+}
+
+// GELU by its tanh approximation: y / (1 + exp(-2 sqrt(2 / pi) (y + 0.044715 y^3))), which keeps the digits of small
+// results where 1 + tanh cancels. Two elements share one reciprocal; exponents are held below 2^62 so that their
+// product is finite.
+__device__ __forceinline__ void gelu_pair(float& a, float& b) {
+  constexpr float kScale = -2.302208198f, kCubic = 0.044715f;  // -2 sqrt(2 / pi) log2(e)
+  const float below_a = 1.f + exp2_approx(fminf(kScale * a * fmaf(kCubic * a, a, 1.f), 62.f));
+  const float below_b = 1.f + exp2_approx(fminf(kScale * b * fmaf(kCubic * b, b, 1.f), 62.f));
+  const float inverse = reciprocal_approx(below_a * below_b);
+  a *= inverse * below_b;
+  b *= inverse * below_a;
+}
+
+// RMSNorm and RoPE of the heads among a warp's columns. `row` is this lane's first.
+template <typename T, bool kAligned, int kHeadDim, int kElements>
+__device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const Layer& l, float eps, int row) {
+  constexpr int kGroups = kHeadDim / 8, kHeads = kElements / (4 * kGroups);
+  const int in_group = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float scale[kHeads];
+#pragma unroll
+    for (int head = 0; head < kHeads; ++head) {
+      float squares = 0;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const float* x = sums + 4 * (head * kGroups + group) + 2 * half;
+        squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
+      }
+      scale[head] = rsqrtf(lane_group_sum<4>(squares) / kHeadDim + eps);
+    }
+    // rows past the last take its angles: they are not stored
+    const int64_t angles = static_cast<int64_t>(min(row + 8 * half, l.tokens - 1)) * (kHeadDim / 2) + in_group / 2;
+    const T* weights = static_cast<const T*>(l.norm_weight) + in_group;
+    const float* cosines = l.cos + angles;
+    const int64_t to_sines = l.sin - l.cos;  // one pointer: there are no registers for two
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const float2 weight =
+          l.norm_weight == nullptr ? make_float2(1.f, 1.f) : load_pair<T, kAligned>(weights + 8 * group, 8);
+      float c = 1.f, s = 0.f;
+      if (l.cos != nullptr) c = cosines[4 * group], s = cosines[4 * group + to_sines];
+#pragma unroll
+      for (int head = 0; head < kHeads; ++head) {
+        float* x = sums + 4 * (head * kGroups + group) + 2 * half;
+        const float even = x[0] * scale[head] * weight.x, odd = x[1] * scale[head] * weight.y;
+        x[0] = fmaf(even, c, -odd * s);
+        x[1] = fmaf(even, s, odd * c);
+      }
+    }
+  }
+}
+
+// All but gate and residual: sums become act(sums + bias), or their heads are normalised and rotated. 16 rows of a
+// warp, this lane's first is `row`; columns from `column` on.
+template <typename T, bool kAligned, bool kHeads, int kElements>
+__device__ __forceinline__ void apply_epilogue(float (&sums)[kElements], const Layers& all, const Layer& l, int row,
+                                               int column) {
+  column += threadIdx.x % 4 * 2;
+  const int left = l.columns - column;
+  if (l.bias != nullptr) {
+    const T* from = static_cast<const T*>(l.bias) + column;
+#pragma unroll
+    for (int i = 0; i < kElements; i += 4) {
+      const float2 bias = load_pair<T, kAligned>(from + 2 * i, left - 2 * i);
+      sums[i] += bias.x, sums[i + 1] += bias.y, sums[i + 2] += bias.x, sums[i + 3] += bias.y;
+    }
+  }
+  if constexpr (kHeads) {
+    if (l.head_dim == 128) norm_rope_heads<T, kAligned, 128>(sums, l, all.eps, row);
+    if (l.head_dim == 64) norm_rope_heads<T, kAligned, 64>(sums, l, all.eps, row);
+    if (l.head_dim == 32) norm_rope_heads<T, kAligned, 32>(sums, l, all.eps, row);
+  } else if (all.gelu) {
+#pragma unroll
+    for (int i = 0; i < kElements; i += 2) gelu_pair(sums[i], sums[i + 1]);
+  }
+}
+
+// Multiplies 8 kGroups columns of both rows, `sums` and on, by the gate.
+template <typename T, bool kAligned, int kGroups>
+__device__ __forceinline__ void apply_gate(float* sums, const Layer& l, int batch, int row, int column) {
+  if (l.gate == nullptr) return;
+  column += threadIdx.x % 4 * 2;
+  const int left = l.columns - column;
+  const int64_t second_row = l.split < l.tokens ? l.gate_stride_r : 0;
+  const T* gate = static_cast<const T*>(l.gate) + batch * l.gate_stride_b + column;
+  const T* first = gate + (row < l.split ? 0 : second_row);
+  const T* second = gate + (row + 8 < l.split ? 0 : second_row);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    float* x = sums + 4 * group;
+    const float2 factor = load_pair<T, kAligned>(first + 8 * group, left - 8 * group);
+    const float2 other = load_pair<T, kAligned>(second + 8 * group, left - 8 * group);
+    x[0] *= factor.x, x[1] *= factor.y, x[2] *= other.x, x[3] *= other.y;
+  }
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+// Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
+int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p);
+
+// For the race detector of the simulator.
+template <typename T>
+void name_grouped_linear_tensors(const pydit_grouped_linear_params& p) {
+  for (int i = 0; i < p.count; ++i) {
+    const pydit_linear& l = p.linear[i];
+    if (l.tokens == 0) continue;
+    const auto tokens = [&](const char* name, const pydit_tokens& t, int64_t columns, bool writable) {
+      name_tensor(name, t.data, writable, sizeof(T), columns, {p.batch, l.tokens}, {t.stride_b, t.stride_s});
+    };
+    tokens("x", l.x, l.in_features, false), tokens("out", l.out, l.out_features, true);
+    name_tensor("weight", l.weight, false, sizeof(T), l.in_features, {l.out_features}, {l.weight_stride});
+    const auto vector = [&](const char* name, const void* data, int64_t length, size_t bytes) {
+      if (data != nullptr) name_tensor(name, data, false, bytes, length, {1}, {0});
+    };
+    vector("bias", l.bias, l.out_features, sizeof(T)), vector("norm_weight", l.norm_weight, l.head_dim, sizeof(T));
+    vector("cos", l.cos, l.tokens * l.head_dim / 2, sizeof(float));
+    vector("sin", l.sin, l.tokens * l.head_dim / 2, sizeof(float));
+    if (l.residual.data != nullptr && l.residual.data != l.out.data)
+      tokens("residual", l.residual, l.out_features, false);
+    if (l.gate.data != nullptr)
+      name_tensor("gate", l.gate.data, false, sizeof(T), l.out_features, {p.batch, l.split < l.tokens ? 2 : 1},
+                  {l.gate.stride_b, l.gate.stride_r});
+  }
+}
+
+}  // namespace pydit::PYDIT_BACKEND

@@ -1,0 +1,254 @@
+// grouped_linear for Hopper (sm_90a): TMA, wgmma, warp specialisation. The order of tiles and the epilogue's arithmetic
+// are in grouped_linear.cuh.
+//
+// Cost, QKV of a Qwen-Image block at 1328 x 1328: (6889 + 512) x 9216 x 3072, 419 GFLOP, 424 us at 989 TFLOP/s. Memory:
+// x, weights and outputs once, 45 + 113 + 136 MB, 61 us at 4.8 TB/s. L2: a tile of 128 x 256 reads 48 KB for a step of
+// 64 along K, 1024 clocks of the tensor cores: 48 bytes per clock and SM, 11.6 TB/s at the floor. What L2 gives has not
+// been measured here; at 7 TB/s it decides: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs, 15.8 waves, of which 16 are
+// paid: 99 %. Of a projection to 3072 columns 58 x 12 tiles are 5.3 waves, of which 6 are paid: 88 %. Nothing splits
+// the last.
+//
+// Three warpgroups on 192 x 256, 37 bytes per clock, are not to be had: with 512 threads ptxas has 128 registers where
+// the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
+//
+// Roles. One thread loads x and the weight, four stages ahead. Two warpgroups multiply 64 x 256 each, 128 registers of
+// sums, and drift apart as they like: one's epilogue runs while the other multiplies, as far as the stages last. A
+// warpgroup whose rows do not exist gives its stages back at once.
+//
+// Epilogue. Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies
+// outside the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs
+// before the product, each other one when its buffer has been stored.
+#include "device/check.h"
+#include "device/ptx.cuh"
+#include "device/ring.cuh"
+#include "device/tensor_map.h"
+#include "kernels/linear/grouped_linear.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kM = 64 * kConsumers, kN = 256, kStep = 64, kStages = 4;
+constexpr int kRowBytes = kStep * 2, kLeftBytes = kM * kRowBytes, kStageBytes = kLeftBytes + kN * kRowBytes;
+constexpr int kSlab = 64, kSlabBytes = 64 * kSlab * 2, kBuffers = 2;  // columns of the output; per warpgroup
+constexpr int kOutput = kStages * kStageBytes, kBarriers = kOutput + kConsumers * kBuffers * kSlabBytes;
+constexpr int kSharedBytes = kBarriers + 128;
+constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
+
+struct Maps {
+  TensorMap x[PYDIT_MAX_LINEARS], weight[PYDIT_MAX_LINEARS], residual[PYDIT_MAX_LINEARS], out[PYDIT_MAX_LINEARS];
+};
+static_assert(sizeof(Layers) + 4 * PYDIT_MAX_LINEARS * 128 <= 4096, "parameters of a kernel");
+
+struct Barriers {
+  uint64_t full[kStages], empty[kStages];  // of the operands
+  uint64_t ready[kConsumers][kBuffers];    // for sums
+};
+static_assert(sizeof(Barriers) <= kSharedBytes - kBarriers, "room for the barriers");
+
+// One thread.
+__device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* shared, Barriers* barriers, int tiles) {
+  Ring<kStages> ring;
+  for (int index = static_cast<int>(blockIdx.x); index < tiles; index += static_cast<int>(gridDim.x)) {
+    const TileOfLayer tile = decode_tile<kM, kN>(all, index);
+    const TensorMap &x = maps.x[tile.layer], &weight = maps.weight[tile.layer];
+    for (int k = 0; k < all.layer[tile.layer].depth; k += kStep) {
+      mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
+      char* stage = shared + ring.slot * kStageBytes;
+      uint64_t* full = &barriers->full[ring.slot];
+      mbarrier_arrive_expect_tx(full, kStageBytes);
+      tma_load_3d(stage, x, full, k, tile.row, tile.batch);
+      tma_load_2d(stage + kLeftBytes, weight, full, k, tile.column);
+      ring.next();
+    }
+  }
+}
+
+// The buffer of a warpgroup's slab, which counts from its first in the kernel.
+__device__ __forceinline__ char* buffer_of(char* shared, int group, unsigned slab) {
+  return shared + kOutput + (group * kBuffers + static_cast<int>(slab % kBuffers)) * kSlabBytes;
+}
+
+// Makes the buffer of a slab ready, when its last store has been read: with the residual, or with nothing. One thread.
+template <bool kHeads>
+__device__ __forceinline__ void prepare(const Layer& l, const TensorMap& residual, const TileOfLayer& tile,
+                                        char* shared, Barriers* barriers, int group, unsigned slab, int column) {
+  uint64_t* ready = &barriers->ready[group][slab % kBuffers];
+  if (!kHeads && l.residual) {
+    mbarrier_arrive_expect_tx(ready, kSlabBytes);
+    tma_load_3d(buffer_of(shared, group, slab), residual, ready, column, tile.row + group * 64, tile.batch);
+  } else {
+    mbarrier_arrive(ready);
+  }
+}
+
+// One warpgroup of 64 rows; `group` counts the consumers from 0.
+template <typename T, bool kHeads>
+__device__ __forceinline__ void consume(const Layers& all, const Maps& maps, char* shared, Barriers* barriers,
+                                        int tiles, int group) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
+  Ring<kStages> ring;
+  unsigned done = 0;  // slabs
+  float sums[kN / 2];
+  for (int index = static_cast<int>(blockIdx.x); index < tiles; index += static_cast<int>(gridDim.x)) {
+    const TileOfLayer tile = decode_tile<kM, kN>(all, index);
+    const Layer& l = all.layer[tile.layer];
+    if (tile.row + group * 64 >= l.tokens) {
+      for (int k = 0; k < l.depth; k += kStep, ring.next()) {
+        mbarrier_wait(&barriers->full[ring.slot], ring.parity);
+        if (lane == 0) mbarrier_arrive(&barriers->empty[ring.slot]);
+      }
+      continue;
+    }
+    const auto exists = [&](int slab) { return slab < kN / kSlab && tile.column + slab * kSlab < l.columns; };
+    if (thread == 0) {
+      bulk_wait_group_read<0>();
+      for (int slab = 0; slab < kBuffers && exists(slab); ++slab)
+        prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
+                        tile.column + slab * kSlab);
+    }
+    for (int first = 0; first < l.depth; first += kStep) {
+      const char* stage = shared + ring.slot * kStageBytes;
+      mbarrier_wait(&barriers->full[ring.slot], ring.parity);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kStep; k += 16) {
+        wgmma<T, kN>(sums, matrix_descriptor<128>(stage + group * 64 * kRowBytes + k * 2, 16, 8 * kRowBytes),
+                     matrix_descriptor<128>(stage + kLeftBytes + k * 2, 16, 8 * kRowBytes), first > 0 || k > 0);
+      }
+      wgmma_commit_group();
+      if (first > 0) {
+        wgmma_wait_group<1>();  // the step before
+        if (lane == 0) mbarrier_arrive(&barriers->empty[(ring.slot + kStages - 1) % kStages]);
+      }
+      ring.next();
+    }
+    wgmma_wait_group<0>();
+    if (lane == 0) mbarrier_arrive(&barriers->empty[(ring.slot + kStages - 1) % kStages]);
+
+    const int row = tile.row + group * 64 + warp * 16 + lane / 4;
+    apply_epilogue<T, true, kHeads>(sums, all, l, row, tile.column);
+#pragma unroll
+    for (int slab = 0; slab < kN / kSlab; ++slab) {
+      if (!exists(slab)) break;
+      char* buffer = buffer_of(shared, group, done);
+      mbarrier_wait(&barriers->ready[group][done % kBuffers], done / kBuffers % 2);
+#pragma unroll
+      for (int column = 0; column < kSlab; column += 16) {
+        float* s = sums + (slab * kSlab + column) / 2;
+        // here, because there are no registers for all of a tile's gate at once
+        if constexpr (!kHeads) apply_gate<T, true, 2>(s, l, tile.batch, row, tile.column + slab * kSlab + column);
+        const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
+        char* place = buffer + (offset ^ (offset >> 7 & 7) << 4);
+        uint32_t matrices[4];
+        if (!kHeads && l.residual) {
+          ldmatrix(matrices, place);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const auto before = *reinterpret_cast<const Pack<T, 2>*>(&matrices[i]);
+            matrices[i] = pack<T>(s[2 * i] + before[0], s[2 * i + 1] + before[1]);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) matrices[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+        }
+        stmatrix(place, matrices);
+      }
+      fence_proxy_async();
+      barrier_sync(1 + group, kWarpgroup);
+      if (thread == 0) {
+        tma_store_3d(maps.out[tile.layer], buffer, tile.column + slab * kSlab, tile.row + group * 64, tile.batch);
+        bulk_commit_group();
+        if (exists(slab + kBuffers)) {
+          bulk_wait_group_read<0>();
+          prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + kBuffers,
+                          tile.column + (slab + kBuffers) * kSlab);
+        }
+      }
+      ++done;
+    }
+  }
+  if (thread == 0) bulk_wait_group_read<0>();
+}
+
+// Kernel ---------------------------------------------------------------------------------------------------------
+
+template <typename T, bool kHeads>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_linear_sm90_kernel(const __grid_constant__ Layers all, const __grid_constant__ Maps maps, int tiles) {
+  PYDIT_DYNAMIC_SHARED(char, shared);
+  auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriers);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&barriers->full[stage], 1);
+      mbarrier_init(&barriers->empty[stage], 4 * kConsumers);  // a lane of each warp
+    }
+    for (int i = 0; i < kConsumers * kBuffers; ++i) mbarrier_init(&barriers->ready[i / kBuffers][i % kBuffers], 1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    set_max_registers_down<kLoaderRegisters>();
+    if (threadIdx.x == 0) load(all, maps, shared, barriers, tiles);
+  } else {
+    set_max_registers_up<kConsumerRegisters>();
+    consume<T, kHeads>(all, maps, shared, barriers, tiles, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+  }
+}
+
+// Launcher -------------------------------------------------------------------------------------------------------
+
+// Boxes of `rows` tokens by 64 columns of [B, S, columns].
+template <typename T>
+const char* encode(TensorMap* map, const pydit_tokens& t, int64_t batch, int64_t tokens, int64_t columns, int rows) {
+  const uint64_t size[3] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens),
+                            static_cast<uint64_t>(batch)};
+  // A stride of a dimension of one element is never used, but must be valid.
+  const uint64_t stride[2] = {tokens > 1 ? static_cast<uint64_t>(t.stride_s) * sizeof(T) : 16,
+                              batch > 1 ? static_cast<uint64_t>(t.stride_b) * sizeof(T) : 16};
+  const uint32_t box[3] = {64, static_cast<uint32_t>(rows), 1};
+  return encode_tensor_map(map, static_cast<const T*>(t.data), 3, size, stride, box, Swizzle::k128);
+}
+
+template <typename T, bool kHeads>
+int launch(const pydit_grouped_linear_params& p) {
+  const Layers all = layers_of(p);
+  Maps maps;
+  for (int i = 0; i < p.count; ++i) {
+    const pydit_linear& l = p.linear[i];
+    if (l.tokens == 0) continue;
+    const uint64_t size[2] = {static_cast<uint64_t>(l.in_features), static_cast<uint64_t>(l.out_features)};
+    const uint64_t bytes[1] = {l.out_features > 1 ? static_cast<uint64_t>(l.weight_stride) * sizeof(T) : 16};
+    const uint32_t box[2] = {kStep, kN};
+    const char* reason = encode<T>(&maps.x[i], l.x, p.batch, l.tokens, l.in_features, kM);
+    if (reason == nullptr)
+      reason = encode_tensor_map(&maps.weight[i], static_cast<const T*>(l.weight), 2, size, bytes, box, Swizzle::k128);
+    if (reason == nullptr) reason = encode<T>(&maps.out[i], l.out, p.batch, l.tokens, l.out_features, 64);
+    if (reason == nullptr && l.residual.data != nullptr)
+      reason = encode<T>(&maps.residual[i], l.residual, p.batch, l.tokens, l.out_features, 64);
+    if (reason != nullptr) return bad_argument("%s: layer %d: %s", kGroupedLinear, i, reason);
+  }
+  const auto tiles = static_cast<int>(count_tiles<kM, kN>(all));
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(grouped_linear_sm90_kernel<T, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kSharedBytes);
+  if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
+  name_grouped_linear_tensors<T>(p);
+  return launch_status(
+      kGroupedLinear,
+      PYDIT_LAUNCH((grouped_linear_sm90_kernel<T, kHeads>), dim3(static_cast<unsigned>(min(tiles, processors))),
+                   dim3(kThreads), kSharedBytes, static_cast<cudaStream_t>(p.stream), all, maps, tiles));
+}
+
+}  // namespace
+
+int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
+  if (layers_of(p).heads) return p.dtype == PYDIT_FLOAT16 ? launch<__half, true>(p) : launch<__nv_bfloat16, true>(p);
+  return p.dtype == PYDIT_FLOAT16 ? launch<__half, false>(p) : launch<__nv_bfloat16, false>(p);
+}
+
+}  // namespace pydit::PYDIT_BACKEND
