@@ -9,6 +9,8 @@ rotation round once instead of two or three times.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,7 +19,23 @@ from pydit import ops
 from pydit.models.qwen_image_blocks import text_modules
 
 
-class QwenImageAttnProcessor:
+class _Replacing:
+    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
+
+    _attention_backend = None  # diffusers sets it on every processor that has it
+    _parallel_config = None
+    stock = None
+
+    def _chosen(self):
+        """The stock processor with the backend that the user has chosen; None where none was."""
+        if self._attention_backend is None or self.stock is None:
+            return None
+        chosen = copy.copy(self.stock)
+        chosen._attention_backend, chosen._parallel_config = self._attention_backend, self._parallel_config
+        return chosen
+
+
+class QwenImageAttnProcessor(_Replacing):
     """Drop-in for ``QwenDoubleStreamAttnProcessor2_0`` of Qwen-Image (diffusers 0.39 and later).
 
     Text tokens that the mask leaves out, which need not be at the end, are moved there on the device. Their rows of the
@@ -36,6 +54,9 @@ class QwenImageAttnProcessor:
         ValueError
             No text stream, an attention_mask (the text's mask is what this model takes), or no QK norm.
         """
+        if (stock := self._chosen()) is not None:
+            return stock(attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask,
+                         image_rotary_emb)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: expected the text stream, got None")
         if attention_mask is not None:
@@ -65,7 +86,7 @@ class QwenImageAttnProcessor:
         return _output(attn, out_img), text
 
 
-class FluxAttnProcessor:
+class FluxAttnProcessor(_Replacing):
     """Drop-in for diffusers' ``FluxAttnProcessor``, in dual and in single blocks.
 
     A single block's sequence is one stream already, text first; it is attended as an image stream without text.
@@ -80,6 +101,8 @@ class FluxAttnProcessor:
         ValueError
             An attention_mask: FLUX.1 has none.
         """
+        if (stock := self._chosen()) is not None:
+            return stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
         fused = attn.fused_projections
@@ -97,7 +120,7 @@ class FluxAttnProcessor:
         return _output(attn, out_img), attn.to_add_out(out_txt.flatten(2))
 
 
-class SD3AttnProcessor:
+class SD3AttnProcessor(_Replacing):
     """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
 
     In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
