@@ -90,7 +90,7 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
             state.note("attention", "stock", f"no {'exact' if exact else 'fused'} form of {kind}")
             continue
         elif chosen is not None:
-            state.note("attention", "stock", f"set_attention_backend chose {chosen}")
+            state.note("attention", "stock", f"set_attention_backend chose {getattr(chosen, 'value', chosen)}")
             continue
         elif exact or refused:
             state.note("attention", "stock", refused or f"no exact form of {kind}")
@@ -190,7 +190,8 @@ def _chosen_since(state: _Accelerated) -> list[dict[str, Any]]:
         if module.processor is not ours:
             reason = f"{type(module.processor).__name__} was set after pydit.accelerate"
         elif getattr(ours, "_attention_backend", None) is not None and hasattr(ours, "stock"):
-            reason = f"set_attention_backend chose {ours._attention_backend} after pydit.accelerate"
+            chosen = getattr(ours._attention_backend, "value", ours._attention_backend)
+            reason = f"set_attention_backend chose {chosen} after pydit.accelerate"
         else:
             continue
         reasons[reason] = reasons.get(reason, 0) + 1

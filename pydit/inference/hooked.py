@@ -73,9 +73,10 @@ def fingerprint(model: nn.Module) -> tuple:
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, those of lists that iterate otherwise included, some twice: ``modules()`` looks for doubles."""
+    """All modules that run, some perhaps twice (``modules()`` looks for doubles), the teacher's where they stand in."""
     stack = [model]
     while stack:
         module = stack.pop()
         yield module
-        stack += [child for child in module._modules.values() if child is not None]
+        route = module.route() if getattr(module, "inactive", None) else module._modules.values()
+        stack += [child for child in route if child is not None]

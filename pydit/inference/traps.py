@@ -7,7 +7,9 @@ of a run when blocks have more shapes than torch keeps graphs for.
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -65,3 +67,38 @@ def _compile_repeated_blocks(model: nn.Module, *args: Any, **kwargs: Any) -> Any
                             f"which torch compiles a graph, got {len(found)}: give blocks the same widths in groups, or "
                             f"set torch._dynamo.config.recompile_limit to {len(found)} or more")
     return type(model).compile_repeated_blocks(model, *args, **kwargs)
+
+
+def bucketed(widths: Sequence[int], count: int) -> list[int]:
+    """Widths rounded up to at most ``count`` different ones, for blocks that a compiler is to see: as few as possible
+    added in all.
+
+    Parameters
+    ----------
+    widths : of each block, as pruning would leave them. count : of different shapes, 1 or more.
+
+    Returns
+    -------
+    list of int : for each block, a width from among ``widths`` and no smaller than its own.
+    """
+    if count < 1:
+        raise UserError(f"count: expected 1 or more, got {count}")
+    distinct = sorted(set(widths))
+    number = {width: widths.count(width) for width in distinct}
+
+    @functools.cache
+    def best(start: int, left: int) -> tuple[int, tuple[int, ...]]:
+        """(what is added, the last of each bucket) for the widths from ``start`` on."""
+        if start == len(distinct):
+            return 0, ()
+        if left == 0:
+            return sum(widths) * len(distinct) * max(distinct), ()  # more than any choice
+        options = []
+        for end in range(start, len(distinct)):
+            added = sum((distinct[end] - width) * number[width] for width in distinct[start:end])
+            rest, ends = best(end + 1, left - 1)
+            options.append((added + rest, (end, *ends)))
+        return min(options)
+
+    ends = [distinct[end] for end in best(0, count)[1]]
+    return [next(end for end in ends if end >= width) for width in widths]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pydit import ops
+from pydit import backend, ops
 from pydit.models.qwen_image_blocks import text_modules
 
 
@@ -109,7 +109,7 @@ class FluxAttnProcessor(_Replacing):
         image = _project(attn, hidden_states, *(["to_qkv"] if fused else ["to_q", "to_k", "to_v"]))
         table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
         if encoder_hidden_states is None:
-            q, k = ops.qk_norm_rope(*image[:2], attn.norm_q.weight, attn.norm_k.weight, table, eps=attn.norm_q.eps)
+            q, k = _norm_and_rotate_one((attn.norm_q, attn.norm_k), image[:2], table)
             return _output(attn, _alone(q, k, image[2]))
         text = _project(attn, encoder_hidden_states,
                         *(["to_added_qkv"] if fused else ["add_q_proj", "add_k_proj", "add_v_proj"]))
@@ -140,8 +140,7 @@ class SD3AttnProcessor(_Replacing):
         q_img, k_img, v_img = _project(attn, hidden_states, "to_q", "to_k", "to_v")
         if encoder_hidden_states is None:
             if attn.norm_q is not None:
-                q_img, k_img = ops.qk_norm_rope(q_img, k_img, attn.norm_q.weight, attn.norm_k.weight, None,
-                                                eps=attn.norm_q.eps)
+                q_img, k_img = _norm_and_rotate_one((attn.norm_q, attn.norm_k), (q_img, k_img), None)
             return _output(attn, _alone(q_img, k_img, v_img))
         q_txt, k_txt, v_txt = _project(attn, encoder_hidden_states, "add_q_proj", "add_k_proj", "add_v_proj")
         if attn.norm_q is not None:
@@ -241,7 +240,30 @@ def _norm_and_rotate(norms, image, text, tables):
     """q_img, k_img, q_txt, k_txt after RMSNorm and rotation by the tables of (image, text)."""
     if any(norm is None for norm in norms):
         raise ValueError("attn: expected RMSNorm on queries and keys of both streams, got a module without")
-    return ops.joint_qk_norm_rope(*image[:2], *text[:2], [norm.weight for norm in norms], *tables, eps=norms[0].eps)
+    tensors = (*image[:2], *text[:2])
+    if any(map(_elsewhere, norms)):
+        return tuple(_called(norm, x, table) for norm, x, table in
+                     zip(norms, tensors, (tables[0], tables[0], tables[1], tables[1]), strict=True))
+    return ops.joint_qk_norm_rope(*tensors, [norm.weight for norm in norms], *tables, eps=norms[0].eps)
+
+
+def _norm_and_rotate_one(norms, tensors, table):
+    """q, k of one stream after RMSNorm and rotation."""
+    if any(map(_elsewhere, norms)):
+        return tuple(_called(norm, x, table) for norm, x in zip(norms, tensors, strict=True))
+    return ops.qk_norm_rope(*tensors, norms[0].weight, norms[1].weight, table, eps=norms[0].eps)
+
+
+def _elsewhere(norm):
+    """Whether a norm's weight only comes when the norm is called, as offloading layer by layer leaves it."""
+    return "forward" in norm.__dict__
+
+
+def _called(norm, x, table):
+    """A norm called as it is, then the rotation."""
+    backend.record("qk_norm_rope", "torch", "a hook brings the norm's weight when the norm is called")
+    x = norm(x)
+    return x if table is None else ops.reference.rotate(ops.reference.wide(x), *table).to(x.dtype)
 
 
 def _alone(q, k, v):
