@@ -155,6 +155,10 @@ def _project(attn, x, *names):
     """Query, key and value [B, S, H, D] from one projection each or from one for all."""
     modules = [getattr(attn, name) for name in names if name is not None]
     packed = _adjacent(modules, x)
+    if not torch.compiler.is_compiling():
+        backend.record("projections", "torch", "torch's matrix product, one per stream" if packed is not None or
+                       len(modules) == 1 else "torch's matrix product, one per projection: gradients are needed, or "
+                       "something has replaced or moved a projection")
     if packed is None:
         found = iter([module(x) for module in modules])
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from pydit import backend
-from pydit.ops import reference
+from pydit.ops import fallback, reference
 from pydit.ops._library import check_eps, check_split, check_tokens, define, define_backward, modulation_rows
 from pydit.ops.reference import wide
 
@@ -114,7 +114,7 @@ def _row_split(split):
 def _ada_layer_norm(x, scale, shift, eps, split=None):
     path = backend.choose("ada_layer_norm", x)
     if path.kernels is None:
-        return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split).contiguous()
+        return fallback.ada_layer_norm(x, scale, shift, eps=eps, split=split).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with backend.device_of(x):
         path.kernels.ada_layer_norm(x, scale, shift, out, eps, _row_split(split), backend.DTYPE_CODES[x.dtype],
@@ -125,7 +125,7 @@ def _ada_layer_norm(x, scale, shift, eps, split=None):
 def _gated_residual(x, y, gate, split=None, exact=False):
     path = backend.choose("gated_residual", x)
     if path.kernels is None:
-        return reference.gated_residual(x, y, gate, split=split, exact=exact).contiguous()
+        return fallback.gated_residual(x, y, gate, split=split, exact=exact).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with backend.device_of(x):
         path.kernels.gated_residual(x, y, gate, out, _row_split(split), exact, backend.DTYPE_CODES[x.dtype],
@@ -136,7 +136,7 @@ def _gated_residual(x, y, gate, split=None, exact=False):
 def _gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps, split=None):
     path = backend.choose("gated_residual_ada_layer_norm", x)
     if path.kernels is None:
-        residual, out = reference.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=eps, split=split)
+        residual, out = fallback.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=eps, split=split)
         return residual.contiguous(), out.contiguous()
     residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty_like(residual)
