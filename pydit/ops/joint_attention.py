@@ -60,7 +60,8 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
         scale = 1 / math.sqrt(q_img.shape[3])
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
         raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {scale!r}")
-    lse = return_lse or torch.compiler.is_compiling() or torch.is_grad_enabled()  # the backward reads it
+    inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
+    lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
     out_img, out_txt, lse_img, lse_txt = torch.ops.pydit.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt,
                                                                          txt_lens, float(scale), lse)
     if q_txt is None:
