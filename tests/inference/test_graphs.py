@@ -179,7 +179,7 @@ def test_a_table_of_the_schedule_is_recorded_and_still_checked():
 
 
 def test_memory_that_only_a_cache_of_the_model_keeps_stays_alive():
-    model, fake = recorded(lambda: tiny.transformer(1))
+    model, _fake = recorded(lambda: tiny.transformer(1))
     batch = tiny.batch(images=1)
     run(model, batch)
     kept = next(iter(model.__dict__["_pydit_graphs"].entries.values())).kept
