@@ -107,11 +107,11 @@ void define_ops(py::module_ m, const Backend& backend) {
     call(backend, backend.ada_layer_norm, p);
   });
   m.def("gated_residual",
-        [backend](Tensor x, Tensor y, Tensor gate, Tensor out, int64_t split, int dtype, uintptr_t stream) {
+        [backend](Tensor x, Tensor y, Tensor gate, Tensor out, int64_t split, bool exact, int dtype, uintptr_t stream) {
           pydit_gated_residual_params p = {};
           p.x = tokens(x), p.y = tokens(y), p.gate = modulation(gate), p.out = tokens(out);
           set_token_shape(p, x, split);
-          p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+          p.exact = exact, p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
           call(backend, backend.gated_residual, p);
         });
   m.def("gated_residual_ada_layer_norm",

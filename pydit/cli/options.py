@@ -131,7 +131,8 @@ def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True)
         raise UserError(f"device: expected one that torch can use, got {arguments.device!r}, and torch sees no GPU "
                         "(`pydit doctor` says why)")
     quiet()
-    pipe = load_pipeline(path, dtype=getattr(torch, arguments.dtype or "float32"), device=device if transformer else "cpu")
+    dtype = getattr(torch, arguments.dtype or "float32")
+    pipe = load_pipeline(path, dtype=dtype, device=device if transformer else "cpu")
     if not transformer:
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name != "transformer":

@@ -14,7 +14,9 @@ from pydit.errors import UserError
 def add_bench(commands: Any) -> None:
     parser = command(
         commands, "bench", _bench, "time the kernels against their peers",
-        "Runs benchmarks/runner.py of a source checkout, which verifies every case first. All options but --path are\n"
+        "Runs benchmarks/runner.py of a source checkout, which verifies every case first. `pydit bench layers` times each\n"
+        "kind of block that a plan leaves, `pydit bench model` a whole step, dense and pruned (each with --help of its\n"
+        "own: `python -m benchmarks.layers --help`). Otherwise all options but --path are\n"
         "the runner's: --size, --filter, --list, --rounds, --peers, --json, --compare OLD.json, --plot FILE.png and\n"
         "more (`python -m benchmarks.runner --help`).",
         "pydit bench --filter ada_layer_norm --json results.json", figures=False)
@@ -27,9 +29,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"path: expected a source checkout of pydit with benchmarks/runner.py, got {root}, which has "
                         "none; the benchmarks are not part of the installed package")
     sys.path.insert(0, str(root))
-    from benchmarks import runner
+    from benchmarks import layers, model, runner
 
-    return runner.main(arguments.rest)
+    which, rest = {"layers": layers, "model": model}.get((arguments.rest or [""])[0]), arguments.rest
+    return runner.main(rest) if which is None else which.main(rest[1:])
 
 
 def add_doctor(commands: Any) -> None:

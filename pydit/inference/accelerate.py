@@ -1,8 +1,8 @@
 """Fused kernels for a model as it is, by one call, and back.
 
 What is swapped: attention processors and the forward of the blocks, of Qwen-Image, FLUX.1, SD3 and SD3.5, whole or
-pruned. Weights, modules and their names stay; query, key and value projections move next to each other in memory, so
-that one product serves them where no gradient is needed.
+pruned, and of their ControlNets. Weights, modules and their names stay; query, key and value projections move next to
+each other in memory, so that one product serves them where no gradient is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 
 from pydit import env
 from pydit.errors import UserError
-from pydit.inference import schedule
+from pydit.inference import graphs, schedule, traps
+from pydit.inference.hooked import change_class, has_offloading
 
 _KEY = "_pydit_accelerated"
 _PROCESSORS = {  # stock class -> ours
@@ -27,118 +28,219 @@ _PROCESSORS = {  # stock class -> ours
 }
 _HEAD_DIMS = (32, 64, 128)
 _MODELS = ("QwenImageTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
+_CONTROLNETS = ("QwenImageControlNetModel", "FluxControlNetModel", "SD3ControlNetModel")
+_BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+_EXACT = "exact=True: sums over channels and tokens keep eager's order"
 
 
-def accelerate(pipe_or_model: Any, *, exact: bool = False) -> Any:
+def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = False) -> Any:
     """Let a diffusers transformer run on this package's kernels, in place; :func:`restore` undoes it.
 
     Parameters
     ----------
-    pipe_or_model : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one.
-    exact : keep every operation whose fused form differs from eager by rounding, which so far is every one: the model
-        stays as it is, and :func:`report` says so.
+    pipe_or_model : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, a ControlNet of one of these families, or
+        a pipeline with one, whose ControlNets are taken along.
+    exact : equal eager diffusers to the last bit, with fewer launches: element-wise ops are fused with eager's
+        roundings, projections are one product where that gives the same bits; what sums in another order stays torch's.
+        Every fused form is compared with eager the first time it meets a signature of shapes, and dropped where a bit
+        differs (:mod:`pydit.models.exact`). :func:`report` says which.
+    cuda_graphs : record the transformer's whole forward as a CUDA graph per shape
+        (:func:`pydit.inference.graphs.enable`).
 
     Returns
     -------
     The argument. Call it where the model will run, in its dtype: the attention kernels take 16 bits. What the kernels
-    round once eager rounds two or three times; results differ by rounding. An attention backend chosen with
-    ``set_attention_backend`` stays, and a block whose forward a hook has replaced keeps its own.
+    round once eager rounds two or three times; without ``exact``, results differ by rounding. An attention backend
+    chosen with ``set_attention_backend`` stays. Hooks of diffusers and of accelerate may come before or after.
 
     Raises
     ------
     UserError
-        Another model.
+        Another model, or graphs of a model whose weights are offloaded.
     """
-    model = schedule.model_of(pipe_or_model)
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if not names & set(_MODELS):
-        raise UserError(f"transformer: expected {', '.join(_MODELS[:-1])} or {_MODELS[-1]}, "
-                        f"got {type(model).__name__}")
-    _undo(model)
-    state = model.__dict__[_KEY] = _Accelerated()
-    if exact:
-        state.note("attention", "stock", "exact=True: the fused ops round less often than eager")
-        state.note("blocks", "stock", "exact=True: the fused ops round less often than eager")
-        return pipe_or_model
-    from pydit.models import attention
+    models = _models_of(pipe_or_model)
+    if cuda_graphs:
+        graphs.check(models[0])
+    for model in models:
+        _undo(model)
+        state = model.__dict__[_KEY] = _Accelerated()
+        _swap_processors(model, state, exact)
+        _swap_blocks(model, state, exact)
+        state.guards = traps.guard(model)
+        state.hooks.append(model.register_forward_pre_hook(traps.refuse_layer_skip, with_kwargs=True))
+    if cuda_graphs:
+        graphs.enable(models[0])
+    return pipe_or_model
 
-    refused = _refused(model)
+
+def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None:
+    from pydit.models import attention
+    from pydit.models import exact as exact_forms
+
+    refused = "" if exact else _refused(model)
     for module in model.modules():
         processor = getattr(module, "processor", None)
         kind = type(processor).__name__
         if processor is None or isinstance(processor, nn.Module):
             continue
-        if kind not in _PROCESSORS or type(processor).__module__ == attention.__name__:
-            state.note("attention", "stock", f"no fused form of {kind}")
-        elif getattr(processor, "_attention_backend", None) is not None:
-            state.note("attention", "stock", f"set_attention_backend chose {processor._attention_backend}")
-        elif refused:
-            state.note("attention", "stock", refused)
+        chosen = getattr(processor, "_attention_backend", None)
+        if exact and type(processor) in exact_forms.PROCESSORS:
+            ours = exact_forms.PROCESSORS[type(processor)].__new__(exact_forms.PROCESSORS[type(processor)])
+            ours.__dict__.update(processor.__dict__, exact=state.exact_ops())
+            state.note("attention", "stock", f"{_EXACT}; its projections are one product where that is bit-equal")
+        elif kind not in _PROCESSORS or type(processor).__module__ == attention.__name__:
+            state.note("attention", "stock", f"no {'exact' if exact else 'fused'} form of {kind}")
+            continue
+        elif chosen is not None:
+            state.note("attention", "stock", f"set_attention_backend chose {getattr(chosen, 'value', chosen)}")
+            continue
+        elif exact or refused:
+            state.note("attention", "stock", refused or f"no exact form of {kind}")
+            continue
         elif module.inner_dim // module.heads not in _HEAD_DIMS:
             state.note("attention", "stock", f"heads of {module.inner_dim // module.heads} channels; the kernels take "
                                              "32, 64 and 128")
+            continue
         else:
-            state.processors.append((module, processor))
-            module.processor = getattr(attention, _PROCESSORS[kind])()
+            ours = getattr(attention, _PROCESSORS[kind])()
+            ours.stock = processor
             state.note("attention", "pydit", "")
-            with torch.no_grad():
-                attention.pack_projections(module)
-    from pydit.models import fused_blocks, get_adapter
+        state.processors.append((module, processor, ours))
+        module.processor = ours
+        with torch.no_grad():
+            attention.pack_projections(module)
 
+
+def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
+    from pydit.models import exact as exact_forms
+    from pydit.models import fused_blocks
+
+    forms, word = (exact_forms.BLOCKS, "exact") if exact else (fused_blocks.FUSED, "fused")
     target = None
-    for block in get_adapter(model).blocks(model):
-        if "forward" in block.__dict__:
-            state.note("blocks", "stock", "a hook has replaced the block's forward; accelerate before adding hooks")
-        elif type(block) not in fused_blocks.FUSED:
-            state.note("blocks", "stock", f"no fused form of {type(block).__name__}")
+    for block in _blocks_of(model):
+        stock = type(block)
+        if stock not in forms:
+            state.note("blocks", "stock", f"no {word} form of {stock.__name__}")
+            continue
+        _know_as(forms[stock], stock)
+        if not change_class(block, forms[stock]):
+            state.note("blocks", "stock", "something other than a hook of diffusers or accelerate has replaced the "
+                                          "block's forward")
+            continue
+        state.blocks.append((block, stock))
+        two_rows = getattr(block, "zero_cond_t", False)
+        if exact:
+            block.__dict__["_pydit_exact"] = state.exact_ops()
+            state.note("blocks", *(("stock", f"{_EXACT}; no exact form of two modulation rows") if two_rows else
+                                   ("pydit", _EXACT)))
+        elif two_rows:
+            target = target or fused_blocks.TargetTokens()
+            block.__dict__["_pydit_target"] = target
+            state.note("blocks", "pydit", "two modulation rows; batches whose target images differ in size run stock "
+                                          "operations")
         else:
-            state.blocks.append((block, type(block)))
-            block.__class__ = fused_blocks.FUSED[type(block)]
-            reason = ""
-            if getattr(block, "zero_cond_t", False):
-                reason = "two modulation rows; batches whose target images differ in size run stock operations"
-                target = target or fused_blocks.TargetTokens()
-                block.__dict__["_pydit_target"] = target
-            state.note("blocks", "pydit", reason)
+            state.note("blocks", "pydit", "")
     if target is not None:
         state.hooks.append(model.register_forward_pre_hook(target, with_kwargs=True))
-    return pipe_or_model
 
 
 def restore(pipe_or_model: Any) -> Any:
     """Undo :func:`accelerate` and :func:`bake_schedule`, bit for bit; returns its argument."""
-    _undo(schedule.model_of(pipe_or_model))
-    return schedule.restore(pipe_or_model)
+    for model in _models_of(pipe_or_model):
+        _undo(model)
+        schedule.restore(model)
+    return pipe_or_model
 
 
-def describe(pipe_or_model: Any) -> dict[str, list[dict[str, Any]]]:
+def describe(pipe_or_model: Any) -> dict[str, Any]:
     """What :func:`accelerate` has done to a model, and why not more.
 
     Returns
     -------
     dict
-        ``attention`` and ``blocks``: rows of ``path`` (``"pydit"`` or ``"stock"``), ``reason`` ("" for pydit) and
-        ``count``; ``modulation``: the same, ``path`` ``"table"`` where :func:`bake_schedule` was called.
+        ``attention`` and ``blocks``: rows of ``path`` (``"pydit"`` or ``"stock"``), ``reason`` ("" where nothing faster
+        exists) and ``count``; ``modulation``: the same, ``path`` ``"table"`` where :func:`bake_schedule` was called;
+        ``exact``: per op of ``exact=True`` what ran fused so far; ``graphs``: of ``cuda_graphs=True``, what was recorded
+        and replayed; ``controlnets``: the same of a pipeline's ControlNets.
     """
-    model = schedule.model_of(pipe_or_model)
+    models = _models_of(pipe_or_model)
+    found = _describe(models[0])
+    if len(models) > 1:
+        found["controlnets"] = [_describe(model) for model in models[1:]]
+    return found
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
     state = model.__dict__.get(_KEY)
-    rows = {kind: [{"path": "stock", "reason": "pydit.accelerate was not called", "count": 1}]
-            for kind in ("attention", "blocks")}
+    rows: dict[str, Any] = {kind: [{"path": "stock", "reason": "pydit.accelerate was not called", "count": 1}]
+                            for kind in ("attention", "blocks")}
     if state is not None:
         rows |= {kind: [{"path": path, "reason": reason, "count": count}
                         for (where, path, reason), count in state.notes.items() if where == kind] for kind in rows}
-    baked = schedule.is_baked(model)
-    rows["modulation"] = [{"path": "table" if baked else "stock",
-                           "reason": "" if baked else "pydit.bake_schedule was not called", "count": 1}]
+        rows["attention"] += _chosen_since(state)
+        if state.exact is not None:
+            rows["exact"] = state.exact.rows()
+    rows["modulation"] = schedule.describe(model)
+    rows["graphs"] = graphs.describe(model)
     return rows
+
+
+def _chosen_since(state: _Accelerated) -> list[dict[str, Any]]:
+    """Rows for processors that are not, or no longer, what runs."""
+    reasons: dict[str, int] = {}
+    for module, _, ours in state.processors:
+        if module.processor is not ours:
+            reason = f"{type(module.processor).__name__} was set after pydit.accelerate"
+        elif getattr(ours, "_attention_backend", None) is not None and hasattr(ours, "stock"):
+            chosen = getattr(ours._attention_backend, "value", ours._attention_backend)
+            reason = f"set_attention_backend chose {chosen} after pydit.accelerate"
+        else:
+            continue
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return [{"path": "stock", "reason": reason, "count": count} for reason, count in reasons.items()]
+
+
+def _models_of(pipe_or_model: Any) -> list[nn.Module]:
+    """The model, or a pipeline's transformer and ControlNets; UserError for anything else."""
+    def is_a(model: Any, names: tuple[str, ...]) -> bool:
+        return bool({cls.__name__ for cls in type(model).__mro__} & set(names))
+
+    models = [schedule.model_of(pipe_or_model)]
+    if not is_a(models[0], (*_MODELS, *_CONTROLNETS)):
+        raise UserError(f"transformer: expected {', '.join((*_MODELS, *_CONTROLNETS)[:-1])} or {_CONTROLNETS[-1]}, "
+                        f"got {type(models[0]).__name__}")
+    if models[0] is not pipe_or_model:
+        controlnet = getattr(pipe_or_model, "controlnet", None)
+        several = controlnet if isinstance(controlnet, (list, tuple)) else getattr(controlnet, "nets", [controlnet])
+        models += [net for net in several if is_a(net, _CONTROLNETS)]
+    return models
+
+
+def _blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a forward runs; of a pruned model the teacher's where they run instead."""
+    return [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
+
+
+def _know_as(form: type[nn.Module], stock: type[nn.Module]) -> None:
+    """Let diffusers' block caches know our form of a block as they know the stock one."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        known = TransformerBlockRegistry.get(stock)
+    except (ImportError, ValueError):  # a diffusers without them, or a block that they do not take
+        return
+    TransformerBlockRegistry.register(form, TransformerBlockMetadata(
+        return_hidden_states_index=known.return_hidden_states_index,
+        return_encoder_hidden_states_index=known.return_encoder_hidden_states_index))
 
 
 def _refused(model: nn.Module) -> str:
     """Why the attention kernels cannot take this model's activations; "" if they can."""
-    parameter = next(model.parameters())
-    kernels = parameter.is_cuda or env.get("PYDIT_BACKEND") == "sim"
-    if kernels and parameter.dtype not in (torch.float16, torch.bfloat16):
-        return f"{parameter.dtype}: the attention kernels take float16 and bfloat16"
+    parameter, dtype = next(model.parameters()), model.dtype
+    kernels = (parameter.is_cuda or env.get("PYDIT_BACKEND") == "sim"
+               or (torch.cuda.is_available() and has_offloading(model) != ""))
+    if kernels and dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype}: the attention kernels take float16 and bfloat16"
     return ""
 
 
@@ -146,22 +248,35 @@ def _refused(model: nn.Module) -> str:
 class _Accelerated:
     """What was there before."""
 
-    processors: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    processors: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     blocks: list[tuple[nn.Module, type]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)  # names of the model's attributes that refuse what does not work
     notes: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    exact: Any = None
 
     def note(self, kind: str, path: str, reason: str) -> None:
         self.notes[kind, path, reason] = self.notes.get((kind, path, reason), 0) + 1
 
+    def exact_ops(self) -> Any:
+        from pydit.models.exact import ExactOps
+
+        self.exact = self.exact or ExactOps()
+        return self.exact
+
 
 def _undo(model: nn.Module) -> None:
+    graphs.disable(model)
     state = model.__dict__.pop(_KEY, None)
     if state is not None:
-        for module, processor in state.processors:
-            module.processor = processor
+        for module, processor, ours in state.processors:
+            if module.processor is ours:  # what somebody has put there since stays
+                module.processor = processor
         for block, cls in state.blocks:
-            block.__class__ = cls
+            change_class(block, cls)
             block.__dict__.pop("_pydit_target", None)
+            block.__dict__.pop("_pydit_exact", None)
         for hook in state.hooks:
             hook.remove()
+        for name in state.guards:
+            model.__dict__.pop(name, None)

@@ -1,89 +1,108 @@
 """Modulation as a table over the timesteps of a schedule.
 
 A DiT block turns the time embedding into shifts, scales and gates by one large matrix per stream; in Qwen-Image these
-hold 6.8 of 20.4 billion parameters, and for a fixed schedule they only ever see its timesteps. :func:`bake_schedule`
-computes the rows once and takes the matrices out of the model.
+hold 6.8 of 20.4 billion parameters, and for a fixed schedule they only ever see its timesteps; in FLUX.1 and SD3, its
+timesteps with the pooled text of the prompts at hand. :func:`bake_schedule` computes the rows once and takes the matrices
+out of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from pydit.errors import UserError
+from pydit.inference import hooked
 from pydit.models import get_adapter
 
 _KEY = "_pydit_baked_schedule"
+# Methods of a diffusers model that change its weights or its adapters: the table is made anew after each.
+_ADAPTER_METHODS = ("load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "set_adapters", "set_adapter",
+                    "add_adapter", "delete_adapters", "disable_adapters", "enable_adapters", "disable_lora",
+                    "enable_lora")
 
 
-def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Tensor) -> nn.Module:
+def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Tensor, *,
+                  pooled_projections: torch.Tensor | None = None,
+                  guidance: Iterable[float] | torch.Tensor | None = None, on_miss: str = "raise") -> nn.Module:
     """Replace the modulation of every block by a table over ``timesteps``, in place.
 
     Rows are computed one by one by the modules they replace, so a forward of batch 1 is equal to the last bit. The
     modules leave ``parameters()`` and the device; :func:`restore` brings them back. Baking again replaces the table.
+    A LoRA that is loaded, scaled, fused or removed afterwards, also one on the modulation, and any other change of the
+    modules' weights makes the table anew.
 
     Parameters
     ----------
-    transformer : a Qwen-Image transformer, stock or pruned, or a pipeline with one; blocks as they are active now.
-    timesteps : the values that ``forward(timestep=...)`` will receive (Qwen-Image pipelines pass sigma, 0 to 1). They
-        are looked up exactly, in the dtype in which the forward embeds them.
+    transformer : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one; blocks as they are
+        active now.
+    timesteps : the values that ``forward(timestep=...)`` will receive (pipelines of Qwen-Image and FLUX.1 pass sigma,
+        0 to 1, those of SD3 0 to 1000). They are looked up exactly, in the dtype in which the forward embeds them.
+    pooled_projections : FLUX.1 and SD3: the prompts' pooled text, shape (P, C), as the forward will receive it; that of
+        the negative prompt too where there is one. Rows are looked up exactly.
+    guidance : FLUX.1 with guidance_embeds: the values that ``forward(guidance=...)`` will receive.
+    on_miss : what to do about a timestep, prompt or guidance that is not in the table: ``"raise"``, or ``"extend"`` the
+        table. It never takes a neighbour's row.
 
     Returns
     -------
-    The argument. A timestep that is not in the table gives NaN for its sample, never a neighbour's row, and raises:
-    at once on the CPU, at a later forward on a GPU, where finding out at once would mean to wait. Saving or loading
-    weights of a baked model is refused.
+    The argument. On the CPU a miss is found before the forward runs; on a GPU, where finding out at once would mean to
+    wait, it gives NaN for its sample, and raises or extends the table at the next forward. Saving or loading weights of a
+    baked model is refused.
 
     Raises
     ------
     UserError
-        Another model, no or wrong timesteps, or a model with conditions beyond the timestep.
+        Another model, no or wrong timesteps, or conditions that are missing or that the model does not have.
     """
     model = model_of(transformer)
-    adapter = get_adapter(model)
-    if adapter.family != "qwen-image":
-        raise UserError(f"transformer: expected a Qwen-Image transformer, got {type(model).__name__}")
-    if model.config.get("use_additional_t_cond") or model.config.get("guidance_embeds"):
-        raise UserError("transformer: expected modulation by the timestep alone, got a model with guidance_embeds or "
-                        "use_additional_t_cond")
-    values = _checked(timesteps)
+    family = get_adapter(model).family
+    if on_miss not in ("raise", "extend"):
+        raise UserError(f"on_miss: expected raise or extend, got {on_miss!r}")
+    if family == "qwen-image" and model.config.get("guidance_embeds"):
+        raise UserError("transformer: expected modulation by the timestep and what Qwen-Image-Layered adds to it, got a "
+                        "model with guidance_embeds")
+    baked = _Baked(family, on_miss, _numbers("timesteps", timesteps), *_conditions(model, family, pooled_projections,
+                                                                                  guidance))
+    offloading = hooked.has_offloading(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise UserError(f"transformer: expected one with its weights at hand, got one that {offloading} has emptied; "
+                        "bake the schedule before offloading")
     restore(model)
-    embed = model.time_text_embed
-    first = next(embed.parameters())
-    keys = values.to(first.device, torch.float32).to(first.dtype)  # as pipelines make them, as the forward casts them
-    pairs = bool(model.config.get("zero_cond_t"))  # the image is modulated by two rows, that of the timestep and of 0
-    keys = (torch.cat((keys, keys[:1] * 0)) if pairs else keys).unique()
-    baked = _Baked()
-    with torch.no_grad():
-        # As many rows at a time as a forward of batch 1 has: a product of two rows is not that of one to the last bit.
-        rows = [embed(torch.stack((key, key * 0)) if pairs else key[None], first[:0]) for key in keys]
-        _swap(baked, model, "time_text_embed", BakedTimesteps(keys))
-        for block in adapter.blocks(model):
-            for name in (name for name in adapter.modulation if hasattr(block, name)):
-                both = pairs and name == "img_mod"
-                _swap(baked, block, name, BakedRows([getattr(block, name)(row if both else row[:1])[:1]
-                                                     for row in rows]))
-        _swap(baked, model.norm_out, "silu", BakedRows([model.norm_out.silu(row[:1]) for row in rows]))
-    for hook in (model.register_state_dict_pre_hook, model.register_load_state_dict_pre_hook):
-        baked.hooks.append(hook(_refuse))
     model.__dict__[_KEY] = baked
+    try:
+        _fill(model, baked)
+    except BaseException:
+        restore(model)
+        raise
+    baked.hooks.append(model.register_forward_pre_hook(_at_step, with_kwargs=True))
+    for name in _ADAPTER_METHODS:
+        if hasattr(type(model), name):
+            model.__dict__[name] = MethodType(_then_refreshed(getattr(type(model), name)), model)
     return transformer
 
 
 def restore(transformer: nn.Module) -> nn.Module:
     """Undo :func:`bake_schedule`, bit for bit, on the device where the model is now; returns its argument."""
     model = model_of(transformer)
-    baked = model.__dict__.pop(_KEY, None)
+    baked = model.__dict__.get(_KEY)
     if baked is not None:
-        device = next(model.parameters()).device
+        device = _place(model)[0]
+        _put_back(baked, device)
         for hook in baked.hooks:
             hook.remove()
-        for owner, name, module in baked.originals:
-            setattr(owner, name, module.to(device))
+        for name in _ADAPTER_METHODS:
+            model.__dict__.pop(name, None)
+        del model.__dict__[_KEY]
     return transformer
 
 
@@ -92,55 +111,75 @@ def is_baked(model: nn.Module) -> bool:
     return _KEY in model.__dict__
 
 
+def describe(model: nn.Module) -> list[dict[str, Any]]:
+    """The row of ``pydit.report`` about a model's modulation."""
+    baked = model.__dict__.get(_KEY)
+    if baked is None:
+        return [{"path": "stock", "reason": "pydit.bake_schedule was not called", "count": 1}]
+    return [{"path": "table", "reason": "", "count": 1, "rows": baked.embedded.count, "made_anew": baked.refreshed}]
+
+
 @dataclass
 class _Baked:
-    """What was taken out. Not a module, so that nothing of it is a parameter of the model."""
+    """What the table is made from, and what was taken out. Not a module: nothing of it is a parameter of the model."""
 
+    family: str
+    on_miss: str
+    timesteps: torch.Tensor  # [T], as given
+    pooled: torch.Tensor | None  # [P, C]
+    guidance: torch.Tensor | None  # [G], as given
     originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    refusals: list[Any] = field(default_factory=list)  # hooks against saving and loading
     hooks: list[Any] = field(default_factory=list)
+    version: tuple = ()  # of the weights that the table was made from
+    refreshed: int = 0
+    embedded: BakedTimesteps | None = None
+    pending: tuple[torch.Tensor, Any, dict[str, Any]] | None = None  # whether a forward missed, on its way to the host
 
 
 class BakedTimesteps(nn.Module):
-    """In place of the time embedding: the row of each timestep, int64 [B, 1], which flows where the embedding did."""
+    """In place of the time embedding: the row of each sample, int64 [B, 1], which flows where the embedding did.
 
-    def __init__(self, keys: torch.Tensor) -> None:
+    Rows are ordered by timestep, then guidance, then prompt; one past the last stands for a miss.
+    """
+
+    def __init__(self, family: str, keys: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor | None,
+                 conditions: int) -> None:
         super().__init__()
+        self.family, self.conditions = family, conditions
         self.register_buffer("keys", keys, persistent=False)
-        self._pending: tuple[torch.Tensor, Any] | None = None  # whether a forward missed, on its way to the host
+        self.register_buffer("guidance", guidance, persistent=False)
+        self.register_buffer("pooled", pooled, persistent=False)
+
+    @property
+    def count(self) -> int:
+        """Rows without that of a miss."""
+        return len(self.keys) * self.conditions * (1 if self.guidance is None else len(self.guidance))
 
     def forward(self, timestep: torch.Tensor, *others: Any) -> torch.Tensor:
-        """``others``: hidden states, whose dtype does not matter here, and nothing else."""
-        if len(others) > 2 or (len(others) == 2 and others[1] is not None):
-            raise UserError("transformer: expected a timestep alone with a baked schedule, got guidance or another "
-                            "condition; pydit.restore it")
-        found = timestep[:, None] == self.keys.to(timestep.dtype)
-        missed = ~found.any(1)
-        rows = torch.where(missed, len(self.keys), found.int().argmax(1))
-        if not torch.compiler.is_compiling():
-            self._raise_missed()
-            self._send(missed)
-        return rows[:, None]
+        """``others`` as the family's embedding takes them."""
+        row, known = _find(timestep, self.keys)
+        if self.family == "qwen-image":  # hidden states, then the condition of Qwen-Image-Layered
+            condition = others[1] if len(others) > 1 else None
+            if len(others) > 2 or (condition is None) != (self.conditions == 1):
+                raise UserError("transformer: expected the conditions that its schedule was baked for, got others; "
+                                "pydit.restore it")
+            if condition is not None:
+                row, known = self._next(row, known, condition.reshape(-1), 2)
+        else:  # guidance if there is any, then the pooled text
+            if (len(others) == 2) != (self.guidance is not None):
+                raise UserError("guidance: expected as the schedule was baked, "
+                                f"{'with' if self.guidance is not None else 'without'} it, got the opposite")
+            if self.guidance is not None:
+                place, found = _find(others[0], self.guidance)
+                row, known = row * len(self.guidance) + place, known & found
+            same = (others[-1][:, None] == self.pooled).all(-1)
+            row, known = row * len(self.pooled) + same.int().argmax(1), known & same.any(1)
+        return torch.where(known, row, self.count)[:, None]
 
-    def _send(self, missed: torch.Tensor) -> None:
-        if not missed.is_cuda:
-            self._pending = missed, None
-            self._raise_missed()
-        elif not torch.cuda.is_current_stream_capturing():
-            flag = torch.empty(1, dtype=torch.bool, pin_memory=True)
-            flag.copy_(missed.any()[None], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending = flag, event
-
-    def _raise_missed(self) -> None:
-        if self._pending is None:
-            return
-        flag, event = self._pending
-        if event is None or event.query():
-            self._pending = None
-            if bool(flag.any()):
-                raise UserError(f"timestep: expected one of the {len(self.keys)} of the baked schedule, got another; "
-                                "pydit.bake_schedule with the timesteps in use, or pydit.restore")
+    @staticmethod
+    def _next(row: torch.Tensor, known: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        return row * count + index, known & (index >= 0) & (index < count)
 
 
 class BakedRows(nn.Module):
@@ -156,10 +195,213 @@ class BakedRows(nn.Module):
         return self.table[rows[:, 0]]
 
 
+# Making the table. ------------------------------------------------------------------------------------------------
+
+
+def _fill(model: nn.Module, baked: _Baked) -> None:
+    """Compute every row by the modules in place, one module on the device at a time, and put tables there instead."""
+    device, dtype = _place(model)
+    family, adapter = baked.family, get_adapter(model)
+    keys = _as_embedded(family, baked.timesteps.to(device, torch.float32), dtype)
+    pairs = bool(model.config.get("zero_cond_t"))  # the image is modulated by two rows, that of the timestep and of 0
+    keys = (torch.cat((keys, keys[:1] * 0)) if pairs else keys).unique()
+    guidance = None if baked.guidance is None else _scaled(baked.guidance.to(device, torch.float32), dtype).unique()
+    pooled = None if baked.pooled is None else baked.pooled.to(device)
+    layered = family == "qwen-image" and bool(model.config.get("use_additional_t_cond"))
+    conditions = 2 if layered else 1 if pooled is None else len(pooled)
+    embedded = BakedTimesteps(family, keys, guidance, pooled, conditions)
+    with torch.no_grad():
+        embed = model.time_text_embed.to(device)
+        nothing = torch.empty(0, device=device, dtype=dtype)
+        rows = []
+        for key in keys:
+            # As many rows at a time as a forward of batch 1 has: a product of two is not that of one to the last bit.
+            times = torch.stack((key, key * 0)) if pairs else key[None]
+            if family == "qwen-image":
+                rows += [embed(times, nothing, *([torch.full_like(times, c, dtype=torch.long)] if layered else []))
+                         for c in range(conditions)]
+            else:
+                rows += [embed(times, *strength, text[None]) for strength in ([(g[None],) for g in guidance]
+                                                                              if guidance is not None else [()])
+                         for text in pooled]
+        _swap(baked, model, "time_text_embed", embedded)
+        baked.embedded = embedded
+        for block in adapter.blocks(model):
+            for name in (name for name in adapter.modulation if hasattr(block, name)):
+                both = pairs and name == "img_mod"
+                if family == "qwen-image":
+                    module = getattr(block, name).to(device)
+                    _swap(baked, block, name, BakedRows([module(row if both else row[:1])[:1] for row in rows]))
+                else:
+                    _swap_norm(baked, getattr(block, name), rows, device)
+        _swap(baked, model.norm_out, "silu", BakedRows([model.norm_out.silu(row[:1]) for row in rows]))
+    for hook in (model.register_state_dict_pre_hook, model.register_load_state_dict_pre_hook):
+        baked.refusals.append(hook(_refuse))
+    baked.version = _version(baked)
+
+
+def _swap_norm(baked: _Baked, norm: nn.Module, rows: list[torch.Tensor], device: torch.device) -> None:
+    """The tables of an AdaLayerNorm. One that casts what its activation returns keeps its (small) linear layer."""
+    if type(norm).__name__ == "AdaLayerNormContinuous":
+        _swap(baked, norm, "silu", BakedRows([norm.silu(row) for row in rows]))
+        return
+    linear = norm.linear.to(device)
+    table = BakedRows([linear(norm.silu(row)) for row in rows])
+    _swap(baked, norm, "silu", nn.Identity())
+    _swap(baked, norm, "linear", table)
+
+
 def _swap(baked: _Baked, owner: nn.Module, name: str, table: nn.Module) -> None:
     module = getattr(owner, name)
     setattr(owner, name, table)
     baked.originals.append((owner, name, module.to("cpu")))
+
+
+def _put_back(baked: _Baked, device: torch.device | None) -> None:
+    """The modules as they were; where no device is given they stay on the CPU."""
+    for hook in baked.refusals:
+        hook.remove()
+    for owner, name, module in reversed(baked.originals):
+        setattr(owner, name, module if device is None else module.to(device))
+    baked.refusals, baked.originals = [], []
+
+
+@contextlib.contextmanager
+def _opened(model: nn.Module, baked: _Baked) -> Iterator[None]:
+    """The model with its modulation modules, on the CPU; afterwards the table is made anew."""
+    _put_back(baked, None)
+    try:
+        yield
+    finally:
+        _fill(model, baked)
+        baked.refreshed += 1
+
+
+def _then_refreshed(method: Any) -> Any:
+    @functools.wraps(method)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not model.__dict__[_KEY].originals:  # one such method called by another
+            return method(model, *args, **kwargs)
+        with _opened(model, model.__dict__[_KEY]):
+            return method(model, *args, **kwargs)
+
+    return call
+
+
+def _version(baked: _Baked) -> tuple:
+    return tuple(hooked.fingerprint(module) for _, _, module in baked.originals)
+
+
+# At every step. ---------------------------------------------------------------------------------------------------
+
+
+def _at_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: what the last step missed, weights that changed, what this step will miss."""
+    if torch.compiler.is_compiling():
+        return
+    baked = model.__dict__[_KEY]
+    _settle(model, baked)
+    if _version(baked) != baked.version:
+        with _opened(model, baked):
+            pass
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    _refuse_scale(baked, given.get("attention_kwargs") or given.get("joint_attention_kwargs"))
+    missed = _missed(model, baked, given)
+    if missed is None:
+        return
+    if not missed.is_cuda:
+        _handle(model, baked, missed, given)
+    elif not torch.cuda.is_current_stream_capturing():
+        flag = torch.empty(len(missed), dtype=torch.bool, pin_memory=True)
+        flag.copy_(missed, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        baked.pending = flag, event, {name: given.get(name) for name in ("timestep", "pooled_projections", "guidance")}
+
+
+def _missed(model: nn.Module, baked: _Baked, given: dict[str, Any]) -> torch.Tensor | None:
+    """Which samples have no row, bool [B], on the device."""
+    timestep = given.get("timestep")
+    if timestep is None:
+        return None
+    dtype, others = _place(model)[1], []
+    if baked.family == "qwen-image":
+        condition = given.get("additional_t_cond")
+        others = [None] + ([condition] if condition is not None else [])
+    else:
+        if given.get("guidance") is not None:
+            others.append(_scaled(given["guidance"], dtype))
+        others.append(given["pooled_projections"])
+    rows = baked.embedded(_as_embedded(baked.family, timestep, dtype), *others)
+    return rows[:, 0] == baked.embedded.count
+
+
+def _settle(model: nn.Module, baked: _Baked) -> None:
+    """Raise or extend for an earlier step on a GPU, once its answer has come."""
+    if baked.pending is not None and (baked.pending[1] is None or baked.pending[1].query()):
+        flag, _, given = baked.pending
+        baked.pending = None
+        if bool(flag.any()) and baked.on_miss == "extend":
+            warnings.warn("timestep: the step before had no row in the baked schedule and its output is NaN; the table "
+                          "now has one", UserWarning, stacklevel=4)
+        _handle(model, baked, flag, given)
+
+
+def _handle(model: nn.Module, baked: _Baked, missed: torch.Tensor, given: dict[str, Any]) -> None:
+    if not bool(missed.any()):
+        return
+    if baked.on_miss == "raise":
+        what = "timestep" if baked.pooled is None else "timestep, prompt and guidance"
+        raise UserError(f"{what}: expected one of the {baked.embedded.count} of the baked schedule, got another; "
+                        "pydit.bake_schedule with those in use or on_miss='extend', or pydit.restore")
+    where = missed.nonzero()[:, 0]
+    _append(baked, "timesteps", given["timestep"], where)
+    _append(baked, "guidance", given.get("guidance"), where)
+    _append(baked, "pooled", given.get("pooled_projections"), where)
+    with _opened(model, baked):
+        pass
+
+
+def _append(baked: _Baked, name: str, values: torch.Tensor | None, where: torch.Tensor) -> None:
+    known = getattr(baked, name)
+    if known is None or values is None:
+        return
+    values = values.detach()[where.to(values.device)].to(known.device)
+    dtype = torch.promote_types(known.dtype, values.dtype)
+    setattr(baked, name, torch.cat((known.to(dtype), values.to(dtype))).unique(dim=0))
+
+
+def _refuse_scale(baked: _Baked, options: Any) -> None:
+    scale = options.get("scale", 1.0) if isinstance(options, dict) else 1.0
+    if scale != 1.0 and any("scaling" in part.__dict__ for _, _, module in baked.originals for part in module.modules()):
+        raise UserError(f"attention_kwargs: expected a scale of 1, because a LoRA on the modulation is in the baked "
+                        f"schedule's table, got {scale:g}; give it by set_adapters")
+
+
+# Small parts. -----------------------------------------------------------------------------------------------------
+
+
+def _find(values: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(place in keys, whether it is there at all) of every value, exactly and without waiting for the device."""
+    same = values.reshape(-1)[:, None] == keys.to(values.dtype)
+    return same.int().argmax(1), same.any(1)
+
+
+def _as_embedded(family: str, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A timestep as the family's forward hands it to its embedding."""
+    if family == "qwen-image":
+        return timestep.to(dtype)
+    return _scaled(timestep, dtype) if family == "flux.1" else timestep.float()
+
+
+def _scaled(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return values.to(dtype) * 1000
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight = model.proj_out.weight
+    return weight.device, weight.dtype
 
 
 def _refuse(module: nn.Module, *_args: Any) -> None:
@@ -176,11 +418,30 @@ def model_of(transformer: Any) -> nn.Module:
     return model
 
 
-def _checked(timesteps: Iterable[float] | torch.Tensor) -> torch.Tensor:
+def _conditions(model: nn.Module, family: str, pooled: Any, guidance: Any) -> tuple[torch.Tensor | None, ...]:
+    """The prompts and guidance values of a table, checked against what the model has."""
+    needs_guidance = family == "flux.1" and bool(model.config.get("guidance_embeds"))
+    if family == "qwen-image":
+        if pooled is not None or guidance is not None:
+            raise UserError("pooled_projections, guidance: expected None, because Qwen-Image's modulation depends on the "
+                            "timestep alone, got a value")
+        return None, None
+    width = model.config.pooled_projection_dim
+    if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2 or pooled.shape[1] != width or not len(pooled):
+        got = list(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
+        raise UserError(f"pooled_projections: expected a tensor [prompts, {width}], because this model's modulation "
+                        f"depends on the prompt, got {got}")
+    if needs_guidance != (guidance is not None):
+        raise UserError(f"guidance: expected {'the values in use' if needs_guidance else 'None'}, because this model "
+                        f"has {'' if needs_guidance else 'no '}guidance_embeds, got {guidance!r}")
+    return pooled.detach().unique(dim=0), None if guidance is None else _numbers("guidance", guidance)
+
+
+def _numbers(name: str, given: Iterable[float] | torch.Tensor) -> torch.Tensor:
     try:
-        values = torch.as_tensor(timesteps if isinstance(timesteps, torch.Tensor) else list(timesteps)).detach()
+        values = torch.as_tensor(given if isinstance(given, torch.Tensor) else list(given)).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"timesteps: expected numbers, got {timesteps!r}") from None
+        raise UserError(f"{name}: expected numbers, got {given!r}") from None
     if values.ndim != 1 or not len(values) or values.is_complex() or not bool(torch.isfinite(values.double()).all()):
-        raise UserError(f"timesteps: expected one or more finite numbers, got {values.tolist()}")
+        raise UserError(f"{name}: expected one or more finite numbers, got {values.tolist()}")
     return values

@@ -9,15 +9,33 @@ rotation round once instead of two or three times.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pydit import ops
+from pydit import backend, ops
 from pydit.models.thinned import text_modules
 
 
-class QwenImageAttnProcessor:
+class _Replacing:
+    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
+
+    _attention_backend = None  # diffusers sets it on every processor that has it
+    _parallel_config = None
+    stock = None
+
+    def _chosen(self):
+        """The stock processor with the backend that the user has chosen; None where none was."""
+        if self._attention_backend is None or self.stock is None:
+            return None
+        chosen = copy.copy(self.stock)
+        chosen._attention_backend, chosen._parallel_config = self._attention_backend, self._parallel_config
+        return chosen
+
+
+class QwenImageAttnProcessor(_Replacing):
     """Drop-in for ``QwenDoubleStreamAttnProcessor2_0`` of Qwen-Image (diffusers 0.39 and later).
 
     Text tokens that the mask leaves out, which need not be at the end, are moved there on the device. Their rows of the
@@ -36,6 +54,9 @@ class QwenImageAttnProcessor:
         ValueError
             No text stream, an attention_mask (the text's mask is what this model takes), or no QK norm.
         """
+        if (stock := self._chosen()) is not None:
+            return stock(attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask,
+                         image_rotary_emb)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: expected the text stream, got None")
         if attention_mask is not None:
@@ -65,7 +86,7 @@ class QwenImageAttnProcessor:
         return _output(attn, out_img), text
 
 
-class FluxAttnProcessor:
+class FluxAttnProcessor(_Replacing):
     """Drop-in for diffusers' ``FluxAttnProcessor``, in dual and in single blocks.
 
     A single block's sequence is one stream already, text first; it is attended as an image stream without text.
@@ -80,13 +101,15 @@ class FluxAttnProcessor:
         ValueError
             An attention_mask: FLUX.1 has none.
         """
+        if (stock := self._chosen()) is not None:
+            return stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
         fused = attn.fused_projections
         image = _project(attn, hidden_states, *(["to_qkv"] if fused else ["to_q", "to_k", "to_v"]))
         table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
         if encoder_hidden_states is None:
-            q, k = ops.qk_norm_rope(*image[:2], attn.norm_q.weight, attn.norm_k.weight, table, eps=attn.norm_q.eps)
+            q, k = _norm_and_rotate_one((attn.norm_q, attn.norm_k), image[:2], table)
             return _output(attn, _alone(q, k, image[2]))
         modules = text_modules(attn)
         text = _project(attn, encoder_hidden_states, *(["to_added_qkv"] if fused else modules.projections))
@@ -95,7 +118,7 @@ class FluxAttnProcessor:
         return _attend_both(attn, modules, image, text, tables)
 
 
-class SD3AttnProcessor:
+class SD3AttnProcessor(_Replacing):
     """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
 
     In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
@@ -115,8 +138,7 @@ class SD3AttnProcessor:
         q_img, k_img, v_img = _project(attn, hidden_states, "to_q", "to_k", "to_v")
         if encoder_hidden_states is None:
             if attn.norm_q is not None:
-                q_img, k_img = ops.qk_norm_rope(q_img, k_img, attn.norm_q.weight, attn.norm_k.weight, None,
-                                                eps=attn.norm_q.eps)
+                q_img, k_img = _norm_and_rotate_one((attn.norm_q, attn.norm_k), (q_img, k_img), None)
             return _output(attn, _alone(q_img, k_img, v_img))
         modules = text_modules(attn)
         text = _project(attn, encoder_hidden_states, *modules.projections)
@@ -127,6 +149,10 @@ def _project(attn, x, *names):
     """Query, key and value [B, S, H, D] from one projection each or from one for all."""
     modules = [getattr(attn, name) for name in names if name is not None]
     packed = _adjacent(modules, x)
+    if not torch.compiler.is_compiling():
+        backend.record("projections", "torch", "torch's matrix product, one per stream" if packed is not None or
+                       len(modules) == 1 else "torch's matrix product, one per projection: gradients are needed, or "
+                       "something has replaced or moved a projection")
     if packed is None:
         found = iter([module(x) for module in modules])
     else:
@@ -226,7 +252,30 @@ def _norm_and_rotate(norms, image, text, tables):
     """q_img, k_img, q_txt, k_txt after RMSNorm and rotation by the tables of (image, text)."""
     if any(norm is None for norm in norms):
         raise ValueError("attn: expected RMSNorm on queries and keys of both streams, got a module without")
-    return ops.joint_qk_norm_rope(*image[:2], *text[:2], [norm.weight for norm in norms], *tables, eps=norms[0].eps)
+    tensors = (*image[:2], *text[:2])
+    if any(map(_elsewhere, norms)):
+        return tuple(_called(norm, x, table) for norm, x, table in
+                     zip(norms, tensors, (tables[0], tables[0], tables[1], tables[1]), strict=True))
+    return ops.joint_qk_norm_rope(*tensors, [norm.weight for norm in norms], *tables, eps=norms[0].eps)
+
+
+def _norm_and_rotate_one(norms, tensors, table):
+    """q, k of one stream after RMSNorm and rotation."""
+    if any(map(_elsewhere, norms)):
+        return tuple(_called(norm, x, table) for norm, x in zip(norms, tensors, strict=True))
+    return ops.qk_norm_rope(*tensors, norms[0].weight, norms[1].weight, table, eps=norms[0].eps)
+
+
+def _elsewhere(norm):
+    """Whether a norm's weight only comes when the norm is called, as offloading layer by layer leaves it."""
+    return "forward" in norm.__dict__
+
+
+def _called(norm, x, table):
+    """A norm called as it is, then the rotation."""
+    backend.record("qk_norm_rope", "torch", "a hook brings the norm's weight when the norm is called")
+    x = norm(x)
+    return x if table is None else ops.reference.rotate(ops.reference.wide(x), *table).to(x.dtype)
 
 
 def _alone(q, k, v):

@@ -151,7 +151,8 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
         """As the parent's; chunked feed-forward takes the parent's path."""
         if self._chunk_size is not None:
             return super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-        image, text, options = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
+        image = hidden_states.contiguous()  # a ControlNet's patches come with tokens innermost
+        text, options = encoder_hidden_states, joint_attention_kwargs or {}
         shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *twice = _modulation(self.norm1, temb).chunk(
             9 if self.use_dual_attention else 6, dim=-1)
         eps = self.norm1.norm.eps

@@ -101,7 +101,9 @@ def _drop_text_output(block: JointTransformerBlock) -> None:
         setattr(norm.linear, name, nn.Parameter(torch.cat((scale, shift))))
     block.norm1_context, block.context_pre_only = norm, True
     block.attn.context_pre_only = True
-    block.norm2_context = block.ff_context = None
+    for name in ("norm2_context", "ff_context"):
+        delattr(block, name)  # a child set to None would let a strict load pass over its weights
+        setattr(block, name, None)
     del block.attn.to_add_out
 
 

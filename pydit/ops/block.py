@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from pydit import backend
-from pydit.ops import reference
+from pydit.ops import fallback, reference
 from pydit.ops._library import check_eps, check_split, check_tokens, define, define_backward, modulation_rows
 from pydit.ops.reference import wide
 
@@ -46,7 +46,7 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
     return torch.ops.pydit.ada_layer_norm(x, scale, shift, eps, split)
 
 
-def gated_residual(x, y, gate, *, split=None):
+def gated_residual(x, y, gate, *, split=None, exact=False):
     """Residual connection behind a gate: ``x + gate * y``.
 
     Parameters
@@ -54,6 +54,7 @@ def gated_residual(x, y, gate, *, split=None):
     x, y : torch.Tensor, shape (B, S, C), same dtype and device.
     gate : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C).
     split : int, optional. As in :func:`ada_layer_norm`.
+    exact : round the product to the dtype before the sum, which is what ``x + gate * y`` in torch computes, bit for bit.
 
     Returns
     -------
@@ -68,7 +69,7 @@ def gated_residual(x, y, gate, *, split=None):
     check_tokens("gated_residual", "y", y, x)
     check_split("gated_residual", split)
     gate = modulation_rows("gated_residual", "gate", gate, x, split)
-    return torch.ops.pydit.gated_residual(x, y, gate, split)
+    return torch.ops.pydit.gated_residual(x, y, gate, split, exact)
 
 
 def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=None):
@@ -113,7 +114,7 @@ def _row_split(split):
 def _ada_layer_norm(x, scale, shift, eps, split=None):
     path = backend.choose("ada_layer_norm", x)
     if path.kernels is None:
-        return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split).contiguous()
+        return fallback.ada_layer_norm(x, scale, shift, eps=eps, split=split).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with backend.device_of(x):
         path.kernels.ada_layer_norm(x, scale, shift, out, eps, _row_split(split), backend.DTYPE_CODES[x.dtype],
@@ -121,13 +122,13 @@ def _ada_layer_norm(x, scale, shift, eps, split=None):
     return out
 
 
-def _gated_residual(x, y, gate, split=None):
+def _gated_residual(x, y, gate, split=None, exact=False):
     path = backend.choose("gated_residual", x)
     if path.kernels is None:
-        return reference.gated_residual(x, y, gate, split=split).contiguous()
+        return fallback.gated_residual(x, y, gate, split=split, exact=exact).contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with backend.device_of(x):
-        path.kernels.gated_residual(x, y, gate, out, _row_split(split), backend.DTYPE_CODES[x.dtype],
+        path.kernels.gated_residual(x, y, gate, out, _row_split(split), exact, backend.DTYPE_CODES[x.dtype],
                                     backend.stream_of(x))
     return out
 
@@ -135,7 +136,7 @@ def _gated_residual(x, y, gate, split=None):
 def _gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps, split=None):
     path = backend.choose("gated_residual_ada_layer_norm", x)
     if path.kernels is None:
-        residual, out = reference.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=eps, split=split)
+        residual, out = fallback.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=eps, split=split)
         return residual.contiguous(), out.contiguous()
     residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty_like(residual)
@@ -151,7 +152,8 @@ def _like_x(x, *_):
 
 define("ada_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, SymInt? split=None) -> Tensor",
        _ada_layer_norm, _like_x)
-define("gated_residual(Tensor x, Tensor y, Tensor gate, SymInt? split=None) -> Tensor", _gated_residual, _like_x)
+define("gated_residual(Tensor x, Tensor y, Tensor gate, SymInt? split=None, bool exact=False) -> Tensor",
+       _gated_residual, _like_x)
 define("gated_residual_ada_layer_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, "
        "SymInt? split=None) -> (Tensor, Tensor)", _gated_residual_ada_layer_norm,
        lambda x, *_: (_like_x(x), _like_x(x)))
@@ -190,7 +192,7 @@ def _ada_layer_norm_backward(ctx, grad):
 
 
 def _gated_residual_setup(ctx, inputs, output):
-    _, y, gate, ctx.split = inputs
+    _, y, gate, ctx.split, _ = inputs
     ctx.save_for_backward(y, gate)
 
 
@@ -198,7 +200,7 @@ def _gated_residual_backward(ctx, grad):
     y, gate = ctx.saved_tensors
     wide_grad = wide(grad)
     d_y = wide_grad * reference.per_token(wide(gate), y, ctx.split)
-    return grad, d_y.to(y.dtype), _sum_rows(wide_grad * wide(y), ctx.split, y.dtype), None
+    return grad, d_y.to(y.dtype), _sum_rows(wide_grad * wide(y), ctx.split, y.dtype), None, None
 
 
 def _gated_residual_ada_layer_norm_setup(ctx, inputs, output):

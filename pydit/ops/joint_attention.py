@@ -10,7 +10,7 @@ import math
 import torch
 
 from pydit import backend, env
-from pydit.ops import reference
+from pydit.ops import fallback, reference
 from pydit.ops._library import _check_last_dim, _check_tensor, define, define_backward
 from pydit.ops.reference import wide
 
@@ -60,8 +60,10 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
         scale = 1 / math.sqrt(q_img.shape[3])
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
         raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {scale!r}")
+    inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
+    lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
     out_img, out_txt, lse_img, lse_txt = torch.ops.pydit.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt,
-                                                                         txt_lens, float(scale))
+                                                                         txt_lens, float(scale), lse)
     if q_txt is None:
         out_txt = lse_txt = None
     return (out_img, out_txt, lse_img, lse_txt) if return_lse else (out_img, out_txt)
@@ -147,12 +149,12 @@ def _outputs(q_img, q_txt, k_txt):
             q_img.new_empty(batch, heads, tokens, dtype=lse))
 
 
-def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale):
+def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale, lse=True):
     path = backend.choose(_OP, q_img)
     outputs = _outputs(q_img, q_txt, k_txt)
     if path.kernels is None:
-        found = reference.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens=txt_lens, scale=scale,
-                                          return_lse=True)
+        found = fallback.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens=txt_lens, scale=scale,
+                                         lse=lse)
         return tuple(empty if value is None else value.contiguous()
                      for value, empty in zip(found, outputs, strict=True))
     if q_img.dtype not in (torch.float16, torch.bfloat16):
@@ -168,7 +170,7 @@ def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale):
 
 
 define("joint_attention(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt, Tensor k_txt, Tensor v_txt, "
-       "Tensor? txt_lens, float scale) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
+       "Tensor? txt_lens, float scale, bool lse=True) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
        lambda q_img, k_img, v_img, q_txt, k_txt, *_: _outputs(q_img, q_txt, k_txt))
 
 
@@ -176,7 +178,7 @@ define("joint_attention(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt,
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -185,7 +187,7 @@ def _backward(ctx, *grads):
     grads = torch.ops.pydit.joint_attention_backward(*saved, *grads, ctx.scale)
     if saved[3] is None:
         grads[3] = None
-    return *grads, None, None
+    return *grads, None, None, None
 
 
 def _gradients_like(q_img, k_img, v_img, q_txt, k_txt, v_txt, *_):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from pydit import backend
-from pydit.ops import reference
+from pydit.ops import fallback
 from pydit.ops._library import check_eps, define, define_backward
 from pydit.ops.qk_norm_rope import _check_freqs, _check_heads, _check_weight, _like, _one_backward
 
@@ -73,7 +73,8 @@ def _run(tensors, weights, tables, eps, out):
     path = backend.choose(_OP, tensors[0])
     if path.kernels is None:
         freqs = [None if cos is None else (cos, sin) for cos, sin in (tables[:2], tables[2:])]
-        found = reference.joint_qk_norm_rope(*tensors, weights, *freqs, eps=eps)
+        found = [fallback.norm_rope(x, weight, freqs[place // 2], eps)
+                 for place, (x, weight) in enumerate(zip(tensors, weights, strict=True))]
         if out is None:
             return tuple(x.contiguous() for x in found)
         for to, x in zip(out, found, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from pydit import backend
-from pydit.ops import reference
+from pydit.ops import fallback, reference
 from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, define, define_backward
 from pydit.ops.reference import wide
 
@@ -107,7 +107,7 @@ def _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
     path = backend.choose(_OP, q)
     if path.kernels is None:
         freqs = None if cos is None else (cos, sin)
-        q_new, k_new = reference.qk_norm_rope(q, k, q_weight, k_weight, freqs, eps=eps)
+        q_new, k_new = fallback.norm_rope(q, q_weight, freqs, eps), fallback.norm_rope(k, k_weight, freqs, eps)
         if q_out is None:
             return q_new.contiguous(), k_new.contiguous()
         q_out.copy_(q_new)

@@ -18,8 +18,10 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
             + per_token(wide(shift), x, split)).to(x.dtype)
 
 
-def gated_residual(x, y, gate, *, split=None):
-    """x + gate * y for x, y [B, S, C]."""
+def gated_residual(x, y, gate, *, split=None, exact=False):
+    """x + gate * y for x, y [B, S, C]; exact: the product is rounded to the dtype before the sum."""
+    if exact:
+        return x + per_token(gate, x, split) * y
     return (wide(x) + per_token(wide(gate), x, split) * wide(y)).to(x.dtype)
 
 

@@ -27,7 +27,7 @@ class Lie:
 def run(tokens, offset):
     x, gate = torch.zeros(1, 3, 8), torch.zeros(1, 1, 8)
     out = torch.zeros(1, 64, 8)
-    module.sim.gated_residual(Lie(x, tokens, offset), Lie(out, tokens), gate, Lie(out, tokens), -1, 0, 0)
+    module.sim.gated_residual(Lie(x, tokens, offset), Lie(out, tokens), gate, Lie(out, tokens), -1, False, 0, 0)
     print("ran to its end")
 """
 

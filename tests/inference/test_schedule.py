@@ -5,6 +5,7 @@ import torch
 
 import pydit
 from pydit.errors import UserError
+from pydit.inference import schedule
 from pydit.plan import PruningPlan
 from tests.models import tiny
 
@@ -68,10 +69,10 @@ def test_unknown_timestep_is_never_rounded_to_a_known_one():
     assert rows.isnan().all()  # what a device that does not wait computes with
 
 
-def test_lookup_on_a_device_that_does_not_wait():
+def test_lookup_on_a_device_that_does_not_wait(monkeypatch):
     """The row of a miss is the one of NaN; nothing is read back."""
     model = pydit.bake_schedule(tiny.transformer(2), TIMES)
-    model.time_text_embed._send = lambda missed: None
+    monkeypatch.setattr(schedule, "_handle", lambda *_: None)
     batch = {**tiny.batch(images=2), "timestep": torch.tensor([0.75, 0.3])}
     out = run(model, batch)
     assert out[0].isfinite().all() and out[1].isnan().all()
@@ -145,5 +146,113 @@ def test_other_models_are_refused():
         pydit.bake_schedule(torch.nn.Linear(2, 2), TIMES)
     with pytest.raises(UserError, match="transformer: expected a diffusers transformer or a pipeline, got int"):
         pydit.bake_schedule(7, TIMES)
-    with pytest.raises(UserError, match="modulation by the timestep alone"):
-        pydit.bake_schedule(tiny.transformer(1, use_additional_t_cond=True), TIMES)
+    with pytest.raises(UserError, match="with guidance_embeds"):
+        pydit.bake_schedule(tiny.transformer(1, guidance_embeds=True), TIMES)
+
+
+def lora_of(model, targets, seed=0):
+    """A LoRA's state dict as diffusers loads it, rank 2, for modules whose names end with ``targets``."""
+    torch.manual_seed(seed)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(targets):
+            found[f"transformer.{name}.lora_A.weight"] = torch.randn(2, module.in_features) * 0.3
+            found[f"transformer.{name}.lora_B.weight"] = torch.randn(module.out_features, 2) * 0.3
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_modulation_lora_after_baking_is_in_the_table():
+    """Loaded, scaled, switched off and removed: always what the model without a table computes."""
+    model, other, batch = tiny.transformer(2), tiny.transformer(2), next(single())
+    lora = lora_of(model, ("img_mod.1", "to_q"))
+    plain = run(model, batch)
+    pydit.bake_schedule(pydit.accelerate(model), TIMES)
+    pydit.accelerate(other)
+    steps = [("load_lora_adapter", dict(lora), {"adapter_name": "a"}), ("set_adapters", ["a"], {"weights": [0.5]}),
+             ("disable_lora", None, {}), ("enable_lora", None, {}), ("unload_lora", None, {})]
+    outputs = []
+    for name, argument, options in steps:
+        for one in (model, other):
+            given = (dict(argument) if isinstance(argument, dict) else argument,) if argument is not None else ()
+            getattr(one, name)(*given, **options)
+        outputs.append(run(other, batch))
+        assert torch.equal(run(model, batch), outputs[-1]), name
+        if name == "load_lora_adapter":
+            with pytest.raises(UserError, match="attention_kwargs: expected a scale of 1"):
+                run(model, {**batch, "attention_kwargs": {"scale": 0.5}})
+    assert pydit.report(model)["model"]["modulation"][0]["made_anew"] == 5
+    assert not torch.allclose(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[3])
+    assert torch.equal(run(pydit.restore(model), batch), plain)
+
+
+def test_changed_weights_make_the_table_anew():
+    model, batch = tiny.transformer(2), next(single())
+    linear = model.transformer_blocks[0].img_mod[1]
+    before = run(pydit.bake_schedule(model, TIMES), batch)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    changed = run(model, batch)
+    assert not torch.allclose(changed, before) and torch.equal(run(pydit.restore(model), batch), changed)
+
+
+def test_layered_condition():
+    model = tiny.transformer(2, use_additional_t_cond=True, use_layer3d_rope=True)
+    batches = [{**batch, "img_shapes": [[(1, 2, 4), (1, 2, 4)]], "additional_t_cond": torch.tensor([index % 2])}
+               for index, batch in enumerate(single())]
+    expected = [run(model, batch) for batch in batches]
+    pydit.accelerate(pydit.bake_schedule(model, TIMES), exact=True)
+    for batch, right in zip(batches, expected, strict=True):
+        assert torch.equal(run(model, batch), right)
+    with pytest.raises(UserError, match="conditions that its schedule was baked for"):
+        run(model, {**batches[0], "additional_t_cond": None})
+
+
+@pytest.mark.parametrize("family", ["flux", "flux with guidance", "sd3.5"])
+def test_tables_per_prompt(family):
+    """Two prompts, two steps, bit-equal in batches of one; another prompt is refused or added, never taken for one."""
+    flux = family != "sd3.5"
+    model = tiny.flux(guidance_embeds="guidance" in family) if flux else tiny.sd3()
+    whole = tiny.flux_batch() if flux else tiny.sd3_batch()
+    batches = []
+    for index, time in enumerate([0.3, 0.7, 0.3] if flux else [300.0, 700.0, 300.0]):
+        one = {name: value[index % 2:][:1] if isinstance(value, torch.Tensor) and "ids" not in name else value
+               for name, value in whole.items()}
+        batches.append({**one, "timestep": torch.tensor([time])} | (
+            {"guidance": torch.tensor([3.5])} if "guidance" in family else {}))
+    expected = [run(model, batch) for batch in batches]
+    count = sum(p.numel() for p in model.parameters())
+    options = {"guidance": [3.5]} if "guidance" in family else {}
+    times = [0.3, 0.7] if flux else [300.0, 700.0]
+    pydit.bake_schedule(model, times, pooled_projections=whole["pooled_projections"], **options)
+    assert sum(p.numel() for p in model.parameters()) < 0.85 * count
+    for batch, right in zip(batches, expected, strict=True):
+        assert torch.equal(run(model, batch), right)
+    pydit.accelerate(model)
+    torch.testing.assert_close(run(model, batches[0]), expected[0], rtol=1e-4, atol=1e-4)
+    other = {**batches[0], "pooled_projections": torch.ones(1, 16)}
+    with pytest.raises(UserError, match="timestep, prompt and guidance: expected one of the 4"):
+        run(model, other)
+    assert pydit.report(model)["model"]["modulation"][0]["rows"] == 4
+    right = run(pydit.restore(model), other)
+    pydit.bake_schedule(model, times, pooled_projections=whole["pooled_projections"], on_miss="extend", **options)
+    assert torch.equal(run(model, other), right)
+    assert pydit.report(model)["model"]["modulation"][0]["rows"] == 6
+    with pytest.raises(UserError, match="pooled_projections: expected a tensor"):
+        pydit.bake_schedule(model, times)
+
+
+def test_a_miss_on_a_gpu_is_settled_at_the_next_step():
+    """The device's answer, as it comes back later, raises there or adds the row."""
+    for on_miss in ("raise", "extend"):
+        model = pydit.bake_schedule(tiny.transformer(2), TIMES, on_miss=on_miss)
+        missed = {"timestep": torch.tensor([0.33])}
+        model.__dict__[schedule._KEY].pending = torch.tensor([True]), None, missed
+        batch = next(single())
+        if on_miss == "raise":
+            with pytest.raises(UserError, match="timestep: expected one of the 4"):
+                run(model, batch)
+        else:
+            with pytest.warns(UserWarning, match="its output is NaN"):
+                run(model, batch)
+            assert run(model, {**batch, **missed}).isfinite().all()

@@ -178,7 +178,8 @@ def test_other_families_are_close_in_single_precision(make, batch, processor):
     model.set_attn_processor(processor())
     ours = _run(model, batch())
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(ours, stock)
+    if model.config.get("qk_norm", "") is not None:  # without norms a CPU may compute the very same
+        assert not torch.equal(ours, stock)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -108,8 +108,8 @@ def test_a_simulated_kernel_that_dies_raises_and_the_next_launch_works():
         pytest.skip(f"the simulator is not built ({error or 'PYDIT_SIM=off'})")
     nowhere = Shaped(1, 2, 8, pointer=16)
     with pytest.raises(RuntimeError, match=r"gated_residual: launch failed: .*modulate_kernel"):
-        module.sim.gated_residual(nowhere, nowhere, Shaped(1, 1, 8, pointer=16), nowhere, -1, 0, 0)
+        module.sim.gated_residual(nowhere, nowhere, Shaped(1, 1, 8, pointer=16), nowhere, -1, False, 0, 0)
     x = torch.arange(16.0).view(1, 2, 8)
     gate, out = torch.full((1, 1, 8), 2.0), torch.empty_like(x)
-    module.sim.gated_residual(x, x, gate, out, -1, 0, 0)
+    module.sim.gated_residual(x, x, gate, out, -1, False, 0, 0)
     assert torch.equal(out, 3 * x)

@@ -58,7 +58,8 @@ typedef struct {
   void* stream;  /* cudaStream_t; ignored by the simulator */
 } pydit_ada_layer_norm_params;
 
-/* out = x + gate * y.   x, y, out [B, S, C]; gate [B, R, C]. 1 <= C <= 8192. out may alias x or y.
+/* out = x + gate * y.   x, y, out [B, S, C]; gate [B, R, C]. 1 <= C <= 8192. out may alias x or y. x may have a token
+ * stride of 0. exact: the product is rounded to the dtype before the sum, as two separate operations do.
  * Bytes moved: 3 B S C elements. */
 typedef struct {
   pydit_tokens x;        /* [B, S, C] in  */
@@ -67,6 +68,7 @@ typedef struct {
   pydit_tokens out;      /* [B, S, C] out */
   int64_t batch, tokens, channels;
   int64_t split;
+  int32_t exact; /* 0 or 1 */
   int32_t dtype;
   void* stream;
 } pydit_gated_residual_params;

@@ -1,0 +1,163 @@
+"""A step of a whole Qwen-Image transformer: dense and pruned, eager, compiled and accelerated, in one run.
+
+    pydit bench model --config qwen-image --plan ppcl-qwen-image-10b --size 1328
+
+Weights are random: latency and memory, never quality. Variants are built and timed one after another, because two dense
+transformers do not fit a GPU; each is timed as the median of --rounds steps after two to warm up. Peak memory is the
+GPU's, weights included; on a CPU it stays empty. ratio is the dense eager step over the variant's.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pydit
+from benchmarks import compare, machine
+from benchmarks.layers import plan_of
+from pydit.cli.options import Parser, count
+from pydit.errors import UserError
+from pydit.files import write_json
+
+CONFIGS = {
+    "qwen-image": {},
+    "tiny": {"in_channels": 16, "out_channels": 4, "attention_head_dim": 32, "num_attention_heads": 2,
+             "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)}}
+VARIANTS = ("eager", "torch.compile", "accelerate", "accelerate + graphs", "accelerate + table")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code, 2 on bad input."""
+    try:
+        return _main(_parse(argv))
+    except (UserError, OSError) as error:
+        print(f"pydit bench model: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv):
+    parser = Parser(prog="pydit bench model", description=__doc__)
+    parser.add_argument("--config", choices=sorted(CONFIGS), default="qwen-image" if torch.cuda.is_available() else "tiny",
+                        help="the published architecture, or a narrow one for a CPU (default: what suits this machine)")
+    parser.add_argument("--plan", required=True, help="a plan file, or the name of a preset")
+    parser.add_argument("--size", type=count, default=1328, help="pixels of a square image's side (default: 1328)")
+    parser.add_argument("--text", type=count, default=512, help="text tokens (default: 512)")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
+    parser.add_argument("--rounds", type=count, default=9, help="steps timed per variant (default: 9)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args(argv)
+    args.variants = [name.strip() for name in args.variants.split(",")]
+    unknown = sorted(set(args.variants) - set(VARIANTS))
+    if unknown:
+        raise UserError(f"variants: expected names out of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+    if args.size % 16:
+        raise UserError(f"size: expected a multiple of 16, got {args.size}")
+    return args
+
+
+def _main(args) -> int:
+    plan, device = plan_of(args.plan), "cuda" if torch.cuda.is_available() else "cpu"
+    if plan.family != "qwen-image":
+        raise UserError(f"plan: expected one of qwen-image, got one of {plan.family}")
+    rows = []
+    for shape in ("dense", "pruned"):
+        for variant in args.variants:
+            print(f"{shape}, {variant} ...", file=sys.stderr, flush=True)
+            model = _make(args.config, plan, shape, device)
+            row = {"model": shape, "variant": variant, "parameters": sum(p.numel() for p in model.parameters())}
+            try:
+                row |= _timed(_changed(model, variant), _batch(model, args, device), args.rounds, device)
+            except Exception as error:  # one variant that cannot run here stops no other
+                row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            rows.append(row)
+            del model
+            gc.collect()
+    base = next((row["ms"] for row in rows if row["variant"] == "eager" and "ms" in row), None)
+    for row in rows:
+        row["ratio"] = base / row["ms"] if base and "ms" in row else None
+    print(render(rows))
+    if args.json:
+        write_json(args.json, {"format": compare.FORMAT, "version": compare.VERSION, "complete": True, "not_run": [],
+                               "machine": machine.describe(device), "limits": {}, "plan": plan.to_dict(), "rows": rows})
+    return 0
+
+
+def _make(config: str, plan: pydit.PruningPlan, shape: str, device: str) -> torch.nn.Module:
+    """A transformer of random weights, bf16, made where it runs; pruning takes its layers, so no second one exists."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = QwenImageTransformer2DModel(num_layers=plan.num_layers, **CONFIGS[config])
+    finally:
+        torch.set_default_dtype(before)
+    if shape == "pruned":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random weights: nothing to fit linear maps to
+            model = pydit.prune(model, plan)
+    return model.to(device, torch.bfloat16).requires_grad_(False).eval()
+
+
+def _changed(model: torch.nn.Module, variant: str) -> Callable[..., Any]:
+    if variant == "torch.compile":
+        torch._dynamo.reset()
+        return torch.compile(model)
+    if variant == "accelerate + table":
+        pydit.bake_schedule(model, [0.5])
+    return model if variant == "eager" else pydit.accelerate(model, cuda_graphs=variant == "accelerate + graphs")
+
+
+def _batch(model: torch.nn.Module, args, device: str) -> dict[str, Any]:
+    side = args.size // 16
+    return {"hidden_states": torch.randn(1, side * side, model.config.in_channels, device=device, dtype=torch.bfloat16),
+            "encoder_hidden_states": torch.randn(1, args.text, model.config.joint_attention_dim, device=device,
+                                                 dtype=torch.bfloat16),
+            "timestep": torch.tensor([0.5], device=device), "img_shapes": [[(1, side, side)]]}
+
+
+@torch.no_grad()
+def _timed(model: Callable[..., Any], batch: dict[str, Any], rounds: int, device: str) -> dict[str, Any]:
+    """Median milliseconds of a step, and the peak memory in bytes."""
+    def step() -> float:
+        start = time.perf_counter()
+        model(**batch, return_dict=False)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    step(), step()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = [step() for _ in range(rounds)]
+    return {"ms": statistics.median(times),
+            "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None}
+
+
+def render(rows: list[dict]) -> str:
+    """The table; a dash stands for what this machine does not measure."""
+    lines = [f"{'model':7} {'variant':20} {'parameters':>15} {'ms':>10} {'peak GiB':>9} {'ratio':>7}"]
+    for row in rows:
+        head = f"{row['model']:7} {row['variant']:20} {row['parameters']:15,}"
+        if "failed" in row:
+            lines.append(f"{head} failed: {row['failed']}")
+            continue
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2 ** 30:.2f}"
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        lines.append(f"{head} {row['ms']:10.2f} {peak:>9} {ratio:>7}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""Calls of diffusers that do nothing, or the wrong thing, on these models, answered by a sentence.
+
+What is guarded, in diffusers 0.42: ``apply_layer_skip`` lets a skipped block return its streams in the wrong order;
+``fuse_qkv_projections`` does nothing to Qwen-Image and says nothing; ``compile_repeated_blocks`` gives up in the middle
+of a run when blocks have more shapes than torch keeps graphs for.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pydit.errors import UserError
+
+
+def guard(model: nn.Module) -> list[str]:
+    """Put guards on an accelerated model; returns the names of the attributes that hold them."""
+    guards = {"fuse_qkv_projections": _fuse_qkv_projections, "compile_repeated_blocks": _compile_repeated_blocks}
+    names = [name for name in guards if hasattr(type(model), name)]
+    for name in names:
+        model.__dict__[name] = MethodType(guards[name], model)
+    return names
+
+
+def refuse_layer_skip(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: UserError where a block of two streams would be skipped with its streams swapped."""
+    if torch.compiler.is_compiling():
+        return
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        for index, block in enumerate(getattr(model, name, ())):
+            registry = block.__dict__.get("_diffusers_hook")
+            if registry is not None and any(type(hook).__name__ == "TransformerBlockSkipHook"
+                                            for hook in registry.hooks.values()):
+                raise UserError(f"apply_layer_skip: expected blocks that return the image first, got {name}.{index}, "
+                                "which returns the text first: diffusers would swap the two streams. Leave blocks out "
+                                "with pydit.PruningPlan and pydit.prune, or with skip_layers where the model's forward "
+                                "has it")
+
+
+def _fuse_qkv_projections(model: nn.Module) -> None:
+    """``fuse_qkv_projections`` of the model's class, with a warning where it fuses nothing."""
+    type(model).fuse_qkv_projections(model)
+    if not any(getattr(module, "fused_projections", False) for module in model.modules()):
+        warnings.warn(f"fuse_qkv_projections: diffusers has no fused projections for {type(model).__name__}, so nothing "
+                      "was fused; an accelerated model computes query, key and value by one product anyway", UserWarning,
+                      stacklevel=2)
+
+
+def _compile_repeated_blocks(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``compile_repeated_blocks`` of the model's class, after a look at how many graphs it will take."""
+    names = getattr(model, "_repeated_blocks", None) or ()
+    shapes: dict[str, set[tuple]] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in names:
+            shapes.setdefault(kind, set()).add(tuple((name, p.shape, p.dtype) for name, p in module.named_parameters()))
+    limit = torch._dynamo.config.recompile_limit
+    for kind, found in shapes.items():
+        if len(found) > limit:
+            raise UserError(f"compile_repeated_blocks: expected at most {limit} different shapes of {kind}, for each of "
+                            f"which torch compiles a graph, got {len(found)}: give blocks the same widths in groups, or "
+                            f"set torch._dynamo.config.recompile_limit to {len(found)} or more")
+    return type(model).compile_repeated_blocks(model, *args, **kwargs)
+
+
+def bucketed(widths: Sequence[int], count: int) -> list[int]:
+    """Widths rounded up to at most ``count`` different ones, for blocks that a compiler is to see: as few as possible
+    added in all.
+
+    Parameters
+    ----------
+    widths : of each block, as pruning would leave them. count : of different shapes, 1 or more.
+
+    Returns
+    -------
+    list of int : for each block, a width from among ``widths`` and no smaller than its own.
+    """
+    if count < 1:
+        raise UserError(f"count: expected 1 or more, got {count}")
+    distinct = sorted(set(widths))
+    number = {width: widths.count(width) for width in distinct}
+
+    @functools.cache
+    def best(start: int, left: int) -> tuple[int, tuple[int, ...]]:
+        """(what is added, the last of each bucket) for the widths from ``start`` on."""
+        if start == len(distinct):
+            return 0, ()
+        if left == 0:
+            return sum(widths) * len(distinct) * max(distinct), ()  # more than any choice
+        options = []
+        for end in range(start, len(distinct)):
+            added = sum((distinct[end] - width) * number[width] for width in distinct[start:end])
+            rest, ends = best(end + 1, left - 1)
+            options.append((added + rest, (end, *ends)))
+        return min(options)
+
+    ends = [distinct[end] for end in best(0, count)[1]]
+    return [next(end for end in ends if end >= width) for width in widths]

@@ -1,0 +1,203 @@
+"""Recorded forwards: what a recording is keyed on, when it is dropped, and that a replay computes the same.
+
+A recorder that replays by running again stands in for CUDA's; the last test records for real where there is a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import pydit
+from pydit.errors import UserError
+from pydit.inference import graphs
+from tests.models import tiny
+
+
+class Fake:
+    """Replays by running the function again into the memory of its first outputs."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def refuses(self, tensors):
+        return ""
+
+    def warm_up(self, run):
+        return run()
+
+    def capture(self, run):
+        self.captures += 1
+        outputs = run()
+
+        def replay():
+            self.replays += 1
+            for to, x in zip(torch.utils._pytree.tree_leaves(outputs), torch.utils._pytree.tree_leaves(run()), strict=True):
+                to.copy_(x)
+
+        return outputs, replay
+
+
+def run(model, batch, **options):
+    with torch.no_grad():
+        return model(**batch, return_dict=False, **options)[0]
+
+
+def recorded(make=lambda: tiny.transformer(2), **options):
+    fake, model = Fake(), make().requires_grad_(False)
+    pydit.accelerate(model)
+    return graphs.enable(model, recorder=fake, **options), fake
+
+
+FAMILIES = {"qwen-image": (lambda: tiny.transformer(2), tiny.batch),
+            "qwen-image edit": (lambda: tiny.transformer(2, zero_cond_t=True),
+                                lambda seed=0: {**tiny.batch(seed=seed), "img_shapes": [[(1, 2, 4), (1, 2, 4)]] * 3}),
+            "flux": (tiny.flux, tiny.flux_batch), "sd3.5": (tiny.sd3, tiny.sd3_batch)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replays_equal_and_outputs_are_their_own(family):
+    make, batch = FAMILIES[family]
+    model, fake = recorded(make)
+    plain = pydit.accelerate(make())
+    outputs = []
+    for seed in range(3):
+        inputs = batch(seed=seed)
+        before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        outputs.append((run(model, inputs), run(plain, inputs)))
+        assert all(torch.equal(inputs[name], value) for name, value in before.items())
+    assert fake.captures == 1 and fake.replays == 3
+    for found, right in outputs:  # the first still holds its own values
+        assert torch.equal(found, right)
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    rows = {row["path"]: row["count"] for row in pydit.report(model)["model"]["graphs"]}
+    assert rows == {"recorded": 1, "graph": 3}
+
+
+def test_shapes_arguments_and_eviction():
+    model, fake = recorded(max_entries=2)
+    a, b, c = (tiny.batch(images=n) for n in (1, 2, 3))
+    for batch, captures in ((a, 1), (b, 2), (a, 2), (c, 3), (a, 3), (b, 4), (a, 4), (c, 5)):  # b goes, then c, then b
+        run(model, batch)
+        assert fake.captures == captures
+    other = {**a, "img_shapes": [[(1, 2, 8)]]}  # same tensors, another meaning
+    right = run(pydit.accelerate(tiny.transformer(2)), other)
+    assert torch.equal(run(model, other), right) and fake.captures == 6
+    assert model(**a).sample.shape == (1, 16, 16)
+    with pytest.raises(UserError, match="max_entries: expected a number of 1 or more, got 0"):
+        graphs.enable(model, max_entries=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_and_adapters_that_change_are_recorded_anew():
+    model, fake = recorded()
+    batch = tiny.batch()
+    outputs, captures = [run(model, batch)], [fake.captures]
+
+    def step(change):
+        change()
+        outputs.append(run(model, batch))
+        captures.append(fake.captures)
+
+    linear = model.transformer_blocks[0].img_mlp.net[2]
+    lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 64) * 0.3,
+            "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(64, 2) * 0.3}
+    step(lambda: None)
+    step(lambda: linear.weight.mul_(2))  # in place: the version counts
+    step(lambda: setattr(linear.weight, "data", linear.weight.data * 2))  # moved: the address
+    step(lambda: model.load_lora_adapter(lora, adapter_name="a"))
+    step(lambda: model.set_adapters(["a"], weights=[0.5]))  # a Python number inside the recording
+    step(model.disable_lora)
+    step(model.unload_lora)
+    step(lambda: model.set_attention_backend("native"))
+    assert captures == [1, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert torch.equal(outputs[0], outputs[1])
+    for before, after in zip(outputs[1:5], outputs[2:6], strict=True):
+        assert not torch.allclose(before, after)
+    torch.testing.assert_close(outputs[6], outputs[3])
+    assert torch.equal(run(model, batch, attention_kwargs={"scale": 0.5}), outputs[-1])
+
+
+def test_what_is_not_recorded_runs_as_it_is_and_says_why():
+    model, fake = recorded()
+    batch = tiny.batch()
+    expected = run(model, batch)
+    handle = model.transformer_blocks[1].register_forward_hook(lambda *_: None)
+    assert torch.equal(run(model, batch), expected)
+    handle.remove()
+    model.requires_grad_(True)
+    model(**batch).sample.sum().backward()
+    model.requires_grad_(False)
+    run(model, batch, attention_kwargs={"unknown": object()})
+    fake.capture = lambda run: (_ for _ in ()).throw(RuntimeError("operation not permitted when stream is capturing"))
+    other = tiny.batch(images=2)
+    assert torch.equal(run(model, other), run(pydit.accelerate(tiny.transformer(2)), other))
+    reasons = [row["reason"] for row in pydit.report(model)["model"]["graphs"] if row["path"] == "stock"]
+    for words in ("something listens to a QwenImageTransformerBlock", "gradients are enabled", "an argument is a object",
+                  "could not be recorded: RuntimeError: operation not permitted"):
+        assert any(words in reason for reason in reasons), (words, reasons)
+
+
+def test_offloading_is_refused_before_and_respected_after():
+    model = tiny.transformer(2)
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    with pytest.raises(UserError, match="cuda_graphs: expected a model whose weights stay where they are, got one with "
+                                        "diffusers' .*Hook"):
+        pydit.accelerate(model, cuda_graphs=True)
+    assert "forward" not in model.__dict__ or "_pydit_graphs" not in model.__dict__
+    model, fake = recorded()
+    expected = run(model, tiny.batch())
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(run(model, tiny.batch()), expected) and fake.replays == 1
+    pydit.restore(model)  # under the hook, which stays
+    torch.testing.assert_close(run(model, tiny.batch()), expected, rtol=1e-4, atol=1e-4)
+    assert "_pydit_graphs" not in model.__dict__
+
+
+def test_off_again_copies_and_the_cpu():
+    model, fake = recorded()
+    expected = run(model, tiny.batch())
+    other = copy.deepcopy(model)
+    assert torch.equal(run(other, tiny.batch()), expected) and fake.captures == 1
+    assert pydit.restore(model) is model and "forward" not in model.__dict__
+    pydit.accelerate(model, cuda_graphs=True)
+    assert torch.equal(run(model, tiny.batch()), expected)
+    assert {row["reason"] for row in pydit.report(model)["model"]["graphs"]} == {"the inputs are not all on one GPU"}
+    assert "graphs" in pydit.report(model)["model"] and "timestep" in __import__("inspect").signature(model.forward).parameters
+
+
+def test_a_table_of_the_schedule_is_recorded_and_still_checked():
+    model, fake = recorded()
+    batch = {**tiny.batch(images=1), "timestep": torch.tensor([0.5])}
+    pydit.bake_schedule(model, [0.5, 0.25])
+    run(model, batch)
+    expected = run(pydit.bake_schedule(pydit.accelerate(tiny.transformer(2)), [0.25]),
+                   {**batch, "timestep": torch.tensor([0.25])})
+    assert torch.equal(run(model, {**batch, "timestep": torch.tensor([0.25])}), expected) and fake.captures == 1
+    with pytest.raises(UserError, match="baked schedule"):
+        run(model, {**batch, "timestep": torch.tensor([0.3])})
+
+
+def test_memory_that_only_a_cache_of_the_model_keeps_stays_alive():
+    model, _fake = recorded(lambda: tiny.transformer(1))
+    batch = tiny.batch(images=1)
+    run(model, batch)
+    kept = next(iter(model.__dict__["_pydit_graphs"].entries.values())).kept
+    assert any(isinstance(x, torch.Tensor) and x.is_complex() for x in kept)  # rotary tables, of an lru_cache
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu(family):
+    """Not run yet: no GPU was at hand."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    make, batch = FAMILIES[family]
+    model = make().to("cuda", torch.bfloat16).requires_grad_(False)
+    plain = pydit.accelerate(copy.deepcopy(model))
+    pydit.accelerate(model, cuda_graphs=True)
+    for seed in range(3):
+        inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value
+                  for name, value in tiny.cast(batch(seed=seed), torch.bfloat16).items()}
+        assert torch.equal(run(model, inputs), run(plain, inputs))
+    assert {row["path"]: row["count"] for row in pydit.report(model)["model"]["graphs"]} == {"recorded": 1, "graph": 3}

@@ -1,0 +1,204 @@
+"""Block caches, offloading and casting before and after accelerate; traps of diffusers, refused or handled."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, LayerSkipConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks import apply_layer_skip, apply_layerwise_casting
+
+import pydit
+from pydit.errors import UserError
+from pydit.inference import traps
+from pydit.plan import PruningPlan
+from tests.models import tiny
+
+FAMILIES = {"qwen-image": (lambda: tiny.transformer(3), lambda seed: tiny.batch(seed=seed)),
+            "flux": (tiny.flux, lambda seed: tiny.flux_batch(seed=seed))}
+CACHES = {"first block": FirstBlockCacheConfig(threshold=0.4),
+          "taylorseer": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+          "pyramid attention": PyramidAttentionBroadcastConfig(
+              spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
+              spatial_attention_block_identifiers=("transformer_blocks",), current_timestep_callback=lambda: 500)}
+
+
+def run(model, batch):
+    with torch.no_grad():
+        return model(**batch, return_dict=False)[0]
+
+
+def steps(model, batch):
+    """Outputs of four steps whose inputs drift, and how many output projections ran in all."""
+    ran = []
+    handles = [module.register_forward_hook(lambda *_: ran.append(1)) for name, module in model.named_modules()
+               if name.endswith(("attn.to_out.0", "mlp.net.2", "ff.net.2"))]
+    outputs = []
+    with model.cache_context("cond"):
+        for scale in (1.0, 1.01, 1.02, 1.6):
+            outputs.append(run(model, {**batch, "hidden_states": batch["hidden_states"] * scale}))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(outputs), len(ran)
+
+
+@pytest.mark.parametrize(("family", "cache"), [("qwen-image", "first block"), ("flux", "first block"),
+                                               ("qwen-image", "taylorseer"), ("qwen-image", "pyramid attention")])
+def test_a_block_cache_before_or_after(family, cache):
+    make, batches = FAMILIES[family]
+    batch, config = batches(0), CACHES[cache]
+    stock = make()
+    plain = steps(stock, batch)[1]
+    stock.enable_cache(config)
+    expected, count = steps(stock, batch)
+    assert count < plain  # the cache leaves something out
+    for order in ((lambda m: pydit.accelerate(m), lambda m: m.enable_cache(config)),
+                  (lambda m: m.enable_cache(config), lambda m: pydit.accelerate(m))):
+        model = make()
+        for act in order:
+            act(model)
+        found, ran = steps(model, batch)
+        assert ran == count
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert not torch.equal(found, expected)  # our blocks ran inside
+        assert {row["path"] for row in pydit.report(model)["model"]["blocks"]} == {"pydit"}
+        model.disable_cache()
+        fast = run(model, batch)
+        torch.testing.assert_close(fast, run(make(), batch), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(fast, run(make(), batch))  # still ours without the cache
+        model.enable_cache(config)
+        pydit.restore(model)  # the cache stays, around the stock blocks
+        found, ran = steps(model, batch)
+        assert torch.equal(found, expected) and ran == count
+        model.disable_cache()
+        assert torch.equal(run(model, batch), run(make(), batch))
+
+
+def offloaded(model, kind):
+    cpu = torch.device("cpu")
+    if kind == "leaf groups":
+        model.enable_group_offload(onload_device=cpu, offload_type="leaf_level")
+    elif kind == "block groups":
+        model.enable_group_offload(onload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+    elif kind == "sequential":  # as enable_sequential_cpu_offload does
+        from accelerate import cpu_offload
+
+        cpu_offload(model, execution_device=cpu)
+    elif kind == "model":  # as enable_model_cpu_offload does
+        from accelerate import cpu_offload_with_hook
+
+        cpu_offload_with_hook(model, execution_device=cpu)
+    else:
+        apply_layerwise_casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32,
+                                skip_modules_pattern=model._skip_layerwise_casting_patterns)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["leaf groups", "block groups", "sequential", "model", "casting"])
+@pytest.mark.parametrize("first", [True, False])
+def test_offloading_and_casting_before_or_after(kind, first):
+    for make, batch in ((lambda: tiny.transformer(2), tiny.batch()), (tiny.flux, tiny.flux_batch())):
+        expected = run(offloaded(make(), kind), batch)
+        model = make()
+        if first:
+            pydit.accelerate(offloaded(model, kind))
+        else:
+            offloaded(pydit.accelerate(model), kind)
+        found = run(model, batch)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(found, expected)
+        assert {row["path"] for row in pydit.report(model)["model"]["blocks"]} == {"pydit"}
+
+
+def test_layer_skip_is_refused():
+    model, batch = pydit.accelerate(tiny.transformer(3)), tiny.batch()
+    expected = run(model, batch)
+    apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="transformer_blocks", skip_attention=True, skip_ff=True))
+    with pytest.raises(UserError, match=r"apply_layer_skip: .* got transformer_blocks.1, which returns the text first"):
+        run(model, batch)
+    model.transformer_blocks[1]._diffusers_hook.remove_hook("layer_skip_hook")
+    assert torch.equal(run(model, batch), expected)
+
+
+def test_qkv_fusion_that_does_nothing_says_so():
+    model, batch = pydit.accelerate(tiny.transformer(2)), tiny.batch()
+    expected = run(model, batch)
+    with pytest.warns(UserWarning, match="has no fused projections for QwenImageTransformer2DModel"):
+        model.fuse_qkv_projections()
+    assert torch.equal(run(model, batch), expected)
+    flux, batch = pydit.accelerate(tiny.flux()), tiny.flux_batch()
+    expected = run(flux, batch)
+    flux.fuse_qkv_projections()
+    assert flux.transformer_blocks[0].attn.fused_projections
+    torch.testing.assert_close(run(flux, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_more_shapes_than_the_compiler_keeps_graphs_for():
+    model = tiny.transformer(9)
+    for index, block in enumerate(model.transformer_blocks):
+        block.img_mlp.net[0].proj = torch.nn.Linear(64, 32 + 8 * index)
+        block.img_mlp.net[2] = torch.nn.Linear(32 + 8 * index, 64)
+    pydit.accelerate(model)
+    with pytest.raises(UserError, match="compile_repeated_blocks: expected at most 8 different shapes of "
+                                        "QwenImageTransformerBlock, .* got 9: give blocks the same widths in groups"):
+        model.compile_repeated_blocks(backend="eager")
+    widths = [40, 33, 64, 90, 33, 95, 100]
+    for count in range(1, 8):
+        found = traps.bucketed(widths, count)
+        assert len(set(found)) <= count and all(a >= b for a, b in zip(found, widths, strict=True))
+        best = min(sum(min(end for end in ends if end >= width) for width in widths)
+                   for ends in itertools.combinations(sorted(set(widths)), min(count, 6)) if max(ends) == 100)
+        assert sum(found) == best
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "flux.1", "sd3.5"])
+def test_removed_modules_do_not_swallow_weights(family):
+    """A child set to None would let a strict load pass over its weights."""
+    teacher, depth = {"qwen-image": (tiny.transformer(4), 4), "flux.1": (tiny.flux(), 4), "sd3.5": (tiny.sd3(), 3)}[family]
+    chosen = PruningPlan.from_intervals(depth, [(1, 2)] if family == "sd3.5" else [(0, 1)], family=family)
+    model = pydit.prune(teacher, chosen)
+    assert not [name for name, module in model.named_modules() for child in module._modules.values() if child is None]
+    extra = {**model.state_dict(), "transformer_blocks.1.ff_context.net.2.weight2": torch.zeros(1)}
+    if family == "sd3.5":
+        extra["transformer_blocks.1.ff_context.net.2.weight"] = torch.zeros(64, 256)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\)"):
+        model.load_state_dict(extra, strict=True)
+
+
+def test_a_backend_chosen_after_accelerate_wins_and_is_reported():
+    for make, batch in ((lambda: tiny.transformer(2), tiny.batch()), (tiny.flux, tiny.flux_batch())):
+        model = pydit.accelerate(make())
+        fast = run(model, batch)
+        model.set_attention_backend("_native_math")
+        rows = pydit.report(model)["model"]["attention"]
+        assert any("set_attention_backend chose _native_math after" in row["reason"] for row in rows)
+        found = run(model, batch)
+        torch.testing.assert_close(found, fast, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(found, fast)
+        model.reset_attention_backend()
+        assert torch.equal(run(model, batch), fast)
+        make().set_attention_backend("native")  # the choice above is global in diffusers
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lora_on_projections_before_or_after():
+    """Packed projections come apart where an adapter sits, and together again when it has gone."""
+    lora = {f"transformer.transformer_blocks.{n}.{name}.lora_{side}.weight":
+            torch.randn(*shape, generator=torch.Generator().manual_seed(n)) * 0.3
+            for n in range(2) for name, width in (("attn.to_k", 64), ("attn.add_v_proj", 64), ("img_mlp.net.0.proj", 256))
+            for side, shape in (("A", (2, 64)), ("B", (width, 2)))}
+    batch, stock = tiny.batch(), tiny.transformer(2)
+    plain = run(stock, batch)
+    stock.load_lora_adapter(dict(lora), adapter_name="a")
+    expected = run(stock, batch)
+    assert not torch.allclose(expected, plain)
+    for before in (True, False):
+        model = tiny.transformer(2)
+        acts = [lambda m=model: m.load_lora_adapter(dict(lora), adapter_name="a"), lambda m=model: pydit.accelerate(m)]
+        for act in acts if before else reversed(acts):
+            act()
+        torch.testing.assert_close(run(model, batch), expected, rtol=1e-4, atol=1e-4)
+        model.fuse_lora()
+        torch.testing.assert_close(run(model, batch), expected, rtol=1e-4, atol=1e-4)
+        model.unfuse_lora()
+        model.unload_lora()
+        torch.testing.assert_close(run(model, batch), plain, rtol=1e-4, atol=1e-4)
