@@ -2,9 +2,9 @@
 
     pydit bench layers --config qwen-image --plan ppcl-qwen-image-10b --size 1328
 
-Per kind of block in the plan: how many there are, time, the floor (the slower of bytes over copy bandwidth and FLOPs over
-GEMM rate, both measured in the same run), its share of the time, GB/s, TFLOP/s, energy and peak memory (on a GPU; empty
-elsewhere), and the best peer's time over ours. Weights are random: latency, never quality.
+Per kind of block in the plan: how many there are, time, the floor (the slower of bytes over copy bandwidth and FLOPs
+over GEMM rate, both measured in the same run), its share of the time, GB/s, TFLOP/s, energy and peak memory (on a
+GPU; empty elsewhere), and the best peer's time over ours. Weights are random: latency, never quality.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv):
     parser = Parser(prog="pydit bench layers", description=__doc__)
     parser.add_argument("--config", choices=["qwen-image", "tiny"], default="qwen-image" if torch.cuda.is_available()
-                        else "tiny", help="widths: the published ones, or ones for a CPU (default: what suits this machine)")
+                        else "tiny",
+                        help="widths: the published ones, or ones for a CPU (default: what suits the machine)")
     parser.add_argument("--plan", required=True, help="a plan file, or the name of a preset")
     parser.add_argument("--size", type=count, default=1328, help="pixels of a square image's side (default: 1328)")
     parser.add_argument("--text", type=count, default=512, help="text tokens (default: 512)")

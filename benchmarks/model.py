@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv):
     parser = Parser(prog="pydit bench model", description=__doc__)
-    parser.add_argument("--config", choices=sorted(CONFIGS), default="qwen-image" if torch.cuda.is_available() else "tiny",
+    parser.add_argument("--config", choices=sorted(CONFIGS),
+                        default="qwen-image" if torch.cuda.is_available() else "tiny",
                         help="the published architecture, or a narrow one for a CPU (default: what suits this machine)")
     parser.add_argument("--plan", required=True, help="a plan file, or the name of a preset")
     parser.add_argument("--size", type=count, default=1328, help="pixels of a square image's side (default: 1328)")

@@ -298,7 +298,7 @@ def _prune(arguments: argparse.Namespace) -> None:
 
         from pydit.inference.streaming import prune_pipeline
 
-        with _warnings_as_lines("prune"):
+        with warnings_as_lines("prune"):
             prune_pipeline(arguments.pipeline, plan, arguments.out, init=arguments.init,
                            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
         return

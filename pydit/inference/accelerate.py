@@ -160,8 +160,8 @@ def describe(pipe_or_model: Any) -> dict[str, Any]:
     dict
         ``attention`` and ``blocks``: rows of ``path`` (``"pydit"`` or ``"stock"``), ``reason`` ("" where nothing faster
         exists) and ``count``; ``modulation``: the same, ``path`` ``"table"`` where :func:`bake_schedule` was called;
-        ``exact``: per op of ``exact=True`` what ran fused so far; ``graphs``: of ``cuda_graphs=True``, what was recorded
-        and replayed; ``controlnets``: the same of a pipeline's ControlNets.
+        ``exact``: per op of ``exact=True`` what ran fused so far; ``graphs``: of ``cuda_graphs=True``, what was
+        recorded and replayed; ``controlnets``: the same of a pipeline's ControlNets.
     """
     models = _models_of(pipe_or_model)
     found = _describe(models[0])

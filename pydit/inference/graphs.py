@@ -5,8 +5,8 @@
 A step of a short schedule, a small image or a pruned model can spend more time launching kernels than running them; a
 graph launches all of them at once. What a recording depends on is looked at before every replay: the shapes and every
 other argument, where the weights lie and how often they were written (``_version``), adapters and their scales, the
-modules themselves. A weight that moved or changed, a LoRA that came, went or got another scale drops the recordings. Not
-measured yet: no GPU has run this.
+modules themselves. A weight that moved or changed, a LoRA that came, went or got another scale drops the recordings.
+Not measured yet: no GPU has run this.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class GraphCache:
             try:
                 entry = self._record(model, forward, leaves, spec)
             except Exception as error:  # whatever a forward does that a capture must not
-                self.failed[key] = f"could not be recorded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                words = " ".join(str(error).split())[:200]
+                self.failed[key] = f"could not be recorded: {type(error).__name__}: {words}"
                 return self._stock(self.failed[key], model, forward, args, kwargs)
             self.entries[key] = entry
             self._note("recorded", "")

@@ -2,8 +2,8 @@
 
 A DiT block turns the time embedding into shifts, scales and gates by one large matrix per stream; in Qwen-Image these
 hold 6.8 of 20.4 billion parameters, and for a fixed schedule they only ever see its timesteps; in FLUX.1 and SD3, its
-timesteps with the pooled text of the prompts at hand. :func:`bake_schedule` computes the rows once and takes the matrices
-out of the model.
+timesteps with the pooled text of the prompts at hand. :func:`bake_schedule` computes the rows once and takes the
+matrices out of the model.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     Returns
     -------
     The argument. On the CPU a miss is found before the forward runs; on a GPU, where finding out at once would mean to
-    wait, it gives NaN for its sample, and raises or extends the table at the next forward. Saving or loading weights of a
-    baked model is refused.
+    wait, it gives NaN for its sample, and raises or extends the table at the next forward. Saving or loading weights of
+    a baked model is refused.
 
     Raises
     ------
@@ -69,8 +69,8 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     if on_miss not in ("raise", "extend"):
         raise UserError(f"on_miss: expected raise or extend, got {on_miss!r}")
     if family == "qwen-image" and model.config.get("guidance_embeds"):
-        raise UserError("transformer: expected modulation by the timestep and what Qwen-Image-Layered adds to it, got a "
-                        "model with guidance_embeds")
+        raise UserError("transformer: expected modulation by the timestep and what Qwen-Image-Layered adds to it, got "
+                        "a model with guidance_embeds")
     baked = _Baked(family, on_miss, _numbers("timesteps", timesteps), *_conditions(model, family, pooled_projections,
                                                                                   guidance))
     offloading = hooked.has_offloading(model)
@@ -374,7 +374,8 @@ def _append(baked: _Baked, name: str, values: torch.Tensor | None, where: torch.
 
 def _refuse_scale(baked: _Baked, options: Any) -> None:
     scale = options.get("scale", 1.0) if isinstance(options, dict) else 1.0
-    if scale != 1.0 and any("scaling" in part.__dict__ for _, _, module in baked.originals for part in module.modules()):
+    parts = (part for _, _, module in baked.originals for part in module.modules())
+    if scale != 1.0 and any("scaling" in part.__dict__ for part in parts):
         raise UserError(f"attention_kwargs: expected a scale of 1, because a LoRA on the modulation is in the baked "
                         f"schedule's table, got {scale:g}; give it by set_adapters")
 
@@ -423,8 +424,8 @@ def _conditions(model: nn.Module, family: str, pooled: Any, guidance: Any) -> tu
     needs_guidance = family == "flux.1" and bool(model.config.get("guidance_embeds"))
     if family == "qwen-image":
         if pooled is not None or guidance is not None:
-            raise UserError("pooled_projections, guidance: expected None, because Qwen-Image's modulation depends on the "
-                            "timestep alone, got a value")
+            raise UserError("pooled_projections, guidance: expected None, because Qwen-Image's modulation depends on "
+                            "the timestep alone, got a value")
         return None, None
     width = model.config.pooled_projection_dim
     if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2 or pooled.shape[1] != width or not len(pooled):

@@ -47,9 +47,9 @@ def _fuse_qkv_projections(model: nn.Module) -> None:
     """``fuse_qkv_projections`` of the model's class, with a warning where it fuses nothing."""
     type(model).fuse_qkv_projections(model)
     if not any(getattr(module, "fused_projections", False) for module in model.modules()):
-        warnings.warn(f"fuse_qkv_projections: diffusers has no fused projections for {type(model).__name__}, so nothing "
-                      "was fused; an accelerated model computes query, key and value by one product anyway", UserWarning,
-                      stacklevel=2)
+        warnings.warn(f"fuse_qkv_projections: diffusers has no fused projections for {type(model).__name__}, so "
+                      "nothing was fused; an accelerated model computes query, key and value by one product anyway",
+                      UserWarning, stacklevel=2)
 
 
 def _compile_repeated_blocks(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +63,9 @@ def _compile_repeated_blocks(model: nn.Module, *args: Any, **kwargs: Any) -> Any
     limit = torch._dynamo.config.recompile_limit
     for kind, found in shapes.items():
         if len(found) > limit:
-            raise UserError(f"compile_repeated_blocks: expected at most {limit} different shapes of {kind}, for each of "
-                            f"which torch compiles a graph, got {len(found)}: give blocks the same widths in groups, or "
+            raise UserError(f"compile_repeated_blocks: expected at most {limit} different shapes of {kind}, for each "
+                            f"of which torch compiles a graph, got {len(found)}: give blocks the same widths "
+                            "in groups, or "
                             f"set torch._dynamo.config.recompile_limit to {len(found)} or more")
     return type(model).compile_repeated_blocks(model, *args, **kwargs)
 

@@ -1,10 +1,10 @@
 """Blocks and attention that run fewer launches and still equal eager diffusers bit for bit.
 
-What the order of operations allows: a modulation (1 + scale, product, sum) and a gated residual round each element where
-eager rounds it, in one launch instead of three or two; the projections of a stream are one product where the device's
-matrix product gives the same bits. What it does not allow stays torch's: sums over channels or tokens in another order
-(LayerNorm, RMSNorm, softmax) and GELU in a product's epilogue, which rounds less often. Every fused form is compared with
-eager's bits the first time a signature of shapes, strides and dtypes is seen; one that differs is not used again.
+What the order of operations allows: a modulation (1 + scale, product, sum) and a gated residual round each element
+where eager rounds it, in one launch instead of three or two; the projections of a stream are one product where the
+device's matrix product gives the same bits. What it does not allow stays torch's: sums over channels or tokens in another order
+(LayerNorm, RMSNorm, softmax) and GELU in a product's epilogue, which rounds less often. Every fused form is compared
+with eager's bits the first time a signature of shapes, strides and dtypes is seen; one that differs is not used again.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
         if self.context_pre_only:  # this norm has scale before shift
             scale_t, shift_t = _modulation(self.norm1_context, temb).chunk(2, dim=1)
         else:
-            shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = _modulation(self.norm1_context, temb).chunk(6, dim=1)
+            mod = _modulation(self.norm1_context, temb)
+            shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = mod.chunk(6, dim=1)
         out_image, out_text = self.attn(
             hidden_states=exact.modulate(normed, scale_i, shift_i),
             encoder_hidden_states=exact.modulate(self.norm1_context.norm(text), scale_t, shift_t), **options)

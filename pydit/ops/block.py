@@ -54,7 +54,7 @@ def gated_residual(x, y, gate, *, split=None, exact=False):
     x, y : torch.Tensor, shape (B, S, C), same dtype and device.
     gate : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C).
     split : int, optional. As in :func:`ada_layer_norm`.
-    exact : round the product to the dtype before the sum, which is what ``x + gate * y`` in torch computes, bit for bit.
+    exact : round the product to the dtype before the sum: what ``x + gate * y`` in torch computes, bit for bit.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """The ops by torch's own kernels, for tensors that none of ours takes: what a CPU runs.
 
-The formulas of :mod:`pydit.ops.reference`, in as few passes as torch has for them; arithmetic is fp32 and every output is
-rounded once, as in the kernels. float64 takes the formulas themselves.
+The formulas of :mod:`pydit.ops.reference`, in as few passes as torch has for them; arithmetic is fp32 and every output
+is rounded once, as in the kernels. float64 takes the formulas themselves.
 """
 
 from __future__ import annotations
