@@ -9,6 +9,8 @@ import os
 import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores already; commands that a test starts inherit this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

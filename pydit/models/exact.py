@@ -2,9 +2,10 @@
 
 What the order of operations allows: a modulation (1 + scale, product, sum) and a gated residual round each element
 where eager rounds it, in one launch instead of three or two; the projections of a stream are one product where the
-device's matrix product gives the same bits. What it does not allow stays torch's: sums over channels or tokens in another order
-(LayerNorm, RMSNorm, softmax) and GELU in a product's epilogue, which rounds less often. Every fused form is compared
-with eager's bits the first time a signature of shapes, strides and dtypes is seen; one that differs is not used again.
+device's matrix product gives the same bits. What it does not allow stays torch's: sums over channels or tokens in
+another order (LayerNorm, RMSNorm, softmax) and GELU in a product's epilogue, which rounds less often. Every fused form
+is compared with eager's bits the first time a signature of shapes, strides and dtypes is seen; one that differs is not
+used again.
 """
 
 from __future__ import annotations

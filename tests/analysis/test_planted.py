@@ -5,6 +5,7 @@ blocks between the runs bend their input strongly. The chain of a run starts fro
 before it, so the planted interval is that block and the run.
 """
 
+import functools
 import random
 
 import pytest
@@ -53,6 +54,7 @@ def blocks(kinds, generator):
     return result
 
 
+@functools.cache
 def statistics(seed, batches=24, rows=64):
     """Statistics of such a teacher, image and text alike in kind."""
     kinds, planted = layout(seed)
