@@ -1,9 +1,11 @@
 """Linear layers of both streams with a block's epilogues, bound by the tensor cores: one grouped launch each.
 
-On a GPU the library runs unless ``PYDIT_GEMM=pydit``: set it to race this package's kernel.
+The kernel is raced whatever ``PYDIT_GEMM`` says: on a GPU the ops take the library until a results file speaks for it.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,20 @@ def linear_work(b: int, tokens: int, streams: int, k: int, n: int, itemsize: int
     return Work(bytes=size * itemsize, flops=2 * b * tokens * n * k)
 
 
+def portable_kernel(work: Work, b: int, streams: tuple[int, ...], k: int, n: int, itemsize: int, gated: bool) -> Work:
+    """What tiles of 128 x 128 add: x is read once per column of tiles and the weight once per row of them; eight lanes
+    read the bias of every 16 rows, and twice as often the gate; products are of whole tiles and steps of 32."""
+    def tiles(length, size=128):
+        return -(-length // size)
+
+    again = flops = 0
+    for tokens in streams:
+        rows = b * tiles(tokens)
+        again += b * tokens * k * tiles(n) + rows * n * (k + 64 + (128 if gated else 0)) + b * tokens * n * (1 + gated)
+        flops += 2 * rows * tiles(n) * 128 * 128 * tiles(k, 32) * 32
+    return Work(again * itemsize - work.bytes, flops - work.flops)
+
+
 def case(op, model, b, img, txt, k, n, dtype) -> Case:
     kind = DTYPES[dtype]
     gated = op == "joint_linear_gated_residual"
@@ -58,13 +74,29 @@ def case(op, model, b, img, txt, k, n, dtype) -> Case:
     def both(function):
         return lambda *args: (function(*args[::2]), function(*args[1::2]))
 
-    peers = [eager_peer(both(one)), compiled(both(one)), Peer("two launches", lambda: both(_single(op)))]
+    peers = [eager_peer(both(one)), compiled(both(one)), Peer("two launches", lambda: own_kernel(both(_single(op))))]
     if op == "joint_linear_gelu":
         peers.append(Peer("cublaslt gelu", lambda: both(addmm_gelu),
                           lambda: (torch.cuda.is_available(), "" if torch.cuda.is_available() else "no GPU")))
-    return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype,
-                linear_work(b, img + txt, 2, k, n, kind.itemsize, gated), make, getattr(ops, op),
-                lambda *args: both(one)(*(a.double() for a in args)), both(one), tuple(peers))
+    work = linear_work(b, img + txt, 2, k, n, kind.itemsize, gated)
+    return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, own_kernel(getattr(ops, op)),
+                lambda *args: both(one)(*(a.double() for a in args)), both(one), tuple(peers),
+                portable_kernel(work, b, (img, txt), k, n, kind.itemsize, gated))
+
+
+def own_kernel(function):
+    """``function`` with ``PYDIT_GEMM=pydit``."""
+    def run(*args):
+        before = os.environ.get("PYDIT_GEMM")
+        os.environ["PYDIT_GEMM"] = "pydit"
+        try:
+            return function(*args)
+        finally:
+            del os.environ["PYDIT_GEMM"]
+            if before is not None:
+                os.environ["PYDIT_GEMM"] = before
+
+    return run
 
 
 def _single(op):
