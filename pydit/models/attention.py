@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pydit import backend, ops
 from pydit.models.thinned import text_modules
 
+_NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
+
 
 class _Replacing:
     """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
@@ -63,27 +65,12 @@ class QwenImageAttnProcessor(_Replacing):
             raise ValueError("attention_mask: expected None, because Qwen-Image masks text by "
                              f"encoder_hidden_states_mask, got a mask of shape {list(attention_mask.shape)}")
         modules = text_modules(attn)
+        if any(norm is None for norm in (attn.norm_q, attn.norm_k, modules.norms[1])):
+            raise ValueError(_NO_NORM)
         image = _project(attn, hidden_states, "to_q", "to_k", "to_v")
-        q_txt, k_txt, v_txt = _project(attn, encoder_hidden_states, *modules.projections)
-        norms = (attn.norm_q, attn.norm_k, *modules.norms)
+        text = _project(attn, encoder_hidden_states, *modules.projections)
         tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        asks = q_txt is not None
-        if not asks:  # the keys stand in for the queries too: one launch, and what it makes of them is not used
-            q_txt, norms = k_txt, (*norms[:2], norms[3], norms[3])
-        q_img, k_img, q_txt, k_txt = _norm_and_rotate(norms, image, (q_txt, k_txt), tables)
-        if encoder_hidden_states_mask is None:
-            out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt if asks else None, k_txt, v_txt)
-        else:
-            lens, order, q_txt, *packed = ops.pack_text(encoder_hidden_states_mask.bool(), q_txt, k_txt, v_txt)
-            out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt if asks else None, *packed,
-                                                   txt_lens=lens)
-            out_txt = ops.unpack_text(order, out_txt) if asks else None
-        if not asks:
-            return _output(attn, out_img), None
-        text = out_txt.flatten(2)
-        for module in modules.output:
-            text = module(text)
-        return _output(attn, out_img), text
+        return _attend_both(attn, modules, image, text, tables, encoder_hidden_states_mask)
 
 
 class FluxAttnProcessor(_Replacing):
@@ -229,17 +216,21 @@ def _adjacent(linears, x):
     return (*found, sizes)
 
 
-def _attend_both(attn, modules, image, text, tables):
-    """(image, text) after attention of unmasked streams; None for text that does not ask."""
+def _attend_both(attn, modules, image, text, tables, mask=None):
+    """(image, text) after attention, of text where the mask is true; None for text that does not ask."""
     asks = text[0] is not None
     # Without a text query the keys stand in for it: one launch, and what it makes of them is not used.
-    keys, norms = text[:2] if asks else (text[1], text[1]), (attn.norm_q, attn.norm_k, *modules.norms)
-    queries = [image[0], image[1], *keys]
+    q_txt, k_txt, v_txt = text if asks else (text[1], *text[1:])
+    q_img, k_img, v_img = image
+    norms = (attn.norm_q, attn.norm_k, *(modules.norms if asks else (modules.norms[1],) * 2))
     if any(norm is not None for norm in norms):
-        norms = norms if asks else (*norms[:2], norms[3], norms[3])
-        queries = _norm_and_rotate(norms, image, keys, tables)
-    q_img, k_img, q_txt, k_txt = queries
-    out_img, out_txt = ops.joint_attention(q_img, k_img, image[2], q_txt if asks else None, k_txt, text[2])
+        q_img, k_img, q_txt, k_txt = _norm_and_rotate(norms, image, (q_txt, k_txt), tables)
+    if mask is None:
+        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt if asks else None, k_txt, v_txt)
+    else:
+        lens, order, q_txt, *packed = ops.pack_text(mask.bool(), q_txt, k_txt, v_txt)
+        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt if asks else None, *packed, txt_lens=lens)
+        out_txt = ops.unpack_text(order, out_txt) if asks else None
     if not asks:
         return _output(attn, out_img), None
     out_txt = out_txt.flatten(2)
@@ -251,7 +242,7 @@ def _attend_both(attn, modules, image, text, tables):
 def _norm_and_rotate(norms, image, text, tables):
     """q_img, k_img, q_txt, k_txt after RMSNorm and rotation by the tables of (image, text)."""
     if any(norm is None for norm in norms):
-        raise ValueError("attn: expected RMSNorm on queries and keys of both streams, got a module without")
+        raise ValueError(_NO_NORM)
     tensors = (*image[:2], *text[:2])
     if any(map(_elsewhere, norms)):
         return tuple(_called(norm, x, table) for norm, x, table in
