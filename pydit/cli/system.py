@@ -29,10 +29,14 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"path: expected a source checkout of pydit with benchmarks/runner.py, got {root}, which has "
                         "none; the benchmarks are not part of the installed package")
     sys.path.insert(0, str(root))
-    from benchmarks import layers, model, runner
-
-    which, rest = {"layers": layers, "model": model}.get((arguments.rest or [""])[0]), arguments.rest
-    return runner.main(rest) if which is None else which.main(rest[1:])
+    rest = arguments.rest or []
+    if rest[:1] == ["layers"]:
+        from benchmarks.layers import main
+    elif rest[:1] == ["model"]:
+        from benchmarks.model import main
+    else:
+        from benchmarks.runner import main
+    return main(rest[1:] if rest[:1] in (["layers"], ["model"]) else rest)
 
 
 def add_doctor(commands: Any) -> None:
