@@ -27,6 +27,9 @@ COMMANDS = ("demo", "analyze", "plan", "prune", "distill", "generate", "eval", "
 @pytest.fixture
 def fails(capfd):
     """Run a command that must fail: exit code 2 and one line on standard error, which is returned."""
+    untrained()  # what writing it prints, once, is not the command's
+    capfd.readouterr()
+
     def run(*argv, code=2):
         assert main([str(a) for a in argv]) == code
         out, err = capfd.readouterr()
