@@ -48,7 +48,7 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
     pipe : diffusers.DiffusionPipeline
         Its transformer may be a pruned one (:func:`pydit.prune`) or a stock one.
     path : directory to create, or an earlier model directory to replace.
-    remote_code : let ``DiffusionPipeline.from_pretrained(path, trust_remote_code=True)``, also from a hub, load it
+    remote_code : let ``DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`` load it
         without ``import pydit`` before: a file beside the weights imports it, or says in one sentence that it is not
         installed. Plain ``from_pretrained(path)`` then no longer does; diffusers runs such a file only when told to.
         A stock transformer needs neither.
