@@ -113,7 +113,7 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
 
 def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
     from pydit.models import exact as exact_forms
-    from pydit.models import fused_blocks
+    from pydit.models import fused_blocks, qwen_image_blocks
 
     forms, word = (exact_forms.BLOCKS, "exact") if exact else (fused_blocks.FUSED, "fused")
     target = None
@@ -134,7 +134,7 @@ def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
             state.note("blocks", *(("stock", f"{_EXACT}; no exact form of two modulation rows") if two_rows else
                                    ("pydit", _EXACT)))
         elif two_rows:
-            target = target or fused_blocks.TargetTokens()
+            target = target or qwen_image_blocks.TargetTokens()
             block.__dict__["_pydit_target"] = target
             state.note("blocks", "pydit", "two modulation rows; batches whose target images differ in size run stock "
                                           "operations")

@@ -10,6 +10,8 @@ rotation round once instead of two or three times.
 from __future__ import annotations
 
 import copy
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +19,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit import backend, ops
 from pydit.models.thinned import text_modules
+from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
 
 
-class _Replacing:
+class Replacing:
     """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
 
     _attention_backend = None  # diffusers sets it on every processor that has it
     _parallel_config = None
     stock = None
+    options: frozenset[str] = frozenset()  # what attend takes beside the streams
 
-    def _chosen(self):
+    def chosen(self):
         """The stock processor with the backend that the user has chosen; None where none was."""
         if self._attention_backend is None or self.stock is None:
             return None
@@ -37,7 +41,24 @@ class _Replacing:
         return chosen
 
 
-class QwenImageAttnProcessor(_Replacing):
+def _projected(attend):
+    """The ``__call__`` that belongs to an ``attend``, with its signature, which diffusers reads: the streams after
+    attention and its output projections; the image alone where it came alone."""
+    @functools.wraps(attend)
+    def call(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        if (stock := self.chosen()) is not None:
+            return stock(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        image, text = attend(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        for module in getattr(attn, "to_out", ()):  # a single block of FLUX.1 projects by itself
+            image = module(image)
+        if text is not None:
+            for module in text_modules(attn).output:
+                text = module(text)
+        return image if encoder_hidden_states is None else (image, text)
+    return call
+
+
+class QwenImageAttnProcessor(Replacing):
     """Drop-in for ``QwenDoubleStreamAttnProcessor2_0`` of Qwen-Image (diffusers 0.39 and later).
 
     Text tokens that the mask leaves out, which need not be at the end, are moved there on the device. Their rows of the
@@ -46,74 +67,71 @@ class QwenImageAttnProcessor(_Replacing):
     the text output is None, and a single stream's text goes through the image's projections.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
-                 attention_mask=None, image_rotary_emb=None):
+    options = frozenset({"encoder_hidden_states_mask", "attention_mask", "image_rotary_emb"})
+
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
+               attention_mask=None, image_rotary_emb=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C], mask [B, S_txt] (true or 1 is kept),
-        image_rotary_emb (complex [S_img, D/2], complex [S_txt, D/2]) -> (image [B, S_img, C], text [B, S_txt, C]).
+        image_rotary_emb (complex [S_img, D/2], complex [S_txt, D/2]) -> what goes into the output projections, (image
+        [B, S_img, H D], text [B, S_txt, H D] or None).
 
         Raises
         ------
         ValueError
             No text stream, an attention_mask (the text's mask is what this model takes), or no QK norm.
         """
-        if (stock := self._chosen()) is not None:
-            return stock(attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask,
-                         image_rotary_emb)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: expected the text stream, got None")
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None, because Qwen-Image masks text by "
                              f"encoder_hidden_states_mask, got a mask of shape {list(attention_mask.shape)}")
-        modules = text_modules(attn)
-        if any(norm is None for norm in (attn.norm_q, attn.norm_k, modules.norms[1])):
+        if any(norm is None for norm in (attn.norm_q, attn.norm_k, text_modules(attn).norms[1])):
             raise ValueError(_NO_NORM)
-        image = _project(attn, hidden_states, "to_q", "to_k", "to_v")
-        text = _project(attn, encoder_hidden_states, *modules.projections)
         tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        return _attend_both(attn, modules, image, text, tables, encoder_hidden_states_mask)
+        return _attend(attn, hidden_states, encoder_hidden_states, tables, encoder_hidden_states_mask)
+
+    __call__ = _projected(attend)
 
 
-class FluxAttnProcessor(_Replacing):
+class FluxAttnProcessor(Replacing):
     """Drop-in for diffusers' ``FluxAttnProcessor``, in dual and in single blocks.
 
     A single block's sequence is one stream already, text first; it is attended as an image stream without text.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    options = frozenset({"attention_mask", "image_rotary_emb"})
+
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         """hidden_states [B, S, C], encoder_hidden_states [B, S_txt, C] or None, image_rotary_emb (cos, sin) fp32
-        [S_txt + S_img, D] with every angle twice -> (image, text) or the one stream.
+        [S_txt + S_img, D] with every angle twice -> what goes into the output projections, (image, text or None).
 
         Raises
         ------
         ValueError
             An attention_mask: FLUX.1 has none.
         """
-        if (stock := self._chosen()) is not None:
-            return stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        fused = attn.fused_projections
-        image = _project(attn, hidden_states, *(["to_qkv"] if fused else ["to_q", "to_k", "to_v"]))
         table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
-        if encoder_hidden_states is None:
-            q, k = _norm_and_rotate_one((attn.norm_q, attn.norm_k), image[:2], table)
-            return _output(attn, _alone(q, k, image[2]))
-        modules = text_modules(attn)
-        text = _project(attn, encoder_hidden_states, *(["to_added_qkv"] if fused else modules.projections))
-        tokens = encoder_hidden_states.shape[1]
+        tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
-        return _attend_both(attn, modules, image, text, tables)
+        return _attend(attn, hidden_states, encoder_hidden_states, tables)
+
+    __call__ = _projected(attend)
 
 
-class SD3AttnProcessor(_Replacing):
+class SD3AttnProcessor(Replacing):
     """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
 
     In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
     it. Models without QK norm (SD3 medium) are attended as they are.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> (image, text) or the image alone.
+    options = frozenset({"attention_mask"})
+
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> what goes into the output
+        projections, (image, text or None).
 
         Raises
         ------
@@ -122,14 +140,81 @@ class SD3AttnProcessor(_Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        q_img, k_img, v_img = _project(attn, hidden_states, "to_q", "to_k", "to_v")
-        if encoder_hidden_states is None:
-            if attn.norm_q is not None:
-                q_img, k_img = _norm_and_rotate_one((attn.norm_q, attn.norm_k), (q_img, k_img), None)
-            return _output(attn, _alone(q_img, k_img, v_img))
+        return _attend(attn, hidden_states, encoder_hidden_states, (None, None))
+
+    __call__ = _projected(attend)
+
+
+def _attend(attn, image, text, tables, mask=None):
+    """Both streams after attention, [B, S, H D]: text where the mask is true, None without a text or its query."""
+    streams = [_Stream(image, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k), tables[0])]
+    if getattr(attn, "fused_projections", False):
+        streams[0] = streams[0]._replace(names=("to_qkv",))
+    if text is not None:
         modules = text_modules(attn)
-        text = _project(attn, encoder_hidden_states, *modules.projections)
-        return _attend_both(attn, modules, (q_img, k_img, v_img), text, (None, None))
+        names = ("to_added_qkv",) if getattr(attn, "fused_projections", False) else modules.projections
+        streams.append(_Stream(text, names, modules.norms, tables[1]))
+    found = _in_one_launch(attn, streams) or _one_by_one(attn, streams)
+    q_img, k_img, v_img = found[:3]
+    q_txt, k_txt, v_txt = found[3:] if text is not None else (None, k_img[:, :0], v_img[:, :0])
+    if mask is None:
+        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt)
+    else:
+        # Without a text query the keys stand in for it in what is moved.
+        lens, order, query, *packed = ops.pack_text(mask.bool(), k_txt if q_txt is None else q_txt, k_txt, v_txt)
+        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, None if q_txt is None else query, *packed,
+                                               txt_lens=lens)
+        out_txt = None if q_txt is None else ops.unpack_text(order, out_txt)
+    return out_img.flatten(2), None if q_txt is None else out_txt.flatten(2)
+
+
+class _Stream(NamedTuple):
+    """x [B, S, C]; names of its projections, of query (None: there is none), key and value, or of all in one; norms of
+    query and key; (cos, sin) or None."""
+
+    x: torch.Tensor
+    names: tuple[str | None, ...]
+    norms: tuple[torch.nn.Module | None, torch.nn.Module | None]
+    table: list[torch.Tensor] | None
+
+
+def _in_one_launch(attn, streams):
+    """Query, key and value of each stream, normed and rotated, by one launch for all; None where that is impossible."""
+    dim = attn.inner_dim // attn.heads
+    if not ops.in_one_launch(streams[0].x) or dim not in QKV_HEAD_DIMS:
+        return None
+    arguments, found_norms = [], []
+    for x, names, norms, table in streams:
+        linears = [getattr(attn, name) for name in names if name is not None]
+        norms = norms[1:] if names[0] is None else norms
+        if not _alike(linears) or any(norm is None or _elsewhere(norm) for norm in norms):
+            return None
+        parts = [(linear.weight, linear.bias) for linear in linears]
+        if len(names) == 1:
+            (weight, bias), = parts
+            parts = zip(weight.chunk(3), [None] * 3 if bias is None else bias.chunk(3), strict=True)
+        weights, biases = zip(*([(None, None)] if names[0] is None else []), *parts, strict=True)
+        found_norms += norms
+        arguments.append((x, weights, biases, [None, *(n.weight for n in norms)][-2:], table))
+    if len(streams) == 1:
+        arguments.append((streams[0].x[:, :0], *arguments[0][1:4], None))
+    found = ops.joint_qkv(*(part for pair in zip(*arguments, strict=True) for part in pair), head_dim=dim,
+                          eps=found_norms[0].eps)
+    return found[:3 * len(streams)]
+
+
+def _one_by_one(attn, streams):
+    """The same by a product per stream or per projection, then norm and rotation of both streams in one launch."""
+    parts = [_project(attn, stream.x, *stream.names) for stream in streams]
+    # Without a text query the keys stand in for it: one launch, and what it makes of them is not used.
+    turned = [(k if q is None else q, k) for q, k, _ in parts]
+    norms = [stream.norms[1:] * 2 if part[0] is None else stream.norms
+             for stream, part in zip(streams, parts, strict=True)]
+    tables = [stream.table for stream in streams]
+    if any(norm is not None for pair in norms for norm in pair):
+        turned = _norm_and_rotate(norms, turned, tables)
+    return [x for (q, k), (asks, _, v) in zip(turned, parts, strict=True)
+            for x in (None if asks is None else q, k, v)]
 
 
 def _project(attn, x, *names):
@@ -216,45 +301,19 @@ def _adjacent(linears, x):
     return (*found, sizes)
 
 
-def _attend_both(attn, modules, image, text, tables, mask=None):
-    """(image, text) after attention, of text where the mask is true; None for text that does not ask."""
-    asks = text[0] is not None
-    # Without a text query the keys stand in for it: one launch, and what it makes of them is not used.
-    q_txt, k_txt, v_txt = text if asks else (text[1], *text[1:])
-    q_img, k_img, v_img = image
-    norms = (attn.norm_q, attn.norm_k, *(modules.norms if asks else (modules.norms[1],) * 2))
-    if any(norm is not None for norm in norms):
-        q_img, k_img, q_txt, k_txt = _norm_and_rotate(norms, image, (q_txt, k_txt), tables)
-    if mask is None:
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt if asks else None, k_txt, v_txt)
-    else:
-        lens, order, q_txt, *packed = ops.pack_text(mask.bool(), q_txt, k_txt, v_txt)
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt if asks else None, *packed, txt_lens=lens)
-        out_txt = ops.unpack_text(order, out_txt) if asks else None
-    if not asks:
-        return _output(attn, out_img), None
-    out_txt = out_txt.flatten(2)
-    for module in modules.output:
-        out_txt = module(out_txt)
-    return _output(attn, out_img), out_txt
-
-
-def _norm_and_rotate(norms, image, text, tables):
-    """q_img, k_img, q_txt, k_txt after RMSNorm and rotation by the tables of (image, text)."""
-    if any(norm is None for norm in norms):
+def _norm_and_rotate(norms, streams, tables):
+    """(q, k) of one stream or two after RMSNorm and rotation."""
+    flat = [norm for pair in norms for norm in pair]
+    if any(norm is None for norm in flat):
         raise ValueError(_NO_NORM)
-    tensors = (*image[:2], *text[:2])
-    if any(map(_elsewhere, norms)):
-        return tuple(_called(norm, x, table) for norm, x, table in
-                     zip(norms, tensors, (tables[0], tables[0], tables[1], tables[1]), strict=True))
-    return ops.joint_qk_norm_rope(*tensors, [norm.weight for norm in norms], *tables, eps=norms[0].eps)
-
-
-def _norm_and_rotate_one(norms, tensors, table):
-    """q, k of one stream after RMSNorm and rotation."""
-    if any(map(_elsewhere, norms)):
-        return tuple(_called(norm, x, table) for norm, x in zip(norms, tensors, strict=True))
-    return ops.qk_norm_rope(*tensors, norms[0].weight, norms[1].weight, table, eps=norms[0].eps)
+    if any(map(_elsewhere, flat)):
+        return [tuple(_called(norm, x, table) for norm, x in zip(pair, stream, strict=True))
+                for pair, stream, table in zip(norms, streams, tables, strict=True)]
+    if len(streams) == 1:
+        return [ops.qk_norm_rope(*streams[0], *(norm.weight for norm in flat), tables[0], eps=flat[0].eps)]
+    q_img, k_img, q_txt, k_txt = ops.joint_qk_norm_rope(*streams[0], *streams[1], [norm.weight for norm in flat],
+                                                        *tables, eps=flat[0].eps)
+    return [(q_img, k_img), (q_txt, k_txt)]
 
 
 def _elsewhere(norm):
@@ -267,19 +326,6 @@ def _called(norm, x, table):
     backend.record("qk_norm_rope", "torch", "a hook brings the norm's weight when the norm is called")
     x = norm(x)
     return x if table is None else ops.reference.rotate(ops.reference.wide(x), *table).to(x.dtype)
-
-
-def _alone(q, k, v):
-    """Attention of one stream."""
-    return ops.joint_attention(q, k, v, None, k[:, :0], v[:, :0])[0]
-
-
-def _output(attn, x):
-    """The output projection and, where there is one, its dropout; a single block of FLUX.1 projects by itself."""
-    x = x.flatten(2)
-    for module in getattr(attn, "to_out", ()):
-        x = module(x)
-    return x
 
 
 def _cosine_and_sine(rotation):

@@ -1,4 +1,5 @@
-"""FLUX.1's part in :mod:`pydit.models.thinned`: dual blocks, and single ones with attention and MLP side by side.
+"""FLUX.1's part in :mod:`pydit.models.dual_stream` and :mod:`pydit.models.thinned`: dual blocks, and single ones with
+attention and MLP side by side.
 
 A single block keeps its one set of weights whatever becomes of its text, so linear text and text keys save work there
 and no weights. With x both streams, n = LN(x) (1 + scale) + shift, a = attention(n) and proj_out = [W_a | W_m], b:
@@ -17,7 +18,8 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import nn
 
 from pydit.families import BlockSpec
-from pydit.models.thinned import Branch, Modulation, ThinnedAttnProcessor, ThinnedBlock, rows_of
+from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, rows_of
+from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 
 
 class PrunedFluxAttnProcessor(ThinnedAttnProcessor):
@@ -40,23 +42,30 @@ class PrunedFluxAttnProcessor(ThinnedAttnProcessor):
                            rotation(slice(tokens)))
 
 
-class PrunedFluxTransformerBlock(ThinnedBlock, FluxTransformerBlock):
-    """What a plan left of a dual block."""
+class FluxForward(DualStreamBlock):
+    """Mixin of a dual block."""
 
     image_branch = Branch("norm1.linear", ("norm1",), "norm1.norm", "norm2", "ff")
     text_branch = Branch("norm1_context.linear", ("norm1_context",), "norm1_context.norm", "norm2_context",
                          "ff_context")
-    processor_class = PrunedFluxAttnProcessor
+    clips = (True, False)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
-        """As the stock block's; the text may be two tensors along the tokens, see :mod:`pydit.models.thinned`."""
-        image_mod, text_mod = Modulation(rows_of(modulation(self.norm1, temb), self.width)), None
+        """As the stock block's; the text may be two tensors along the tokens, see :mod:`pydit.models.dual_stream`."""
+        width = hidden_states.shape[-1]  # a table in the modulation's place does not know it
+        image_mod, text_mod = Modulation(rows_of(modulation(self.norm1, temb), width)), None
         if self.spec.form == "single":
             text_mod = image_mod
         elif self.spec.text != "linear":
-            text_mod = Modulation(rows_of(modulation(self.norm1_context, temb), self.width))
-        return self._run(hidden_states, encoder_hidden_states, image_mod, text_mod, image_rotary_emb=image_rotary_emb,
-                         **(joint_attention_kwargs or {}))
+            text_mod = Modulation(rows_of(modulation(self.norm1_context, temb), width))
+        options = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
+        return self._run(hidden_states, encoder_hidden_states, image_mod, text_mod, options)
+
+
+class PrunedFluxTransformerBlock(ThinnedBlock, FluxForward, FluxTransformerBlock):
+    """What a plan left of a dual block."""
+
+    processor_class = PrunedFluxAttnProcessor
 
 
 class PrunedFluxSingleTransformerBlock(ThinnedBlock, FluxSingleTransformerBlock):
@@ -81,17 +90,21 @@ class PrunedFluxSingleTransformerBlock(ThinnedBlock, FluxSingleTransformerBlock)
         self._choose_processor("query" if spec.text == "full" else "keys", "single")
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
-        """As the stock block's; the text may be two tensors along the tokens, see :mod:`pydit.models.thinned`."""
-        both = Modulation(rows_of(modulation(self.norm, temb), self.width))
-        return self._run(hidden_states, encoder_hidden_states, both, both, image_rotary_emb=image_rotary_emb,
-                         **(joint_attention_kwargs or {}))
+        """As the stock block's; the text may be two tensors along the tokens, see :mod:`pydit.models.dual_stream`."""
+        both = Modulation(rows_of(modulation(self.norm, temb), hidden_states.shape[-1]))
+        options = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
+        return self._run(hidden_states, encoder_hidden_states, both, both, options)
 
-    def _after_attention(self, x, normed, out, mod, branch, linear):
-        do = self.operations
+    def _after_attention(self, do, streams, outputs, options):
+        gates = [stream.mod.rows[2] for stream in streams]
+        attended = [out.x for out in outputs]
         if self.spec.ffn == "linear":
-            return do.linear_residual(getattr(self, linear), do.residual(x, self.proj_out(out), mod.rows[2]))
-        hidden = do.linear_gelu(self.proj_mlp, self.act_mlp, normed)
-        return do.residual(x, self.proj_out(torch.cat((out, hidden), dim=-1)), mod.rows[2])
+            streams = do.add(streams, [do.project(self.proj_out, x) for x in attended], gates)
+            return do.linear_residual([getattr(self, stream.linear) for stream in streams],
+                                      [stream.x for stream in streams])
+        hidden = do.linear_gelu(self.proj_mlp, self.act_mlp, [stream.normed for stream in streams])
+        outputs = [do.project(self.proj_out, torch.cat(pair, dim=-1)) for pair in zip(attended, hidden, strict=True)]
+        return [stream.x for stream in do.add(streams, outputs, gates)]
 
 
 def modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:

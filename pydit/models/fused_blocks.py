@@ -2,12 +2,14 @@
 
 A block takes such a class in place of its own (``block.__class__ = ...``), so hooks, adapters, checkpointing and
 whatever looks a block up by name or type keep working. Each class keeps the name of its parent, by which diffusers
-finds repeated blocks. LayerNorm and modulation are one launch, a gated residual and the next LayerNorm another.
+finds repeated blocks. Where this package's matrix product runs, a layer of both streams is one launch with whatever
+follows it: norm and rotation, GELU, or gate and residual. Where the library's does, LayerNorm and modulation are one
+launch, and a gated residual and the next LayerNorm another.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,82 +19,149 @@ from diffusers.models.transformers import transformer_flux, transformer_qwenimag
 from torch import nn
 
 from pydit import ops
-from pydit.models import flux_blocks, pruned, qwen_image_blocks, sd3_blocks
+from pydit.models import attention, flux_blocks, pruned, qwen_image_blocks, sd3_blocks
+from pydit.models.dual_stream import Modulation, Output, Stock, Stream
+from pydit.models.thinned import text_modules
 
 
-class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock):
-    """Qwen-Image's dual-stream block, with one modulation row per image or two (``zero_cond_t``)."""
+class Fused(Stock):
+    """:class:`pydit.models.dual_stream.Stock`'s operations on this package's kernels."""
 
-    def forward(self, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb=None,
-                joint_attention_kwargs=None, modulate_index=None):
-        """As the parent's. A batch whose target images differ in size (``modulate_index``) takes the parent's path."""
-        split = split_of(self, modulate_index)
-        if modulate_index is not None and split is None:
-            return super().forward(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb,
-                                   image_rotary_emb, joint_attention_kwargs, modulate_index)
-        image, text = hidden_states, encoder_hidden_states
-        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2 = _rows(self.img_mod(temb), split).chunk(6, dim=-1)
-        temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
-        shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = self.txt_mod(temb).chunk(6, dim=-1)
-        out_image, out_text = self.attn(
-            hidden_states=ops.ada_layer_norm(image, scale_i, shift_i, eps=self.img_norm1.eps, split=split),
-            encoder_hidden_states=ops.ada_layer_norm(text, scale_t, shift_t, eps=self.txt_norm1.eps),
-            encoder_hidden_states_mask=encoder_hidden_states_mask, image_rotary_emb=image_rotary_emb,
-            **(joint_attention_kwargs or {}))
-        image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale_i2, shift_i2,
-                                                          eps=self.img_norm2.eps, split=split)
-        image = ops.gated_residual(image, _feed_forward(self.img_mlp, normed), gate_i2, split=split)
-        text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale_t2, shift_t2,
-                                                         eps=self.txt_norm2.eps)
-        text = ops.gated_residual(text, _feed_forward(self.txt_mlp, normed), gate_t2)
-        return _finite(text), _finite(image)
+    @staticmethod
+    def modulate(norm: nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
+        return ops.ada_layer_norm(x, mod.rows[1], mod.rows[0], eps=norm.eps, split=mod.split)
+
+    @classmethod
+    def attend(cls, attn: nn.Module, image: torch.Tensor, text: torch.Tensor | None, options: dict[str, Any]
+               ) -> list[Output | None]:
+        processor = attn.processor
+        ours = isinstance(processor, attention.Replacing) and processor.chosen() is None and _plain(attn, type(attn))
+        if not (ours and ops.in_one_launch(image) and options.keys() <= processor.options):
+            return super().attend(attn, image, text, options)
+        out_image, out_text = processor.attend(attn, image, text, **options)
+        found = [cls._through(getattr(attn, "to_out", ()), out_image)]
+        if text is not None:
+            found.append(None if out_text is None else cls._through(text_modules(attn).output, out_text))
+        return found
+
+    @classmethod
+    def _through(cls, modules: Iterable[nn.Module], x: torch.Tensor) -> Output:
+        """``x`` through a linear layer and what drops out behind it."""
+        first, *rest = [*modules] or [None]
+        if first is None:
+            return Output(x)
+        out = cls.project(first, x)
+        if out.linear is None or not all(map(_idle, rest)):
+            x = first(x) if out.linear is not None else out.x
+            for module in rest:
+                x = module(x)
+            out = Output(x)
+        return out
+
+    @staticmethod
+    def project(linear: nn.Module, x: torch.Tensor) -> Output:
+        if ops.in_one_launch(x) and _plain(linear, nn.Linear):
+            return Output(x, linear)
+        return Output(linear(x))
+
+    @staticmethod
+    def add(streams: list[Stream], outputs: list[Output], gates: Iterable[torch.Tensor]) -> list[Stream]:
+        gates = list(gates)
+        if len(streams) == 2 and all(out.linear is not None for out in outputs) and streams[1].mod.split is None:
+            xs = ops.joint_linear_gated_residual(
+                *(out.x for out in outputs), *(out.linear.weight for out in outputs),
+                *(out.linear.bias for out in outputs), *(stream.x for stream in streams), *gates,
+                split=streams[0].mod.split)
+        else:
+            xs = [ops.gated_residual(stream.x, out.x, gate, split=stream.mod.split) if out.linear is None else
+                  ops.linear_gated_residual(out.x, out.linear.weight, out.linear.bias, stream.x, gate,
+                                            split=stream.mod.split)
+                  for stream, out, gate in zip(streams, outputs, gates, strict=True)]
+        return [stream._replace(x=x) for stream, x in zip(streams, xs, strict=True)]
+
+    @classmethod
+    def add_modulate(cls, norms: list[nn.Module], streams: list[Stream], outputs: list[Output]
+                     ) -> tuple[list[Stream], list[torch.Tensor]]:
+        if any(out.linear is not None for out in outputs):
+            return super().add_modulate(norms, streams, outputs)
+        pairs = [ops.gated_residual_ada_layer_norm(stream.x, out.x, stream.mod.rows[2], stream.mod.rows[4],
+                                                   stream.mod.rows[3], eps=norm.eps, split=stream.mod.split)
+                 for norm, stream, out in zip(norms, streams, outputs, strict=True)]
+        return ([stream._replace(x=x) for stream, (x, _) in zip(streams, pairs, strict=True)],
+                [normed for _, normed in pairs])
+
+    @classmethod
+    def feed_forward(cls, mlps: list[nn.Module], xs: list[torch.Tensor]) -> list[Output]:
+        """diffusers' FeedForward, with its first product and GELU as one op where it is as it was made."""
+        firsts = [mlp.net[0] if _plain(mlp, type(mlp)) and _plain(mlp.net[0], diffusers_activations.GELU) else None
+                  for mlp in mlps]
+        if len(xs) == 2 and ops.in_one_launch(xs[0]) and all(first and _fuses(first.proj, first) for first in firsts):
+            hidden = _joint(ops.joint_linear_gelu, [first.proj for first in firsts], xs)
+        else:
+            hidden = [None if first is None else _linear_gelu(first.proj, first, x)
+                      for first, x in zip(firsts, xs, strict=True)]
+        return [Output(mlp(x)) if h is None else cls._after_gelu(mlp.net[1:], h)
+                for mlp, x, h in zip(mlps, xs, hidden, strict=True)]
+
+    @classmethod
+    def _after_gelu(cls, modules: Iterable[nn.Module], x: torch.Tensor) -> Output:
+        drop, *rest = modules
+        return cls._through(rest, x if _idle(drop) else drop(x))
+
+    @staticmethod
+    def linear_gelu(linear: nn.Module, gelu: nn.Module, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if len(xs) == 2 and ops.in_one_launch(xs[0]) and _fuses(linear, gelu):
+            return _joint(ops.joint_linear_gelu, [linear, linear], xs)
+        return [_linear_gelu(linear, gelu, x) for x in xs]
+
+    @staticmethod
+    def linear_residual(linears: list[nn.Module], xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """``x + linear(x)``; a module that LoRA or quantisation has put there is called as it is."""
+        plain = [_plain(linear, nn.Linear) for linear in linears]
+        if len(xs) == 2 and all(plain) and ops.in_one_launch(xs[0]):
+            return _joint(ops.joint_linear_residual, linears, xs)
+        return [ops.linear_residual(x, linear.weight, linear.bias) if fuses else x + linear(x)
+                for linear, x, fuses in zip(linears, xs, plain, strict=True)]
+
+
+def _joint(op: Any, linears: list[nn.Module], xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """An op of both streams."""
+    return list(op(*xs, *(linear.weight for linear in linears), *(linear.bias for linear in linears)))
+
+
+def _linear_gelu(linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``gelu(linear(x))``; ``gelu`` is torch's, or diffusers', which holds the linear layer itself."""
+    if _fuses(linear, gelu):
+        return ops.linear_gelu(x, linear.weight, linear.bias)
+    return gelu(x) if hasattr(gelu, "proj") else gelu(linear(x))
+
+
+def _fuses(linear: nn.Module, gelu: nn.Module) -> bool:
+    """Whether a linear layer and its GELU are what :func:`pydit.ops.linear_gelu` computes."""
+    return _plain(linear, nn.Linear) and not gelu._forward_hooks and gelu.approximate == "tanh"
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this class, and nothing listens to it or has replaced its forward."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks
+                                         or "forward" in module.__dict__)
+
+
+def _idle(module: nn.Module) -> bool:
+    """A dropout that drops nothing and that nothing listens to."""
+    return _plain(module, nn.Dropout) and (module.p == 0 or not module.training)
+
+
+class QwenImageTransformerBlock(qwen_image_blocks.QwenImageForward, transformer_qwenimage.QwenImageTransformerBlock):
+    """Qwen-Image's dual-stream block."""
+
+    operations = Fused
 
 
 class PrunedQwenImageTransformerBlock(qwen_image_blocks.PrunedQwenImageTransformerBlock):
     """What a plan left of such a block."""
 
-    def forward(self, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb=None,
-                joint_attention_kwargs=None, modulate_index=None):
-        """As the parent's; see :meth:`QwenImageTransformerBlock.forward`."""
-        split = split_of(self, modulate_index)
-        if modulate_index is not None and split is None:
-            return super().forward(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb,
-                                   image_rotary_emb, joint_attention_kwargs, modulate_index)
-        image, text, spec = hidden_states, encoder_hidden_states, self.spec
-        img_mod = self.img_mod(temb)
-        shift_i, scale_i, gate_i, *second_i = _rows(img_mod, split).split(self.dim, dim=-1)
-        temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
-        if spec.text == "linear":
-            text, told = text.chunk(2, dim=1)
-            text_in = _linear_residual(self.txt_proj, told)
-        else:
-            mod = img_mod[:len(temb)] if spec.form == "single" else self.txt_mod(temb)
-            norm = self.img_norm1 if spec.form == "single" else self.txt_norm1
-            shift_t, scale_t, *rest_t = mod.split(self.dim, dim=-1)
-            text_in = ops.ada_layer_norm(text, scale_t, shift_t, eps=norm.eps)
-        out_image, out_text = self.attn(
-            hidden_states=ops.ada_layer_norm(image, scale_i, shift_i, eps=self.img_norm1.eps, split=split),
-            encoder_hidden_states=text_in, encoder_hidden_states_mask=encoder_hidden_states_mask,
-            image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        if spec.ffn == "linear":
-            image = _linear_residual(self.img_ffn, ops.gated_residual(image, out_image, gate_i, split=split))
-        else:
-            shift, scale, gate = second_i
-            image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale, shift,
-                                                              eps=self.img_norm2.eps, split=split)
-            image = ops.gated_residual(image, _feed_forward(self.img_mlp, normed), gate, split=split)
-        if spec.text == "linear":
-            text = _linear_residual(self.txt_out_proj, text) if spec.text_output else torch.cat((text, told), dim=1)
-        elif spec.text == "full" and spec.ffn == "linear":
-            text = _linear_residual(self.txt_ffn, ops.gated_residual(text, out_text, rest_t[0]))
-        elif spec.text == "full":
-            norm, mlp = ((self.img_norm2, self.img_mlp) if spec.form == "single" else (self.txt_norm2, self.txt_mlp))
-            gate_t, shift, scale, gate = rest_t
-            text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale, shift, eps=norm.eps)
-            text = ops.gated_residual(text, _feed_forward(mlp, normed), gate)
-        if self.hands_on:
-            text = torch.cat((text, text_in), dim=1)
-        return _finite(text), _finite(image)
+    operations = Fused
 
 
 class AffineBlock(pruned.AffineBlock):
@@ -100,111 +169,50 @@ class AffineBlock(pruned.AffineBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, *_args: Any, **_kwargs: Any):
         """As the parent's."""
-        image, text = _linear_residual(self.img_map, hidden_states), encoder_hidden_states
-        if self.txt_map is not None:
-            text = _linear_residual(self.txt_map, text)
+        if self.txt_map is None:
+            (image,), text = Fused.linear_residual([self.img_map], [hidden_states]), encoder_hidden_states
+        else:
+            image, text = Fused.linear_residual([self.img_map, self.txt_map], [hidden_states, encoder_hidden_states])
         return (text, image) if self.text_first else (image, text)
 
 
-class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
+class FluxTransformerBlock(flux_blocks.FluxForward, transformer_flux.FluxTransformerBlock):
     """FLUX.1's dual-stream block."""
 
-    def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
-        """As the parent's."""
-        image, text = hidden_states, encoder_hidden_states
-        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2 = _modulation(self.norm1, temb).chunk(6, dim=-1)
-        shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = _modulation(self.norm1_context, temb).chunk(6, dim=-1)
-        out_image, out_text, *adapted = self.attn(
-            hidden_states=ops.ada_layer_norm(image, scale_i, shift_i, eps=self.norm1.norm.eps),
-            encoder_hidden_states=ops.ada_layer_norm(text, scale_t, shift_t, eps=self.norm1_context.norm.eps),
-            image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale_i2, shift_i2,
-                                                          eps=self.norm2.eps)
-        image = ops.gated_residual(image, _feed_forward(self.ff, normed), gate_i2)
-        if adapted:  # an IP-adapter's third output
-            image = image + adapted[0]
-        text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale_t2, shift_t2,
-                                                         eps=self.norm2_context.eps)
-        return _finite(ops.gated_residual(text, _feed_forward(self.ff_context, normed), gate_t2)), image
+    operations = Fused
 
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
-    """FLUX.1's single-stream block: attention and MLP side by side, one output projection."""
+    """FLUX.1's single-stream block: attention and MLP side by side, one output projection, one stream."""
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
         tokens = encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shift, scale, gate = _modulation(self.norm, temb).chunk(3, dim=-1)
-        normed = ops.ada_layer_norm(both, scale, shift, eps=self.norm.norm.eps)
-        attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        hidden = _linear_gelu(self.proj_mlp, self.act_mlp, normed)
-        out = self.proj_out(torch.cat([attended, hidden], dim=2))
-        both = _finite(ops.gated_residual(both, out, gate))
+        mod = Modulation(flux_blocks.modulation(self.norm, temb).chunk(3, dim=-1))
+        normed = Fused.modulate(self.norm.norm, both, mod)
+        attended, = Fused.attend(self.attn, normed, None, {"image_rotary_emb": image_rotary_emb,
+                                                           **(joint_attention_kwargs or {})})
+        hidden, = Fused.linear_gelu(self.proj_mlp, self.act_mlp, [normed])
+        out = Fused.project(self.proj_out, torch.cat([attended.x, hidden], dim=2))
+        stream, = Fused.add([Stream(both, normed, mod, None, "")], [out], mod.rows[2:])
+        both = stream.x.clip(-65504, 65504) if both.dtype == torch.float16 else stream.x
         return both[:, :tokens], both[:, tokens:]
 
 
-class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
+class JointTransformerBlock(sd3_blocks.JointForward, diffusers_attention.JointTransformerBlock):
     """The block of SD3 and SD3.5, with or without the second, image-only attention; the last one has no text output."""
+
+    operations = Fused
 
     def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
         """As the parent's; chunked feed-forward takes the parent's path."""
         if self._chunk_size is not None:
-            return super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-        image = hidden_states.contiguous()  # a ControlNet's patches come with tokens innermost
-        text, options = encoder_hidden_states, joint_attention_kwargs or {}
-        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *twice = _modulation(self.norm1, temb).chunk(
-            9 if self.use_dual_attention else 6, dim=-1)
-        eps = self.norm1.norm.eps
-        if self.context_pre_only:  # this norm has scale before shift
-            scale_t, shift_t = _modulation(self.norm1_context, temb).chunk(2, dim=-1)
-        else:
-            mod = _modulation(self.norm1_context, temb)
-            shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = mod.chunk(6, dim=-1)
-        out_image, out_text = self.attn(
-            hidden_states=ops.ada_layer_norm(image, scale_i, shift_i, eps=eps),
-            encoder_hidden_states=ops.ada_layer_norm(text, scale_t, shift_t, eps=self.norm1_context.norm.eps),
-            **options)
-        if twice:
-            shift, scale, gate = twice
-            second = self.attn2(hidden_states=ops.ada_layer_norm(image, scale, shift, eps=eps), **options)
-            image, out_image, gate_i = ops.gated_residual(image, out_image, gate_i), second, gate
-        image, normed = ops.gated_residual_ada_layer_norm(image, out_image, gate_i, scale_i2, shift_i2,
-                                                          eps=self.norm2.eps)
-        image = ops.gated_residual(image, _feed_forward(self.ff, normed), gate_i2)
-        if self.context_pre_only:
-            return None, image
-        text, normed = ops.gated_residual_ada_layer_norm(text, out_text, gate_t, scale_t2, shift_t2,
-                                                         eps=self.norm2_context.eps)
-        return ops.gated_residual(text, _feed_forward(self.ff_context, normed), gate_t2), image
-
-
-class Fused:
-    """:class:`pydit.models.thinned.Stock`'s operations on this package's kernels."""
-
-    @staticmethod
-    def modulate(norm, x, shift, scale, split=None):
-        return ops.ada_layer_norm(x, scale, shift, eps=norm.eps, split=split)
-
-    @staticmethod
-    def residual(x, y, gate, split=None):
-        return ops.gated_residual(x, y, gate, split=split)
-
-    @staticmethod
-    def residual_modulate(norm, x, y, gate, shift, scale, split=None):
-        return ops.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps=norm.eps, split=split)
-
-    @staticmethod
-    def linear_residual(linear, x):
-        return _linear_residual(linear, x)
-
-    @staticmethod
-    def feed_forward(mlp, x):
-        return _feed_forward(mlp, x)
-
-    @staticmethod
-    def linear_gelu(linear, gelu, x):
-        return _linear_gelu(linear, gelu, x)
+            return diffusers_attention.JointTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb,
+                                                                     joint_attention_kwargs)
+        # A ControlNet's patches come with tokens innermost.
+        text, image = super().forward(hidden_states.contiguous(), encoder_hidden_states, temb, joint_attention_kwargs)
+        return None if self.context_pre_only else text, image
 
 
 class PrunedFluxTransformerBlock(flux_blocks.PrunedFluxTransformerBlock):
@@ -225,75 +233,7 @@ class PrunedJointTransformerBlock(sd3_blocks.PrunedJointTransformerBlock):
     operations = Fused
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {fused.__mro__[1]: fused for fused in (
+FUSED: dict[type[nn.Module], type[nn.Module]] = {fused.__bases__[-1]: fused for fused in (
     QwenImageTransformerBlock, PrunedQwenImageTransformerBlock, AffineBlock, FluxTransformerBlock,
     FluxSingleTransformerBlock, JointTransformerBlock, PrunedFluxTransformerBlock, PrunedFluxSingleTransformerBlock,
     PrunedJointTransformerBlock)}
-
-
-class TargetTokens:
-    """A forward pre-hook of a model with two modulation rows: how many tokens the target image has.
-
-    ``tokens`` is the same number for every sample of the batch at hand, or None. Blocks find it under
-    ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: int | None = None
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        shapes = kwargs.get("img_shapes") or ()
-        found = {math.prod(sample[0]) for sample in shapes}
-        self.tokens = found.pop() if len(found) == 1 else None
-
-
-def split_of(block: nn.Module, modulate_index: torch.Tensor | None) -> int | None:
-    """Tokens of the target image, where a block has two modulation rows and the number is known."""
-    target = block.__dict__.get("_pydit_target")
-    return None if modulate_index is None or target is None else target.tokens
-
-
-def _rows(modulation: torch.Tensor, split: int | None) -> torch.Tensor:
-    """[B, n C], or with two rows per image [2 B, n C] -> [B, 2, n C]."""
-    return modulation if split is None else modulation.unflatten(0, (2, -1)).transpose(0, 1)
-
-
-def _modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:
-    """The shifts, scales and gates of an AdaLayerNorm, [B, n C]."""
-    return norm.linear(norm.silu(temb))
-
-
-def _feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A diffusers FeedForward, with its first product and GELU as one op where it is as it was made."""
-    first, *rest = mlp.net if _plain(mlp, type(mlp)) else (None,)
-    if not _plain(first, diffusers_activations.GELU):
-        return mlp(x)
-    x = _linear_gelu(first.proj, first, x)
-    for module in rest:
-        x = module(x)
-    return x
-
-
-def _linear_gelu(linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``gelu(linear(x))``; ``gelu`` is torch's, or diffusers', which holds the linear layer itself."""
-    if _plain(linear, nn.Linear) and not gelu._forward_hooks and gelu.approximate == "tanh":
-        return ops.linear_gelu(x, linear.weight, linear.bias)
-    return gelu(x) if hasattr(gelu, "proj") else gelu(linear(x))
-
-
-def _plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether a module is of exactly this class, and nothing listens to it or has replaced its forward."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks
-                                         or "forward" in module.__dict__)
-
-
-def _linear_residual(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``x + linear(x)``; a module that LoRA or quantisation has put there is called as it is."""
-    if _plain(linear, nn.Linear):
-        return ops.linear_residual(x, linear.weight, linear.bias)
-    return x + linear(x)
-
-
-def _finite(x: torch.Tensor) -> torch.Tensor:
-    """float16 clipped to its range, as the stock blocks do."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

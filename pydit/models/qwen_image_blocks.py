@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
+from torch import nn
 
-from pydit.models.thinned import Branch, Modulation, ThinnedAttnProcessor, ThinnedBlock, rows_of
+from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, Stock, rows_of
+from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 
 
 class PrunedQwenImageAttnProcessor(ThinnedAttnProcessor):
@@ -26,28 +31,63 @@ class PrunedQwenImageAttnProcessor(ThinnedAttnProcessor):
                            rotation(tables[0]), rotation(tables[1]))
 
 
-class PrunedQwenImageTransformerBlock(ThinnedBlock, QwenImageTransformerBlock):
-    """What a plan left of a Qwen-Image block."""
+class QwenImageForward(DualStreamBlock):
+    """Mixin of Qwen-Image's block, with one modulation row per image or two (``zero_cond_t``)."""
 
     image_branch = Branch("img_mod.1", ("img_mod", "img_norm1"), "img_norm1", "img_norm2", "img_mlp")
     text_branch = Branch("txt_mod.1", ("txt_mod", "txt_norm1"), "txt_norm1", "txt_norm2", "txt_mlp")
-    processor_class = PrunedQwenImageAttnProcessor
 
     def forward(self, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb, image_rotary_emb=None,
                 joint_attention_kwargs=None, modulate_index=None):
-        """As the stock block's; the text may be two tensors along the tokens, see :mod:`pydit.models.thinned`."""
-        image_mod = self.img_mod(temb)
+        """As the stock block's; the text may be two tensors along the tokens, see :mod:`pydit.models.dual_stream`.
+
+        Fused operations take two modulation rows where the target images of the batch have one size; where they differ
+        (``modulate_index``), stock ones run.
+        """
+        do, image_mod, text_mod = self.operations, self.img_mod(temb), None
         if self.zero_cond_t:
             temb = temb.chunk(2, dim=0)[0]
-        rows, text_mod = rows_of(image_mod, self.dim), None
         if self.spec.form == "single":
             # Two rows an image (zero_cond_t): the first half is the denoised one's.
             text_mod = Modulation(rows_of(image_mod[:len(temb)], self.dim))
         elif self.spec.text != "linear":
             text_mod = Modulation(rows_of(self.txt_mod(temb), self.dim))
-        if modulate_index is not None:
-            first = modulate_index[..., None] == 0
-            rows = tuple(torch.where(first, *row.chunk(2)) for row in rows)
-        return self._run(hidden_states, encoder_hidden_states, Modulation(rows), text_mod,
-                         encoder_hidden_states_mask=encoder_hidden_states_mask, image_rotary_emb=image_rotary_emb,
-                         **(joint_attention_kwargs or {}))
+        split = None if do is Stock or modulate_index is None else target_tokens(self)
+        if modulate_index is None:
+            rows = rows_of(image_mod, self.dim)
+        elif split is None:
+            do, first = Stock, modulate_index[..., None] == 0
+            rows = tuple(torch.where(first, *row.chunk(2)) for row in rows_of(image_mod, self.dim))
+        else:
+            rows = image_mod.unflatten(0, (2, -1)).transpose(0, 1).split(self.dim, dim=-1)
+        options = {"encoder_hidden_states_mask": encoder_hidden_states_mask, "image_rotary_emb": image_rotary_emb,
+                   **(joint_attention_kwargs or {})}
+        return self._run(hidden_states, encoder_hidden_states, Modulation(rows, split), text_mod, options, do)
+
+
+class PrunedQwenImageTransformerBlock(ThinnedBlock, QwenImageForward, QwenImageTransformerBlock):
+    """What a plan left of a Qwen-Image block."""
+
+    processor_class = PrunedQwenImageAttnProcessor
+
+
+class TargetTokens:
+    """A forward pre-hook of a model with two modulation rows: how many tokens the target image has.
+
+    ``tokens`` is the same number for every sample of the batch at hand, or None. Blocks find it under
+    ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: int | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        shapes = kwargs.get("img_shapes") or ()
+        found = {math.prod(sample[0]) for sample in shapes}
+        self.tokens = found.pop() if len(found) == 1 else None
+
+
+def target_tokens(block: nn.Module) -> int | None:
+    """Tokens of the target image, where a block has two modulation rows and the number is known."""
+    target = block.__dict__.get("_pydit_target")
+    return None if target is None else target.tokens

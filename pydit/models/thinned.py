@@ -1,19 +1,6 @@
-"""Blocks that a plan has thinned out, of any dual-stream family: one forward, and what each family puts into it.
+"""Blocks that a plan has thinned out, of any dual-stream family: what goes, what comes, and their stock attention.
 
-Formulas, for a stream x with modulation (shift, scale, gate, shift2, scale2, gate2), n(x) the LayerNorm:
-
-    a = attention(n(x) (1 + scale) + shift)                     of both streams together
-    h = x + gate a
-    y = h + gate2 MLP(n(h) (1 + scale2) + shift2)               ffn "mlp"
-    y = h + (W h + b)                                           ffn "linear" (PPCL, Eq. 9)
-
-Text that is ``"linear"`` gives keys and values of ``m + (W m + b)``, m the anchor's modulated text (PPCL, Eq. 8);
-text of a ``"single"`` block goes through the image's weights (Amber-Image); text that is ``"keys"`` gives keys and
-values and has no output.
-
-Between an anchor and the end of its text region the text stream is two tensors, the anchor's text output and its
-modulated text, one after the other along the tokens. Passing both through the model's own forward, rather than beside
-it, keeps gradient checkpointing, compilation and offloading hooks working.
+The formulas are in :mod:`pydit.models.dual_stream`, whose forward they share with whole blocks.
 """
 
 from __future__ import annotations
@@ -26,68 +13,12 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 from pydit.families import BlockSpec
+from pydit.models.dual_stream import DualStreamBlock
 from pydit.models.pruned import residual_map
 
 
-class Branch(NamedTuple):
-    """Names of the modules that a stream runs through in a block, as paths below it.
-
-    modulation : the linear layer that makes shifts, scales and gates. owner : what to remove with it.
-    norm1, norm2 : before attention and before the MLP.
-    """
-
-    modulation: str
-    owner: tuple[str, ...]
-    norm1: str
-    norm2: str
-    mlp: str
-
-
-class Modulation(NamedTuple):
-    """Shifts, scales and gates of one stream, each [B, 1, C], [B, S, C], or [B, 2, C] with ``split``.
-
-    rows : in the order shift, scale, gate, then those of the MLP as far as there are any.
-    split : tokens that take row 0 where there are two.
-    """
-
-    rows: tuple[torch.Tensor, ...]
-    split: int | None = None
-
-
-class Stock:
-    """The operations of a thinned-out block, rounding where diffusers' blocks round."""
-
-    @staticmethod
-    def modulate(norm: nn.Module, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor,
-                 split: int | None = None) -> torch.Tensor:
-        return norm(x) * (1 + scale) + shift
-
-    @staticmethod
-    def residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, split: int | None = None) -> torch.Tensor:
-        return x + gate * y
-
-    @classmethod
-    def residual_modulate(cls, norm: nn.Module, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor,
-                          shift: torch.Tensor, scale: torch.Tensor, split: int | None = None
-                          ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = cls.residual(x, y, gate)
-        return x, cls.modulate(norm, x, shift, scale)
-
-    @staticmethod
-    def linear_residual(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x + linear(x)
-
-    @staticmethod
-    def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return mlp(x)
-
-    @staticmethod
-    def linear_gelu(linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return gelu(linear(x))
-
-
-class ThinnedBlock:
-    """Mixin of a dual-stream block of which a plan has left a part; the family's block class comes next.
+class ThinnedBlock(DualStreamBlock):
+    """Mixin of a dual-stream block of which a plan has left a part; the family's mixin and block class come next.
 
     Modules that stay keep their names, so LoRA and quantisation find them. New ones: ``img_ffn``, ``txt_ffn`` (linear
     FFN), ``txt_proj`` (the anchor's modulated text to this layer's), ``txt_out_proj`` (the anchor's text output to
@@ -95,10 +26,7 @@ class ThinnedBlock:
     or columns stayed says which in ``pydit_kept``.
     """
 
-    image_branch: ClassVar[Branch]
-    text_branch: ClassVar[Branch]
     processor_class: ClassVar[type]
-    operations: ClassVar[type] = Stock
 
     @classmethod
     def from_stock(cls, block: nn.Module, spec: BlockSpec) -> Any:
@@ -115,11 +43,6 @@ class ThinnedBlock:
     def width(self) -> int:
         """Channels C."""
         return self.get_submodule(self.image_branch.modulation).in_features
-
-    @property
-    def text_ends(self) -> bool:
-        """Whether the block has no text output in the teacher already."""
-        return False
 
     def _thin_out(self, spec: BlockSpec) -> None:
         self.spec, self.hands_on = spec, spec.hands_on
@@ -182,47 +105,6 @@ class ThinnedBlock:
             setattr(linear, name, nn.Parameter(torch.cat([tensor[start:stop] for start, stop in kept])))
         linear.out_features = len(linear.bias)
         linear.pydit_kept = {"rows": kept}
-
-    def _run(self, image: torch.Tensor, text: torch.Tensor, image_mod: Modulation, text_mod: Modulation | None,
-             **attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(text, image) after the block; ``text_mod`` is None where the text is linear."""
-        spec, do = self.spec, self.operations
-        own, other = self.image_branch, self.image_branch if spec.form == "single" else self.text_branch
-        image_in = do.modulate(self.get_submodule(own.norm1), image, *image_mod.rows[:2], image_mod.split)
-        if spec.text == "linear":
-            text, told = text.chunk(2, dim=1)
-            text_in = do.linear_residual(self.txt_proj, told)
-        else:
-            text_in = do.modulate(self.get_submodule(other.norm1), text, *text_mod.rows[:2], text_mod.split)
-        out_image, out_text = self.attn(hidden_states=image_in, encoder_hidden_states=text_in, **attention)
-        image = self._after_attention(image, image_in, out_image, image_mod, own, "img_ffn")
-        if spec.text == "linear":
-            text = do.linear_residual(self.txt_out_proj, text) if spec.text_output else torch.cat((text, told), dim=1)
-        elif out_text is not None:
-            text = self._after_attention(text, text_in, out_text, text_mod, other, "txt_ffn")
-        if self.hands_on:
-            text = torch.cat((text, text_in), dim=1)
-        return finite(text), finite(image)
-
-    def _after_attention(self, x: torch.Tensor, normed: torch.Tensor, out: torch.Tensor, mod: Modulation,
-                         branch: Branch, linear: str) -> torch.Tensor:
-        """A stream x after the attention's output and the FFN; ``normed``: what attention was given."""
-        do = self.operations
-        if self.spec.ffn == "linear":
-            return do.linear_residual(getattr(self, linear), do.residual(x, out, mod.rows[2], mod.split))
-        x, normed = do.residual_modulate(self.get_submodule(branch.norm2), x, out, mod.rows[2], *mod.rows[3:5],
-                                         mod.split)
-        return do.residual(x, do.feed_forward(self.get_submodule(branch.mlp), normed), mod.rows[5], mod.split)
-
-
-def rows_of(modulation: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
-    """[B, n C] -> n of [B, 1, C]."""
-    return modulation[:, None].split(width, dim=-1)
-
-
-def finite(x: torch.Tensor) -> torch.Tensor:
-    """float16 clipped to its range, as the stock blocks do."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 class TextModules(NamedTuple):

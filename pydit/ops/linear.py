@@ -105,10 +105,26 @@ def linear_residual(x, weight, bias=None):
         As in :func:`linear_gelu`.
     """
     _check_linear("linear_residual", x, weight, bias)
-    if weight.shape[0] != weight.shape[1]:
-        raise ValueError(f"linear_residual: weight: expected a square matrix, got {list(weight.shape)}")
+    _check_square("linear_residual", weight)
     rows = _rows(x)
     return _linear("linear_residual", rows, weight, bias, rows, None, None, False).view(x.shape)
+
+
+def in_one_launch(x):
+    """Whether the ops for two streams are one launch of this package's kernel for tensors like ``x``.
+
+    Where they are not, whoever has something better than one product per layer (projections that lie next to each
+    other, a residual and the next LayerNorm in one launch) is to use that.
+
+    Parameters
+    ----------
+    x : torch.Tensor; its device and dtype decide, with ``PYDIT_GEMM`` and ``PYDIT_BACKEND``.
+
+    Returns
+    -------
+    bool
+    """
+    return x.dtype in KERNEL_DTYPES and _kernel_runs(x.device.type)
 
 
 def joint_linear(x_img, x_txt, weight_img, weight_txt, bias_img=None, bias_txt=None):
@@ -158,6 +174,16 @@ def joint_linear_gated_residual(x_img, x_txt, weight_img, weight_txt, bias_img, 
                   (x_txt, weight_txt, bias_txt, residual_txt, gate_txt), split, False)
 
 
+def joint_linear_residual(x_img, x_txt, weight_img, weight_txt, bias_img=None, bias_txt=None):
+    """:func:`linear_residual` of both streams in one launch; arguments as in :func:`joint_linear`, weights square."""
+    name = "joint_linear_residual"
+    _check_streams(name, x_img, x_txt, weight_img, weight_txt, bias_img, bias_txt)
+    _check_square(name, weight_img, "_img")
+    _check_square(name, weight_txt, "_txt")
+    return _joint(name, (x_img, weight_img, bias_img, x_img, None), (x_txt, weight_txt, bias_txt, x_txt, None), None,
+                  False)
+
+
 # Which product ---------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +197,12 @@ def _library_reason(device_type: str) -> str | None:
         return ("the product is the library's (cuBLASLt): this package's kernel has not been raced against it yet; "
                 "PYDIT_GEMM=pydit takes the kernel")
     return None
+
+
+@torch.compiler.assume_constant_result
+def _kernel_runs(device_type: str) -> bool:
+    backends = backend.info()["default_backend"]
+    return _library_reason(device_type) is None and backends.get(device_type) in ("cuda", "sim")
 
 
 def _linear(op, x, weight, bias, residual, gate, split, gelu):
@@ -338,6 +370,11 @@ def _check_streams(op, x_img, x_txt, weight_img, weight_txt, bias_img, bias_txt)
     for name, x in (("x_img", x_img), ("x_txt", x_txt)):
         if x.ndim != 3 or x.shape[0] != x_img.shape[0]:
             raise ValueError(f"{op}: {name}: expected shape [B, S, K], B the same in both, got {list(x.shape)}")
+
+
+def _check_square(op, weight, suffix=""):
+    if weight.shape[0] != weight.shape[1]:
+        raise ValueError(f"{op}: weight{suffix}: expected a square matrix, got {list(weight.shape)}")
 
 
 def _check_gated(op, suffix, x, weight, bias, residual, gate, split):

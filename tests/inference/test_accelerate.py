@@ -229,22 +229,47 @@ def ops_per_block(model, batch, shorter):
     return counts[0] - counts[1]
 
 
-# Operations of a block, stock (as diffusers' facts count them) and accelerated. Most that remain are matrix products.
-@pytest.mark.parametrize("family, stock, fused", [("qwen-image", 92, 22), ("flux", 96, 22), ("flux single", 49, 12),
-                                                  ("sd3.5", 83, 22)])
-def test_operations_of_a_block(family, stock, fused):
+def deepened(family):
+    """(a model with n blocks of a kind, its inputs in bfloat16)."""
     make, batch = {
         "qwen-image": (lambda n: tiny.transformer(n), tiny.batch(masked=False)),
         "flux": (lambda n: tiny.flux(num_layers=n), tiny.flux_batch()),
         "flux single": (lambda n: tiny.flux(num_single_layers=n), tiny.flux_batch()),
-        "sd3.5": (lambda n: tiny.sd3(num_layers=n, dual_attention_layers=()), tiny.sd3_batch())}[family]
-    models = [make(n).bfloat16().requires_grad_(False) for n in (3, 2)]
-    found = ops_per_block(models[0], tiny.cast(batch, torch.bfloat16), models[1])
-    pydit.accelerate(models[0])
-    pydit.accelerate(models[1])
-    mine = ops_per_block(models[0], tiny.cast(batch, torch.bfloat16), models[1])
-    print(family, found, mine)
+        "sd3.5": (lambda n: tiny.sd3(num_layers=n, dual_attention_layers=()), tiny.sd3_batch()),
+        "sd3.5 medium": (lambda n: tiny.sd3(num_layers=n, dual_attention_layers=range(n)), tiny.sd3_batch())}[family]
+    return (lambda n: make(n).bfloat16().requires_grad_(False)), tiny.cast(batch, torch.bfloat16)
+
+
+# Operations of a block, stock (as diffusers' facts count them) and accelerated. Most that remain are matrix products.
+@pytest.mark.parametrize("family, stock, fused", [("qwen-image", 92, 22), ("flux", 96, 22), ("flux single", 49, 12),
+                                                  ("sd3.5", 83, 22)])
+def test_operations_of_a_block(family, stock, fused):
+    make, batch = deepened(family)
+    found = ops_per_block(make(3), batch, make(2))
+    mine = ops_per_block(pydit.accelerate(make(3)), batch, pydit.accelerate(make(2)))
     assert found >= 0.8 * stock and mine <= fused
+
+
+# Where this package's matrix product runs, every operation but those of the modulation is one launch of ours.
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+@pytest.mark.parametrize("family, launches", [("qwen-image", 13), ("flux", 13), ("flux single", 9), ("sd3.5", 13),
+                                              ("sd3.5 medium", 17)])
+def test_launches_of_a_block(family, launches, device):
+    make, batch = deepened(family)
+    assert ops_per_block(pydit.accelerate(make(3)), batch, pydit.accelerate(make(2))) == launches
+
+
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_an_adapter_on_one_layer_leaves_the_others_in_one_launch(device):
+    """And the block computes what it computed."""
+    model, batch = tiny.transformer(2).bfloat16().requires_grad_(False), tiny.cast(tiny.batch(), torch.bfloat16)
+    expected = run(pydit.accelerate(model), batch)
+    for path in ("attn.to_k", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp", "attn"):
+        changed = copy.deepcopy(model)
+        seen = []
+        changed.transformer_blocks[0].get_submodule(path).register_forward_hook(lambda *args, seen=seen: seen.append(1))
+        torch.testing.assert_close(run(changed, batch), expected, rtol=0.05, atol=0.05)
+        assert len(seen) == 1
 
 
 def test_modules_that_something_listens_to_are_called():

@@ -208,6 +208,20 @@ def test_layered_condition():
         run(model, {**batches[0], "additional_t_cond": None})
 
 
+def test_tables_of_thinned_out_blocks():
+    """FLUX.1: their forward knows the width without a modulation to ask."""
+    with pytest.warns(UserWarning, match="start as the identity"):
+        model = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[1, 3]))
+    batch = {name: value[:1] if isinstance(value, torch.Tensor) and "ids" not in name else value
+             for name, value in tiny.flux_batch().items()}
+    right = run(model, batch)
+    for change in (lambda: None, lambda: pydit.accelerate(model)):
+        pydit.bake_schedule(model, batch["timestep"], pooled_projections=batch["pooled_projections"])
+        change()
+        torch.testing.assert_close(run(model, batch), right, rtol=1e-4, atol=1e-4)
+        pydit.restore(model)
+
+
 @pytest.mark.parametrize("family", ["flux", "flux with guidance", "sd3.5"])
 def test_tables_per_prompt(family):
     """Two prompts, two steps, bit-equal in batches of one; another prompt is refused or added, never taken for one."""

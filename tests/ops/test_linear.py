@@ -129,7 +129,8 @@ def joint_inputs(names, dtype, device, text, **shape):
 
 JOINT = {"joint_linear": (ops.joint_linear, F.linear, "xwb"),
          "joint_linear_gelu": (ops.joint_linear_gelu, OPS["linear_gelu"][1], "xwb"),
-         "joint_linear_gated_residual": (ops.joint_linear_gated_residual, gated, "xwbrg")}
+         "joint_linear_gated_residual": (ops.joint_linear_gated_residual, gated, "xwbrg"),
+         "joint_linear_residual": (ops.joint_linear_residual, OPS["linear_residual"][1], "xsc")}
 
 
 @every_kernel
