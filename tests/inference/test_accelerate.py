@@ -247,6 +247,7 @@ def test_operations_of_a_block(family, stock, fused):
     make, batch = deepened(family)
     found = ops_per_block(make(3), batch, make(2))
     mine = ops_per_block(pydit.accelerate(make(3)), batch, pydit.accelerate(make(2)))
+    print(family, found, mine)
     assert found >= 0.8 * stock and mine <= fused
 
 
