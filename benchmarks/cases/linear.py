@@ -8,80 +8,91 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import Peer, compiled, eager_peer
-from benchmarks.peers.linear import addmm_gelu
+from benchmarks.peers import Peer
+from benchmarks.peers.linear import FORMULAS, linear_peers, of_both
 from pydit import ops
 
-SHAPES = {  # model, batch, image tokens, text tokens, channels, dtype
-    "full": (("qwen-image", 1, 6889, 512, 3072, "bf16"), ("qwen-image", 2, 6889, 512, 3072, "bf16"),
-             ("qwen-image", 1, 6889, 128, 3072, "bf16"), ("qwen-image", 2, 6889, 128, 3072, "bf16"),
-             ("flux.1", 1, 4096, 512, 3072, "bf16"), ("sd3.5-large", 1, 4096, 333, 2432, "fp16")),
-    "small": (("tiny", 2, 72, 9, 64, "bf16"),),
+SHAPES = {  # model, batch, image tokens, text tokens, channels, head dim, dtype
+    "full": (("qwen-image", 1, 6889, 512, 3072, 128, "bf16"), ("qwen-image", 2, 6889, 512, 3072, 128, "bf16"),
+             ("qwen-image", 1, 6889, 128, 3072, 128, "bf16"), ("qwen-image", 2, 6889, 128, 3072, 128, "bf16"),
+             ("flux.1", 1, 4096, 512, 3072, 128, "bf16"), ("sd3.5-large", 1, 4096, 333, 2432, 64, "fp16")),
+    "small": (("tiny", 2, 72, 9, 64, 32, "bf16"),),
 }
 
 
 def cases(size: str) -> list[Case]:
-    """Per model: QKV and FFN up without and with GELU, output and FFN down with gate and residual."""
+    """Per model: QKV plain and with norm and rotation, FFN up without and with GELU, output and FFN down with gate and
+    residual, PPCL's linear FFN. The first has every layer without its epilogue too, and the longest race."""
     found = []
-    for model, b, img, txt, c, dtype in SHAPES[size]:
-        for op, k, n in (("joint_linear", c, 3 * c), ("joint_linear", c, 4 * c), ("joint_linear_gelu", c, 4 * c),
-                         ("joint_linear_gated_residual", c, c), ("joint_linear_gated_residual", 4 * c, c)):
-            found.append(case(op, model, b, img, txt, k, n, dtype))
+    for i, (model, b, img, txt, c, dim, dtype) in enumerate(SHAPES[size]):
+        layers = [("joint_linear", c, 3 * c), ("joint_qkv", c, 3 * c), ("joint_linear", c, 4 * c),
+                  ("joint_linear_gelu", c, 4 * c), ("joint_linear_gated_residual", c, c),
+                  ("joint_linear_gated_residual", 4 * c, c), ("joint_linear_residual", c, c)]
+        if i == 0:
+            layers += [("joint_linear", c, c), ("joint_linear", 4 * c, c)]
+        found += [case(op, model, b, img, txt, k, n, dim, dtype, search=i == 0) for op, k, n in layers]
     return found
 
 
-def linear_work(b: int, tokens: int, streams: int, k: int, n: int, itemsize: int, gated: bool) -> Work:
-    """x, a weight and a bias per stream in, out written, and with a gate the residual and a row per sample in; of the
-    arithmetic only the product counts."""
-    size = b * tokens * (k + n) + streams * (n * k + n) + (b * tokens * n + streams * b * n if gated else 0)
-    return Work(bytes=size * itemsize, flops=2 * b * tokens * n * k)
+def linear_work(op: str, b: int, streams: tuple[int, int], k: int, n: int, dim: int, itemsize: int) -> Work:
+    """x, a weight and a bias per stream in, out written. Gated: the residual and a row per sample in; QKV: two norms
+    per stream and fp32 tables. Of the arithmetic only the product counts."""
+    tokens = sum(streams)
+    size = b * tokens * (k + n) + 2 * (n * k + n)
+    if op == "joint_linear_gated_residual":
+        size += b * tokens * n + 2 * b * n
+    tables = 0
+    if op == "joint_qkv":
+        size += 2 * 2 * dim
+        tables = 2 * tokens * (dim // 2) * 4
+    return Work(bytes=size * itemsize + tables, flops=2 * b * tokens * n * k)
 
 
-def portable_kernel(work: Work, b: int, streams: tuple[int, ...], k: int, n: int, itemsize: int, gated: bool) -> Work:
+def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: int, n: int, itemsize: int) -> Work:
     """What tiles of 128 x 128 add: x is read once per column of tiles and the weight once per row of them; eight lanes
     read the bias of every 16 rows, and twice as often the gate; products are of whole tiles and steps of 32."""
     def tiles(length, size=128):
         return -(-length // size)
 
+    gated, adds = op == "joint_linear_gated_residual", op.endswith("residual")
     again = flops = 0
     for tokens in streams:
         rows = b * tiles(tokens)
-        again += b * tokens * k * tiles(n) + rows * n * (k + 64 + (128 if gated else 0)) + b * tokens * n * (1 + gated)
+        again += b * tokens * k * tiles(n) + rows * n * (k + 64 + (128 if gated else 0)) + b * tokens * n * (1 + adds)
         flops += 2 * rows * tiles(n) * 128 * 128 * tiles(k, 32) * 32
     return Work(again * itemsize - work.bytes, flops - work.flops)
 
 
-def case(op, model, b, img, txt, k, n, dtype) -> Case:
+def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
     kind = DTYPES[dtype]
-    gated = op == "joint_linear_gated_residual"
 
     def make(device):
-        """Pairs of image and text: x, weight, bias, and for the gated residual also residual and gate [b, 1, n]."""
-        def draw(*shape, scale=1.0):
-            return (scale * torch.randn(shape, device=device)).to(kind)
+        """Pairs of image and text, see :mod:`benchmarks.peers.linear`."""
+        def draw(*shape, scale=1.0, mean=0.0):
+            return (mean + scale * torch.randn(shape, device=device)).to(kind)
 
         pairs = [[draw(b, s, k) for s in (img, txt)], [draw(n, k, scale=k ** -0.5) for _ in "it"],
                  [draw(n) for _ in "it"]]
-        if gated:
+        if op == "joint_linear_gated_residual":
             pairs += [[draw(b, s, n) for s in (img, txt)], [draw(b, 1, n) for _ in "it"]]
+        if op == "joint_qkv":
+            pairs += [[draw(dim, scale=0.1, mean=1) for _ in "it"] for _ in "qk"]
+            angles = [6.28 * torch.rand(s, dim // 2, device=device) for s in (img, txt)]
+            pairs += [[a.cos() for a in angles], [a.sin() for a in angles]]
         return tuple(x for pair in pairs for x in pair)
 
-    one = {"joint_linear": F.linear, "joint_linear_gelu": _gelu, "joint_linear_gated_residual": _gated}[op]
-
-    def both(function):
-        return lambda *args: (function(*args[::2]), function(*args[1::2]))
-
-    peers = [eager_peer(both(one)), compiled(both(one)), Peer("two launches", lambda: own_kernel(both(_single(op))))]
-    if op == "joint_linear_gelu":
-        peers.append(Peer("cublaslt gelu", lambda: both(addmm_gelu),
-                          lambda: (torch.cuda.is_available(), "" if torch.cuda.is_available() else "no GPU")))
-    work = linear_work(b, img + txt, 2, k, n, kind.itemsize, gated)
-    return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, own_kernel(getattr(ops, op)),
-                lambda *args: both(one)(*(a.double() for a in args)), both(one), tuple(peers),
-                portable_kernel(work, b, (img, txt), k, n, kind.itemsize, gated))
+    both = of_both(FORMULAS[op])
+    peers = linear_peers(op, search)
+    if op == "joint_qkv":
+        peers += (Peer("products, then norm and rotation", lambda: _qkv_by_two),)
+    else:
+        peers += (Peer("two launches", lambda: own_kernel(of_both(_single(op)))),)
+    work = linear_work(op, b, (img, txt), k, n, dim, kind.itemsize)
+    return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, own_kernel(RUN.get(op, getattr(ops, op))),
+                lambda *args: both(*(a.double() for a in args)), both, peers,
+                None if op == "joint_qkv" else portable_kernel(op, work, b, (img, txt), k, n, kind.itemsize))
 
 
 def own_kernel(function):
@@ -99,16 +110,30 @@ def own_kernel(function):
     return run
 
 
+def _qkv(x_img, x_txt, w_img, w_txt, b_img, b_txt, nq_img, nq_txt, nk_img, nk_txt, cos_img, cos_txt, sin_img, sin_txt):
+    return ops.joint_qkv(x_img, x_txt, w_img.chunk(3), w_txt.chunk(3), b_img.chunk(3), b_txt.chunk(3),
+                         (nq_img, nk_img), (nq_txt, nk_txt), (cos_img, sin_img), (cos_txt, sin_txt),
+                         head_dim=nq_img.shape[0])
+
+
+def _qkv_by_two(*args):
+    """What ``accelerate`` runs on the library's products: one per stream, and one launch for norm and rotation."""
+    parts = []
+    for x, weight, bias, norm, *_ in (args[::2], args[1::2]):
+        product = torch.nn.functional.linear(x, weight, bias)
+        parts.append([part.unflatten(-1, (-1, norm.shape[0])) for part in product.chunk(3, -1)])
+    (q_img, k_img, v_img), (q_txt, k_txt, v_txt) = parts
+    nq_img, nq_txt, nk_img, nk_txt, cos_img, cos_txt, sin_img, sin_txt = args[6:]
+    q_img, k_img, q_txt, k_txt = ops.joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, (nq_img, nk_img, nq_txt, nk_txt),
+                                                        (cos_img, sin_img), (cos_txt, sin_txt))
+    return q_img, k_img, v_img, q_txt, k_txt, v_txt
+
+
+RUN = {"joint_qkv": _qkv}
+
+
 def _single(op):
     """One call per stream of the same op."""
     if op == "joint_linear":
         return lambda x, w, b: ops.joint_linear(x, x[:, :0], w, w, b, None)[0]
     return getattr(ops, op.removeprefix("joint_"))
-
-
-def _gelu(x, weight, bias):
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-
-
-def _gated(x, weight, bias, residual, gate):
-    return residual + gate * F.linear(x, weight, bias)

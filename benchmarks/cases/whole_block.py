@@ -11,7 +11,8 @@ import copy
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import compiled, eager_peer
+from benchmarks.cases.linear import own_kernel
+from benchmarks.peers import Peer, compiled, eager_peer, needs_gpu
 from pydit.families import FAMILIES, BlockSpec
 
 SHAPES = {  # model, images, image tokens, text tokens, heads, head dim, dtype
@@ -96,7 +97,8 @@ def block(model, batch, image, text, heads, dim, dtype, kind) -> Case:
     eager = through(0)
     return Case(f"block_{kind}", model, f"{batch}x{image}+{text}x{heads}x{dim}", dtype,
                 block_work(config, spec, batch, image, text, DTYPES[dtype].itemsize), make, through(1), exact, eager,
-                (eager_peer(eager), compiled(eager)))
+                (eager_peer(eager), compiled(eager),
+                 Peer("pydit, grouped linears", lambda: own_kernel(through(1)), needs_gpu())))
 
 
 def _call(module, spec: BlockSpec, args):

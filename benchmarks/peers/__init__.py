@@ -31,12 +31,12 @@ def eager_peer(function: Callable) -> Peer:
     return Peer("eager", lambda: function)
 
 
-def compiled(function: Callable, name: str = "torch.compile") -> Peer:
+def compiled(function: Callable, name: str = "torch.compile", mode: str | None = None) -> Peer:
     """``function`` through torch.compile, specialised to the shape."""
 
     def build():
         torch._dynamo.reset()  # all cases share one code object, whose cache of shapes is limited
-        return torch.compile(function, fullgraph=True, dynamic=False)
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     return Peer(name, build)
 

@@ -1,9 +1,14 @@
-"""Peers of the fused linears: cuBLASLt through torch, with the epilogues that torch exposes, and torch.compile.
+"""Peers of the linear layers of two streams: cuBLASLt through torch, with the epilogues that torch exposes, and
+torch.compile, also where it may search for a kernel.
 
-x [B, S, C_in], weight [C_out, C_in], bias [C_out]; residual [B, S, C_out]; gate [B, 1, C_out].
+A formula takes x [B, S, K], weight [N, K] and bias [N]; residual [B, S, N] and gate [B, 1, N] follow, or for
+:func:`qkv` (weight and bias of three layers, [3 H D, K] and [3 H D]) the norms of queries and keys [D] and cos and sin
+[S, D/2]. Peers take pairs of them, the image's first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +16,23 @@ import torch.nn.functional as F
 from benchmarks.peers import Peer, compiled, eager_peer, needs_gpu
 
 
-def linear_gelu_peers() -> tuple[Peer, ...]:
-    """Of gelu_tanh(x W^T + b)."""
-    return (Peer("cublaslt gelu", lambda: addmm_gelu, needs_gpu()), compiled(_eager_gelu), eager_peer(_eager_gelu))
+def gelu(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def linear_gated_residual_peers() -> tuple[Peer, ...]:
-    """Of residual + gate * (x W^T + b): the bias is cuBLASLt's epilogue, gate and residual are kernels of their own."""
-    return compiled(_eager_gated), eager_peer(_eager_gated)
+def gated_residual(x, weight, bias, residual, gate):
+    return residual + gate * F.linear(x, weight, bias)
 
 
-def linear_residual_peers() -> tuple[Peer, ...]:
-    """Of x + x W^T + b: x is the matrix that addmm adds, the bias comes after."""
-    return (Peer("cublaslt addmm", lambda: addmm_residual), compiled(_eager_residual), eager_peer(_eager_residual))
+def residual(x, weight, bias):
+    return x + F.linear(x, weight, bias)
+
+
+def qkv(x, weight, bias, norm_q, norm_k, cos, sin):
+    """(q, k, v) [B, S, H, D], as eager diffusers rounds: norm and rotation in float32, each rounded."""
+    dim = norm_q.shape[0]
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in F.linear(x, weight, bias).chunk(3, -1))
+    return _turned(q, norm_q, cos, sin), _turned(k, norm_k, cos, sin), v
 
 
 def addmm_gelu(x, weight, bias):
@@ -33,17 +42,41 @@ def addmm_gelu(x, weight, bias):
 
 
 def addmm_residual(x, weight, bias):
+    """x is the matrix that addmm adds; the bias comes after."""
     flat = x.flatten(0, -2)
     return torch.addmm(flat, flat, weight.t()).add_(bias).unflatten(0, x.shape[:-1])
 
 
-def _eager_gelu(x, weight, bias):
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+FORMULAS: dict[str, Callable] = {"joint_linear": F.linear, "joint_linear_gelu": gelu,
+                                 "joint_linear_gated_residual": gated_residual, "joint_linear_residual": residual,
+                                 "joint_qkv": qkv}
 
 
-def _eager_gated(x, weight, bias, residual, gate):
-    return residual + gate * F.linear(x, weight, bias)
+def linear_peers(op: str, search: bool = False) -> tuple[Peer, ...]:
+    """Of an op of :data:`FORMULAS`; ``search`` adds torch.compile's max-autotune, which takes long to build."""
+    both = of_both(FORMULAS[op])
+    found = [eager_peer(both), compiled(both)]
+    if search:
+        searched = compiled(both, "torch.compile max-autotune", mode="max-autotune-no-cudagraphs")
+        found.append(Peer(searched.name, searched.build, needs_gpu()))
+    if op == "joint_linear_gelu":
+        found.append(Peer("cublaslt gelu", lambda: of_both(addmm_gelu), needs_gpu()))
+    if op == "joint_linear_residual":
+        found.append(Peer("cublaslt addmm", lambda: of_both(addmm_residual)))
+    return tuple(found)
 
 
-def _eager_residual(x, weight, bias):
-    return x + F.linear(x, weight, bias)
+def of_both(function: Callable) -> Callable:
+    """``function`` of the image's and of the text's inputs, which alternate; all outputs in one tuple."""
+    def run(*args):
+        found = function(*args[::2]), function(*args[1::2])
+        return tuple(x for part in found for x in (part if isinstance(part, tuple) else (part,)))
+    return run
+
+
+def _turned(x, weight, cos, sin):
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+    wide = wide if x.dtype == torch.float64 else wide.float()
+    even, odd, cos, sin = wide[..., ::2], wide[..., 1::2], cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.peers import Peer, compiled, needs_gpu, never
 from benchmarks.peers.attention import attention_peers
-from benchmarks.peers.linear import linear_gated_residual_peers, linear_gelu_peers, linear_residual_peers
+from benchmarks.peers.linear import linear_peers
 from pydit.testing import assert_accurate
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -38,20 +38,27 @@ def test_every_attention_kernel_of_the_plan_is_named():
                      "flash-attention 3", "sageattention"]
 
 
-@pytest.mark.parametrize("peers, formula", [
-    (linear_gelu_peers, lambda y, x, r, g: 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))),
-    (linear_gated_residual_peers, lambda y, x, r, g: r + g * y),
-    (linear_residual_peers, lambda y, x, r, g: x + y),
+@pytest.mark.parametrize("op, formula", [
+    ("joint_linear", lambda y, x, r, g: y),
+    ("joint_linear_gelu", lambda y, x, r, g: 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))),
+    ("joint_linear_gated_residual", lambda y, x, r, g: r + g * y),
+    ("joint_linear_residual", lambda y, x, r, g: x + y),
 ])
-def test_linear_peers(peers, formula):
-    x, weight, bias, residual, gate = draw(2, 5, 16), draw(16, 16), draw(16), draw(2, 5, 16), draw(2, 1, 16)
-    args = (x, weight, bias, residual, gate) if peers is linear_gated_residual_peers else (x, weight, bias)
-    exact = formula((x.double() @ weight.double().t()) + bias.double(), x.double(), residual.double(), gate.double())
-    eager = next(peer for peer in peers() if peer.name == "eager").build()(*args)
-    for peer in peers():
+def test_linear_peers(op, formula):
+    streams = [(draw(2, s, 16), draw(16, 16), draw(16), draw(2, s, 16), draw(2, 1, 16)) for s in (5, 3)]
+    args = [x for pair in zip(*streams, strict=True) for x in pair][:10 if op == "joint_linear_gated_residual" else 6]
+    exact = [formula((x @ w.t()) + b, x, r, g) for x, w, b, r, g in ([t.double() for t in stream] for stream in streams)]
+    eager = next(peer for peer in linear_peers(op) if peer.name == "eager").build()(*args)
+    for peer in linear_peers(op):
         if peer.name not in ("torch.compile", "cublaslt gelu"):  # the latter is tanh on a GPU only
-            assert_accurate(peer.build()(*args), exact, eager, name=peer.name)
-    assert (eager.double() - exact).abs().max() < 1e-4
+            for found, right, plain in zip(peer.build()(*args), exact, eager, strict=True):
+                assert_accurate(found, right, plain, name=peer.name)
+    assert max((a.double() - b).abs().max() for a, b in zip(eager, exact, strict=True)) < 1e-4
+
+
+def test_the_search_of_the_compiler_is_raced_where_asked():
+    names = [peer.name for peer in linear_peers("joint_linear_gelu", search=True)]
+    assert names == ["eager", "torch.compile", "torch.compile max-autotune", "cublaslt gelu"]
 
 
 def test_absent_peers_give_their_reason():
