@@ -1,10 +1,10 @@
-"""Tables of README.md, generated from the files in ``benchmarks/results/``.
+"""Tables of README.md and docs, generated from the files in ``benchmarks/results/`` and the benchmark registry.
 
     python -m benchmarks.tables --check      fails when a table differs from the files
     python -m benchmarks.tables --write      brings the tables up to date
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table: NAME -->``; NAME is ``gpu`` (the newest run of
-each GPU) or ``demo`` (the newest demo run).
+each GPU), ``demo`` (the newest demo run) or ``work`` (what the cases of the registry move and compute).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import compare, machine, table
+from benchmarks import compare, machine, registry, table
 from pydit.errors import UserError
 from pydit.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+H200_BYTES, H200_FLOPS = 4.8e12, 989e12  # per second, NVIDIA H200 SXM data sheet; bfloat16, dense
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table: \2 -->)", re.S)
 
 
@@ -74,7 +76,20 @@ def demo_table(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"gpu": gpu_table, "demo": demo_table}
+def work_table(_results: Path) -> str:
+    """Bytes, FLOPs and the floor by the data sheet of Qwen-Image's cases at batch 1."""
+    lines = ["| op | shape | dtype | MB | GFLOP | FLOP per byte | floor, us |", "|---|---|---|---|---|---|---|"]
+    for case in registry.cases("full"):
+        if not case.model.startswith("qwen-image") or not case.shape.startswith("1x"):
+            continue
+        size, flops = case.work.bytes, case.work.flops
+        floor = max(size / H200_BYTES, flops / H200_FLOPS)
+        lines.append(f"| `{case.op}` | {case.shape} | {case.dtype} | {size / 1e6:,.0f} | {flops / 1e9:,.1f} | "
+                     f"{flops / size:,.1f} | {floor * 1e6:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"gpu": gpu_table, "demo": demo_table, "work": work_table}
 
 
 def render(text: str, results: Path) -> str:
@@ -92,22 +107,23 @@ def main(argv: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true", help="fail when a table differs from the results files")
     action.add_argument("--write", action="store_true", help="bring the tables up to date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, help="one page alone (default: README.md and docs/kernels.md)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    try:
-        old = args.readme.read_text(encoding="utf-8")
-        new = render(old, args.results)
-        if args.write and new != old:
-            _write(args.readme, new)
-    except (UserError, OSError) as error:
-        print(f"tables: error: {error}", file=sys.stderr)
-        return 2
-    if args.check and new != old:
-        print(f"tables: {args.readme} differs from {args.results}; run python -m benchmarks.tables --write",
-              file=sys.stderr)
-        return 1
-    return 0
+    differ = False
+    for page in PAGES if args.readme is None else (args.readme,):
+        try:
+            old = page.read_text(encoding="utf-8")
+            new = render(old, args.results)
+            if args.write and new != old:
+                _write(page, new)
+        except (UserError, OSError) as error:
+            print(f"tables: error: {error}", file=sys.stderr)
+            return 2
+        if args.check and new != old:
+            print(f"tables: {page} differs from its sources; run python -m benchmarks.tables --write", file=sys.stderr)
+            differ = True
+    return int(differ)
 
 
 def _write(path: Path, text: str) -> None:

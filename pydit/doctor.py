@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydit import env
 from pydit.version import __version__
 
 REQUIRED = {  # module -> (least version, what it is for)
@@ -62,6 +63,9 @@ def examine() -> list[Check]:
     """Every check, in the order in which they are printed."""
     checks = [_python()]
     checks += [_required(name, least, use) for name, (least, use) in REQUIRED.items()]
+    checks += [Check("Required", name, "problem", wrong, "unset or correct it") for name, wrong in env.refused()]
+    checks += [Check("Required", name, "missing", "not a variable of pydit", "it does nothing; docs/environment.md has "
+                     "those that do") for name in env.unknown()]
     checks += [_extension(), *_gpu(), _cuda_kernels(), _demo_teacher()]
     checks += [_optional(name, distribution, cost) for name, (distribution, cost) in OPTIONAL.items()]
     checks += [_tool(name, candidates, cost) for name, (candidates, cost) in BUILD_TOOLS.items()]

@@ -68,6 +68,22 @@ def get(name: str) -> str:
     return value
 
 
+def refused() -> list[tuple[str, str]]:
+    """(name, what was expected and what came) of each variable of the environment with a value that is not allowed."""
+    found = []
+    for variable in VARIABLES:
+        try:
+            get(variable.name)
+        except UserError as error:
+            found.append((variable.name, str(error).partition(": ")[2]))
+    return found
+
+
+def unknown() -> list[str]:
+    """Variables of the environment that are named like this package's and are none of them."""
+    return sorted(name for name in os.environ if name.startswith("PYDIT_") and name not in _BY_NAME)
+
+
 def path(name: str) -> str:
     """The value of a declared variable as it stands, for a path: case matters."""
     return os.environ.get(_BY_NAME[name].name, "").strip()

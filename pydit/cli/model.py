@@ -21,6 +21,7 @@ from pydit.cli.options import (
     load,
     positive,
     print_json,
+    progress,
     share,
     warnings_as_lines,
     whole,
@@ -300,7 +301,8 @@ def _prune(arguments: argparse.Namespace) -> None:
 
         with warnings_as_lines("prune"):
             prune_pipeline(arguments.pipeline, plan, arguments.out, init=arguments.init,
-                           dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+                           dtype=getattr(torch, arguments.dtype) if arguments.dtype else None, progress=progress)
+        _pruned(arguments.out, plan)
         return
     pipe = load(arguments.pipeline, arguments)
     batches = None
@@ -314,7 +316,11 @@ def _prune(arguments: argparse.Namespace) -> None:
         return
     pipe.register_modules(transformer=result)
     save_pipeline(pipe, arguments.out)
-    print(f"wrote {arguments.out}: {plan.num_layers} blocks became {plan.num_student_layers}")
+    _pruned(arguments.out, plan)
+
+
+def _pruned(out: str, plan: Any) -> None:
+    print(f"wrote {out}: {plan.num_layers} blocks became {plan.num_student_layers}")
 
 
 def _parse_list(name: str, text: str) -> Any:

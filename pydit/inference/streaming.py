@@ -29,7 +29,8 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init: str = "first",
-                   shard_bytes: int = 1 << 30, dtype: torch.dtype | None = None, remote_code: bool = False) -> Path:
+                   shard_bytes: int = 1 << 30, dtype: torch.dtype | None = None, remote_code: bool = False,
+                   progress: Callable[[Iterable, int, str], Iterable] | None = None) -> Path:
     """Prune the transformer of a pipeline directory into another directory, atomically.
 
     Memory: the layers that one block is initialised from (one, or for an average all of its interval) and two shards.
@@ -40,6 +41,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     plan : for its family and depth. init : as for :func:`pydit.prune`, without ``"probe"``.
     shard_bytes : most bytes of a file of weights that is written. dtype : of the transformer's weights; None: as they
         are stored. remote_code : see :func:`save_pipeline`.
+    progress : wraps the blocks as they are written; it is called with them, their number and the word for one.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
         if remote_code and not plan.is_stock:
             use_remote_code(new, kind.__name__)
         writer = SafetensorsWriter(new / "transformer", WEIGHTS, shard_bytes=shard_bytes)
-        for key, tensor in _student_tensors(adapter, reader, plan, full, init):
+        for key, tensor in _student_tensors(adapter, reader, plan, full, init, progress):
             writer.add(key, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
         writer.close()
         write_plan(new, plan, init)
@@ -110,7 +112,7 @@ def _defaults(adapter: ModelAdapter) -> dict[str, Any]:
 
 
 def _student_tensors(adapter: ModelAdapter, reader: SafetensorsReader, plan: PruningPlan, config: dict[str, Any],
-                     init: str) -> Iterable[tuple[str, torch.Tensor]]:
+                     init: str, progress: Callable | None) -> Iterable[tuple[str, torch.Tensor]]:
     lengths = dict(zip(adapter.block_lists, FAMILIES[adapter.family].segments(config), strict=True))
     starts = {name: sum(list(lengths.values())[:place]) for place, name in enumerate(lengths)}
     prefixes = {starts[name] + number: f"{name}.{number}." for name in lengths for number in range(lengths[name])}
@@ -127,7 +129,7 @@ def _student_tensors(adapter: ModelAdapter, reader: SafetensorsReader, plan: Pru
     places = iter([f"{name}.{number}" for name, length in zip(
         adapter.block_lists, adapter.segments_of(plan, config | adapter.student_config(config, plan)), strict=True)
         for number in range(length)])
-    for spec in plan.blocks:
+    for spec in plan.blocks if progress is None else progress(plan.blocks, len(plan.blocks), "block"):
         place = next(places)
         block = _initial(adapter, reader, config, [(prefixes[k], of_layer[k]) for k in spec.source], init)
         block = block if spec.is_stock else adapter.new_block(block, spec)

@@ -300,7 +300,7 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     assert all(name in lower for name in ("amber", "laptop", "uniform", "random", "ppcl optimal"))
     assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
     assert not (tmp_path / "pruned").exists()
-    run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
+    assert "16 blocks became" in run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
     out = run("distill", untrained(), tmp_path / "pruned", "--prompts", "demo", "--batch-size", 2, "--steps", 2,
               "--output-steps", 1, "--out", tmp_path / "distilled", "--json")
     assert {row["phase"] for row in json.loads(out)["history"]} == {"layers", "output"}

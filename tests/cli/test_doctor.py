@@ -60,6 +60,16 @@ def test_an_old_torch(monkeypatch):
     assert "Not usable yet: fix torch first." in doctor.describe(checks)
 
 
+def test_environment_variables(monkeypatch):
+    monkeypatch.setenv("PYDIT_GEMM", "cublas")
+    monkeypatch.setenv("PYDIT_BAKEND", "sim")
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["PYDIT_GEMM"].status == "problem"
+    assert checks["PYDIT_GEMM"].found == "expected one of auto, pydit, library, got 'cublas'"
+    assert checks["PYDIT_BAKEND"].status == "missing" and "does nothing" in checks["PYDIT_BAKEND"].note
+    assert not doctor.healthy(list(checks.values()))
+
+
 def test_missing_tools(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
