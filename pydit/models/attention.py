@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit import backend, ops
+from pydit.models import context_parallel
 from pydit.models.thinned import text_modules
 
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
@@ -24,14 +25,30 @@ _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a mo
 class _Replacing:
     """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
 
-    _attention_backend = None  # diffusers sets it on every processor that has it
+    _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     stock = None
 
+    @property
+    def _context(self):
+        """diffusers' ContextParallelConfig where this process has a part of the tokens only; None where it has all."""
+        return context_parallel.config_of(self._parallel_config)
+
+    def why_stock(self):
+        """Why the stock processor is to run; "" where this one does."""
+        if self.stock is not None and self._attention_backend is not None:
+            return f"set_attention_backend chose {getattr(self._attention_backend, 'value', self._attention_backend)}"
+        return "" if self._context is None else context_parallel.unsupported(self._context)
+
     def _chosen(self):
-        """The stock processor with the backend that the user has chosen; None where none was."""
-        if self._attention_backend is None or self.stock is None:
+        """The stock processor with what the user has chosen; None where this one runs."""
+        reason = self.why_stock()
+        if not reason:
             return None
+        if self._context is not None and not hasattr(self.stock, "_parallel_config"):
+            name = "no stock processor" if self.stock is None else type(self.stock).__name__
+            raise ValueError(f"{reason}; expected that the stock processor takes part in context parallelism, got "
+                             f"{name}, which would attend to this process's tokens alone")
         chosen = copy.copy(self.stock)
         chosen._attention_backend, chosen._parallel_config = self._attention_backend, self._parallel_config
         return chosen
@@ -70,7 +87,7 @@ class QwenImageAttnProcessor(_Replacing):
         image = _project(attn, hidden_states, "to_q", "to_k", "to_v")
         text = _project(attn, encoder_hidden_states, *modules.projections)
         tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        return _attend_both(attn, modules, image, text, tables, encoder_hidden_states_mask)
+        return _attend_both(attn, modules, image, text, tables, self._context, encoder_hidden_states_mask)
 
 
 class FluxAttnProcessor(_Replacing):
@@ -97,12 +114,12 @@ class FluxAttnProcessor(_Replacing):
         table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
         if encoder_hidden_states is None:
             q, k = _norm_and_rotate_one((attn.norm_q, attn.norm_k), image[:2], table)
-            return _output(attn, _alone(q, k, image[2]))
+            return _output(attn, _alone(q, k, image[2], self._context))
         modules = text_modules(attn)
         text = _project(attn, encoder_hidden_states, *(["to_added_qkv"] if fused else modules.projections))
         tokens = encoder_hidden_states.shape[1]
         tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
-        return _attend_both(attn, modules, image, text, tables)
+        return _attend_both(attn, modules, image, text, tables, self._context)
 
 
 class SD3AttnProcessor(_Replacing):
@@ -120,16 +137,18 @@ class SD3AttnProcessor(_Replacing):
         ValueError
             An attention_mask, which these models do not have, or QK norm in some streams only.
         """
+        if (stock := self._chosen()) is not None:
+            return stock(attn, hidden_states, encoder_hidden_states, attention_mask)
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
         q_img, k_img, v_img = _project(attn, hidden_states, "to_q", "to_k", "to_v")
         if encoder_hidden_states is None:
             if attn.norm_q is not None:
                 q_img, k_img = _norm_and_rotate_one((attn.norm_q, attn.norm_k), (q_img, k_img), None)
-            return _output(attn, _alone(q_img, k_img, v_img))
+            return _output(attn, _alone(q_img, k_img, v_img, self._context))
         modules = text_modules(attn)
         text = _project(attn, encoder_hidden_states, *modules.projections)
-        return _attend_both(attn, modules, (q_img, k_img, v_img), text, (None, None))
+        return _attend_both(attn, modules, (q_img, k_img, v_img), text, (None, None), self._context)
 
 
 def _project(attn, x, *names):
@@ -216,8 +235,11 @@ def _adjacent(linears, x):
     return (*found, sizes)
 
 
-def _attend_both(attn, modules, image, text, tables, mask=None):
-    """(image, text) after attention, of text where the mask is true; None for text that does not ask."""
+def _attend_both(attn, modules, image, text, tables, context, mask=None):
+    """(image, text) after attention, of text where the mask is true; None for text that does not ask.
+
+    context : diffusers' ContextParallelConfig, or None where this process has all tokens.
+    """
     asks = text[0] is not None
     # Without a text query the keys stand in for it: one launch, and what it makes of them is not used.
     q_txt, k_txt, v_txt = text if asks else (text[1], *text[1:])
@@ -225,12 +247,9 @@ def _attend_both(attn, modules, image, text, tables, mask=None):
     norms = (attn.norm_q, attn.norm_k, *(modules.norms if asks else (modules.norms[1],) * 2))
     if any(norm is not None for norm in norms):
         q_img, k_img, q_txt, k_txt = _norm_and_rotate(norms, image, (q_txt, k_txt), tables)
-    if mask is None:
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt if asks else None, k_txt, v_txt)
-    else:
-        lens, order, q_txt, *packed = ops.pack_text(mask.bool(), q_txt, k_txt, v_txt)
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt if asks else None, *packed, txt_lens=lens)
-        out_txt = ops.unpack_text(order, out_txt) if asks else None
+    arguments = (q_img, k_img, v_img, q_txt if asks else None, k_txt, v_txt, None if mask is None else mask.bool())
+    out_img, out_txt = (context_parallel.masked_attention(*arguments) if context is None else
+                        context_parallel.joint_attention(*arguments, context))
     if not asks:
         return _output(attn, out_img), None
     out_txt = out_txt.flatten(2)
@@ -269,9 +288,11 @@ def _called(norm, x, table):
     return x if table is None else ops.reference.rotate(ops.reference.wide(x), *table).to(x.dtype)
 
 
-def _alone(q, k, v):
+def _alone(q, k, v, context):
     """Attention of one stream."""
-    return ops.joint_attention(q, k, v, None, k[:, :0], v[:, :0])[0]
+    arguments = (q, k, v, None, k[:, :0], v[:, :0])
+    return (ops.joint_attention(*arguments) if context is None else
+            context_parallel.joint_attention(*arguments, None, context))[0]
 
 
 def _output(attn, x):

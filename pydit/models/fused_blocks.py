@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_flux, transformer_qwenimag
 from torch import nn
 
 from pydit import ops
-from pydit.models import flux_blocks, pruned, qwen_image_blocks, sd3_blocks
+from pydit.models import context_parallel, flux_blocks, pruned, qwen_image_blocks, sd3_blocks
 
 
 class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock):
@@ -234,15 +234,17 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {fused.__mro__[1]: fused for fus
 class TargetTokens:
     """A forward pre-hook of a model with two modulation rows: how many tokens the target image has.
 
-    ``tokens`` is the same number for every sample of the batch at hand, or None. Blocks find it under
-    ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
+    ``tokens`` is the same number for every sample of the batch at hand, or None where it is not, or is not known.
+    Blocks find it under ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
     """
 
     def __init__(self) -> None:
         self.tokens: int | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        shapes = kwargs.get("img_shapes") or ()
+        # Context parallelism gives this process a part of the tokens, wherever the target image ends.
+        local = context_parallel.config_of(getattr(module, "_parallel_config", None)) is not None
+        shapes = () if local else kwargs.get("img_shapes") or ()
         found = {math.prod(sample[0]) for sample in shapes}
         self.tokens = found.pop() if len(found) == 1 else None
 
