@@ -1,8 +1,8 @@
 """The compiled module. Use pydit.ops: nothing here checks its arguments.
 
-Tensors are read through ``data_ptr()``, ``stride()`` and ``shape``. ``dtype``: pydit_dtype of pydit.h. ``stream``: a raw
-CUDA stream. ``split``: the first token of the second modulation row, -1 for one row. Functions of an op with a Hopper
-kernel return which kernel ran (PYDIT_PATH_* of pydit.h). A failed call raises RuntimeError with the library's reason.
+Tensors are read through ``data_ptr()``, ``stride()`` and ``shape``. ``dtype``: pydit_dtype of pydit.h. ``stream``: a
+raw CUDA stream. ``split``: the first token of the second modulation row, -1 for one row. Functions of an op with a
+Hopper kernel return which kernel ran (PYDIT_PATH_* of pydit.h). A failed call raises RuntimeError with the reason.
 """
 
 from collections.abc import Callable

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOAT64 = 1e-11  # sums of float64 in another order, through at most four blocks
 FLOAT32 = 1e-6  # stock attention rotates in float32 whatever the model's dtype
 
-# Runs two processes: everything is imported once, then forked. diffusers asks torch for the number of accelerators.
+# Everything is imported once, then forked: two processes, then four, for both ways of context parallelism together.
+# diffusers asks torch for the number of accelerators.
 PROGRAM = """
 import os, sys
 import torch
@@ -30,17 +31,27 @@ torch.accelerator.device_count = lambda: 1
 import torch.distributed as dist
 from tests.inference import test_parallel as cases
 
-out = sys.argv[1]
-child = os.fork()
-dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=int(child == 0), world_size=2)
+out, children = sys.argv[1], []
+for rank in (1, 2, 3, 0):
+    child = rank and os.fork()
+    if not child:
+        break
+    children.append(child)
 try:
-    cases.run_all(out)
-    dist.destroy_process_group()
-finally:
-    sys.stdout.flush()
-    if child == 0:
-        os._exit(int(sys.exc_info()[0] is not None))
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for world, program in ((2, cases.two_processes), (4, cases.four_processes)):
+        if rank < world:
+            dist.init_process_group("gloo", init_method=f"file://{out}/store-{world}", rank=rank, world_size=world)
+            program(out)
+            dist.destroy_process_group()
+except BaseException:
+    import traceback
+    traceback.print_exc()
+    for child in children:  # the others wait for this one
+        os.kill(child, 9)
+    os._exit(1)
+if rank:
+    os._exit(0)
+assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
 """
 
 
@@ -117,7 +128,16 @@ def message(call):
     return ""
 
 
-def run_all(out):
+def four_processes(out):
+    """Two exchange heads, and both pairs go round."""
+    model = accelerated("qwen", "before", ulysses_degree=2, ring_degree=2)
+    found = run(model, tiny.cast(qwen_batch(), torch.float64))
+    if torch.distributed.get_rank() == 0:
+        rows = pydit.report(model)["model"]["parallel"]
+        torch.save({"found": found, "reason": rows[0]["reason"]}, f"{out}/four.pt")
+
+
+def two_processes(out):
     """In each of two processes: every case, kept by the first."""
     outputs, words = {}, {}
     for family, way, order in itertools.product(MODELS, WAYS, ORDERS):
@@ -223,7 +243,7 @@ def refusals(words):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(outputs, words) of the first of two processes."""
+    """(outputs, words) of the first of two processes, and what the first of four found."""
     out = tmp_path_factory.mktemp("two")
     (out / "program.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
@@ -231,7 +251,7 @@ def two(tmp_path_factory):
     done = subprocess.run([sys.executable, str(out / "program.py"), str(out)], env=environment, cwd=ROOT, timeout=300,
                           check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "outputs.pt"), json.loads((out / "words.json").read_text())
+    return torch.load(out / "outputs.pt"), json.loads((out / "words.json").read_text()), torch.load(out / "four.pt")
 
 
 def stock(family):
@@ -259,6 +279,11 @@ def test_context_parallelism_equals_one_process(two, family):
         assert rows[0]["count"] == sum(row["count"] for row in two[1][name]["attention"])
         if f"{name}/restored" in two[0]:
             close(two[0][f"{name}/restored"], expected)
+
+
+def test_ulysses_and_ring_together_equal_one_process(two):
+    close(two[2]["found"], run(pydit.accelerate(tiny.transformer(2).double()), tiny.cast(qwen_batch(), torch.float64)))
+    assert two[2]["reason"] == "context parallelism, Ulysses over 2 processes and ring over 2 processes"
 
 
 @pytest.mark.parametrize("name", ["chosen before", "chosen after", "anything", "exact before", "exact after"])
