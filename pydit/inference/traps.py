@@ -49,7 +49,7 @@ def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]
     """A forward pre-hook: UserError where context parallelism would leave attention to each process's tokens alone."""
     if hooked.is_parallel(model) != "context" or torch.compiler.is_compiling():
         return
-    for module in model.modules():
+    for module in hooked.modules_of(model):
         processor = getattr(module, "processor", None)
         if processor is not None and getattr(processor, "_parallel_config", None) is None:
             raise UserError(f"enable_parallelism: expected attention processors that take part in context parallelism, "
