@@ -4,11 +4,25 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# cmake and ninja as the test extra installs them, whether or not the environment is activated
+ENVIRONMENT = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def skip_without(*programs):
+    if missing := [name for name in programs if shutil.which(name, path=ENVIRONMENT["PATH"]) is None]:
+        assert not os.environ.get("CI"), f"CI must build the package: {missing}"
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def cmake(*arguments):
+    return subprocess.run(["cmake", *map(str, arguments), "-G", "Ninja"], env=ENVIRONMENT, capture_output=True, text=True,
+                          check=False)
 
 
 def commands():
@@ -23,16 +37,14 @@ def run(lines, build, prefix):
     for line in lines:
         line = re.sub(r"(\$PWD/)?build/prefix", str(prefix), line)
         line = re.sub(r"(?<![\w-])build/", f"{build}/", line)
-        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
 @pytest.mark.slow
 def test_the_documented_commands(tmp_path):
-    if missing := [name for name in ("cmake", "ninja", "c++") if shutil.which(name) is None]:
-        assert not os.environ.get("CI"), f"CI must build the package: {missing}"
-        pytest.skip(f"not installed: {', '.join(missing)}")
+    skip_without("cmake", "ninja", "c++")
     install, use = commands()
     assert "--install" in install[-1] and "consumer" in use[-1]
     run(install, tmp_path, tmp_path / "first")
@@ -49,8 +61,7 @@ def test_the_documented_commands(tmp_path):
         project = tmp_path / backend
         project.mkdir()
         (project / "CMakeLists.txt").write_text(consumer.replace("pydit 0.1", f"pydit {version}"))
-        done = subprocess.run(["cmake", "-S", str(project), "-B", str(project / "b"), "-G", "Ninja",
-                               f"-Dpydit_ROOT={prefix}", f"-DBACKEND={backend}"], capture_output=True, text=True, check=False)
+        done = cmake("-S", project, "-B", project / "b", f"-Dpydit_ROOT={prefix}", f"-DBACKEND={backend}")
         assert done.returncode != 0 and words in done.stderr, done.stderr
 
 
@@ -58,8 +69,6 @@ def test_the_documented_commands(tmp_path):
     (["-DPYDIT_FAMILIES=block"], "PYDIT_FAMILIES: expected all for the Python module, got block"),
     (["-DPYDIT_FAMILIES=blocks", "-DPYDIT_PYTHON=off"], "PYDIT_FAMILIES: expected directories of csrc/kernels, got blocks")])
 def test_families_are_checked(tmp_path, defines, words):
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("not installed: cmake or ninja")
-    done = subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DPYDIT_CUDA=off", *defines],
-                          capture_output=True, text=True, check=False)
+    skip_without("cmake", "ninja", "c++")
+    done = cmake("-S", ROOT, "-B", tmp_path, "-DPYDIT_CUDA=off", *defines)
     assert done.returncode != 0 and words in " ".join(done.stderr.split())

@@ -15,6 +15,7 @@ import pytest
 
 import pydit
 from pydit import backend
+from tests.package.test_cpp import cmake, skip_without
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = {"__pycache__", "build", "dist", "demo_out"}
@@ -79,11 +80,9 @@ def test_sdist_has_every_source_and_nothing_built(sdist):
     assert not wanted - names, sorted(wanted - names)
     assert {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py", "constraints.txt", "Makefile"} <= names
     assert not [name for name in names if name.endswith((".so", ".a", ".o", ".pyc"))]
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("contents are right; to configure: cmake or ninja is not installed")
-    done = subprocess.run(["cmake", "-S", str(folder), "-B", str(folder / "b"), "-G", "Ninja", "-DPYDIT_CUDA=off",
-                           "-DPYDIT_PYTHON=off"], capture_output=True, text=True, check=False)  # a missing source fails here
-    assert done.returncode == 0, done.stderr
+    skip_without("cmake", "ninja", "c++")
+    done = cmake("-S", folder, "-B", folder / "b", "-DPYDIT_CUDA=off", "-DPYDIT_PYTHON=off")
+    assert done.returncode == 0, done.stderr  # a missing source fails here
 
 
 def test_wheel(wheel):
