@@ -145,7 +145,9 @@ def explain(op: str, reason: str) -> None:
 
 
 def record(op: str, path: str, reason: str) -> None:
-    """Note for :func:`report` that a call of ``op`` took a path."""
+    """Note for :func:`report` that a call of ``op`` took a path; nothing while a graph is traced, which is no call."""
+    if torch.compiler.is_compiling():
+        return
     with _taking:
         entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
         entry["path"], entry["reason"] = path, reason

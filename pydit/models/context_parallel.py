@@ -59,8 +59,7 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, mask, config):
     ValueError
         Ulysses' processes do not divide the heads, or a mask of another length.
     """
-    if not torch.compiler.is_compiling():
-        backend.record("context_parallel", "pydit", describe(config))
+    backend.record("context_parallel", "pydit", describe(config))
     if mask is not None and mask.shape[1] != k_txt.shape[1]:
         raise ValueError(f"encoder_hidden_states_mask: expected a mask of this process's {k_txt.shape[1]} text tokens, "
                          f"got {mask.shape[1]}: the model's cp_plan must split the mask as it splits the text")
