@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import threading
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,7 @@ class Path:
 
 
 _taken: dict[str, dict[str, Any]] = {}
+_taking = threading.Lock()
 
 
 def _load(path: str) -> ModuleType:
@@ -136,15 +138,20 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
 
 def explain(op: str, reason: str) -> None:
     """Add to the report of the call that :func:`choose` has just recorded which of several kernels it took."""
-    entry = _taken[op]
-    entry["reason"] = f"{entry['reason']}; {reason}" if entry["reason"] else reason
+    with _taking:
+        entry = _taken[op]
+        if not entry["reason"].endswith(reason):  # another thread's call may come between a choice and its explanation
+            entry["reason"] = f"{entry['reason']}; {reason}" if entry["reason"] else reason
 
 
 def record(op: str, path: str, reason: str) -> None:
-    """Note for :func:`report` that a call of ``op`` took a path."""
-    entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
-    entry["path"], entry["reason"] = path, reason
-    entry["calls"] += 1
+    """Note for :func:`report` that a call of ``op`` took a path; nothing while a graph is traced, which is no call."""
+    if torch.compiler.is_compiling():
+        return
+    with _taking:
+        entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
+        entry["path"], entry["reason"] = path, reason
+        entry["calls"] += 1
 
 
 def stream_of(tensor: torch.Tensor) -> int:

@@ -270,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
   sim.def("set_threads", &pydit_sim_set_threads);
   sim.def("set_async", [](bool eager) { pydit_sim_set_async(eager); });
   sim.def("set_arch", &pydit_sim_set_arch);
+  sim.def("set_device", &pydit_sim_set_device);
   sim.def("launch_count", &pydit_sim_launch_count);
   sim.def("last_report", &pydit_sim_last_report);
   sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });

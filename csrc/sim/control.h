@@ -15,8 +15,12 @@ void pydit_sim_set_threads(int threads);
 // When asynchronous copies land: 0 in the wait for them, 1 at once. Until it is called, PYDIT_SIM_ASYNC=lazy|eager says
 // (lazy when unset). Returns 1 on another value.
 int pydit_sim_set_async(int eager);
-// The simulated device: 80 or 90. Until it is called, PYDIT_SIM_ARCH=80|90a says (80 when unset). Returns 1 on another.
+// The simulated device 0: 80 or 90. Until it is called, PYDIT_SIM_ARCH=80|90a says (80 when unset). Returns 1 on
+// another.
 int pydit_sim_set_arch(int arch);
+// The current device of this host thread, as cudaSetDevice: 0 (the default), or 1, which is of compute capability 8.0
+// whatever pydit_sim_set_arch says, as in a machine of unlike GPUs. Returns 1 on another.
+int pydit_sim_set_device(int device);
 // The race detector (race.h): on or off, from the next launch. It sees the accesses of kernels only in a race build
 // (cmake -DPYDIT_SIM_RACE=on), where it is on from the start; pydit_sim_race_build says whether this is one.
 void pydit_sim_set_race(int on);

@@ -1,4 +1,5 @@
-// The few calls of the CUDA runtime that launchers make. One device, launches finish before they return.
+// The few calls of the CUDA runtime that launchers make. Two devices, of which a host thread has one at a time; they
+// share the host's memory. Launches finish before they return.
 #pragma once
 
 #include <cstddef>

@@ -15,7 +15,7 @@ from torch import nn
 
 from pydit import env
 from pydit.errors import UserError
-from pydit.inference import graphs, schedule, traps
+from pydit.inference import graphs, hooked, schedule, traps
 from pydit.inference.hooked import change_class, has_offloading
 
 _KEY = "_pydit_accelerated"
@@ -51,7 +51,8 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
     -------
     The argument. Call it where the model will run, in its dtype: the attention kernels take 16 bits. What the kernels
     round once eager rounds two or three times; without ``exact``, results differ by rounding. An attention backend
-    chosen with ``set_attention_backend`` stays. Hooks of diffusers and of accelerate may come before or after.
+    chosen with ``set_attention_backend`` stays. Hooks of diffusers and of accelerate may come before or after; so may
+    ``enable_parallelism``, with context parallelism (Ulysses, ring) over the fused attention, or tensor parallelism.
 
     Raises
     ------
@@ -67,7 +68,8 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
         _swap_processors(model, state, exact)
         _swap_blocks(model, state, exact)
         state.guards = traps.guard(model)
-        state.hooks.append(model.register_forward_pre_hook(traps.refuse_layer_skip, with_kwargs=True))
+        for refuse in (traps.refuse_layer_skip, traps.refuse_local_attention):
+            state.hooks.append(model.register_forward_pre_hook(refuse, with_kwargs=True))
     if cuda_graphs:
         graphs.enable(models[0])
     return pipe_or_model
@@ -104,6 +106,8 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
         else:
             ours = getattr(attention, _PROCESSORS[kind])()
             ours.stock = processor
+            # A stock processor that knows of no parallelism has not been told of it either.
+            ours._parallel_config = getattr(processor, "_parallel_config", getattr(model, "_parallel_config", None))
             state.note("attention", "pydit", "")
         state.processors.append((module, processor, ours))
         module.processor = ours
@@ -160,7 +164,8 @@ def describe(pipe_or_model: Any) -> dict[str, Any]:
     dict
         ``attention`` and ``blocks``: rows of ``path`` (``"pydit"`` or ``"stock"``), ``reason`` ("" where nothing faster
         exists) and ``count``; ``modulation``: the same, ``path`` ``"table"`` where :func:`bake_schedule` was called;
-        ``exact``: per op of ``exact=True`` what ran fused so far; ``graphs``: of ``cuda_graphs=True``, what was
+        ``exact``: per op of ``exact=True`` what ran fused so far; ``parallel``: after ``enable_parallelism``, which
+        attention runs over the processes; ``graphs``: of ``cuda_graphs=True``, what was
         recorded and replayed; ``controlnets``: the same of a pipeline's ControlNets.
     """
     models = _models_of(pipe_or_model)
@@ -180,6 +185,8 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         rows["attention"] += _chosen_since(state)
         if state.exact is not None:
             rows["exact"] = state.exact.rows()
+        if hooked.is_parallel(model):
+            rows["parallel"] = _parallel(model, state)
     rows["modulation"] = schedule.describe(model)
     rows["graphs"] = graphs.describe(model)
     return rows
@@ -191,13 +198,25 @@ def _chosen_since(state: _Accelerated) -> list[dict[str, Any]]:
     for module, _, ours in state.processors:
         if module.processor is not ours:
             reason = f"{type(module.processor).__name__} was set after pydit.accelerate"
-        elif getattr(ours, "_attention_backend", None) is not None and hasattr(ours, "stock"):
-            chosen = getattr(ours._attention_backend, "value", ours._attention_backend)
-            reason = f"set_attention_backend chose {chosen} after pydit.accelerate"
+        elif hasattr(ours, "why_stock") and (reason := ours.why_stock()):
+            reason += " after pydit.accelerate" if ours._attention_backend is not None else ""
         else:
             continue
         reasons[reason] = reasons.get(reason, 0) + 1
     return [{"path": "stock", "reason": reason, "count": count} for reason, count in reasons.items()]
+
+
+def _parallel(model: nn.Module, state: _Accelerated) -> list[dict[str, Any]]:
+    """Rows of what processes that share a model's work run as attention."""
+    from pydit.models import context_parallel
+
+    context = context_parallel.config_of(model._parallel_config)
+    what = "tensor parallelism, each process its heads" if context is None else context_parallel.describe(context)
+    ours = sum(module.processor is processor and hasattr(processor, "why_stock") and not processor.why_stock()
+               for module, _, processor in state.processors)
+    every = sum(getattr(module, "processor", None) is not None for module in model.modules())
+    return [{"path": path, "reason": what, "count": count} for path, count in (("pydit", ours), ("stock", every - ours))
+            if count]
 
 
 def _models_of(pipe_or_model: Any) -> list[nn.Module]:
@@ -271,6 +290,9 @@ def _undo(model: nn.Module) -> None:
     if state is not None:
         for module, processor, ours in state.processors:
             if module.processor is ours:  # what somebody has put there since stays
+                for name in ("_attention_backend", "_parallel_config"):  # and what was chosen since
+                    if hasattr(processor, name):
+                        setattr(processor, name, getattr(ours, name))
                 module.processor = processor
         for block, cls in state.blocks:
             change_class(block, cls)

@@ -74,7 +74,12 @@ def disable(model: nn.Module) -> None:
 
 
 def check(model: nn.Module) -> None:
-    """UserError where a recording would read weights that are somewhere else by the time it is replayed."""
+    """UserError where a recording would read weights that are somewhere else by the time it is replayed, or where
+    processes share the work."""
+    if hooked.is_parallel(model):
+        raise UserError("cuda_graphs: expected a model that one process runs, got one with "
+                        f"{hooked.is_parallel(model)} parallelism, whose exchanges are not recorded; leave out "
+                        "cuda_graphs")
     reason = hooked.has_offloading(model)
     if reason:
         raise UserError(f"cuda_graphs: expected a model whose weights stay where they are, got one with {reason}; "

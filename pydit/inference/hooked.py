@@ -42,6 +42,15 @@ def has_offloading(model: nn.Module) -> str:
     return ""
 
 
+def is_parallel(model: nn.Module) -> str:
+    """What diffusers' ``enable_parallelism`` has done to a model: "context", "tensor", or "" for nothing."""
+    config = getattr(model, "_parallel_config", None)
+    for name in ("context", "tensor"):
+        if getattr(config, f"{name}_parallel_config", None) is not None:
+            return name
+    return ""
+
+
 def places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where hooks keep what they call: attributes of the module, and of the references of its diffusers hooks."""
     found = [(module.__dict__, name) for name in ("forward", "_old_forward") if name in module.__dict__]

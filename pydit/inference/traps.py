@@ -2,7 +2,8 @@
 
 What is guarded, in diffusers 0.42: ``apply_layer_skip`` lets a skipped block return its streams in the wrong order;
 ``fuse_qkv_projections`` does nothing to Qwen-Image and says nothing; ``compile_repeated_blocks`` gives up in the middle
-of a run when blocks have more shapes than torch keeps graphs for.
+of a run when blocks have more shapes than torch keeps graphs for; attention processors that know of no context
+parallelism attend to their own process's tokens and say nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from pydit.errors import UserError
+from pydit.inference import hooked
 
 
 def guard(model: nn.Module) -> list[str]:
@@ -41,6 +43,18 @@ def refuse_layer_skip(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
                                 "which returns the text first: diffusers would swap the two streams. Leave blocks out "
                                 "with pydit.PruningPlan and pydit.prune, or with skip_layers where the model's forward "
                                 "has it")
+
+
+def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: UserError where context parallelism would leave attention to each process's tokens alone."""
+    if hooked.is_parallel(model) != "context" or torch.compiler.is_compiling():
+        return
+    for module in hooked.modules_of(model):
+        processor = getattr(module, "processor", None)
+        if processor is not None and getattr(processor, "_parallel_config", None) is None:
+            raise UserError(f"enable_parallelism: expected attention processors that take part in context parallelism, "
+                            f"got {type(processor).__name__}, which attends to this process's tokens alone; "
+                            "pydit.accelerate(model) without exact=True replaces it")
 
 
 def _fuse_qkv_projections(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit import backend, ops
+from pydit.models import context_parallel
 from pydit.models.thinned import text_modules
 from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
@@ -27,15 +28,31 @@ _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a mo
 class Replacing:
     """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
 
-    _attention_backend = None  # diffusers sets it on every processor that has it
+    _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     stock = None
     options: frozenset[str] = frozenset()  # what attend takes beside the streams
 
+    @property
+    def context(self):
+        """diffusers' ContextParallelConfig where this process has a part of the tokens only; None where it has all."""
+        return context_parallel.config_of(self._parallel_config)
+
+    def why_stock(self):
+        """Why the stock processor is to run; "" where this one does."""
+        if self.stock is not None and self._attention_backend is not None:
+            return f"set_attention_backend chose {getattr(self._attention_backend, 'value', self._attention_backend)}"
+        return "" if self.context is None else context_parallel.unsupported(self.context)
+
     def chosen(self):
-        """The stock processor with the backend that the user has chosen; None where none was."""
-        if self._attention_backend is None or self.stock is None:
+        """The stock processor with what the user has chosen; None where this one runs."""
+        reason = self.why_stock()
+        if not reason:
             return None
+        if self.context is not None and not hasattr(self.stock, "_parallel_config"):
+            name = "no stock processor" if self.stock is None else type(self.stock).__name__
+            raise ValueError(f"{reason}; expected that the stock processor takes part in context parallelism, got "
+                             f"{name}, which would attend to this process's tokens alone")
         chosen = copy.copy(self.stock)
         chosen._attention_backend, chosen._parallel_config = self._attention_backend, self._parallel_config
         return chosen
@@ -88,7 +105,7 @@ class QwenImageAttnProcessor(Replacing):
         if any(norm is None for norm in (attn.norm_q, attn.norm_k, text_modules(attn).norms[1])):
             raise ValueError(_NO_NORM)
         tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        return _attend(attn, hidden_states, encoder_hidden_states, tables, encoder_hidden_states_mask)
+        return _attend(attn, hidden_states, encoder_hidden_states, tables, self.context, encoder_hidden_states_mask)
 
     __call__ = _projected(attend)
 
@@ -115,7 +132,7 @@ class FluxAttnProcessor(Replacing):
         table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
         tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
-        return _attend(attn, hidden_states, encoder_hidden_states, tables)
+        return _attend(attn, hidden_states, encoder_hidden_states, tables, self.context)
 
     __call__ = _projected(attend)
 
@@ -140,13 +157,16 @@ class SD3AttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        return _attend(attn, hidden_states, encoder_hidden_states, (None, None))
+        return _attend(attn, hidden_states, encoder_hidden_states, (None, None), self.context)
 
     __call__ = _projected(attend)
 
 
-def _attend(attn, image, text, tables, mask=None):
-    """Both streams after attention, [B, S, H D]: text where the mask is true, None without a text or its query."""
+def _attend(attn, image, text, tables, context, mask=None):
+    """Both streams after attention, [B, S, H D]: text where the mask is true, None without a text or its query.
+
+    context : diffusers' ContextParallelConfig, or None where this process has all tokens.
+    """
     streams = [_Stream(image, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k), tables[0])]
     if getattr(attn, "fused_projections", False):
         streams[0] = streams[0]._replace(names=("to_qkv",))
@@ -157,14 +177,9 @@ def _attend(attn, image, text, tables, mask=None):
     found = _in_one_launch(attn, streams) or _one_by_one(attn, streams)
     q_img, k_img, v_img = found[:3]
     q_txt, k_txt, v_txt = found[3:] if text is not None else (None, k_img[:, :0], v_img[:, :0])
-    if mask is None:
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt)
-    else:
-        # Without a text query the keys stand in for it in what is moved.
-        lens, order, query, *packed = ops.pack_text(mask.bool(), k_txt if q_txt is None else q_txt, k_txt, v_txt)
-        out_img, out_txt = ops.joint_attention(q_img, k_img, v_img, None if q_txt is None else query, *packed,
-                                               txt_lens=lens)
-        out_txt = None if q_txt is None else ops.unpack_text(order, out_txt)
+    arguments = (q_img, k_img, v_img, q_txt, k_txt, v_txt, None if mask is None else mask.bool())
+    out_img, out_txt = (context_parallel.masked_attention(*arguments) if context is None else
+                        context_parallel.joint_attention(*arguments, context))
     return out_img.flatten(2), None if q_txt is None else out_txt.flatten(2)
 
 

@@ -242,7 +242,8 @@ def _packing(stock: type) -> type:
 
             streams = (hidden_states, encoder_hidden_states)
             together = _Together(attn, streams)
-            if not together._packed:
+            # Comparing runs attention twice, and processes of context parallelism must agree on how often they meet.
+            if not together._packed or getattr(self, "_parallel_config", None) is not None:
                 return call(attn)
             return self.exact.run("projections", streams, lambda: call(together.project()), lambda: call(attn),
                                   needs_kernels=False)

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 from torch import nn
 
+from pydit.models import context_parallel
 from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, Stock, rows_of
 from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 
@@ -74,15 +75,17 @@ class PrunedQwenImageTransformerBlock(ThinnedBlock, QwenImageForward, QwenImageT
 class TargetTokens:
     """A forward pre-hook of a model with two modulation rows: how many tokens the target image has.
 
-    ``tokens`` is the same number for every sample of the batch at hand, or None. Blocks find it under
-    ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
+    ``tokens`` is the same number for every sample of the batch at hand, or None where it is not, or is not known.
+    Blocks find it under ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
     """
 
     def __init__(self) -> None:
         self.tokens: int | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        shapes = kwargs.get("img_shapes") or ()
+        # Context parallelism gives this process a part of the tokens, wherever the target image ends.
+        local = context_parallel.config_of(getattr(module, "_parallel_config", None)) is not None
+        shapes = () if local else kwargs.get("img_shapes") or ()
         found = {math.prod(sample[0]) for sample in shapes}
         self.tokens = found.pop() if len(found) == 1 else None
 

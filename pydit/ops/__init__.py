@@ -20,10 +20,12 @@ from pydit.ops.linear import (
     linear_gelu,
     linear_residual,
 )
+from pydit.ops.merge_attention import merge_attention
 from pydit.ops.qk_norm_rope import qk_norm_rope
 from pydit.ops.second_moments import second_moments
 
 __all__ = ["ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "hsic_matrix", "in_one_launch",
            "joint_attention", "joint_linear", "joint_linear_gated_residual", "joint_linear_gelu",
            "joint_linear_residual", "joint_qk_norm_rope", "joint_qkv", "linear_gated_residual", "linear_gelu",
-           "linear_residual", "pack_text", "qk_norm_rope", "reference", "second_moments", "unpack_text"]
+           "linear_residual", "merge_attention", "pack_text", "qk_norm_rope", "reference", "second_moments",
+           "unpack_text"]

@@ -101,17 +101,14 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_module_exports_its_init_symbol_alone_and_needs_no_cuda_library():
+def test_module_exports_its_init_symbol_alone():
     module, error = backend.extension()
     if module is None:
         pytest.skip(f"pydit._C is not built: {error}")
-    if shutil.which("nm") is None or shutil.which("readelf") is None:
-        pytest.skip("binutils (nm, readelf) are not installed")
+    if shutil.which("nm") is None:
+        pytest.skip("binutils (nm) is not installed")
     symbols = subprocess.run(["nm", "-D", "--defined-only", module.__file__], capture_output=True, text=True, check=True)
     assert [line.split()[-1] for line in symbols.stdout.splitlines()] == ["PyInit__C"]
-    dynamic = subprocess.run(["readelf", "-d", module.__file__], capture_output=True, text=True, check=True).stdout
-    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
-    assert needed and not [name for name in needed if re.match("lib(cuda|cublas|cudnn|torch|c10)", name)]
 
 
 def test_size_limits():

@@ -1,0 +1,177 @@
+"""Threads, processes and devices: the same results from two threads, after a fork, on a second device, without a GPU."""
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pydit import backend, ops
+from tests.ops.test_joint_attention import make
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def both(work):
+    """Results of work(0) and work(1), run at once; what a thread raises is raised here."""
+    found, start = [None, None], threading.Barrier(2)
+
+    def run(index):
+        start.wait()
+        try:
+            found[index] = work(index)
+        except BaseException as error:
+            found[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return found
+
+
+@pytest.mark.parametrize("device", ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)],
+                         indirect=True)
+def test_two_threads_get_what_one_gets(device):
+    """Ops that ask for workspace, for shared memory beyond the default, and for neither, forward and backward."""
+    inputs = [make((1, 40, 12, 2, 32), torch.bfloat16, device, seed=seed) for seed in (0, 1)]
+
+    def work(index):
+        tensors = [x.clone().requires_grad_() for x in inputs[index]]
+        out_img, out_txt = ops.joint_attention(*tensors)
+        grads = torch.autograd.grad((out_img.float().sum() + out_txt.float().sum()), tensors)
+        x = tensors[0].detach().flatten(2)
+        row = x[:, :1] * 0.1
+        return [out_img, out_txt, *grads, ops.ada_layer_norm(x, row, row), *ops.second_moments(x[0])[1:]]
+
+    alone = [work(0), work(1)]
+    before = backend.report()["joint_attention"]["calls"]
+    for _ in range(3):
+        for found, expected in zip(both(work), alone, strict=True):
+            for ours, theirs in zip(found, expected, strict=True):
+                if ours is not None:
+                    assert torch.equal(ours, theirs)
+    assert backend.report()["joint_attention"]["calls"] == before + 6
+    reason = backend.report()["joint_attention"]["reason"]
+    assert len(set(reason.split("; "))) == len(reason.split("; "))
+
+
+@pytest.fixture
+def sim():
+    module, error = backend.extension()
+    if not hasattr(module, "sim"):
+        pytest.skip(f"the simulator is not built ({error or 'PYDIT_SIM=off'})")
+    return module.sim
+
+
+def test_each_thread_has_its_own_error(sim):
+    def work(index):
+        for _ in range(200):
+            x = torch.zeros(1, 2, 8 + index)
+            with pytest.raises(RuntimeError, match=f"got {5 + index}$"):
+                sim.ada_layer_norm(x, x[:, :1], x[:, :1], x, 1e-6, -1, 5 + index, 0)
+
+    both(work)
+
+
+@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
+def test_a_second_device(device, sim):
+    """The C API asks for the current device at every launch: its capability, and the shared memory it grants."""
+    tensors = make((1, 40, 12, 2, 128), torch.bfloat16, device)
+    first = ops.joint_attention(*tensors)
+    taken = backend.report()["joint_attention"]["reason"]
+    try:
+        assert sim.set_device(1) == 0
+        second = ops.joint_attention(*tensors)
+        assert backend.KERNEL_PATHS[1] in backend.report()["joint_attention"]["reason"]
+    finally:
+        assert sim.set_device(0) == 0
+    assert (backend.KERNEL_PATHS[0] in taken) == (os.environ["PYDIT_SIM_ARCH"] == "90a")
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=2 ** -7, atol=2 ** -9)
+    assert sim.set_device(2) == 1
+    both(lambda index: sim.set_device(index) or ops.joint_attention(*tensors))  # each thread has a device of its own
+    assert torch.equal(ops.joint_attention(*tensors)[0], first[0])
+
+
+def test_the_guard_goes_to_the_device_of_the_tensor(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or "guard")
+    on = [SimpleNamespace(is_cuda=True, device=SimpleNamespace(type="cuda", index=index)) for index in (0, 1)]
+    with backend.device_of(on[0]), backend.device_of(torch.zeros(1)):
+        assert entered == []
+    assert backend.device_of(on[1]) == "guard" and entered == [on[1].device]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device.index))
+    assert [backend.stream_of(x) for x in on] == [100, 101] and backend.stream_of(torch.zeros(1)) == 0
+
+
+def test_every_launch_is_guarded_and_takes_the_current_stream():
+    """Calls of the compiled module in pydit.ops stand inside ``with backend.device_of`` and pass ``stream_of``."""
+    module, error = backend.extension()
+    if module is None:
+        pytest.skip(f"pydit._C is not built: {error}")
+    kernels = next(getattr(module, name) for name in ("sim", "cuda") if hasattr(module, name))
+    launches, guarded = 0, 0
+    for path in (ROOT / "pydit" / "ops").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                 and ast.unparse(node.func.value).endswith("kernels") and hasattr(kernels, node.func.attr)]
+        launches += len(calls)
+        for block in ast.walk(tree):
+            if isinstance(block, ast.With) and "backend.device_of" in ast.unparse(block.items[0].context_expr):
+                inside = [call for call in calls if call in list(ast.walk(block))]
+                guarded += sum("backend.stream_of" in ast.unparse(call) for call in inside)
+    assert launches == guarded > 8
+
+
+def python(*arguments, **environment):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_optimised_without_warnings_and_without_a_gpu():
+    """``python -O -W error``, CUDA_VISIBLE_DEVICES="": imports, runs, and still refuses bad arguments."""
+    code = """
+import torch, pydit, pydit.stats
+x = torch.ones(1, 2, 8)
+pydit.ops.ada_layer_norm(x, x[:, 0], x[:, 0])
+for call in (lambda: pydit.ops.ada_layer_norm(x[0], x, x), lambda: pydit.ops.merge_attention([], [])):
+    try:
+        call()
+    except ValueError as error:
+        print("expected" in str(error), __debug__)
+print(torch.cuda.is_available(), pydit.report()["ada_layer_norm"]["path"])
+"""
+    out = python("-O", "-W", "error", "-c", code, CUDA_VISIBLE_DEVICES="", PYDIT_BACKEND="auto")
+    assert out.split() == ["True", "False", "True", "False", "False", "reference"]
+
+
+def test_fork_after_import_and_after_a_launch(sim):
+    code = """
+import os
+import torch
+torch.set_num_threads(1)
+from pydit import ops
+from tests.ops.test_joint_attention import make
+tensors = make((1, 40, 12, 2, 32), torch.bfloat16, "cpu")
+expected = ops.joint_attention(*tensors)
+child = os.fork()
+same = all(torch.equal(a, b) for a, b in zip(ops.joint_attention(*tensors), expected))
+if child == 0:
+    os._exit(0 if same else 3)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("same")
+"""
+    assert python("-c", code, PYDIT_BACKEND="sim", CUDA_VISIBLE_DEVICES="").strip() == "same"
