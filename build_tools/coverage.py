@@ -29,7 +29,7 @@ def measure(folder: Path) -> Lines:
     """Build, run the tests, and read the counters."""
     gcov = cmake.find_tool("gcov")
     environment = sanitize.environment(sanitize.build(folder))
-    program = _build_instructions(folder)
+    program = sanitize.program(folder, "ptx", (ROOT / "tests/sim/ptx").glob("*.cpp"), sanitize.COUNTERS)
     for old in folder.rglob("*.gcda"):
         old.unlink()
     for command in ([*sanitize.COMMAND, "-x"], [program]):
@@ -43,20 +43,6 @@ def measure(folder: Path) -> Lines:
         old.unlink()
     cmake.run(gcov, "--json-format", "--hash-filenames", *counters, cwd=reports)
     return merge([json.loads(gzip.decompress(path.read_bytes())) for path in sorted(reports.iterdir())])
-
-
-def _build_instructions(folder: Path) -> Path:
-    """The program of tests/sim/ptx with counters, around the simulator that the module was built with."""
-    compiler, objects = cmake.find_tool("c++"), []
-    (folder / "ptx").mkdir(exist_ok=True)
-    for source in sorted((ROOT / "tests/sim/ptx").glob("*.cpp")):
-        objects.append(folder / "ptx" / f"{source.stem}.o")
-        cmake.run(compiler, "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-DPYDIT_SIM", *sanitize.FLAGS,
-                  *sanitize.COUNTERS, "-I", ROOT / "csrc", "-c", source, "-o", objects[-1])
-    program = folder / "ptx" / "program"
-    cmake.run(compiler, *sanitize.FLAGS, "--coverage", "-pthread", *objects, folder / "libpydit_sim.a", "-ldl", "-o",
-              program)
-    return program
 
 
 def merge(reports: Sequence[dict]) -> Lines:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from build_tools import cmake
@@ -29,6 +29,19 @@ def build(folder: Path) -> Path:
                                "CMAKE_BUILD_TYPE": "RelWithDebInfo", "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1 -g1",
                                "PYDIT_SIM_KERNEL_FLAGS": ";".join(COUNTERS), "CMAKE_MODULE_LINKER_FLAGS": "--coverage"})
     return cmake.extension(folder)
+
+
+def program(folder: Path, name: str, sources: Iterable[Path], flags: Sequence[str] = ("-O1", "-g1")) -> Path:
+    """A program of ``sources`` around the simulator that was built for the extension in ``folder``."""
+    compiler, objects = cmake.find_tool("c++"), []
+    (folder / name).mkdir(exist_ok=True)
+    for source in sorted(sources):
+        objects.append(folder / name / f"{source.stem}.o")
+        cmake.run(compiler, "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-DPYDIT_SIM", *FLAGS, *flags,
+                  "-I", cmake.ROOT / "csrc", "-c", source, "-o", objects[-1])
+    cmake.run(compiler, *FLAGS, "--coverage", "-pthread", *objects, folder / "libpydit_sim.a", "-ldl", "-o",
+              folder / name / "program")
+    return folder / name / "program"
 
 
 def environment(extension: Path) -> dict[str, str]:

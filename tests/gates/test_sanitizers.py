@@ -66,6 +66,14 @@ def test_a_planted_misaligned_access_is_found(environment):
     assert "misaligned address" in result.stderr and "vector.cuh" in result.stderr
 
 
+def test_the_simulator_is_clean(environment):
+    """Its own tests, but for those of memory faults: a sanitizer takes those for itself."""
+    program = sanitize.program(cmake.BUILD / "sanitize", "selftest", (cmake.ROOT / "tests/sim").glob("*.cpp"))
+    result = subprocess.run([program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert ", 0 failed" in result.stdout
+
+
 def test_ops_are_clean_and_execute_the_kernels(environment, capsys):
     """No report, every __global__ and __device__ function, and 95 % of the lines."""
     status = coverage.main([])
