@@ -51,5 +51,6 @@ def test_program_fails_on_an_unknown_test(program):
     assert result.returncode == 1
 
 
+@pytest.mark.slow
 def test_portable_context_switch(tmp_path):
     assert f"{len(TESTS)} tests, 0 failed" in run(build(tmp_path / "sim_selftest", "-DPYDIT_SIM_UCONTEXT"))
