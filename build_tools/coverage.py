@@ -1,8 +1,9 @@
 """Which lines and functions of csrc/kernels and csrc/device the tests execute. ``python -m build_tools.coverage``.
 
 The simulated kernels are compiled with gcov's counters, tests/ops runs on them, and so does the program of
-tests/sim/ptx, which holds what is in csrc/device for kernels to come. Exit code 1: a folder is below 95 % of its lines,
-or a __global__ or __device__ function was never entered. Lines that only nvcc compiles (inline PTX) do not count.
+tests/sim/ptx, which holds what is in csrc/device for kernels to come. Both run under the sanitizers too: the build is
+that of build_tools/sanitize.py. Exit code 1: a folder is below 95 % of its lines, or a __global__ or __device__
+function was never entered. Lines that only nvcc compiles (inline PTX) do not count.
 """
 
 from __future__ import annotations
@@ -10,38 +11,31 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_tools import cmake
+from build_tools import cmake, sanitize
 from build_tools.cmake import ROOT
 from build_tools.device_functions import device_functions
 
 REQUIRED = 95.0  # per cent of the lines of each folder
 FOLDERS = ("csrc/kernels", "csrc/device")
-# -O0 keeps every line apart; blocks run on several threads, so counters are atomic.
-FLAGS = ["--coverage", "-O0", "-fprofile-update=atomic"]
 Lines = dict[str, dict[int, int]]  # path below the root -> line -> times executed
 
 
 def measure(folder: Path) -> Lines:
     """Build, run the tests, and read the counters."""
     gcov = cmake.find_tool("gcov")
-    cmake.build(folder, "_C", {"PYDIT_CUDA": "off", "PYDIT_SIM_KERNEL_FLAGS": ";".join(FLAGS),
-                               "CMAKE_MODULE_LINKER_FLAGS": "--coverage"})
-    program = _build_instructions(folder)
+    environment = sanitize.environment(sanitize.build(folder))
+    program = sanitize.program(folder, "ptx", (ROOT / "tests/sim/ptx").glob("*.cpp"), sanitize.COUNTERS)
     for old in folder.rglob("*.gcda"):
         old.unlink()
-    environment = {**os.environ, "PYDIT_EXTENSION": str(cmake.extension(folder)), "PYDIT_BACKEND": "sim"}
-    for command in ([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k",
-                     "sim and not (run_to_run or any_shape or extreme)"],  # the same lines once more
-                    [program]):
+    for command in ([*sanitize.COMMAND, "-x"], [program]):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
-            raise cmake.BuildError(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+            raise cmake.BuildError(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     counters = [path.resolve() for path in sorted(folder.rglob("*.gcda"))]
     reports = folder / "gcov"
     reports.mkdir(exist_ok=True)
@@ -49,19 +43,6 @@ def measure(folder: Path) -> Lines:
         old.unlink()
     cmake.run(gcov, "--json-format", "--hash-filenames", *counters, cwd=reports)
     return merge([json.loads(gzip.decompress(path.read_bytes())) for path in sorted(reports.iterdir())])
-
-
-def _build_instructions(folder: Path) -> Path:
-    """The program of tests/sim/ptx with counters, around the simulator that the module was built with."""
-    compiler, objects = cmake.find_tool("c++"), []
-    (folder / "ptx").mkdir(exist_ok=True)
-    for source in sorted((ROOT / "tests/sim/ptx").glob("*.cpp")):
-        objects.append(folder / "ptx" / f"{source.stem}.o")
-        cmake.run(compiler, "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-DPYDIT_SIM", *FLAGS, "-I",
-                  ROOT / "csrc", "-c", source, "-o", objects[-1])
-    program = folder / "ptx" / "program"
-    cmake.run(compiler, "--coverage", "-pthread", *objects, folder / "libpydit_sim.a", "-ldl", "-o", program)
-    return program
 
 
 def merge(reports: Sequence[dict]) -> Lines:
@@ -119,9 +100,9 @@ def report(lines: Lines, sources: dict[str, str]) -> tuple[str, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: enough. 1: too little was executed. 2: it could not be measured."""
+    """0: enough. 1: too little was executed. 2: it could not be measured, or a test failed, also by a sanitizer."""
     parser = argparse.ArgumentParser(prog="python -m build_tools.coverage", description=__doc__.split("\n")[0])
-    parser.add_argument("--build", type=Path, default=cmake.BUILD / "coverage", help="build folder (%(default)s)")
+    parser.add_argument("--build", type=Path, default=cmake.BUILD / "sanitize", help="build folder (%(default)s)")
     folder = parser.parse_args(arguments).build
     sources = {path.relative_to(ROOT).as_posix(): path.read_text() for name in FOLDERS
                for path in (ROOT / name).rglob("*") if path.is_file()}

@@ -5,6 +5,7 @@ both and every run is the same. PYDIT_SIM_SEED and PYDIT_SIM_ASYNC in the enviro
 prints the line that runs it again.
 """
 
+import gc
 import os
 import zlib
 
@@ -13,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores already; co
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+gc.set_threshold(20_000, 20, 20)  # the default looks through all modules again and again while they are imported
 import torch
 
 from pydit import backend, env
@@ -65,6 +68,11 @@ def _sim_settings(nodeid, name):
              "PYDIT_SIM_ARCH": name.partition("-")[2] or env.get("PYDIT_SIM_ARCH")}
     given = {variable: os.environ[variable] for variable in drawn if os.environ.get(variable)}
     return {"PYDIT_BACKEND": "sim", **drawn, **given}
+
+
+def pytest_collection_finish():
+    """What is imported by now lives to the end: the garbage collector need not look through it after every test."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -27,10 +27,15 @@ class BankCounter {
   static constexpr int kLanes = 32;
 
   void access(int lane, const void* instruction, uint32_t offset, uint32_t bytes) {
-    Instruction& here = pending_[instruction];
-    const uint32_t occurrence = here.executed[lane]++;
-    if (occurrence >= here.requests.size()) here.requests.resize(occurrence + 1);
-    Request& request = here.requests[occurrence];
+    if (instruction != last_) {
+      last_ = instruction;
+      here_ = &instructions_[instruction];
+    }
+    if (!here_->pending) pending_.push_back(here_);
+    here_->pending = true;
+    const uint32_t occurrence = here_->executed[lane]++;
+    if (occurrence >= here_->requests.size()) here_->requests.resize(occurrence + 1);
+    Request& request = here_->requests[occurrence];
     request.bytes = bytes;
     request.offsets[lane] = offset;
     request.lanes |= 1u << lane;
@@ -39,8 +44,11 @@ class BankCounter {
 
   // The warp has synchronised: what follows is executed together anew.
   void flush() {
-    for (auto& entry : pending_) {
-      for (Request& request : entry.second.requests) settle(request);
+    for (Instruction* instruction : pending_) {
+      for (Request& request : instruction->requests) settle(request);
+      instruction->requests.clear();
+      instruction->executed = {};
+      instruction->pending = false;
     }
     pending_.clear();
   }
@@ -55,6 +63,7 @@ class BankCounter {
   struct Instruction {
     std::array<uint32_t, kLanes> executed = {};
     std::vector<Request> requests;
+    bool pending = false;
   };
 
   void settle(Request& request) {
@@ -62,15 +71,16 @@ class BankCounter {
     ++total.requests;
     const int lanes_per_pass = request.bytes <= 4 ? 32 : request.bytes <= 8 ? 16 : 8;
     for (int first = 0; first < kLanes; first += lanes_per_pass) {
-      std::array<std::vector<uint32_t>, 32> words;  // of each bank
-      size_t cycles = 0;
+      uint32_t words[32][kLanes], count[32] = {};  // of each bank; a lane adds at most one
+      uint32_t cycles = 0;
       for (int lane = first; lane < first + lanes_per_pass; ++lane) {
         if ((request.lanes >> lane & 1) == 0) continue;
         const uint32_t end = request.offsets[lane] + request.bytes;
         for (uint32_t word = request.offsets[lane] / 4; word * 4 < end; ++word) {
-          std::vector<uint32_t>& bank = words[word % 32];
-          if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
-          cycles = std::max(cycles, bank.size());
+          uint32_t *bank = words[word % 32], &known = count[word % 32];
+          if (std::find(bank, bank + known, word) != bank + known) continue;
+          bank[known++] = word;
+          cycles = std::max(cycles, known);
         }
       }
       if (cycles > 1) total.conflicts += cycles - 1;
@@ -78,7 +88,10 @@ class BankCounter {
     request.lanes = 0;
   }
 
-  std::unordered_map<const void*, Instruction> pending_;
+  std::unordered_map<const void*, Instruction> instructions_;
+  std::vector<Instruction*> pending_;  // executed since the warp last synchronised
+  const void* last_ = nullptr;
+  Instruction* here_ = nullptr;  // of last_
 };
 
 }  // namespace simt

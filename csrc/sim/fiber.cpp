@@ -132,14 +132,16 @@ void switch_context(Context& from, Context& to) {
 }
 #endif
 
-void enter([[maybe_unused]] Context& resumer) {
+void enter([[maybe_unused]] Context& home) {
 #ifdef SIMT_ASAN
   const void* bottom;
   size_t bytes;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  // The OS thread's own stack is known only from here; a fiber's is already in its context and is the same.
-  resumer.stack_bottom = bottom;
-  resumer.stack_bytes = bytes;
+  // The OS thread's own stack is known only from here, by the first fiber that it enters. Later ones are entered from
+  // other fibers.
+  if (home.stack_bottom != nullptr) return;
+  home.stack_bottom = bottom;
+  home.stack_bytes = bytes;
 #endif
 }
 

@@ -72,7 +72,8 @@ inline void switch_context(Context& from, Context& to) {
   pydit_sim_exchange_stacks(&from.stack_pointer, to.stack_pointer);
 }
 #endif
-// First statement of a fiber's entry function; `resumer` is the context that switched to it.
-void enter(Context& resumer);
+// First statement of a fiber's entry function. `home` is the OS thread's own context, from which the first fiber of all
+// is entered: there its stack_bottom is null, and becomes known.
+void enter(Context& home);
 
 }  // namespace simt

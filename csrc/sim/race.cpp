@@ -1,9 +1,11 @@
 #include "sim/race.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,6 +16,7 @@
 #include "sim/banks.h"
 #include "sim/control.h"
 #include "sim/scheduler.h"
+#include "sim/shadow.h"
 #include "sim/symbols.h"
 
 namespace simt::race {
@@ -46,29 +49,29 @@ std::map<const Kernel*, std::unique_ptr<Launch>> launches;
 uint64_t last_counts[PYDIT_SIM_COUNTERS] = {};
 thread_local std::vector<Span> named;  // by allow(), for the next launch of this host thread
 
-// Who made an access: a thread in one of its epochs, or an engine for a thread, named by a token.
-struct Access {
-  const void* pc = nullptr;
-  uint64_t token = 0;
-  uint32_t epoch = 0;  // 0: no access
-  uint16_t thread = 0;
-  bool atomic = false, engine = false;
-};
-
-struct Byte {
-  Access write;
-  std::vector<Access> reads;
-};
-
 struct Accumulator {
   Range range;
   uint64_t token;
 };
+struct Accumulators {
+  std::vector<Accumulator> all;
+  Range bounds = {UINTPTR_MAX, 0};
+};
 
-using Clock = std::vector<uint32_t>;
-struct Done {
-  int thread;
-  uint32_t epoch;
+// An asynchronous operation, and who waited for it when. Of one thread the first wait alone counts.
+struct Operation {
+  struct Wait {
+    uint32_t thread, epoch;
+  };
+  std::vector<Wait> waits;
+};
+
+// What a barrier, an mbarrier or an atomic variable passes on.
+struct Object {
+  bool released = false;
+  std::vector<uint32_t> clock;       // valid once released
+  std::vector<uint32_t> operations;  // whose completion this object signals
+  std::vector<uint32_t> acquired;    // of each thread, how many of those it has waited for
 };
 
 // What is known of the block that this OS thread runs.
@@ -83,19 +86,28 @@ class Detector {
       const auto found = launches.find(&kernel);
       launch_ = found == launches.end() ? nullptr : found->second.get();
     }
-    module_ = this_module();
+    if (module_.thread_local_storage.end == 0) module_ = this_module();  // this detector is of one OS thread
+    find_stacks();
     dynamic_.begin = reinterpret_cast<uintptr_t>(shared);
     dynamic_.end = dynamic_.begin + kernel.shared_bytes;
-    const size_t fixed = module_.thread_local_storage.end - module_.thread_local_storage.begin;
-    bytes_.assign(kernel.shared_bytes + fixed, Byte());
-    clocks_.assign(threads, Clock(threads, 0));
-    for (int t = 0; t < threads; ++t) clocks_[t][t] = 1;
-    fences_.assign(threads, Clock());
+    // The lines of the shadow begin where the addresses are multiples of their length, for static memory as well.
+    const Range& fixed = module_.thread_local_storage;
+    fixed_offset_ = (kernel.shared_bytes + Line::kBytes - 1) / Line::kBytes * Line::kBytes + fixed.begin % Line::kBytes;
+    shadow_.start(fixed_offset_ + (fixed.end - fixed.begin));
+    width_ = (static_cast<size_t>(threads) + 7) / 8 * 8;
+    clocks_.assign(threads * width_, 0);
+    for (int t = 0; t < threads; ++t) clock(t)[t] = 1;
+    fences_.clear();
     objects_.clear();
-    done_.clear();
-    signals_.clear();
+    numbers_.clear();
+    operations_.clear();
+    finished_.assign(threads, {});
     accumulators_.assign(threads, {});
-    banks_.assign((threads + kLanes - 1) / kLanes, BankCounter());
+    banks_.resize((threads + kLanes - 1) / kLanes);
+    for (BankCounter& warp : banks_) {
+      warp.flush();
+      warp.total = {};
+    }
     std::fill(std::begin(counts_), std::end(counts_), 0);
   }
 
@@ -112,20 +124,20 @@ class Detector {
 
   void count(Counter counter, uint64_t n) { counts_[counter] += n; }
 
-  void access(const void* pointer, size_t bytes, bool write, bool atomic, size_t alignment, const void* pc) {
+  void access(const Fiber& fiber, const void* pointer, size_t bytes, bool write, bool atomic, size_t alignment,
+              const void* pc) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
-    const Context& stack = current->context;
-    const auto bottom = reinterpret_cast<uintptr_t>(stack.stack_bottom);
-    if (address >= bottom && address < bottom + stack.stack_bytes) return access_local(address, write, pc);
+    const int me = number(fiber);
+    const auto bottom = reinterpret_cast<uintptr_t>(fiber.context.stack_bottom);
+    if (address - bottom < fiber.context.stack_bytes) return access_local(accumulators_[me], address, write, pc);
     const ptrdiff_t first = offset(address, bytes);
     if (first < 0 && !is_global(address, bytes)) return;
     if (address % alignment != 0)
       stop(pc, "misaligned %s of %zu bytes at %p", write ? "write" : "read", bytes, pointer);
     if (first < 0) return access_global(address, bytes, write, pc);
     count(write ? kSharedStored : kSharedLoaded, bytes);
-    const int me = self();
-    banks_[current->warp].access(current->lane, pc, static_cast<uint32_t>(first), static_cast<uint32_t>(bytes));
-    touch(first, bytes, write, {pc, 0, clocks_[me][me], static_cast<uint16_t>(me), atomic, false});
+    banks_[fiber.warp].access(fiber.lane, pc, static_cast<uint32_t>(first), static_cast<uint32_t>(bytes));
+    touch(first, bytes, write, name(pc, me, atomic, false, 0), me);
   }
 
   void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, const void* pc) {
@@ -137,14 +149,16 @@ class Detector {
     }
     count(write ? kSharedStored : kSharedLoaded, bytes);
     const int me = self();
-    touch(first, bytes, write, {pc, token, clocks_[me][me], static_cast<uint16_t>(me), false, true});
+    touch(first, bytes, write, name(pc, me, false, true, operation(token)), me);
   }
 
   void release(const void* object) {
     const int me = self();
-    Clock& clock = objects_[object];
-    join(clock, clocks_[me]);
-    ++clocks_[me][me];
+    Object& to = objects_[object];
+    if (!to.released) to.clock.assign(width_, 0);
+    to.released = true;
+    join(to.clock.data(), clock(me));
+    ++clock(me)[me];
   }
 
   void acquire(const void* object) { acquire_as(object, self()); }
@@ -156,54 +170,92 @@ class Detector {
 
   void acquire_as(const void* object, int thread) {
     const auto found = objects_.find(object);
-    if (found != objects_.end()) join(clocks_[thread], found->second);
-    const auto signalled = signals_.find(object);
-    if (signalled == signals_.end()) return;
-    for (const uint64_t token : signalled->second) finish(token, thread);
+    if (found == objects_.end()) return;
+    Object& from = found->second;
+    if (from.released) join(clock(thread), from.clock.data());
+    if (from.operations.empty()) return;
+    from.acquired.resize(threads_, 0);
+    uint32_t& acquired = from.acquired[thread];
+    for (; acquired < from.operations.size(); ++acquired) finish(from.operations[acquired], thread);
   }
 
-  void forget(const void* object) { objects_.erase(object); }
+  void forget(const void* object) {
+    const auto found = objects_.find(object);
+    if (found != objects_.end()) found->second.released = false;
+  }
 
   void join_lanes(int warp, uint32_t lanes) {
     banks_[warp].flush();
-    scratch_.assign(threads_, 0);
+    joined_.assign(width_, 0);
     for (uint32_t left = lanes; left != 0; left &= left - 1)
-      join(scratch_, clocks_[warp * kLanes + __builtin_ctz(left)]);
+      join(joined_.data(), clock(warp * kLanes + __builtin_ctz(left)));
     for (uint32_t left = lanes; left != 0; left &= left - 1) {
       const int thread = warp * kLanes + __builtin_ctz(left);
-      const uint32_t mine = clocks_[thread][thread];
-      clocks_[thread] = scratch_;
-      clocks_[thread][thread] = mine + 1;
+      uint32_t* mine = clock(thread);
+      const uint32_t epoch = mine[thread];
+      memcpy(mine, joined_.data(), width_ * sizeof *mine);
+      mine[thread] = epoch + 1;
     }
   }
 
   void engine_done(uint64_t token) {
-    finish(token, self());
-    std::vector<Accumulator>& mine = accumulators_[self()];
-    mine.erase(std::remove_if(mine.begin(), mine.end(), [token](const Accumulator& a) { return a.token == token; }),
-               mine.end());
+    const int me = self();
+    finish(operation(token), me);
+    Accumulators& mine = accumulators_[me];
+    const auto finished = [token](const Accumulator& a) { return a.token == token; };
+    mine.all.erase(std::remove_if(mine.all.begin(), mine.all.end(), finished), mine.all.end());
+    if (mine.all.empty()) mine.bounds = {UINTPTR_MAX, 0};
   }
   void accumulates(const void* pointer, size_t bytes, uint64_t token) {
     const auto begin = reinterpret_cast<uintptr_t>(pointer);
-    accumulators_[self()].push_back({{begin, begin + bytes}, token});
+    Accumulators& mine = accumulators_[self()];
+    mine.all.push_back({{begin, begin + bytes}, token});
+    mine.bounds = {std::min(mine.bounds.begin, begin), std::max(mine.bounds.end, begin + bytes)};
   }
-  void engine_signals(uint64_t token, const void* object) { signals_[object].push_back(token); }
+  void engine_signals(uint64_t token, const void* object) { objects_[object].operations.push_back(operation(token)); }
 
   void fence() {
     const int me = self();
-    fences_[me] = clocks_[me];
-    ++clocks_[me][me];
+    if (fences_.empty()) fences_.assign(threads_ * width_, 0);
+    memcpy(&fences_[me * width_], clock(me), width_ * sizeof(uint32_t));
+    ++clock(me)[me];
   }
 
  private:
-  static int self() { return current->warp * kLanes + current->lane; }
+  static int number(const Fiber& fiber) { return fiber.warp * kLanes + fiber.lane; }
+  static int self() { return number(*current); }
 
-  static void join(Clock& to, const Clock& from) {
-    if (to.size() < from.size()) to.resize(from.size(), 0);
-    for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+  uint32_t* clock(int thread) { return &clocks_[thread * width_]; }
+
+  void join(uint32_t* to, const uint32_t* from) const {
+    for (size_t i = 0; i < width_; i += 8) {
+      for (size_t j = i; j < i + 8; ++j) to[j] = std::max(to[j], from[j]);
+    }
   }
 
-  void finish(uint64_t token, int thread) { done_[token].push_back({thread, clocks_[thread][thread]}); }
+  Access name(const void* pc, int thread, bool atomic, bool engine, uint32_t operation) {
+    return {reinterpret_cast<uintptr_t>(pc),
+            static_cast<uint64_t>(thread),
+            atomic,
+            engine,
+            clock(thread)[thread],
+            operation};
+  }
+
+  // Tokens are numbered as they come; mostly the same one comes again.
+  uint32_t operation(uint64_t token) {
+    if (operations_.empty() || token != last_token_) {
+      const auto [found, added] = numbers_.try_emplace(token, static_cast<uint32_t>(operations_.size()));
+      if (added) operations_.emplace_back();
+      last_token_ = token;
+      last_operation_ = found->second;
+    }
+    return last_operation_;
+  }
+
+  void finish(uint32_t operation, int thread) {
+    operations_[operation].waits.push_back({static_cast<uint32_t>(thread), clock(thread)[thread]});
+  }
 
   // Where the shadow of a byte of shared memory is; negative for other memory.
   ptrdiff_t offset(uintptr_t address, size_t bytes) const {
@@ -211,27 +263,41 @@ class Detector {
     const Range& fixed = module_.thread_local_storage;
     const auto running = reinterpret_cast<uintptr_t>(&current);  // of the runtime, though it lies there
     if (!fixed.holds(address, bytes) || (address >= running && address < running + sizeof current)) return -1;
-    return static_cast<ptrdiff_t>(dynamic_.end - dynamic_.begin + address - fixed.begin);
+    return static_cast<ptrdiff_t>(fixed_offset_ + address - fixed.begin);
+  }
+
+  // Stacks lie in a few slabs: where each begins and ends, guard pages between stacks included.
+  void find_stacks() {
+    stacks_.clear();
+    for (int t = 0; t < threads_; ++t) {
+      const auto begin = reinterpret_cast<uintptr_t>(fibers_[t].context.stack_bottom);
+      const uintptr_t end = begin + fibers_[t].context.stack_bytes;
+      constexpr uintptr_t kGap = 16 * 1024;
+      if (!stacks_.empty() && begin >= stacks_.back().end && begin - stacks_.back().end < kGap)
+        stacks_.back().end = end;
+      else
+        stacks_.push_back({begin, end});
+    }
   }
 
   // Not a stack of another thread (deposits of collectives), nor memory of the runtime and the module.
   bool is_global(uintptr_t address, size_t bytes) const {
     if (module_.image.holds(address, bytes) || module_.thread_local_storage.holds(address, bytes)) return false;
     const auto near = [address](const void* object, size_t size) {
-      const auto begin = reinterpret_cast<uintptr_t>(object);
-      return address >= begin && address < begin + size;
+      return address - reinterpret_cast<uintptr_t>(object) < size;
     };
     if (near(current->block, sizeof(Block)) || near(fibers_, sizeof(Fiber) * kMaxThreads)) return false;
     if (near(kernel_, sizeof(Kernel)) || near(kernel_->arguments, 4096)) return false;  // the launch and its arguments
-    for (int t = 0; t < threads_; ++t) {
-      if (near(fibers_[t].context.stack_bottom, fibers_[t].context.stack_bytes)) return false;
+    for (const Range& stacks : stacks_) {
+      if (stacks.holds(address, 1)) return false;
     }
     return true;
   }
 
   // A local variable.
-  void access_local(uintptr_t address, bool write, const void* pc) {
-    for (const Accumulator& a : accumulators_[self()]) {
+  void access_local(const Accumulators& mine, uintptr_t address, bool write, const void* pc) {
+    if (!mine.bounds.holds(address, 1)) return;
+    for (const Accumulator& a : mine.all) {
       if (!a.range.holds(address, 1)) continue;
       stop(pc, "%s of register %zu of a wgmma accumulator before wgmma.wait_group", write ? "write" : "read",
            (address - a.range.begin) / sizeof(float));
@@ -255,69 +321,85 @@ class Detector {
          range.end - range.begin, range.holds(address, bytes) ? " and is not to be written" : "");
   }
 
-  // Whether the running thread may rely on `access`.
-  bool ordered(const Access& access) {
-    const int me = self();
-    if (!access.engine) return access.thread == me || clocks_[me][access.thread] >= access.epoch;
-    const auto found = done_.find(access.token);
-    if (found == done_.end()) return false;
-    for (const Done& done : found->second) {
-      if (done.thread == me || clocks_[me][done.thread] >= done.epoch) return true;
+  // Whether thread `me` may rely on `access`. Once it may, it always may: operations that it asked for are kept.
+  bool ordered(const Access& access, int me) {
+    const uint32_t* mine = clock(me);
+    if (!access.engine) return mine[access.thread] >= access.epoch;
+    uint32_t& kept = finished_[me][access.operation % kFinished];
+    if (kept == access.operation + 1) return true;
+    for (const Operation::Wait& wait : operations_[access.operation].waits) {
+      if (mine[wait.thread] < wait.epoch) continue;
+      kept = access.operation + 1;
+      return true;
     }
     return false;
   }
 
-  void touch(ptrdiff_t first, size_t bytes, bool write, const Access& access) {
-    for (size_t i = 0; i < bytes; ++i) {
-      Byte& byte = bytes_[first + i];
-      if (byte.write.epoch != 0 && !excused(byte.write, access) && !ordered(byte.write))
-        report(first + i, byte.write, "write", access, write ? "write" : "read");
-      if (access.engine && !write) check_proxy(first + i, byte.write, access);
-      if (!write) {
-        // Atomics that change a byte are writes; the first of them may find it as another block left it.
-        if (byte.write.epoch == 0) stop(access.pc, "read of uninitialised %s", name(first + i).c_str());
-        note_read(byte, access);
-        continue;
+  void touch(size_t first, size_t bytes, bool write, const Access& access, int me) {
+    Access known = {};  // the last write that this access was found to be ordered behind
+    for (size_t at = first; at < first + bytes;) {
+      const size_t begin = at % Line::kBytes, end = std::min(Line::kBytes, begin + (first + bytes - at));
+      Line& line = shadow_.line(at / Line::kBytes);
+      const Line::Part part = line.part(begin, end);
+      for (Cell* cell = part.first; cell != part.last; ++cell, at += part.bytes) {
+        if (!(cell->write == known)) {
+          if (!excused(cell->write, access) && !ordered(cell->write, me))
+            report(at, cell->write, "write", access, write ? "write" : "read");
+          known = cell->write;
+        }
+        if (write)
+          note_write(*cell, at, access, me);
+        else
+          note_read(*cell, at, access, me);
       }
-      for (const Access& read : byte.reads) {
-        if (!excused(read, access) && !ordered(read)) report(first + i, read, "read", access, "write");
-      }
-      byte.reads.clear();
-      byte.write = access;
+      if (write && end - begin == Line::kBytes) line.merge();
     }
   }
 
   // Atomics do not race with each other, nor accesses of one asynchronous operation.
   static bool excused(const Access& a, const Access& b) {
-    return (a.atomic && b.atomic) || (a.engine && b.engine && a.token == b.token);
+    return a.epoch == 0 || (a.atomic && b.atomic) || (a.engine && b.engine && a.operation == b.operation);
   }
 
-  void note_read(Byte& byte, const Access& access) {
-    for (Access& read : byte.reads) {
-      if (read.thread == access.thread && read.engine == access.engine && read.token == access.token) {
-        read = access;
-        return;
-      }
+  void note_write(Cell& cell, size_t byte, const Access& access, int me) {
+    for (const Access& read : cell.reads) {
+      if (!excused(read, access) && !ordered(read, me)) report(byte, read, "read", access, "write");
+    }
+    cell.reads.clear();
+    cell.write = access;
+  }
+
+  void note_read(Cell& cell, size_t byte, const Access& access, int me) {
+    if (access.engine) check_proxy(byte, cell.write, access, me);
+    // Atomics that change a byte are writes; the first of them may find it as another block left it.
+    if (cell.write.epoch == 0) stop(access.where(), "read of uninitialised %s", name(byte).c_str());
+    for (Access& read : cell.reads) {
+      if (read.thread != access.thread || read.engine != access.engine || read.operation != access.operation) continue;
+      read = access;
+      return;
     }
     // Reads that this one is ordered behind need not be kept: who is ordered behind this one is behind them too.
-    byte.reads.erase(
-        std::remove_if(byte.reads.begin(), byte.reads.end(), [this](const Access& r) { return ordered(r); }),
-        byte.reads.end());
-    byte.reads.push_back(access);
+    if (cell.reads.size() >= cell.prune_at) {
+      const auto behind = [this, me](const Access& read) { return ordered(read, me); };
+      cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), behind), cell.reads.end());
+      cell.prune_at = 4 + 2 * cell.reads.size();
+    }
+    cell.reads.push_back(access);
   }
 
-  void check_proxy(size_t byte, const Access& write, const Access& access) {
+  void check_proxy(size_t byte, const Access& write, const Access& access, int me) {
     if (write.epoch == 0 || write.engine) return;
-    const Clock &of_writer = fences_[write.thread], &mine = fences_[self()];
-    if (!of_writer.empty() && of_writer[write.thread] >= write.epoch) return;
-    if (!mine.empty() && mine[write.thread] >= write.epoch) return;
+    const auto fenced = [&](int thread) {
+      return !fences_.empty() && fences_[thread * width_ + write.thread] >= write.epoch;
+    };
+    if (fenced(write.thread) || fenced(me)) return;
     report(byte, write, "write", access, "read by the async proxy without fence.proxy.async between");
   }
 
   std::string name(size_t byte) const {
     const size_t dynamic = dynamic_.end - dynamic_.begin;
     return byte < dynamic ? "byte " + std::to_string(byte) + " of the dynamic shared memory"
-                          : "static shared memory (byte " + std::to_string(byte - dynamic) + ")";
+                          : "static shared memory (byte " + std::to_string(byte - fixed_offset_) + ")";
   }
 
   std::string describe(const Access& access) const {
@@ -325,7 +407,7 @@ class Detector {
     char text[120];
     snprintf(text, sizeof text, "%s thread (%u, %u, %u) [warp %d, lane %d] at ",
              access.engine ? "the engine for" : "by", t.x, t.y, t.z, access.thread / kLanes, access.thread % kLanes);
-    return text + source_line(access.pc);
+    return text + source_line(access.where());
   }
 
   void report(size_t byte, const Access& before, const char* first, const Access& now, const char* second) {
@@ -349,14 +431,23 @@ class Detector {
   Launch* launch_ = nullptr;
   Module module_;
   Range dynamic_;
-  std::vector<Byte> bytes_;  // of the dynamic, then of the static shared memory
-  std::vector<Clock> clocks_, fences_;
-  Clock scratch_;
-  std::unordered_map<const void*, Clock> objects_;
-  std::unordered_map<uint64_t, std::vector<Done>> done_;            // who waited for a token, and when
-  std::unordered_map<const void*, std::vector<uint64_t>> signals_;  // tokens that complete an object
-  std::vector<std::vector<Accumulator>> accumulators_;              // of each thread, not waited for
-  std::vector<BankCounter> banks_;                                  // of each warp
+  std::vector<Range> stacks_;
+  size_t fixed_offset_ = 0;  // in the shadow, of the static shared memory, which lies behind the dynamic
+  Shadow shadow_;
+  size_t width_ = 0;              // of a clock: the threads, rounded up
+  std::vector<uint32_t> clocks_;  // of each thread
+  std::vector<uint32_t> fences_;  // each thread's clock at its last proxy fence; empty when there was none
+  std::vector<uint32_t> joined_;
+  std::unordered_map<const void*, Object> objects_;
+  std::unordered_map<uint64_t, uint32_t> numbers_;  // of tokens, in operations_
+  std::vector<Operation> operations_;
+  uint64_t last_token_ = 0;
+  uint32_t last_operation_ = 0;
+  static constexpr size_t kFinished = 64;
+  // Per thread, 1 + operations that it was found to be ordered behind, each in the place of its number.
+  std::vector<std::array<uint32_t, kFinished>> finished_;
+  std::vector<Accumulators> accumulators_;  // of each thread, not waited for
+  std::vector<BankCounter> banks_;          // of each warp
   uint64_t counts_[PYDIT_SIM_COUNTERS] = {};
 };
 
@@ -368,7 +459,7 @@ Detector& detector() {
 }  // namespace
 
 void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc) {
-  detector().access(pointer, bytes, write, kind == kAtomic, alignment, pc);
+  detector().access(*current, pointer, bytes, write, kind == kAtomic, alignment, pc);
 }
 
 LaunchScope::LaunchScope(const Kernel& kernel) : kernel_(kernel) {
@@ -390,7 +481,7 @@ LaunchScope::~LaunchScope() {
 namespace detail {
 
 void access(const void* pointer, size_t bytes, bool write, const void* pc) {
-  if (current != nullptr) detector().access(pointer, bytes, write, false, 1, pc);
+  if (current != nullptr) detector().access(*current, pointer, bytes, write, false, 1, pc);
 }
 void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, const void* pc) {
   detector().engine_access(pointer, bytes, token, write, pc);

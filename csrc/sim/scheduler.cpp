@@ -98,6 +98,7 @@ void Block::start(const Kernel& kernel, uint64_t linear) {
 
 bool Block::run(const Kernel& kernel, uint64_t linear) {
   start(kernel, linear);
+  main_.context.stack_bottom = nullptr;  // of the OS thread that runs this block
   Fiber& first = next();
   current = &first;
   switch_context(main_.context, first.context);

@@ -159,7 +159,8 @@ class DualStreamBlock:
             text_in = do.modulate(self.get_submodule(other.norm1), text, text_mod)
         out_image, out_text, *adapted = do.attend(self.attn, image_in, text_in, options)
         streams, outputs = [Stream(image, image_in, image_mod, own, "img_ffn")], [out_image]
-        if spec.text != "linear" and out_text is not None and not self.text_ends:  # stock attention gives one all the same
+        # Stock attention gives an output for text that ends here all the same.
+        if spec.text != "linear" and out_text is not None and not self.text_ends:
             streams.append(Stream(text, text_in, text_mod, other, "txt_ffn"))
             outputs.append(out_text)
         image, *rest = self._after_attention(do, streams, outputs, options)

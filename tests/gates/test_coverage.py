@@ -1,9 +1,4 @@
-"""Coverage of the kernels by the tests: measured once, and the report on made-up counters.
-
-The build goes to ``build/coverage``. ``python -m build_tools.coverage`` prints the table.
-"""
-
-import pytest
+"""The report on the kernels' coverage, on made-up counters. test_sanitizers.py measures the real ones."""
 
 from build_tools import cmake, coverage
 
@@ -45,16 +40,3 @@ def test_counts_of_instances_and_objects_add_up():
 
 def test_ranges():
     assert coverage.ranges([7, 1, 2, 3]) == "1-3, 7" and coverage.ranges([]) == ""
-
-
-@pytest.mark.slow
-def test_the_tests_execute_the_kernels(capsys):
-    """Every __global__ and __device__ function, and 95 % of the lines."""
-    try:
-        for name in ("cmake", "c++", "gcov"):
-            cmake.find_tool(name)
-    except cmake.BuildError as error:
-        pytest.skip(str(error))
-    status = coverage.main([])
-    captured = capsys.readouterr()
-    assert status == 0, captured.out + captured.err

@@ -1,7 +1,7 @@
 """The simulator's own tests: C++ programs that launch small kernels, clean and with planted bugs.
 
-The program is built with the host compiler alone, three times: as it is; with the portable context switch that other
-processors use; and with AddressSanitizer and UBSan.
+The program is built with the host compiler alone, twice: as it is, and with the portable context switch that other
+processors use. tests/gates/test_sanitizers.py builds it with AddressSanitizer and UBSan.
 """
 
 import re
@@ -51,17 +51,6 @@ def test_program_fails_on_an_unknown_test(program):
     assert result.returncode == 1
 
 
+@pytest.mark.slow
 def test_portable_context_switch(tmp_path):
     assert f"{len(TESTS)} tests, 0 failed" in run(build(tmp_path / "sim_selftest", "-DPYDIT_SIM_UCONTEXT"))
-
-
-@pytest.mark.slow
-def test_sanitizers(tmp_path):
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    linked = subprocess.run([COMPILER, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True)
-    if linked.returncode != 0:
-        pytest.skip("the compiler's sanitizer runtimes are not installed")
-    # The tests of memory faults are left out of this build: a sanitizer takes those for itself.
-    assert ", 0 failed" in run(build(tmp_path / "sim_selftest", *flags))
