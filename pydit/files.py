@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,20 @@ def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str,
             raise OSError(f"could not write {path}: {error}") from None
 
 
-def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu") -> tuple[dict, dict[str, str]]:
-    """Read a safetensors file -> (tensors, metadata); ``what`` names the argument in errors (FormatError)."""
+def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu",
+                     wanted: Callable[[str], bool] | None = None) -> tuple[dict, dict[str, str]]:
+    """Read a safetensors file -> (tensors, metadata); ``what`` names the argument in errors (FormatError).
+
+    ``wanted`` says of a name whether its tensor is read; None is all.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = _existing_file(path, what=what, expected="a safetensors file")
     refuse_pickle(path, what=what)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, UnicodeDecodeError) as error:
         raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {error})") from None
 

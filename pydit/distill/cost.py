@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydit.distill.config import DistillConfig
+from pydit.distill.phases import boundaries
 from pydit.distill.residence import AHEAD
 from pydit.families import FAMILIES, BlockSpec
+from pydit.models import get_adapter
 from pydit.plan import PruningPlan
 
 _PEAK = 989e12  # dense bfloat16 FLOP/s, NVIDIA H200 SXM data sheet
@@ -24,8 +26,9 @@ _SAVED = 34  # values per token and channel that a block keeps for its backward 
 class Estimate:
     """Of one process.
 
-    memory : item -> bytes on the device. host : the same in host memory. flops : of an optimiser step of each phase,
-    over its batch.
+    memory : item -> bytes on the device. host : the same in host memory. disk : the same on the disk, of all processes
+    together.
+    flops : of an optimiser step of each phase, over its batch.
     seconds : of each phase at 40 % of an H200's dense bfloat16 peak; None for a phase that only time ends.
     """
 
@@ -33,11 +36,13 @@ class Estimate:
     flops: dict[str, int]
     seconds: dict[str, float | None]
     host: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """A table and the sums."""
         items = {**{name: value for name, value in self.memory.items() if value},
-                 "device memory of one process": sum(self.memory.values()), **self.host}
+                 "device memory of one process": sum(self.memory.values()), **self.host,
+                 **self.disk}
         column = max(map(len, items))
         rows = [f"{name:<{column}}{value / 1e9:>10.1f} GB" for name, value in items.items()]
         for phase, flops in self.flops.items():
@@ -70,7 +75,7 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
     family, full = FAMILIES[plan.family], plan.full_config(config)
     teacher = PruningPlan(plan.family, plan.num_layers)
     width = full["num_attention_heads"] * full["attention_head_dim"]
-    replaced = [plan.blocks[block] for block, _, _ in plan.replaced]
+    replaced = [plan.blocks[block] for block, _, _ in settings.trained(plan)]
 
     rows = -(-batch_size // processes)  # of the process with the most
 
@@ -94,7 +99,7 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
         visiting = min(AHEAD + 1, len(teacher.blocks)) * largest
         teacher_held = element_bytes * (teacher.num_parameters(full) - blocks + visiting)
     tokens = rows * (image_tokens + text_tokens) * width * element_bytes
-    boundaries = {spec.source[0] for spec in replaced} | {spec.source[-1] + 1 for spec in replaced}
+    seen = len(boundaries(plan, settings, get_adapter(plan.family)))
     deepest = len(plan.blocks) if output else 1
     memory = {
         f"teacher's weights{_over(parts[0])}": teacher_held,
@@ -103,13 +108,17 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
             -(-per_parameter * trained // parts[1]),
         # Gathered for its turn, with the next one on its way and a gradient before it is scattered.
         "blocks gathered from all processes": 3 * element_bytes * largest if parts[1] > 1 else 0,
-        "teacher's activations at the boundaries of one batch": tokens * len(boundaries) if layers else 0,
+        "teacher's activations at the boundaries of one batch": tokens * seen if layers else 0,
         "activations for the backward pass": tokens * (_SAVED + deepest if settings.gradient_checkpointing
                                                        else _SAVED * deepest),
     }
     kept = settings.cache_size("layers") if layers else 0
-    if kept:
-        memory[f"teacher's activations of {kept} batches, kept"] = tokens * len(boundaries) * kept
+    disk = {}
+    if kept and settings.cache_dir is None:
+        memory[f"teacher's activations of {kept} batches, kept"] = tokens * seen * kept
+    elif kept:  # a process without a row of its own takes one all the same
+        disk[f"teacher's activations of {kept} batches, on disk"] = (
+            tokens // rows * max(batch_size, processes) * seen * kept)
     last = max((spec.source[-1] for spec in replaced), default=-1)
     passes = 4 if settings.gradient_checkpointing else 3  # forward, backward twice its work, forward again
     flops = {
@@ -119,7 +128,7 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
     steps = {"layers": settings.layers_steps, "output": settings.output_steps}
     seconds = {phase: None if steps[phase] is None else steps[phase] * flops[phase] / (_PEAK * _SHARE)
                for phase in flops}
-    return Estimate(memory, flops, seconds, host)
+    return Estimate(memory, flops, seconds, host, disk)
 
 
 def _over(parts: int) -> str:
