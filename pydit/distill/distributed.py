@@ -51,7 +51,7 @@ def broadcast(tensors: Sequence[torch.Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             if not isinstance(tensor, DTensor):
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor.detach(), src=0)  # a parameter is not trained by it
 
 
 def agree(value: float, device: torch.device) -> float:

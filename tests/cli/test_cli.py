@@ -137,6 +137,8 @@ def test_module_entry_point_and_exit_code():
     (["eval", "x", "--resume"], "resume: expected --out, whose log is continued, got none"),
     (["eval", "x", "--compare", "/nowhere.json"], "compare: expected a JSON file, got a path that does not exist"),
     (["prune", "x", "--plan", "plan.json"], "out: expected a directory to write"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--cache-dir", "d"],
+     "cache_batches: expected at least 1, because there is a cache_dir, got 0"),
     (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--resume"], "resume: expected the checkpoint of an earlier run"),
     (["bench", "--path", "/nowhere"], "path: expected a source checkout of pydit with benchmarks/runner.py"),
 ])
@@ -338,6 +340,28 @@ def test_distill_under_torchrun(tmp_path, capfd, fails, plan_file):
     assert main([*train, str(tmp_path / "three"), "--then", f"{tmp_path / 'then.json'}:1"]) == 0
     stored = files.read_json(tmp_path / "three" / "pydit_plan.json", what="test")
     assert PruningPlan.from_dict(stored["plan"], what="test") == then
+
+
+@pytest.mark.slow
+def test_distill_under_accelerate(tmp_path, capfd, plan_file):
+    """`accelerate launch` in place of torchrun, activations on disk in place of memory: the line of one process."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed (pip install pydit[train])")
+    assert main(["prune", str(untrained()), "--plan", str(plan_file), "--out", str(tmp_path / "student")]) == 0
+    train = ["distill", str(untrained()), str(tmp_path / "student"), "--prompts", "demo", "--batch-size", "3", "--steps",
+             "3", "--cache-batches", "2", "--out"]
+    capfd.readouterr()
+    assert main([*train, str(tmp_path / "one")]) == 0
+    printed = capfd.readouterr().out
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+              "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run([*launch, "-m", "pydit", *train, str(tmp_path / "two"), "--cache-dir", str(tmp_path / "kept")],
+                          capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == printed.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+    assert "pydit distill: warning" not in done.stderr and "autograd" not in done.stderr
+    assert _tree(tmp_path / "two") == _tree(tmp_path / "one") and not (tmp_path / "two.checkpoint").exists()
+    assert _tree(tmp_path / "kept") == ["activations.json", *(
+        f"batch-0000000{batch}.{rank}-of-2.safetensors" for batch in range(2) for rank in range(2))]
 
 
 def test_bench_hands_its_options_on(tmp_path, monkeypatch):
