@@ -132,12 +132,22 @@ class SafetensorsReader:
 
     def __getitem__(self, key: str) -> Any:
         """One tensor, torch, on the CPU."""
+        return self._read(key, 0, None)
+
+    def rows(self, key: str, start: int, stop: int) -> Any:
+        """Rows ``start`` to ``stop`` of one tensor along its first dimension; nothing else is read."""
+        return self._read(key, start, stop)
+
+    def _read(self, key: str, first: int, last: int | None) -> Any:
         import torch
         from safetensors.torch import _TYPES
 
         path, offset, entry = self._entries[key]
-        start, stop = entry["data_offsets"]
-        buffer = bytearray(stop - start)
+        shape, size = list(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+        if last is not None:
+            row = size // shape[0]
+            shape[0], offset, size = last - first, offset + first * row, (last - first) * row
+        buffer = bytearray(size)
         with path.open("rb") as file:
             file.seek(offset)
             if file.readinto(buffer) != len(buffer) or entry["dtype"] not in _TYPES:
@@ -145,7 +155,7 @@ class SafetensorsReader:
         dtype = _TYPES[entry["dtype"]]
         try:
             flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-            return flat.reshape(entry["shape"])
+            return flat.reshape(shape)
         except (RuntimeError, ValueError):
             raise self._broken(path) from None
 

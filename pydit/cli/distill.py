@@ -167,8 +167,9 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     config = DistillConfig(checkpoint_dir=checkpoint, save_every=arguments.save_every, resume=arguments.resume,
                            split_batches=arguments.data is not None or arguments.prompts == "demo", **settings)
     config.validate()
-    teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident")
-    student = load(arguments.student, arguments)
+    teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident",
+                   shard=config.shard == "all")
+    student = load(arguments.student, arguments, shard=config.shard != "none")
     if not hasattr(student.transformer, "plan"):
         raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({arguments.student})")
     batches = batch_stream(teacher, arguments) if arguments.data is None else _image_batches(teacher, arguments)

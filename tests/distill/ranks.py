@@ -2,14 +2,21 @@
 
 import contextlib
 import dataclasses
+import resource
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from diffusers import QwenImageTransformer2DModel
+from torch.distributed.tensor import DTensor
 
 from pydit import files
-from pydit.distill import DistillConfig, activations, distill, full_weights, shards
+from pydit.distill import DistillConfig, activations, distill, distributed, full_weights, shards
+from pydit.errors import FormatError
+from pydit.inference.pipeline import load_pipeline
+from pydit.inference.sharded import load_sharded
+from pydit.models import get_adapter
 from tests.distill import tiny
 
 STEPS = DistillConfig(layers_steps=6, layers_lr=1e-3, output_steps=3, output_lr=1e-3, output_trainable="all",
@@ -98,3 +105,58 @@ def live(act, rank, out):
         raise SystemExit(LOST) from None
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def velocity(transformer, dtype):
+    """A forward of the demo's pipelines."""
+    generator = torch.Generator().manual_seed(0)
+    channels, text = transformer.config.in_channels, transformer.config.joint_attention_dim
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(1, 16, channels, generator=generator).to(dtype), timestep=torch.tensor([0.5]).to(dtype),
+            encoder_hidden_states=torch.randn(1, 4, text, generator=generator).to(dtype),
+            img_shapes=[[(1, 4, 4)]], return_dict=False)[0]
+
+
+def load_in_shards(rank, out):
+    """Read pipelines, counting the bytes; a big one under a limit on memory; one that is broken."""
+    read, taken = files.SafetensorsReader._read, []
+
+    def counting(reader, key, first, last):
+        found = read(reader, key, first, last)
+        taken.append(found.numel() * found.element_size())
+        return found
+
+    files.SafetensorsReader._read = counting
+    for name, dtype in (("teacher", torch.bfloat16), ("shorter", torch.float32), ("thinned", torch.float32)):
+        taken.clear()
+        model = load_pipeline(f"{out}/{name}", dtype=dtype, shard=True).transformer
+        files.write_json(f"{out}/{name}-{rank}.json", {
+            "read": sum(taken), "class": type(model).__name__, "plan": model.plan.to_dict() if hasattr(model, "plan") else None,
+            "sharded": all(isinstance(p, DTensor) for p in model.parameters())})
+        weights = {**full_weights(model), "velocity": velocity(model, dtype)}
+        if rank == 0:
+            files.save_safetensors(f"{out}/{name}.safetensors", weights)
+    for family in ("flux.1", "sd3.5"):
+        model = load_sharded(f"{out}/{family}/transformer", get_adapter(family).stock_class(), dtype=torch.bfloat16,
+                             device="cpu")
+        state = {name: distributed.whole(tensor) for name, tensor in model.state_dict().items()}
+        if rank == 0:
+            files.save_safetensors(f"{out}/{family}.safetensors", state)
+    try:
+        load_pipeline(f"{out}/broken", shard=True)
+    except FormatError as error:
+        files.write_json(f"{out}/broken-{rank}.json", str(error))
+    size = sum(path.stat().st_size for path in Path(f"{out}/big/transformer").glob("*.safetensors"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = int(next(line for line in status if line.startswith("VmData")).split()[1]) * 1024
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 3 * size // 4, before[1]))
+    try:
+        fits = bool(bytearray(size))
+    except MemoryError:
+        fits = False
+    model = load_sharded(f"{out}/big/transformer", QwenImageTransformer2DModel, dtype=torch.float32, device="cpu")
+    files.write_json(f"{out}/big-{rank}.json", {
+        "loaded": all(isinstance(p, DTensor) for p in model.parameters()), "whole": fits})
+    resource.setrlimit(resource.RLIMIT_DATA, before)
