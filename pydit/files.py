@@ -7,8 +7,10 @@ leaves the previous file. Pickles are refused: loading one runs code chosen by w
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -65,8 +67,16 @@ def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str,
     with _replace_file(path) as temporary:
         try:
             save_file(tensors, str(temporary), metadata=metadata)
-        except SafetensorError as error:  # wraps I/O errors such as a full disk
-            raise OSError(f"could not write {path}: {error}") from None
+        except SafetensorError as error:
+            raise write_error(error, path) from None
+
+
+def write_error(error: Exception, path: str | os.PathLike) -> OSError:
+    """What safetensors says of a failed write, such as to a full disk, as the system's error that it was."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {error}", str(path))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu",

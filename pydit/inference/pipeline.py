@@ -9,7 +9,6 @@ by ``trust_remote_code=True`` where a file beside the weights imports it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydit.errors import FormatError, UserError
-from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_json, write_text
+from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_error, write_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +71,8 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
                 pipe.register_modules(transformer=student.to_stock())
             pipe.save_pretrained(new, safe_serialization=True)
         except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
-            full = "space" in str(error).lower() or "os error 28" in str(error).lower()
-            raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}",
-                          str(path)) from None
+            cause = write_error(error, path)
+            raise OSError(cause.errno, f"could not write the weights: {cause.strerror}", str(path)) from None
         finally:
             if as_stock:
                 pipe.register_modules(transformer=student)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import weakref
 
 import pytest
@@ -154,26 +155,29 @@ def stop():
     raise Stop
 
 
-def test_a_full_disk_leaves_what_was_kept(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_was_kept(tmp_path):
+    """A write that the system really refuses: a limit on the size of files, from the third batch on."""
     config = dataclasses.replace(CONFIG, save_every=1, checkpoint_dir=tmp_path / "run", cache_dir=tmp_path / "kept")
-    real = activations.files.save_safetensors
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(path, *rest):
-        if path.name == "batch-00000002.safetensors":
-            with files._replace_file(path) as temporary:
-                temporary.write_bytes(b"\x10" * 100)
-                raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, *rest)
+    def batches(start):
+        for number, item in enumerate(tiny.stream(start), start):
+            if number == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+            yield item
 
-    monkeypatch.setattr(activations.files, "save_safetensors", full)
-    with pytest.raises(OSError, match="could not keep the teacher's activations .No space left on device.; those of 2 "
-                                      "batches are kept, and the last checkpoint is as it was: make room and resume"
-                       ) as caught:
-        trained(config)
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "kept")
+    made = pair()
+    try:
+        with pytest.raises(OSError, match="could not keep the teacher's activations .File too large.; those of 2 batches "
+                                          "are kept, and the last checkpoint is as it was: make room and resume"
+                           ) as caught:
+            distill(*made, batches, config, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "kept")
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {
         activations.INDEX, "batch-00000000.safetensors", "batch-00000001.safetensors"}
-    monkeypatch.setattr(activations.files, "save_safetensors", real)
+    assert_no_leftovers(tmp_path / "run")
     require_same(trained(dataclasses.replace(config, resume=True)),
                  trained(dataclasses.replace(config, checkpoint_dir=None, save_every=None, cache_dir=None)))
 
