@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pydit import FormatError, PruningPlan, UserError, files, prune
-from pydit.distill import DistillConfig, activations, distill, trainer
+from pydit.distill import DistillConfig, Stage, activations, distill, trainer
 from pydit.distill.cost import estimate
 from tests.distill import tiny
 from tests.distill.test_resume import Stop, assert_no_leftovers, resumed
@@ -81,6 +81,19 @@ def test_parts_trained_apart_share_a_directory(tmp_path):
     require_same(trained(more), trained(dataclasses.replace(more, cache_dir=None)))
     fourth, _ = files.load_safetensors(tmp_path / "all" / "batch-00000003.safetensors", what="test")
     assert {f"{boundary}.{stream}" for boundary in (1, 2, 3, 4, 6) for stream in ("image", "text")} < set(fourth)
+
+
+def test_every_stage_of_a_schedule_has_its_own(tmp_path):
+    """Their plans need other boundaries, and their batches come later in the stream."""
+    stages = (Stage(PruningPlan("qwen-image", 6, [(1, 2), (3, 5)]), 3),)
+    config = dataclasses.replace(CONFIG, layers_steps=3, linear_weight=0.0, cache_batches=2, schedule=stages)
+    expected = trained(config, tiny.make_pair())
+    config = dataclasses.replace(config, cache_dir=tmp_path)
+    for _ in range(2):
+        require_same(trained(config, tiny.make_pair()), expected)
+    found = [files.read_json(folder / activations.INDEX, what="test")["made_of"]["boundaries"]
+             for folder in (tmp_path, tmp_path / "stage-1")]
+    assert found == [[1, 3, 4, 6], [1, 3, 6]] and len(list((tmp_path / "stage-1").glob("batch-*"))) == 2
 
 
 def test_what_is_stale_is_refused(tmp_path):
