@@ -7,11 +7,13 @@ leaves the previous file. Pickles are refused: loading one runs code chosen by w
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +67,32 @@ def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str,
     with _replace_file(path) as temporary:
         try:
             save_file(tensors, str(temporary), metadata=metadata)
-        except SafetensorError as error:  # wraps I/O errors such as a full disk
-            raise OSError(f"could not write {path}: {error}") from None
+        except SafetensorError as error:
+            raise write_error(error, path) from None
 
 
-def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu") -> tuple[dict, dict[str, str]]:
-    """Read a safetensors file -> (tensors, metadata); ``what`` names the argument in errors (FormatError)."""
+def write_error(error: Exception, path: str | os.PathLike) -> OSError:
+    """What safetensors says of a failed write, such as to a full disk, as the system's error that it was."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {error}", str(path))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+
+
+def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu",
+                     wanted: Callable[[str], bool] | None = None) -> tuple[dict, dict[str, str]]:
+    """Read a safetensors file -> (tensors, metadata); ``what`` names the argument in errors (FormatError).
+
+    ``wanted`` says of a name whether its tensor is read; None is all.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = _existing_file(path, what=what, expected="a safetensors file")
     refuse_pickle(path, what=what)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, UnicodeDecodeError) as error:
         raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {error})") from None
 
@@ -127,12 +142,22 @@ class SafetensorsReader:
 
     def __getitem__(self, key: str) -> Any:
         """One tensor, torch, on the CPU."""
+        return self._read(key, 0, None)
+
+    def rows(self, key: str, start: int, stop: int) -> Any:
+        """Rows ``start`` to ``stop`` of one tensor along its first dimension; nothing else is read."""
+        return self._read(key, start, stop)
+
+    def _read(self, key: str, first: int, last: int | None) -> Any:
         import torch
         from safetensors.torch import _TYPES
 
         path, offset, entry = self._entries[key]
-        start, stop = entry["data_offsets"]
-        buffer = bytearray(stop - start)
+        shape, size = list(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+        if last is not None:
+            row = size // shape[0]
+            shape[0], offset, size = last - first, offset + first * row, (last - first) * row
+        buffer = bytearray(size)
         with path.open("rb") as file:
             file.seek(offset)
             if file.readinto(buffer) != len(buffer) or entry["dtype"] not in _TYPES:
@@ -140,7 +165,7 @@ class SafetensorsReader:
         dtype = _TYPES[entry["dtype"]]
         try:
             flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-            return flat.reshape(entry["shape"])
+            return flat.reshape(shape)
         except (RuntimeError, ValueError):
             raise self._broken(path) from None
 

@@ -44,7 +44,7 @@ def add_distill(commands: Any) -> None:
                         help="directory written by `pydit prune`; with --estimate also a plan file or a preset")
     parser.add_argument("--out", type=Path, help="pipeline directory to write")
     parser.add_argument("--estimate", action="store_true",
-                        help="print the memory and time that the run will take, from configuration files alone")
+                        help="print the memory, disk and time that the run will take, from configuration files alone")
     parser.add_argument("--steps", type=count, default=1000, help="steps of the first phase (default: 1000)")
     parser.add_argument("--output-steps", type=whole, default=0, help="steps of the second phase (default: 0)")
     parser.add_argument("--then", action="append", default=[], metavar="PLAN:STEPS[:OUTPUT_STEPS]",
@@ -74,6 +74,12 @@ def add_distill(commands: Any) -> None:
     memory.add_argument("--teacher-memory", choices=("resident", "streamed"),
                         help="streamed: the teacher stays in host memory, its blocks visit the device one by one\n"
                              "(default: resident)")
+    memory.add_argument("--cache-batches", type=whole, default=0,
+                        help="keep what the teacher made of so many batches and go through them again, which spares\n"
+                             "its forward pass (default: 0, new batches all the time)")
+    memory.add_argument("--output-cache-batches", type=whole, help="the same for the second phase (default: as many)")
+    memory.add_argument("--cache-dir", type=Path,
+                        help="keep them on disk in the first phase; a later run over the same batches reads them")
     memory.add_argument("--shard", choices=("none", "student", "all"),
                         help="under torchrun: spread the student, or the teacher too, over the processes by FSDP2\n"
                              "(default: none)")
@@ -106,7 +112,8 @@ def _distill(arguments: argparse.Namespace) -> None:
     given = {"layers_lr": arguments.lr, "output_lr": arguments.output_lr}
     given |= {name: getattr(arguments, name) for name in (
         "max_minutes", "loss", "magnitude", "linear_weight", "flow_weight", "ema", "gradient_checkpointing",
-        "output_trainable", "velocity_weight", "boundary_weight", "muon_lr", "optimizer", "teacher_memory", "shard")}
+        "output_trainable", "velocity_weight", "boundary_weight", "muon_lr", "optimizer", "teacher_memory", "shard",
+        "cache_batches", "output_cache_batches", "cache_dir")}
     if arguments.then:
         given["schedule"] = tuple(map(_stage, arguments.then))
     settings = {"layers_steps": arguments.steps, "output_steps": arguments.output_steps,
@@ -160,8 +167,9 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     config = DistillConfig(checkpoint_dir=checkpoint, save_every=arguments.save_every, resume=arguments.resume,
                            split_batches=arguments.data is not None or arguments.prompts == "demo", **settings)
     config.validate()
-    teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident")
-    student = load(arguments.student, arguments)
+    teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident",
+                   shard=config.shard == "all")
+    student = load(arguments.student, arguments, shard=config.shard != "none")
     if not hasattr(student.transformer, "plan"):
         raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({arguments.student})")
     batches = batch_stream(teacher, arguments) if arguments.data is None else _image_batches(teacher, arguments)
@@ -226,7 +234,8 @@ def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
     found = estimate(plan, config, settings, batch_size=arguments.batch_size, element_bytes=size,
                      processes=arguments.processes)
     if arguments.json:
-        print_json({"memory_bytes": found.memory, "host_bytes": found.host, "flops_per_step": found.flops,
+        print_json({"memory_bytes": found.memory, "host_bytes": found.host, "disk_bytes": found.disk,
+                    "flops_per_step": found.flops,
                     "seconds": found.seconds})
     else:
         print(plan.describe(config).splitlines()[0])

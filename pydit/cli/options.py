@@ -114,10 +114,10 @@ def sampling_defaults(pipe) -> tuple[int | None, int, float]:
     return SIZE, STEPS, GUIDANCE
 
 
-def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True):
+def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True, shard: bool = False):
     """The pipeline of a directory on the device and in the dtype of the options, without bars of its own.
 
-    ``transformer=False`` leaves that one on the CPU.
+    ``transformer=False`` leaves that one on the CPU, ``shard=True`` divides it over the processes as it is read.
     """
     import torch
 
@@ -132,7 +132,7 @@ def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True)
                         "(`pydit doctor` says why)")
     quiet()
     dtype = getattr(torch, arguments.dtype or "float32")
-    pipe = load_pipeline(path, dtype=dtype, device=device if transformer else "cpu")
+    pipe = load_pipeline(path, dtype=dtype, device=device if transformer else "cpu", shard=shard)
     if not transformer:
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name != "transformer":

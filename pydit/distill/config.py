@@ -21,7 +21,8 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 
 #: Fields that say where a run's memory is and how often it reports, not what it computes; a resumed run may change
 #: them.
-BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every", "shard", "teacher_memory")
+BOOKKEEPING = ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every", "shard", "teacher_memory",
+               "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ class DistillConfig:
     output_cache_batches
         The same for the output phase, where a sample costs little more than its input and velocity. None is
         ``cache_batches``.
+    cache_dir
+        Directory in which the layer phase keeps its ``cache_batches`` instead of in memory: safetensors files, one per
+        batch and process. A later run over the same batches reads them and does not run the teacher, whatever its
+        losses and rates, also for some of the ``intervals``; one with another teacher, other boundaries or other
+        batches is refused. Stages of a ``schedule`` have directories of their own inside it. The output phase
+        runs the student and keeps nothing there.
     gradient_checkpointing
         Recompute the student's blocks in the backward pass instead of keeping their activations.
     optimizer
@@ -142,6 +149,7 @@ class DistillConfig:
     ema: float = 0.05
     cache_batches: int = 0
     output_cache_batches: int | None = None
+    cache_dir: str | Path | None = None
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     shard: str = "none"
@@ -186,8 +194,9 @@ class DistillConfig:
         _require("cache_batches", self.cache_batches, "a whole number >= 0", lambda v: _whole(v, 0))
         _require("log_every", self.log_every, "a whole number >= 1", lambda v: _whole(v, 1))
         _require("save_every", self.save_every, "a whole number >= 1, or None", lambda v: v is None or _whole(v, 1))
-        _require("checkpoint_dir", self.checkpoint_dir, "a path or None",
-                 lambda v: v is None or (isinstance(v, (str, Path)) and str(v) != ""))
+        for name in ("checkpoint_dir", "cache_dir"):
+            _require(name, getattr(self, name), "a path or None",
+                     lambda v: v is None or (isinstance(v, (str, Path)) and str(v) != ""))
         _require("resume", self.resume, "True, False or 'auto'", lambda v: isinstance(v, bool) or v == "auto")
         self._validate_together()
 
@@ -213,11 +222,29 @@ class DistillConfig:
         if self.output_steps != 0 and not (self.velocity_weight or self.boundary_weight or self.flow_weight):
             raise UserError("velocity_weight: expected a weight above 0 here, in boundary_weight or in flow_weight, "
                             "because output_steps is not 0, got 0")
+        if self.cache_dir is not None:
+            self._validate_cache_dir()
         if self.checkpoint_dir is None:
             for name in ("save_every", "save_every_seconds", "resume"):
                 if getattr(self, name):
                     raise UserError(f"{name}: expected a checkpoint_dir to go with it, got {getattr(self, name)!r} "
                                     "and checkpoint_dir None")
+
+    def _validate_cache_dir(self) -> None:
+        if self.layers_steps == 0 and not any(stage[1] for stage in self.schedule):
+            raise UserError("cache_dir: expected None, because layers_steps is 0 and only what the teacher-fed phase "
+                            f"sees is kept on disk, got {str(self.cache_dir)!r}")
+        if not self.cache_batches:
+            raise UserError("cache_batches: expected at least 1, because there is a cache_dir, got 0")
+        output = self.output_steps != 0 or any(len(stage) == 3 and stage[2] for stage in self.schedule)
+        if output and self.output_cache_batches is None:
+            raise UserError("output_cache_batches: expected a whole number, because there is a cache_dir, which is for "
+                            "the teacher-fed phase, and the output phase keeps its batches in memory, got None")
+
+    def trained(self, plan: PruningPlan) -> list[tuple[int, int, int]]:
+        """What ``intervals`` leaves of :attr:`pydit.PruningPlan.replaced`."""
+        chosen = None if self.intervals is None else {tuple(pair) for pair in self.intervals}
+        return [entry for entry in plan.replaced if chosen is None or entry[1:] in chosen]
 
     def cache_size(self, phase: str) -> int:
         """Batches that the phase "layers" or "output" keeps."""
@@ -231,7 +258,8 @@ class DistillConfig:
         fields["betas"] = list(self.betas)
         fields["schedule"] = [[plan.to_dict(), *steps] for plan, *steps in self.schedule]
         fields["intervals"] = None if self.intervals is None else [list(pair) for pair in self.intervals]
-        fields["checkpoint_dir"] = None if self.checkpoint_dir is None else str(self.checkpoint_dir)
+        for name in ("checkpoint_dir", "cache_dir"):
+            fields[name] = None if fields[name] is None else str(fields[name])
         return fields
 
     @classmethod
@@ -270,10 +298,11 @@ class DistillConfig:
         if number == 0:
             return dataclasses.replace(self, schedule=())
         stage = Stage(*self.schedule[number - 1])
-        directory = None if self.checkpoint_dir is None else Path(self.checkpoint_dir) / f"stage-{number}"
+        directories = {name: None if path is None else Path(path) / f"stage-{number}" for name, path in (
+            ("checkpoint_dir", self.checkpoint_dir), ("cache_dir", self.cache_dir))}
         return dataclasses.replace(
             self, schedule=(), layers_steps=stage.layers_steps, output_steps=stage.output_steps,
-            checkpoint_dir=directory, resume="auto" if self.resume else False)
+            resume="auto" if self.resume else False, **directories)
 
 
 def _require(name: str, value: Any, expected: str, accepts: Any) -> None:

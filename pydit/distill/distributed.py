@@ -51,7 +51,7 @@ def broadcast(tensors: Sequence[torch.Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             if not isinstance(tensor, DTensor):
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor.detach(), src=0)  # a parameter is not trained by it
 
 
 def agree(value: float, device: torch.device) -> float:
@@ -95,11 +95,11 @@ def together(action: Callable[[], Any], *, main_only: bool = False) -> Any:
     return result
 
 
-def shard(model: nn.Module, adapter: ModelAdapter) -> None:
+def shard(model: nn.Module, adapter: ModelAdapter, *, device: torch.device | None = None) -> None:
     """Shard every block, and every other child with parameters, over all processes (FSDP2); again does nothing.
 
     Each is a unit of its own, gathered for its own forward and backward pass, because the layer phase runs blocks
-    without their model. Gradients are reduced in float32.
+    without their model. Gradients are reduced in float32. ``device`` : where parameters without memory (meta) will be.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, share_comm_ctx
@@ -112,7 +112,7 @@ def shard(model: nn.Module, adapter: ModelAdapter) -> None:
     units = [unit for unit in [*blocks, *others] if any(True for _ in unit.parameters())]
     if any(isinstance(unit, FSDPModule) for unit in units):
         return
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    mesh = init_device_mesh((device or next(model.parameters()).device).type, (world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
@@ -136,6 +136,11 @@ def spread(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the parts of all processes; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class Optimizer:
         """
         if self.clip:
             for named, norm in zip(self.groups.values(), norms, strict=True):
-                gradients = [local(p.grad) for p in named.values() if p.grad is not None]
+                gradients = [distributed.local(p.grad) for p in named.values() if p.grad is not None]
                 torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -90,8 +90,8 @@ class Optimizer:
         self.step_count += 1
         if self._averages:
             decay = ema_decay(self.step_count, self._exponent)
-            torch._foreach_lerp_([local(average) for average in self._averages.values()],
-                                 [local(master) for master in self._masters.values()], 1 - decay)
+            torch._foreach_lerp_([distributed.local(average) for average in self._averages.values()],
+                                 [distributed.local(master) for master in self._masters.values()], 1 - decay)
         for name, p in self._named.items():
             if self._masters[name] is not p:
                 p.copy_(self._masters[name])
@@ -198,11 +198,6 @@ def _parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: tensor}
     inner, _ = tensor.__tensor_flatten__()
     return {f"{name}.{part}": getattr(tensor, part) for part in inner}
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _names(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[str]:

@@ -36,9 +36,9 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
         raise UserError(f"student: expected the teacher's device and dtype ({theirs.device}, {theirs.dtype}), "
                         f"got {ours.device}, {ours.dtype}")
     if config.output_steps != 0 and config.output_trainable == "all":
-        shared = {p.data_ptr() for p in teacher.parameters()}
+        shared = {distributed.local(p).data_ptr() for p in teacher.parameters()} - {0}  # 0: a part without rows
         for name, p in student.named_parameters():
-            if p.data_ptr() in shared:
+            if distributed.local(p).data_ptr() in shared:
                 raise UserError("student: expected weights of its own, because output_trainable is 'all', "
                                 f"got {name} shared with the teacher")
 

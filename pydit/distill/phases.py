@@ -23,6 +23,7 @@ from pydit.distill.residence import called_in_parts
 from pydit.distill.stream import Batch
 from pydit.errors import UserError
 from pydit.models.adapter import Capture, ModelAdapter
+from pydit.plan import PruningPlan
 
 Streams = tuple[torch.Tensor, torch.Tensor]  # (image [B, S_img, C], text [B, S_txt, C])
 
@@ -43,9 +44,7 @@ class Phase:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, config: DistillConfig) -> None:
         self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
-        self.intervals = [  # (student block, first teacher layer, last teacher layer)
-            entry for entry in student.replaced
-            if config.intervals is None or entry[1:] in {tuple(pair) for pair in config.intervals}]
+        self.intervals = config.trained(student.plan)  # (student block, first teacher layer, last teacher layer)
         self.specs = student.plan.blocks
         self.blocks = adapter.blocks(student)
         self.last = adapter.num_layers(teacher) - 1
@@ -96,7 +95,7 @@ class Phase:
         return value
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """The teacher's activations on a batch, and the batch's weights."""
 
     capture: Capture
@@ -113,16 +112,19 @@ class LayerPhase(Phase):
         self.terms = [Term(_label(start, end), part, weight)
                       for index, start, end in self.intervals for part, weight in self._parts(index)]
         self.layers = self.adapter.blocks(self.teacher)
-        self.boundaries = sorted({end + 1 for _, _, end in self.intervals}.union(*(
-            self.adapter.feeding_boundaries(self.student.plan, index) for index, _, _ in self.intervals)))
+        self.boundaries = boundaries(self.student.plan, self.config, self.adapter)
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         return self.replaced_parameters()
 
-    def observe(self, batch: Batch) -> _Seen:
-        return _Seen(self.adapter.capture(self.teacher, batch.inputs, self.boundaries), batch.weights)
+    def observe_at(self, boundaries: list[int]) -> None:
+        """Observe at these boundaries, all that are needed among them."""
+        self.boundaries = boundaries
 
-    def backward(self, observation: _Seen) -> torch.Tensor:
+    def observe(self, batch: Batch) -> Seen:
+        return Seen(self.adapter.capture(self.teacher, batch.inputs, self.boundaries), batch.weights)
+
+    def backward(self, observation: Seen) -> torch.Tensor:
         capture, weights = observation
         states, kwargs = capture
         mask = self.adapter.text_mask(kwargs)
@@ -156,7 +158,7 @@ class LayerPhase(Phase):
         spec = self.specs[index]
         return bool(self.config.linear_weight) and (spec.text == "linear" or spec.ffn == "linear")
 
-    def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: _Seen,
+    def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: Seen,
                      mask: torch.Tensor | None) -> torch.Tensor:
         """PPCL's L_linear: squared error of what the linear maps of a block stand for (C.1 of the method's notes)."""
         spec, capture = self.specs[index], observation.capture
@@ -247,6 +249,14 @@ class OutputPhase(Phase):
         finally:  # before the backward pass, in which checkpointing runs the blocks again
             for handle in handles:
                 handle.remove()
+
+
+def boundaries(plan: PruningPlan, config: DistillConfig, adapter: ModelAdapter) -> list[int]:
+    """The teacher's boundaries that the layer phase reads."""
+    found = set()
+    for index, _, end in config.trained(plan):
+        found |= {end + 1} | adapter.feeding_boundaries(plan, index)
+    return sorted(found)
 
 
 def _weighted(loss: torch.Tensor, stream: str, weights: Mapping[str, float] | None) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from pydit.distill import checkpoint, distributed
-from pydit.distill.cache import Observations
+from pydit.distill.activations import DiskStore
+from pydit.distill.cache import MemoryStore, Observations
 from pydit.distill.config import DistillConfig
 from pydit.distill.optimizer import Optimizer, load_weights
 from pydit.distill.pair import digest, prepared, require_pair
@@ -181,6 +182,7 @@ class _Run:
     def __init__(self, teacher: nn.Module, student: nn.Module, adapter: ModelAdapter, batches: Batches,
                  config: DistillConfig, identity: dict[str, Any], first: int, show: bool) -> None:
         self.teacher, self.student, self.adapter, self.config = teacher, student, adapter, config
+        self.batches, self.stream = batches, None
         self.show = show and distributed.is_main()
         self.device = next(student.parameters()).device
         self.identity = identity
@@ -188,12 +190,6 @@ class _Run:
         self.resumed_from = (self.progress.phase, self.progress.step) if self.loaded else None
         self.began = monotonic() - self.progress.seconds
         self.saved_at = self.progress.seconds
-        if self.progress.phase != "done":
-            # A resumed phase observes again what its cache held.
-            again = min(self.progress.step, config.cache_size(self.progress.phase))
-            part = (distributed.rank(), distributed.world_size()) if config.split_batches else None
-            self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device,
-                                      None if part == (0, 1) else part)
 
     def _start(self, first: int) -> tuple[checkpoint.Progress, dict[str, torch.Tensor]]:
         directory, resume = self.config.checkpoint_dir, self.config.resume
@@ -236,7 +232,8 @@ class _Run:
         optimizer = Optimizer(groups, self.config, hidden)
         if state.step:
             optimizer.load_state(self.loaded, state.step)
-        observations = Observations(phase, self.stream, self.config.cache_size(phase.name), state.step)
+        observations = Observations(phase, self._stream_behind, self._store(phase),
+                                    self.config.cache_size(phase.name), state.step)
         if self.loaded:  # after the stream, which may have drawn numbers of its own
             checkpoint.restore_random(self.loaded, self.device)
         self.loaded = {}
@@ -247,6 +244,19 @@ class _Run:
         state.phase, state.step, state.phase_start = following, 0, self._now()
         if self.config.checkpoint_dir is not None:
             self._save(optimizer.weights())
+
+    def _stream_behind(self, batches: int) -> BatchStream:
+        """The stream; the first phase of a resumed run enters it so many batches behind its place."""
+        if self.stream is None:
+            part = (distributed.rank(), distributed.world_size()) if self.config.split_batches else None
+            self.stream = BatchStream(self.batches, self.progress.batches - batches, self.adapter, self.device,
+                                      None if part == (0, 1) else part)
+        return self.stream
+
+    def _store(self, phase: Phase) -> MemoryStore | DiskStore:
+        if self.config.cache_dir is None or not isinstance(phase, LayerPhase):
+            return MemoryStore()
+        return DiskStore(self.config.cache_dir, self.identity["teacher"], phase, self.device)
 
     def _train(self, phase: Phase, observations: Observations, optimizer: Optimizer, budget: Budget,
                peak: float) -> None:

@@ -9,7 +9,6 @@ by ``trust_remote_code=True`` where a file beside the weights imports it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydit.errors import FormatError, UserError
-from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_json, write_text
+from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_error, write_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +71,8 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
                 pipe.register_modules(transformer=student.to_stock())
             pipe.save_pretrained(new, safe_serialization=True)
         except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
-            full = "space" in str(error).lower() or "os error 28" in str(error).lower()
-            raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}",
-                          str(path)) from None
+            cause = write_error(error, path)
+            raise OSError(cause.errno, f"could not write the weights: {cause.strerror}", str(path)) from None
         finally:
             if as_stock:
                 pipe.register_modules(transformer=student)
@@ -101,7 +99,8 @@ def use_remote_code(path: Path, name: str) -> None:
     write_json(path / "model_index.json", index | {"transformer": [SHIM, name]})
 
 
-def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+                  shard: bool = False):
     """Load a pipeline directory; a transformer that pydit pruned comes back as the pruned class.
 
     Parameters
@@ -109,6 +108,8 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
     path : local directory written by :func:`save_pipeline` or by diffusers. Nothing is downloaded.
     dtype : of all weights; None leaves each library's default: float32, or for the text encoder what is stored.
     device : where the pipeline goes.
+    shard : with several processes, each reads its part of the transformer alone, which comes back sharded (FSDP2).
+        Every process must ask.
 
     Returns
     -------
@@ -126,7 +127,7 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
     index = check_pipeline(path)
     from diffusers import DiffusionPipeline
 
-    models = _load_models(path, index, dtype)
+    models = _load_models(path, index, dtype, device if shard else None)
     if SHIM in (index.get("transformer") or ()):  # diffusers asks where the class is from, of a model passed to it too
         sys.modules.setdefault(SHIM, importlib.import_module("pydit"))
     try:
@@ -226,15 +227,24 @@ def _check_length(file: Path) -> None:
                           f"({file}: {size} bytes instead of {8 + length + end})")
 
 
-def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The diffusers models of a pipeline, every tensor accounted for: diffusers itself only warns of missing ones."""
+def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None, sharded_to: Any) -> dict[str, Any]:
+    """The diffusers models of a pipeline, every tensor accounted for: diffusers itself only warns of missing ones.
+
+    ``sharded_to`` : a device for the transformer's shards, or None.
+    """
     import diffusers
+
+    from pydit.distill import distributed
+    from pydit.inference.sharded import load_sharded
 
     models = {}
     for name, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         kind = getattr(diffusers, class_name, None) if library == "diffusers" else _pruned_class(library, class_name)
         if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
+            continue
+        if name == "transformer" and sharded_to is not None and distributed.world_size() > 1:
+            models[name] = load_sharded(path / name, kind, dtype=dtype, device=sharded_to)
             continue
         try:
             model, report = kind.from_pretrained(path, subfolder=name, use_safetensors=True, local_files_only=True,

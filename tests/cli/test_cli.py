@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib.util
 import json
 import os
 import pickle
@@ -9,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +140,8 @@ def test_module_entry_point_and_exit_code():
     (["eval", "x", "--resume"], "resume: expected --out, whose log is continued, got none"),
     (["eval", "x", "--compare", "/nowhere.json"], "compare: expected a JSON file, got a path that does not exist"),
     (["prune", "x", "--plan", "plan.json"], "out: expected a directory to write"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--cache-dir", "d"],
+     "cache_batches: expected at least 1, because there is a cache_dir, got 0"),
     (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--resume"], "resume: expected the checkpoint of an earlier run"),
     (["bench", "--path", "/nowhere"], "path: expected a source checkout of pydit with benchmarks/runner.py"),
 ])
@@ -319,25 +324,99 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
 
 @pytest.mark.slow
 def test_distill_under_torchrun(tmp_path, capfd, fails, plan_file):
-    """The command of one process on two, sharded: one line printed, the same loss, a whole pipeline. And --then."""
+    """The command of one process on two, sharded, read in shards, with activations on disk: one line printed, the same
+    loss, a whole pipeline. And --then. `accelerate launch` starts them, by torchrun; torchrun alone where it is missing.
+    """
     assert main(["prune", str(untrained()), "--plan", str(plan_file), "--out", str(tmp_path / "student")]) == 0
     train = ["distill", str(untrained()), str(tmp_path / "student"), "--prompts", "demo", "--batch-size", "3", "--steps",
-             "2", "--output-steps", "1", "--out"]
+             "2", "--output-steps", "1", "--cache-batches", "1", "--output-cache-batches", "0", "--out"]
     then = PruningPlan.from_intervals(6, [(1, 2), (3, 5)])
     then.save(tmp_path / "then.json")
     capfd.readouterr()
     assert main([*train, str(tmp_path / "one")]) == 0
     printed = capfd.readouterr().out
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-                           "pydit", *train, str(tmp_path / "two"), "--shard", "all"], capture_output=True, text=True,
-                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if importlib.util.find_spec("accelerate"):
+        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                  "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run([sys.executable, "-m", *launch, "-m", "pydit", *train, str(tmp_path / "two"), "--shard", "all",
+                           "--cache-dir", str(tmp_path / "kept")], capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "autograd kernel" not in done.stderr  # which torch says of a collective that is differentiated
+    assert _tree(tmp_path / "kept") == ["activations.json", *(f"batch-00000000.{rank}-of-2.safetensors" for rank in range(2))]
     assert done.stdout == printed.replace(str(tmp_path / "one"), str(tmp_path / "two"))
     assert _tree(tmp_path / "two") == _tree(tmp_path / "one") and not (tmp_path / "two.checkpoint").exists()
     assert "then: expected PLAN:STEPS" in fails(*train, tmp_path / "three", "--then", "then.json")
     assert main([*train, str(tmp_path / "three"), "--then", f"{tmp_path / 'then.json'}:1"]) == 0
     stored = files.read_json(tmp_path / "three" / "pydit_plan.json", what="test")
     assert PruningPlan.from_dict(stored["plan"], what="test") == then
+
+
+OPTIONS = {  # of distill: option and value -> field of the configuration and value
+    "--steps 7": ("layers_steps", 7), "--output-steps 3": ("output_steps", 3), "--lr 0.1": ("layers_lr", 0.1),
+    "--output-lr 0.1": ("output_lr", 0.1), "--loss mse": ("loss", "mse"), "--magnitude 2": ("magnitude", 2.0),
+    "--linear-weight 2": ("linear_weight", 2.0), "--ema 0": ("ema", 0.0), "--train all": ("output_trainable", "all"),
+    "--velocity-weight 2": ("velocity_weight", 2.0), "--boundary-weight 2": ("boundary_weight", 2.0),
+    "--muon-lr 0.1": ("muon_lr", 0.1), "--gradient-checkpointing": ("gradient_checkpointing", True),
+    "--optimizer adamw8bit": ("optimizer", "adamw8bit"), "--teacher-memory streamed": ("teacher_memory", "streamed"),
+    "--cache-batches 5": ("cache_batches", 5), "--output-cache-batches 5": ("output_cache_batches", 5),
+    "--cache-dir d": ("cache_dir", Path("d")), "--shard all": ("shard", "all"), "--max-minutes 2": ("max_minutes", 2.0),
+    "--flow-weight 2": ("flow_weight", 2.0), "--save-every 3": ("save_every", 3), "--resume": ("resume", True),
+}
+IMAGES = {"--timesteps logit-normal": ("timesteps", "logit-normal"), "--shift 3": ("shift", 3.0), "--batch-size 3":
+          ("batch_size", 3), "--prompt-dropout 0.1": ("prompt_dropout", 0.1), "--data-seed 5": ("seed", 5)}
+
+
+def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
+    """A switch of the authors' script is shadowed and does nothing (ppcl.md F.1, item 3)."""
+    import pydit.cli.distill as module
+    from pydit import data, distill
+
+    seen = {}
+
+    def stop(teacher, student, batches, config):
+        seen["config"] = config
+        raise UserError("seen")
+
+    pipe = SimpleNamespace(transformer=SimpleNamespace(plan=None), components={})
+    monkeypatch.setattr(module, "load", lambda *_, **__: pipe)
+    monkeypatch.setattr(module, "sampling_defaults", lambda _: (64, 1, 1.0))
+    monkeypatch.setattr(distill, "distill", stop)
+    monkeypatch.setattr(data, "build_cache", lambda *_, **given: seen.update(built=given) or None)
+    monkeypatch.setattr(data, "CachedDataset", lambda folder, **given: seen.update(given=given, folder=folder))
+    (tmp_path / "out.checkpoint").mkdir()
+
+    def run(option=""):
+        argv = ["distill", "t", "s", "--data", "d", "--out", str(tmp_path / "out"), *option.split()]
+        if option != "--resume":
+            argv += ["--out", str(tmp_path / "new")]
+        assert main(argv) == 2
+        return {name: value for name, value in seen["config"].to_dict().items() if name != "checkpoint_dir"}
+
+    monkeypatch.setattr(distill.DistillConfig, "validate", lambda self: None)
+    plain = run()
+    for option, (field, value) in OPTIONS.items():
+        found = run(option)
+        assert {name for name in plain if found[name] != plain[name]} == {field}, option
+        assert getattr(seen["config"], field) == value, option
+    run()
+    given = dict(seen["given"])
+    for option, (field, value) in IMAGES.items():
+        run(option)
+        assert seen["given"] == given | {field: value} != given, option
+    run("--resolution 32")
+    assert seen["built"]["resolution"] == 32
+    run("--cache elsewhere")
+    assert seen["folder"] == Path("elsewhere")
+    # What is left: where, on what, how it reports; and the calibration options of a prompt file.
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    told = {option.split()[0] for option in (*OPTIONS, *IMAGES)} | {
+        "--resolution", "--cache", "--out", "--estimate", "--json", "--help", "--device", "--dtype", "--prompts", "--data",
+        "--then", "--processes", "--sampling-steps", "--size"}
+    assert set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M)) == told
 
 
 def test_bench_hands_its_options_on(tmp_path, monkeypatch):

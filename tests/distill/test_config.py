@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,12 @@ from pydit.distill import DistillConfig
     ({"optimizer": "adamw8bit", "shard": "student"}, "optimizer: expected 'adamw', because shard is 'student'"),
     ({"teacher_memory": "streamed", "shard": "all"}, "teacher_memory: expected resident, because shard is 'all'"),
     ({"cache_batches": -1}, "cache_batches: expected a whole number >= 0, got -1"),
+    ({"cache_dir": ""}, "cache_dir: expected a path or None, got ''"),
+    ({"cache_dir": "d"}, "cache_batches: expected at least 1, because there is a cache_dir, got 0"),
+    ({"cache_dir": "d", "cache_batches": 2, "layers_steps": 0, "output_steps": 1},
+     "cache_dir: expected None, because layers_steps is 0 and only what the teacher-fed phase sees is kept on disk"),
+    ({"cache_dir": "d", "cache_batches": 2, "output_steps": 1},
+     "output_cache_batches: expected a whole number, because there is a cache_dir"),
     ({"log_every": 0}, "log_every: expected a whole number >= 1, got 0"),
     ({"checkpoint_dir": ""}, "checkpoint_dir: expected a path or None, got ''"),
     ({"checkpoint_dir": "d", "save_every": 0}, "save_every: expected a whole number >= 1, or None, got 0"),
@@ -61,9 +68,10 @@ def test_defaults_and_time_budgets_are_valid():
 
 
 def test_a_config_survives_json():
-    config = DistillConfig(layers_steps=7, betas=(0.8, 0.9), checkpoint_dir="here", save_every=3, resume="auto")
+    config = DistillConfig(layers_steps=7, betas=(0.8, 0.9), checkpoint_dir="here", save_every=3, resume="auto",
+                           cache_dir=Path("there"), cache_batches=2)
     again = DistillConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again == config
+    assert again == dataclasses.replace(config, cache_dir="there")
 
 
 def test_unknown_fields_and_non_mappings_are_refused():
@@ -80,7 +88,7 @@ def test_only_bookkeeping_may_change_between_parts_of_a_run():
             continue
         other = dataclasses.replace(base, **{field.name: "different"})
         may_change = field.name in ("checkpoint_dir", "save_every", "save_every_seconds", "resume", "log_every", "shard",
-                                    "teacher_memory")
+                                    "teacher_memory", "cache_dir")
         if field.name != "betas":
             assert (other.computation() == base.computation()) == may_change, field.name
 

@@ -11,6 +11,7 @@ import torch
 import pydit
 from pydit import PruningPlan, UserError
 from pydit.distill import DistillConfig, NonFiniteLossError, distill, trainer
+from pydit.models import get_adapter
 from tests.distill import tiny
 
 FAST = DistillConfig(layers_steps=3, layers_lr=1e-3, log_every=1)
@@ -109,6 +110,25 @@ def test_the_layer_loss_is_the_paper_formula_on_teacher_activations():
                 assert row["intervals"][f"{start}-{end}"][stream] == pytest.approx(expected, rel=1e-4)
                 total += expected
     assert row["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_magnitude_holds_the_scale_of_the_streams():
+    """The direction alone leaves it free, as in the authors' loss (F.1, item 7): it drifts, and here it comes back."""
+    def off_scale(magnitude):
+        teacher, student = tiny.make_pair(intervals=((1, 2),))
+        block = student.transformer_blocks[1]
+        with torch.no_grad():  # an image stream that the block makes larger
+            block.img_mod[1].bias[5 * 32:] *= 3
+            block.img_mlp.net[2].bias += 2.0
+        run(teacher, student, dataclasses.replace(FAST, layers_steps=40, layers_lr=1e-2, magnitude=magnitude))
+        adapter = get_adapter(teacher)
+        capture = adapter.capture(teacher, tiny.make_batch(99)[0], [1, 3])
+        with torch.no_grad():
+            image, _ = adapter.call_block(block, *capture.states[1], capture.kwargs)
+        return (image.norm(dim=-1) / capture.states[3][0].norm(dim=-1)).log().abs().mean().item()
+
+    free, held = off_scale(0.0), off_scale(1.0)
+    assert held < 0.5 * free
 
 
 def test_the_output_loss_sums_velocity_flow_and_boundaries():

@@ -334,6 +334,26 @@ def test_every_text_map_gets_its_own_fit():
     assert len(singles) == 5 and not any(torch.allclose(singles[0], other, rtol=1e-2) for other in singles[1:])
 
 
+def test_a_text_map_aims_at_the_modulation_of_its_own_block():
+    """Not of the teacher's layer at that place (F.1, item 5): keys and values read what their own block was made for."""
+    teacher, chosen = tiny.transformer(8), PruningPlan("qwen-image", 8, [(4, 6)], text_linear=[(3, 6)])
+    student = fit(teacher, chosen, init="middle", ridge=0.0)
+    adapter, layers = get_adapter(teacher), teacher.transformer_blocks
+    told, own, place = [], [], []
+    for seed in range(6):
+        capture = adapter.capture(teacher, tiny.batch(images=16, seed=seed), range(9))
+        keep = capture.kwargs["encoder_hidden_states_mask"].bool()
+        for rows, layer, boundary in ((told, 3, 3), (own, 5, 4), (place, 4, 4)):
+            with torch.no_grad():
+                text = adapter.modulated_text(layers[layer], capture.states[boundary][1], capture.kwargs)
+            rows.append(text[keep].double())
+    x = torch.cat(told)
+    x = torch.cat((x, torch.ones(len(x), 1, dtype=torch.float64)), 1)
+    found = student.transformer_blocks[4].txt_proj.weight.double()
+    expected, wrong = (torch.linalg.lstsq(x, torch.cat(y) - x[:, :-1]).solution[:-1].T for y in (own, place))
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, wrong, atol=1e-2)
+
+
 def test_the_fit_is_exact_where_the_teacher_is_linear():
     teacher = tiny.transformer(8)
     with torch.no_grad():
@@ -469,6 +489,19 @@ def test_distillation_trains_what_was_thinned_out(name):
     moved = {int(key.split(".")[1]) for key, tensor in student.state_dict().items()
              if key.startswith("transformer_blocks.") and not torch.equal(tensor, before[key])}
     assert moved == {block for block, _, _ in student.plan.replaced}
+
+
+def test_the_output_phase_trains_maps_on_what_the_student_feeds_them():
+    """Anchors made by the pruned model itself, as at run time (F.1, item 5); every map moves and the error falls."""
+    teacher = tiny.transformer(8)
+    student = student_of(teacher, plan("ffn of an anchor and of a text-linear block"))
+    before, error = tiny.fingerprint(student), velocity_error(teacher, student)
+    config = pydit.distill.DistillConfig(layers_steps=0, output_steps=15, output_lr=3e-3)
+    pydit.distill.distill(teacher, student, lambda start: (tiny.batch(seed=start + n) for n in range(10**6)), config,
+                          progress=False)
+    maps = [key for key in before if key.split(".")[-2] in ("img_ffn", "txt_ffn", "txt_proj", "txt_out_proj")]
+    assert len(maps) == 2 * 6 and not any(torch.equal(student.state_dict()[key], before[key]) for key in maps)
+    assert velocity_error(teacher, student) < 0.8 * error
 
 
 def test_the_text_of_a_region_is_matched_where_something_reads_it():

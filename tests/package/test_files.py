@@ -84,3 +84,12 @@ def test_replace_directory_never_deletes_something_else(tmp_path):
             files.replace_directory(tmp_path / "file"):
         pass
     assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_rows_of_a_file(tmp_path):
+    tensors = {"a": torch.arange(12, dtype=torch.bfloat16).view(4, 3), "b": torch.ones(5)}
+    files.save_safetensors(tmp_path / "w.safetensors", tensors)
+    reader = files.SafetensorsReader(tmp_path, "w", what="test")
+    for start, stop in ((0, 4), (1, 3), (3, 4), (2, 2)):
+        assert torch.equal(reader.rows("a", start, stop), tensors["a"][start:stop])
+    assert torch.equal(reader.rows("b", 1, 3), tensors["b"][1:3]) and torch.equal(reader["b"], tensors["b"])
