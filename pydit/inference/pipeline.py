@@ -9,17 +9,25 @@ by ``trust_remote_code=True`` where a file beside the weights imports it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydit.errors import FormatError, UserError
-from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_json, write_text
+from pydit.files import (
+    PICKLE_SUFFIXES,
+    read_header,
+    read_json,
+    replace_directory,
+    require_file_name,
+    shard_names,
+    write_error,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +79,8 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
             if as_stock:
                 pipe.register_modules(transformer=student.to_stock())
             pipe.save_pretrained(new, safe_serialization=True)
-        except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
-            full = "space" in str(error).lower() or "os error 28" in str(error).lower()
-            raise OSError(errno.ENOSPC if full else errno.EIO, f"could not write the weights: {error}",
-                          str(path)) from None
+        except SafetensorError as error:
+            raise write_error(path, error) from None
         finally:
             if as_stock:
                 pipe.register_modules(transformer=student)
@@ -162,7 +168,7 @@ def check_pipeline(path: str | os.PathLike) -> dict[str, Any]:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
-        folder = path / name
+        folder = path / require_file_name(name, what="pipeline", where=path / "model_index.json")
         if not folder.is_dir():
             raise FormatError(f"pipeline: expected the component {name} in {folder}, got no such directory")
         _check_component(folder, name)
@@ -196,34 +202,16 @@ def _check_component(folder: Path, name: str) -> None:
         raise FormatError(f"pipeline: expected {name} as safetensors, got a pickle ({pickles[0]}); loading a pickle "
                           "runs code from whoever wrote it, so it is refused")
     for file in files:
-        if file.name.endswith(".index.json"):
-            shards = read_json(file, what="pipeline").get("weight_map", {}).values()
-            for shard in sorted(set(shards)):
+        if file.name.endswith(".safetensors.index.json"):
+            for shard in shard_names(file, what="pipeline"):
                 if not (folder / shard).is_file():
                     raise FormatError(f"pipeline: expected the weight file {folder / shard}, got no such file")
         elif file.suffix == ".json":
-            read_json(file, what="pipeline")
+            data = read_json(file, what="pipeline")
+            if file.name == "config.json" and not isinstance(data, dict):
+                raise FormatError(f"pipeline: expected an object in {file}, got {type(data).__name__}")
     for file in weights:
-        _check_length(file)
-
-
-def _check_length(file: Path) -> None:
-    """A safetensors file is 8 bytes of header length, the header, and the bytes up to the end of its last tensor."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
-                              f"({file}: {size} bytes, shorter than its header)")
-        try:
-            header = json.loads(stream.read(length))
-            end = max((int(t["data_offsets"][1]) for k, t in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
-                              f"({file}: unreadable header)") from None
-    if size != 8 + length + end:
-        raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
-                          f"({file}: {size} bytes instead of {8 + length + end})")
+        read_header(file, what="pipeline")
 
 
 def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

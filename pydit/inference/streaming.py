@@ -64,7 +64,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
         raise UserError(f"plan: expected a plan for {adapter.family}, got one for {plan.family}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     full = {**_defaults(adapter), **settings}
-    depth = FAMILIES[plan.family].depth(full)
+    depth = FAMILIES[plan.family].depth(FAMILIES[plan.family].require(full))
     if depth != plan.num_layers:
         raise UserError(f"plan: the plan is for {plan.num_layers} layers, the model has {depth}")
     plan.full_config(full)
@@ -72,6 +72,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
         warnings.warn("the linear maps of the plan start as the identity, because there are no batches to fit them to",
                       UserWarning, stacklevel=2)
     reader = SafetensorsReader(folder, WEIGHTS, what="pipeline")
+    _require_weights(adapter, config, reader, folder)
     kind = adapter.stock_class() if plan.is_stock else adapter.pruned_class()
     student = settings | adapter.student_config(full, plan)
     if not plan.is_stock:
@@ -103,6 +104,28 @@ def _adapter_of(config: dict[str, Any], folder: Path) -> ModelAdapter:
                     f"{config.get('_class_name')!r} ({folder})")
 
 
+def _require_weights(adapter: ModelAdapter, config: dict[str, Any], reader: SafetensorsReader, folder: Path) -> None:
+    """Every tensor of the configuration must be stored, in its shape, and no other: what is written must load."""
+    try:
+        with torch.device("meta"):
+            kind = adapter.stock_class()
+            known = inspect.signature(kind.__init__).parameters
+            model = kind(**{name: value for name, value in config.items() if name in known})
+    except Exception as error:  # diffusers raises many kinds for values that it cannot build a model from
+        raise FormatError(f"pipeline: expected a configuration that diffusers can build, got {folder / 'config.json'}: "
+                          f"{' '.join(str(error).split())[:200]}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: reader.shape(name) for name in reader.keys()}  # noqa: SIM118
+    problems = {
+        "missing": set(expected) - set(stored), "unexpected": set(stored) - set(expected),
+        "wrongly shaped": {name for name in set(stored) & set(expected) if stored[name] != expected[name]},
+        "integer": {name for name in stored if not reader.dtype(name).is_floating_point}}
+    for problem, names in problems.items():
+        if names:
+            raise FormatError(f"pipeline: expected weights that match the config in {folder}, got {len(names)} "
+                              f"{problem} tensors (first: {min(names)})")
+
+
 def _defaults(adapter: ModelAdapter) -> dict[str, Any]:
     """What diffusers takes where a configuration has no entry."""
     parameters = inspect.signature(adapter.stock_class().__init__).parameters.values()
@@ -120,10 +143,7 @@ def _student_tensors(adapter: ModelAdapter, reader: SafetensorsReader, plan: Pru
         if name not in lengths:
             yield key, reader[key]
             continue
-        number = rest.partition(".")[0]
-        if not number.isdecimal() or int(number) >= lengths[name]:
-            raise FormatError(f"pipeline: expected {lengths[name]} blocks in {name} as in the config, got {key}")
-        of_layer[starts[name] + int(number)].append(key)
+        of_layer[starts[name] + int(rest.partition(".")[0])].append(key)
     places = iter([f"{name}.{number}" for name, length in zip(
         adapter.block_lists, adapter.segments_of(plan, config | adapter.student_config(config, plan)), strict=True)
         for number in range(length)])

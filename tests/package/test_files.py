@@ -84,3 +84,14 @@ def test_replace_directory_never_deletes_something_else(tmp_path):
             files.replace_directory(tmp_path / "file"):
         pass
     assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    """80 02 are the first bytes of a pickle, and of a safetensors file with a header of 640 bytes."""
+    path = tmp_path / "a.safetensors"
+    files.save_safetensors(path, {"x": torch.ones(2)}, {"k": ""})
+    missing = length - int.from_bytes(path.read_bytes()[:8], "little")
+    files.save_safetensors(path, {"x": torch.ones(2)}, {"k": "v" * missing})
+    assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+    assert torch.equal(files.load_safetensors(path, what="x")[0]["x"], torch.ones(2))
