@@ -58,7 +58,7 @@ def read_json(path: str | os.PathLike, *, what: str, strict: bool = False) -> An
 
     ``strict`` refuses NaN and infinity, which :func:`write_json` never writes and other programs do.
     """
-    path = _existing_file(path, what=what, expected="a JSON file")
+    path = existing_file(path, what=what, expected="a JSON file")
     refuse_pickle(path, what=what)
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu")
     """Read a safetensors file -> (tensors, metadata); ``what`` names the argument in errors (FormatError)."""
     from safetensors import SafetensorError, safe_open
 
-    path = _existing_file(path, what=what, expected="a safetensors file")
+    path = existing_file(path, what=what, expected="a safetensors file")
     read_header(path, what=what)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
@@ -179,7 +179,7 @@ def shard_names(index: str | os.PathLike, *, what: str) -> list[str]:
 
 def require_file_name(name: Any, *, what: str, where: str | os.PathLike) -> str:
     """``name``, which a file names beside itself; FormatError when it leads elsewhere."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or len(os.fsencode(name)) > 255:
         raise FormatError(f"{what}: expected a file name beside {where}, got {str(name)[:200]!r}")
     return name
 
@@ -206,7 +206,7 @@ class SafetensorsReader:
         shards = shard_names(index, what=what) if index.is_file() else [f"{name}.safetensors"]
         self._entries: dict[str, tuple[Path, int, dict]] = {}
         for shard in shards:
-            path = _existing_file(folder / shard, what=what, expected="a safetensors file")
+            path = existing_file(folder / shard, what=what, expected="a safetensors file")
             entries, begin = read_header(path, what=what)
             self._entries |= {key: (path, begin + entry["data_offsets"][0], entry) for key, entry in entries.items()}
 
@@ -342,7 +342,8 @@ def _replace_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
+def existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
+    """``path``, when it is a file; else FormatError."""
     path = Path(path)
     if not path.exists():
         raise FormatError(f"{what}: expected {expected}, got a path that does not exist ({path})")

@@ -62,6 +62,8 @@ class Progress:
         for name, value in (("seconds", self.seconds), ("phase_start", self.phase_start)):
             if type(value) not in (int, float) or not 0 <= value < 1e12:
                 return f"{name} {value!r}"
+        if self.phase != "done" and self.steps[self.phase] != self.step:
+            return f"step {self.step} of {self.steps[self.phase]}"
         if not isinstance(self.history, list) or not all(isinstance(row, dict) for row in self.history):
             return "a history that is no list of rows"
         return self._window_problem()
@@ -238,10 +240,14 @@ def _crc32(path: Path) -> int | dict[str, int]:
 def restore_random(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Set torch's generators to the state that was saved by this process; if there were fewer, leave them."""
     cpu, cuda = (_of_process(name, distributed.rank()) for name in ("random/cpu", "random/cuda"))
-    if cpu in tensors:
-        torch.set_rng_state(tensors[cpu].cpu())
-    if device.type == "cuda" and cuda in tensors:
-        torch.cuda.set_rng_state(tensors[cuda].cpu(), device)
+    try:
+        if cpu in tensors:
+            torch.set_rng_state(tensors[cpu].cpu())
+        if device.type == "cuda" and cuda in tensors:
+            torch.cuda.set_rng_state(tensors[cuda].cpu(), device)
+    except (RuntimeError, TypeError) as error:
+        raise FormatError(f"checkpoint_dir: expected states of torch's generators as {cpu} and {cuda}, "
+                          f"got something else ({error})") from None
 
 
 def _require_same(made_by: Mapping[str, Any], run: Mapping[str, Any], path: str = "") -> None:

@@ -23,7 +23,7 @@ from pydit.distill.residence import teacher_blocks
 from pydit.distill.schedule import Budget, lr_factor
 from pydit.distill.stages import change_plan, require_successor
 from pydit.distill.stream import Batches, BatchStream
-from pydit.errors import UserError
+from pydit.errors import FormatError, UserError
 from pydit.models import get_adapter
 from pydit.models.adapter import ModelAdapter
 
@@ -191,6 +191,9 @@ class _Run:
         if self.progress.phase != "done":
             # A resumed phase observes again what its cache held.
             again = min(self.progress.step, config.cache_size(self.progress.phase))
+            if again > self.progress.batches:
+                raise FormatError(f"checkpoint_dir: expected a run of {again} batches or more at step "
+                                  f"{self.progress.step}, got one of {self.progress.batches}")
             part = (distributed.rank(), distributed.world_size()) if config.split_batches else None
             self.stream = BatchStream(batches, self.progress.batches - again, adapter, self.device,
                                       None if part == (0, 1) else part)
@@ -236,6 +239,9 @@ class _Run:
         optimizer = Optimizer(groups, self.config, hidden)
         if state.step:
             optimizer.load_state(self.loaded, state.step)
+        if state.window and len(state.window["values"]) != len(phase.terms):
+            raise FormatError(f"checkpoint_dir: expected a window of {len(phase.terms)} values, "
+                              f"got {len(state.window['values'])}")
         observations = Observations(phase, self.stream, self.config.cache_size(phase.name), state.step)
         if self.loaded:  # after the stream, which may have drawn numbers of its own
             checkpoint.restore_random(self.loaded, self.device)
