@@ -100,7 +100,7 @@ class Family:
             else:
                 least = 0 if name in ("num_layers", "num_single_layers") else 1
                 expected = f"a whole number from {least} to {_LARGEST}"
-                fits = type(value) is int and least <= value <= _LARGEST or name == "out_channels" and value is None
+                fits = (type(value) is int and least <= value <= _LARGEST) or (name == "out_channels" and value is None)
             if not fits:
                 raise UserError(f"config: expected {expected} as {name}, got {value!r}")
         return dict(config)

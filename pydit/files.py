@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typing import Any
 from pydit.errors import FormatError, UserError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2(2)
 _PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
@@ -291,31 +293,65 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     ``model_index.json`` or ``config.json``, or be empty; anything else raises UserError rather than being deleted.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # what it points to is replaced, and it goes on pointing there
     if path.exists() and not path.is_dir():
         raise UserError(f"out: expected a directory or a new path, got the file {path}")
     if path.is_dir() and any(path.iterdir()) and not any(
             (path / name).is_file() for name in ("model_index.json", "config.json")):
         raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    os.chmod(temporary, 0o777 & ~_umask())
+    temporary, lock = _temporary_directory(path)
     try:
+        os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         _fsync_files(temporary)
-        if path.exists():  # a directory cannot be renamed over a non-empty one
-            previous = temporary.with_suffix(".old")
-            os.rename(path, previous)
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                os.rename(previous, path)
-                raise
-            shutil.rmtree(previous)
+        if path.exists():
+            _exchange(temporary, path)
         else:
             os.rename(temporary, path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _temporary_directory(path: Path) -> tuple[Path, int]:
+    """A new sibling of ``path`` and a handle that locks it; those that a killed process left are removed.
+
+    The lock ends with its process, whatever ends that: a sibling that can be locked belongs to nobody.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        lock = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nothing can be told apart there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, lock
+        os.close(lock)  # another process locked it first, and removed it
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Let two directories change places, in one step where the system can, so that ``path`` is never missing."""
+    with contextlib.suppress(AttributeError):
+        if ctypes.CDLL(None).renameat2(_HERE, os.fsencode(new), _HERE, os.fsencode(path), _RENAME_EXCHANGE) == 0:
+            return
+    previous = new.with_suffix(".old")
+    os.rename(path, previous)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(previous, path)
+        raise
+    shutil.rmtree(previous)
 
 
 def put_directory(temporary: Path, path: Path) -> None:

@@ -14,8 +14,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores already; co
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from pydit import backend, env
+
+# Without --hypothesis-profile=nightly every run draws the same examples: a change fails by its own doing.
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, database=None,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile("nightly", settings.get_profile("ci"), max_examples=2000, derandomize=False)
+settings.load_profile("ci")
 
 SIM_SETTINGS = pytest.StashKey[dict]()
 

@@ -46,8 +46,8 @@ class Ablation:
             tensor = getattr(found, name)
             if tensor.ndim != dims or len(tensor) != images or not tensor.is_floating_point() or not bool(
                     (torch.isfinite(tensor) & ((tensor >= 0) | (name == "timesteps"))).all()):
-                raise UserError(f"ablation.{name}: expected {dims}-dimensional finite floats of {max(images, 0)} images, "
-                                f"not below 0, got {tensor.dtype} {list(tensor.shape)}")
+                raise UserError(f"ablation.{name}: expected {dims}-dimensional finite floats of {max(images, 0)} "
+                                f"images, not below 0, got {tensor.dtype} {list(tensor.shape)}")
         # None, or each batch has an image: a sum over batches is no longer than the images are many.
         if found.batches.dtype != torch.int64 or tuple(found.batches.shape) != (images,) or not torch.equal(
                 found.batches.unique(), torch.arange(len(found.batches.unique()))):

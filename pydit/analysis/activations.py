@@ -233,7 +233,7 @@ class ActivationStats:
         """Raise UserError where single entries, each of its own kind, do not belong together."""
         if self.family not in FAMILIES:
             raise UserError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
-        if self.starts[:1] != (0,) or list(self.starts) != sorted(set(self.starts)) or self.starts[-1] >= self.num_layers:
+        if self.starts[:1] != (0,) or list(self.starts) != sorted({*self.starts} & {*range(self.num_layers)}):
             raise UserError(f"starts: expected layers from 0 on, below {self.num_layers}, got {list(self.starts)}")
         if min(self.images_seen, self.batches_seen) < 0:
             raise UserError(f"images_seen, batches_seen: expected 0 or more, got {self.images_seen} and "

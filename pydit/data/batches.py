@@ -141,5 +141,6 @@ class CachedDataset:
         if tensor is None or not tensor.is_floating_point() or tensor.ndim != 2 or tensor.shape[1] != channels or (
                 tokens is not None and len(tensor) != tokens):
             got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise FormatError(f"data: expected {name} as floats [{tokens or 'tokens'}, {channels}] in {file}, got {got}")
+            raise FormatError(f"data: expected {name} as floats [{tokens or 'tokens'}, {channels}] in {file}, "
+                              f"got {got}")
         return tensor

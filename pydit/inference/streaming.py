@@ -7,6 +7,7 @@ initialised, thinned out and written; the result is the same to the last bit.
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch import nn
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
 from pydit.files import SafetensorsReader, SafetensorsWriter, read_json, replace_directory, write_json
-from pydit.inference.pipeline import check_pipeline, use_remote_code, write_plan
+from pydit.inference.pipeline import PLAN_FILE, check_pipeline, use_remote_code, write_plan
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
@@ -78,8 +79,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     if not plan.is_stock:
         student["pydit"] = entry_of(plan, init)
     with replace_directory(out) as new:
-        shutil.copytree(path, new, dirs_exist_ok=True, ignore=lambda where, names: {
-            name for name in names if Path(where) == path and name in ("transformer", "pydit_plan.json")})
+        _copy_others(path, new)
         (new / "transformer").mkdir()
         write_json(new / "transformer" / "config.json", {
             "_class_name": kind.__name__, "_diffusers_version": config.get("_diffusers_version"), **student})
@@ -102,6 +102,18 @@ def _adapter_of(config: dict[str, Any], folder: Path) -> ModelAdapter:
             return get_adapter(family.name)
     raise UserError(f"transformer: expected {', '.join(f.class_name for f in FAMILIES.values())}, got "
                     f"{config.get('_class_name')!r} ({folder})")
+
+
+def _copy_others(path: Path, new: Path) -> None:
+    """Every file but the transformer's; the first that cannot be written ends it (shutil.copytree would go on)."""
+    for where, folders, names in os.walk(path, followlinks=True):
+        if Path(where) == path:
+            folders[:] = [name for name in folders if name != "transformer"]
+            names = [name for name in names if name != PLAN_FILE]
+        into = new / Path(where).relative_to(path)
+        into.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy2(Path(where) / name, into / name)
 
 
 def _require_weights(adapter: ModelAdapter, config: dict[str, Any], reader: SafetensorsReader, folder: Path) -> None:

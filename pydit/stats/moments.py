@@ -151,7 +151,7 @@ class Moments:
         return {"count": torch.tensor(self.count), **{name: getattr(self, name).clone() for name in self._FIELDS}}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over a state saved by :meth:`state_dict`. Raises UserError when it is of other names, shapes or kinds."""
+        """Take over a state saved by :meth:`state_dict`. UserError when it is of another kind."""
         missing = {"count", *self._FIELDS} ^ set(state)
         if missing:
             raise UserError(f"state: expected {', '.join(('count', *self._FIELDS))}; {', '.join(sorted(missing))} "
