@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydit.errors import UserError
+
 Config = Mapping[str, Any]
+_LARGEST = 1 << 20  # of one number of a configuration; what is built from it is held in memory
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,24 @@ class Family:
     def depth(self, config: Config) -> int:
         """Blocks of a model with this configuration."""
         return sum(self.segments(config))
+
+    def require(self, config: Config) -> dict[str, Any]:
+        """``config`` as a dict; UserError when an entry that the arithmetic reads is not of its kind or size."""
+        for name, usual in self.published[0].items():
+            value = config.get(name)
+            if isinstance(usual, bool):
+                expected, fits = "true or false", isinstance(value, bool)
+            elif isinstance(usual, tuple):
+                expected, fits = "layers", isinstance(value, (list, tuple)) and all(type(k) is int for k in value)
+            elif isinstance(usual, str):
+                expected, fits = "a name or nothing", value is None or isinstance(value, str)
+            else:
+                least = 0 if name in ("num_layers", "num_single_layers") else 1
+                expected = f"a whole number from {least} to {_LARGEST}"
+                fits = (type(value) is int and least <= value <= _LARGEST) or (name == "out_channels" and value is None)
+            if not fits:
+                raise UserError(f"config: expected {expected} as {name}, got {value!r}")
+        return dict(config)
 
 
 def _linear(inputs: int, outputs: int) -> int:

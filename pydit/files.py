@@ -7,8 +7,12 @@ leaves the previous file. Pickles are refused: loading one runs code chosen by w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -20,17 +24,20 @@ from typing import Any
 from pydit.errors import FormatError, UserError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2(2)
 _PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 def refuse_pickle(path: str | os.PathLike, *, what: str) -> None:
     """Raise FormatError when ``path`` looks like a pickle, by its name or by its first bytes."""
     path = Path(path)
-    magic = b""
+    first = b""
     if path.is_file():
         with path.open("rb") as file:
-            magic = file.read(4)
-    if path.suffix.lower() in PICKLE_SUFFIXES or magic.startswith(_PICKLE_MAGIC):
+            first = file.read(9)
+    # A safetensors header of 640 bytes begins with the two bytes of a pickle: its length. "{" comes behind it.
+    header = first[8:] == b"{" and int.from_bytes(first[:8], "little") <= path.stat().st_size - 8
+    if path.suffix.lower() in PICKLE_SUFFIXES or (first.startswith(_PICKLE_MAGIC) and not header):
         raise FormatError(f"{what}: expected a safetensors or JSON file, got a pickle ({path}); "
                           "loading a pickle runs code from whoever wrote it, so it is refused")
 
@@ -48,14 +55,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike, *, what: str) -> Any:
-    """Read a JSON file; ``what`` names the argument in errors (FormatError)."""
-    path = _existing_file(path, what=what, expected="a JSON file")
+def read_json(path: str | os.PathLike, *, what: str, strict: bool = False) -> Any:
+    """Read a JSON file; ``what`` names the argument in errors (FormatError).
+
+    ``strict`` refuses NaN and infinity, which :func:`write_json` never writes and other programs do.
+    """
+    path = existing_file(path, what=what, expected="a JSON file")
     refuse_pickle(path, what=what)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{what}: expected JSON in {path}, got something else ({error})") from None
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+        if strict or re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair can be neither printed nor written
+            json.dumps(found, ensure_ascii=False, allow_nan=not strict).encode()
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what}: expected JSON in {path}, got something else ({str(error)[:200]})") from None
+    return found
 
 
 def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, str] | None = None) -> None:
@@ -87,14 +101,96 @@ def load_safetensors(path: str | os.PathLike, *, what: str, device: str = "cpu",
     """
     from safetensors import SafetensorError, safe_open
 
-    path = _existing_file(path, what=what, expected="a safetensors file")
-    refuse_pickle(path, what=what)
+    path = existing_file(path, what=what, expected="a safetensors file")
+    read_header(path, what=what)
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, UnicodeDecodeError) as error:
         raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {error})") from None
+
+
+def read_header(path: str | os.PathLike, *, what: str) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, checked against the file -> (name -> entry, where the tensors begin).
+
+    What is not there is not asked for: a tensor's bytes must be those of its dtype and shape, the tensors must lie one
+    behind the other and fill the file.
+
+    Raises
+    ------
+    FormatError
+        A pickle, or a broken or truncated file; the message names it and what is wrong.
+    """
+    path = Path(path)
+    refuse_pickle(path, what=what)
+    size, wrong = path.stat().st_size, None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            wrong = f"{size} bytes, shorter than its header"
+        else:
+            try:
+                header = json.loads(file.read(length))
+            except (ValueError, RecursionError):
+                wrong = "unreadable header"
+            else:
+                wrong = _wrong_header(header, size - 8 - length)
+    if wrong:
+        raise FormatError(f"{what}: expected a complete safetensors file, got a broken one ({path}: {wrong})")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
+
+
+def _wrong_header(header: Any, payload: int) -> str | None:
+    """What is wrong with a header for so many bytes of tensors, or None."""
+    from safetensors.torch import _TYPES
+
+    if not isinstance(header, dict):
+        return "unreadable header"
+    places = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                return "metadata that are not text"
+            continue
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+            return f"no dtype, shape and offsets of {name!r}"
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _TYPES:
+            return f"{name!r} of an unknown dtype {str(dtype)[:40]!r}"
+        if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+            return f"no shape and offsets of {name!r}"
+        if math.prod(shape) * _TYPES[dtype].itemsize != offsets[1] - offsets[0]:
+            return f"{name!r} of shape {str(shape)[:80]} and dtype {dtype} in bytes {offsets[0]} to {offsets[1]}"
+        places.append(offsets)
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:
+            return f"tensors that {'overlap' if start < end else 'leave a gap'} at byte {min(start, end)}"
+        end = stop
+    return None if end == payload else f"{payload} bytes of tensors instead of {end}"
+
+
+def _is_sizes(values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def shard_names(index: str | os.PathLike, *, what: str) -> list[str]:
+    """The files that a ``*.safetensors.index.json`` names, each once, sorted. Raises FormatError naming the index."""
+    data = read_json(index, what=what)
+    names = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise FormatError(f"{what}: expected a weight_map in {index}, got none")
+    for name in names.values():
+        require_file_name(name, what=what, where=index)
+    return sorted(set(names.values()))
+
+
+def require_file_name(name: Any, *, what: str, where: str | os.PathLike) -> str:
+    """``name``, which a file names beside itself; FormatError when it leads elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or len(os.fsencode(name)) > 255:
+        raise FormatError(f"{what}: expected a file name beside {where}, got {str(name)[:200]!r}")
+    return name
 
 
 class SafetensorsReader:
@@ -116,21 +212,12 @@ class SafetensorsReader:
     def __init__(self, folder: str | os.PathLike, name: str, *, what: str) -> None:
         folder, self.what = Path(folder), what
         index = folder / f"{name}.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(read_json(index, what=what).get("weight_map", {}).values()))
-        else:
-            shards = [f"{name}.safetensors"]
+        shards = shard_names(index, what=what) if index.is_file() else [f"{name}.safetensors"]
         self._entries: dict[str, tuple[Path, int, dict]] = {}
         for shard in shards:
-            path = _existing_file(folder / shard, what=what, expected="a safetensors file")
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                try:
-                    header = json.loads(file.read(length) if length < path.stat().st_size else b"")
-                    self._entries |= {key: (path, 8 + length + int(entry["data_offsets"][0]), entry)
-                                      for key, entry in header.items() if key != "__metadata__"}
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    raise self._broken(path) from None
+            path = existing_file(folder / shard, what=what, expected="a safetensors file")
+            entries, begin = read_header(path, what=what)
+            self._entries |= {key: (path, begin + entry["data_offsets"][0], entry) for key, entry in entries.items()}
 
     def keys(self) -> list[str]:
         """Names of all tensors."""
@@ -139,6 +226,12 @@ class SafetensorsReader:
     def shape(self, key: str) -> tuple[int, ...]:
         """Of one tensor."""
         return tuple(self._entries[key][2]["shape"])
+
+    def dtype(self, key: str) -> Any:
+        """Of one tensor, torch.dtype."""
+        from safetensors.torch import _TYPES
+
+        return _TYPES[self._entries[key][2]["dtype"]]
 
     def __getitem__(self, key: str) -> Any:
         """One tensor, torch, on the CPU."""
@@ -150,7 +243,6 @@ class SafetensorsReader:
 
     def _read(self, key: str, first: int, last: int | None) -> Any:
         import torch
-        from safetensors.torch import _TYPES
 
         path, offset, entry = self._entries[key]
         shape, size = list(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
@@ -160,17 +252,12 @@ class SafetensorsReader:
         buffer = bytearray(size)
         with path.open("rb") as file:
             file.seek(offset)
-            if file.readinto(buffer) != len(buffer) or entry["dtype"] not in _TYPES:
-                raise self._broken(path)
-        dtype = _TYPES[entry["dtype"]]
-        try:
-            flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-            return flat.reshape(shape)
-        except (RuntimeError, ValueError):
-            raise self._broken(path) from None
-
-    def _broken(self, path: Path) -> FormatError:
-        return FormatError(f"{self.what}: expected a complete safetensors file, got a broken one ({path})")
+            if file.readinto(buffer) != len(buffer):
+                raise FormatError(f"{self.what}: expected a complete safetensors file, got one that was cut while it "
+                                  f"was read ({path})")
+        dtype = self.dtype(key)
+        flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+        return flat.reshape(shape)
 
 
 class SafetensorsWriter:
@@ -223,31 +310,65 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     ``model_index.json`` or ``config.json``, or be empty; anything else raises UserError rather than being deleted.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # what it points to is replaced, and it goes on pointing there
     if path.exists() and not path.is_dir():
         raise UserError(f"out: expected a directory or a new path, got the file {path}")
     if path.is_dir() and any(path.iterdir()) and not any(
             (path / name).is_file() for name in ("model_index.json", "config.json")):
         raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    os.chmod(temporary, 0o777 & ~_umask())
+    temporary, lock = _temporary_directory(path)
     try:
+        os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         _fsync_files(temporary)
-        if path.exists():  # a directory cannot be renamed over a non-empty one
-            previous = temporary.with_suffix(".old")
-            os.rename(path, previous)
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                os.rename(previous, path)
-                raise
-            shutil.rmtree(previous)
+        if path.exists():
+            _exchange(temporary, path)
         else:
             os.rename(temporary, path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _temporary_directory(path: Path) -> tuple[Path, int]:
+    """A new sibling of ``path`` and a handle that locks it; those that a killed process left are removed.
+
+    The lock ends with its process, whatever ends that: a sibling that can be locked belongs to nobody.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        lock = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nothing can be told apart there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, lock
+        os.close(lock)  # another process locked it first, and removed it
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Let two directories change places, in one step where the system can, so that ``path`` is never missing."""
+    with contextlib.suppress(AttributeError):
+        if ctypes.CDLL(None).renameat2(_HERE, os.fsencode(new), _HERE, os.fsencode(path), _RENAME_EXCHANGE) == 0:
+            return
+    previous = new.with_suffix(".old")
+    os.rename(path, previous)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(previous, path)
+        raise
+    shutil.rmtree(previous)
 
 
 def put_directory(temporary: Path, path: Path) -> None:
@@ -274,7 +395,8 @@ def _replace_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
+def existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
+    """``path``, when it is a file; else FormatError."""
     path = Path(path)
     if not path.exists():
         raise FormatError(f"{what}: expected {expected}, got a path that does not exist ({path})")

@@ -23,6 +23,7 @@ from pydit.presets import PRESETS
 
 FORMAT = "pydit-plan"
 VERSIONS = (1, 2)  # 1 has intervals alone; a plan that needs no more is still written as 1
+MAX_LAYERS = 4096  # a number in a file decides how much is held in memory; published models have up to 60
 _H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
 
 
@@ -120,10 +121,10 @@ class PruningPlan:
 
     def validate(self) -> None:
         """Raise UserError when the family, the depth, an interval or a block does not fit."""
-        if self.family not in FAMILIES:
+        if not isinstance(self.family, str) or self.family not in FAMILIES:
             raise UserError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
-        if type(self.num_layers) is not int or self.num_layers < 1:
-            raise UserError(f"num_layers: expected a positive integer, got {self.num_layers!r}")
+        if type(self.num_layers) is not int or not 1 <= self.num_layers <= MAX_LAYERS:
+            raise UserError(f"num_layers: expected a positive integer up to {MAX_LAYERS}, got {self.num_layers!r}")
         if not isinstance(self.provenance, dict):
             raise UserError(f"provenance: expected a dict, got {type(self.provenance).__name__}")
         if not isinstance(self.dead_tensors, bool):
@@ -135,6 +136,8 @@ class PruningPlan:
         if len(family.block_lists) > 1 and isinstance(self.single_stream, int):
             raise UserError(f"single_stream: expected [first, last], because {self.family} has single-stream blocks of "
                             f"another kind after its dual ones, got {self.single_stream}")
+        if isinstance(self.single_stream, tuple) and not self._single_layers:
+            raise UserError(f"single_stream: expected first <= last, got {list(self.single_stream)}")
         self._require_blocks()
         for config in family.published:
             if family.depth(config) == self.num_layers:
@@ -331,7 +334,7 @@ class PruningPlan:
         if config is not None and not isinstance(config, Mapping):
             raise UserError(f"config: expected a dict or a diffusers config, got {type(config).__name__}")
         published = next((c for c in family.published if family.depth(c) == self.num_layers), family.published[0])
-        full = {**published, **(config or {})}
+        full = family.require({**published, **(config or {})})
         if family.depth(full) != self.num_layers:
             raise UserError(f"config: expected num_layers {self.num_layers} as in the plan, got {family.depth(full)}"
                             + ("" if config else f" (the published {family.name}); pass the teacher's config"))
@@ -419,7 +422,7 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:
         """Read a plan written by :meth:`save`. Raises FormatError naming the file."""
-        return cls.from_dict(files.read_json(path, what="plan"), what=f"plan {os.fspath(path)}")
+        return cls.from_dict(files.read_json(path, what="plan", strict=True), what=f"plan {os.fspath(path)}")
 
 
 def _without_dead(specs: Sequence[BlockSpec], used: bool) -> tuple[BlockSpec, ...]:

@@ -17,8 +17,15 @@ import pytest
 
 gc.set_threshold(20_000, 20, 20)  # the default looks through all modules again and again while they are imported
 import torch
+from hypothesis import HealthCheck, settings
 
 from pydit import backend, env
+
+# Without --hypothesis-profile=nightly every run draws the same examples: a change fails by its own doing.
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, database=None,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile("nightly", settings.get_profile("ci"), max_examples=2000, derandomize=False)
+settings.load_profile("ci")
 
 SIM_SETTINGS = pytest.StashKey[dict]()
 

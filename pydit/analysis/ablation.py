@@ -37,6 +37,24 @@ class Ablation:
     timesteps: torch.Tensor
     batches: torch.Tensor
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Ablation:
+        """What a file holds, checked: names, shapes and kinds, and batches that are numbered from 0 on."""
+        found = cls(**tensors)
+        images = len(found.norms) if found.norms.ndim == 1 else -1
+        for name, dims in (("losses", 2), ("norms", 1), ("timesteps", 1)):
+            tensor = getattr(found, name)
+            if tensor.ndim != dims or len(tensor) != images or not tensor.is_floating_point() or not bool(
+                    (torch.isfinite(tensor) & ((tensor >= 0) | (name == "timesteps"))).all()):
+                raise UserError(f"ablation.{name}: expected {dims}-dimensional finite floats of {max(images, 0)} "
+                                f"images, not below 0, got {tensor.dtype} {list(tensor.shape)}")
+        # None, or each batch has an image: a sum over batches is no longer than the images are many.
+        if found.batches.dtype != torch.int64 or tuple(found.batches.shape) != (images,) or not torch.equal(
+                found.batches.unique(), torch.arange(len(found.batches.unique()))):
+            raise UserError(f"ablation.batches: expected the numbers of the batches of {images} images, got "
+                            f"{found.batches.dtype} {list(found.batches.shape)}")
+        return found
+
     def by_batch(self, values: torch.Tensor) -> torch.Tensor:
         """Sums [batches, W] of values [N, W] over the images of each batch."""
         sums = torch.zeros(int(self.batches.max()) + 1, values.shape[1], dtype=torch.float64)

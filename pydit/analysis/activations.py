@@ -18,6 +18,7 @@ import torch
 from pydit import files
 from pydit.analysis.ablation import Ablation
 from pydit.errors import FormatError, UserError
+from pydit.families import FAMILIES
 from pydit.models.adapter import STREAMS
 from pydit.stats import CKA, LinearProbe, Moments, clip_outliers
 
@@ -195,11 +196,18 @@ class ActivationStats:
             raise FormatError(f"stats: expected {FORMAT} version {VERSION} in {path}, "
                               f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
         try:
-            stats = cls(metadata["family"], int(metadata["num_layers"]), int(metadata["width"]),
+            num_layers, width = int(metadata["num_layers"]), int(metadata["width"])
+            # What the file announces is allocated only after the file is seen to hold it.
+            held = tensors.get(f"moments.{STREAMS[-1]}.{num_layers - 1}.m_xx")
+            if held is None or tuple(held.shape) != (width, width):
+                raise ValueError(f"{num_layers} layers of {width} channels are not in it")
+            config = json.loads(metadata.get("config", "null"))
+            if not isinstance(config, dict | None):
+                raise ValueError(f"config: {type(config).__name__} instead of an object")
+            stats = cls(metadata["family"], num_layers, width,
                         last_text_used=bool(int(metadata["last_text_used"])),
                         starts=tuple(map(int, metadata.get("starts", "0").split())),
-                        projected_from=int(metadata["projected_from"]) or None,
-                        config=json.loads(metadata.get("config", "null")))
+                        projected_from=int(metadata["projected_from"]) or None, config=config)
             stats.images_seen, stats.batches_seen = int(metadata["images_seen"]), int(metadata["batches_seen"])
             for stream in STREAMS:
                 for layer, moments in enumerate(stats.moments[stream]):
@@ -207,17 +215,33 @@ class ActivationStats:
                     moments.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items()
                                              if key.startswith(prefix)})
                 for index in range(int(metadata[f"batches_{stream}"])):
-                    batch = tensors[f"samples.{stream}.{index}"]
+                    batch, ids = (tensors[f"{kind}.{stream}.{index}"] for kind in ("samples", "sample_ids"))
                     stats._check(stream, batch)
+                    _require_sample(f"samples.{stream}.{index}", batch, ids)
                     stats.samples[stream].append(batch)
-                    stats.sample_ids[stream].append(tensors[f"sample_ids.{stream}.{index}"])
+                    stats.sample_ids[stream].append(ids)
             if "ablation.losses" in tensors:
-                stats.add_ablation(Ablation(**{field.name: tensors[f"ablation.{field.name}"]
-                                               for field in dataclasses.fields(Ablation)}))
-        except (KeyError, ValueError) as error:
+                stats.add_ablation(Ablation.from_tensors({
+                    field.name: tensors[f"ablation.{field.name}"] for field in dataclasses.fields(Ablation)}))
+            stats._require_sound()
+        except (KeyError, ValueError, RecursionError) as error:
             raise FormatError(f"stats: expected complete {FORMAT} in {path}, got a file that does not fit "
                               f"({error})") from None
         return stats
+
+    def _require_sound(self) -> None:
+        """Raise UserError where single entries, each of its own kind, do not belong together."""
+        if self.family not in FAMILIES:
+            raise UserError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
+        if self.starts[:1] != (0,) or list(self.starts) != sorted({*self.starts} & {*range(self.num_layers)}):
+            raise UserError(f"starts: expected layers from 0 on, below {self.num_layers}, got {list(self.starts)}")
+        if min(self.images_seen, self.batches_seen) < 0:
+            raise UserError(f"images_seen, batches_seen: expected 0 or more, got {self.images_seen} and "
+                            f"{self.batches_seen}")
+        if self.projected_from is not None and self.projected_from < self.width:
+            raise UserError(f"projected_from: expected 0 or more than {self.width} channels, got {self.projected_from}")
+        if self.config is not None:
+            FAMILIES[self.family].require({**FAMILIES[self.family].published[0], **self.config})
 
     @staticmethod
     def _check_stream(stream: str) -> None:
@@ -230,3 +254,10 @@ class ActivationStats:
                 next(iter(shapes))[1:] != (self.width,):
             raise UserError(f"{stream}: expected {self.num_layers + 1} boundaries of [n, {self.width}], "
                             f"got {len(states)} of {sorted(shapes)}")
+
+
+def _require_sample(name: str, batch: torch.Tensor, ids: torch.Tensor) -> None:
+    if batch.ndim != 3 or not batch.is_floating_point() or not bool(torch.isfinite(batch).all()):
+        raise UserError(f"{name}: expected finite floats [boundaries, n, C], got {batch.dtype} {list(batch.shape)}")
+    if ids.dtype != torch.int64 or tuple(ids.shape) != (batch.shape[1],):
+        raise UserError(f"sample_ids of {name}: expected int64 [{batch.shape[1]}], got {ids.dtype} {list(ids.shape)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import sys
 import traceback
 
@@ -66,6 +67,8 @@ def _sentence(error: Exception) -> str:
     """What an error says, on one line."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and "make room" not in text:
+            text += "; what was there before is as it was: make room and run the command again"
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())

@@ -153,18 +153,18 @@ def _alone(distributed: Any):
 
 
 def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
-    from pydit.distill import DistillConfig, distill, distributed, full_weights
+    from pydit.distill import DistillConfig, checkpoint, distill, distributed, full_weights
     from pydit.inference.pipeline import save_pipeline
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write (or --estimate), got none")
-    checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
-    if arguments.resume and not checkpoint.exists():
-        raise UserError(f"resume: expected the checkpoint of an earlier run in {checkpoint}, got none")
-    if checkpoint.exists() and not arguments.resume:
-        raise UserError(f"out: expected no checkpoint of an earlier run, got one in {checkpoint}; pass --resume to "
+    kept = arguments.out.with_name(arguments.out.name + ".checkpoint")
+    if arguments.resume and not checkpoint.exists(kept):
+        raise UserError(f"resume: expected the checkpoint of an earlier run in {kept}, got none")
+    if checkpoint.exists(kept) and not arguments.resume:
+        raise UserError(f"out: expected no checkpoint of an earlier run, got one in {kept}; pass --resume to "
                         "continue it, or delete it")
-    config = DistillConfig(checkpoint_dir=checkpoint, save_every=arguments.save_every, resume=arguments.resume,
+    config = DistillConfig(checkpoint_dir=kept, save_every=arguments.save_every, resume=arguments.resume,
                            split_batches=arguments.data is not None or arguments.prompts == "demo", **settings)
     config.validate()
     teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident",
@@ -183,7 +183,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
             student.transformer.load_state_dict(weights, strict=False)
     if distributed.is_main():
         save_pipeline(student, arguments.out)
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(kept)
     distributed.barrier()
     if arguments.json:
         print_json({"out": str(arguments.out), "history": result.history})

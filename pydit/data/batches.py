@@ -58,7 +58,12 @@ class CachedDataset:
         if len(self._shards) != -(-len(self.samples) // self._shard_size):
             raise FormatError(f"data: expected {-(-len(self.samples) // self._shard_size)} shards in {self.path}, "
                               f"got {len(self._shards)}")
-        self._empty = files.load_safetensors(self.path / EMPTY, what="data")[0]["embeds"]
+        if not self.samples:
+            raise FormatError(f"data: expected at least one sample in {self.path}, got none")
+        self._channels = index["made_of"]["latent_channels"], index["made_of"]["text_channels"]
+        embeds = files.load_safetensors(self.path / EMPTY, what="data")[0].get("embeds")
+        self._empty = self._fitting("embeds", embeds, self.path / EMPTY, None, self._channels[1])
+        self._whole: set[Path] = set()  # shards whose header was looked at
         self._buckets: dict[tuple[int, int], list[int]] = {}
         for number, sample in enumerate(self.samples):
             self._buckets.setdefault((sample["height"], sample["width"]), []).append(number)
@@ -119,9 +124,23 @@ class CachedDataset:
         from safetensors import SafetensorError, safe_open
 
         shard, place = divmod(number, self._shard_size)
-        file = self.path / self._shards[shard]
+        file, size = self.path / self._shards[shard], self.samples[number]
+        if file not in self._whole:
+            files.read_header(files.existing_file(file, what="data", expected="a shard"), what="data")
+            self._whole.add(file)
         try:
             with safe_open(str(file), framework="pt") as tensors:
-                return tensors.get_tensor(f"{place}.latents"), tensors.get_tensor(f"{place}.embeds")
+                latents, embeds = (tensors.get_tensor(f"{place}.{name}") for name in ("latents", "embeds"))
         except (SafetensorError, OSError) as error:
             raise FormatError(f"data: expected sample {number} in {file}, got a broken shard ({error})") from None
+        return (self._fitting(f"{place}.latents", latents, file, size["height"] * size["width"], 4 * self._channels[0]),
+                self._fitting(f"{place}.embeds", embeds, file, None, self._channels[1]))
+
+    @staticmethod
+    def _fitting(name: str, tensor: torch.Tensor | None, file: Path, tokens: int | None, channels: int) -> torch.Tensor:
+        if tensor is None or not tensor.is_floating_point() or tensor.ndim != 2 or tensor.shape[1] != channels or (
+                tokens is not None and len(tensor) != tokens):
+            got = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise FormatError(f"data: expected {name} as floats [{tokens or 'tokens'}, {channels}] in {file}, "
+                              f"got {got}")
+        return tensor

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 
 import numpy as np
 
 from pydit.errors import UserError
 
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _WIDEST = 2.0  # from 1:2 to 2:1
 
 
@@ -46,7 +48,11 @@ def decode(image: bytes, sizes: tuple[tuple[int, int], ...]) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        # Pillow warns above 89 megapixels and refuses twice as many; its reader of PostScript would start a program.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(image), formats=_FORMATS)
+        with opened:
             if min(opened.size) < 1:
                 raise ValueError("an empty image")
             height, width = nearest(sizes, opened.height, opened.width)
@@ -56,5 +62,6 @@ def decode(image: bytes, sizes: tuple[tuple[int, int], ...]) -> np.ndarray:
             return np.asarray(ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS))
     except UnidentifiedImageError:  # its own message holds an address
         raise ValueError("no readable image: of no known format") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError, MemoryError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning, ValueError,
+            MemoryError) as error:
         raise ValueError(f"no readable image: {str(error)[:100] or type(error).__name__}") from None

@@ -133,6 +133,7 @@ def _parts(out: Path) -> Iterator[dict[str, Any]]:
         part = files.read_json(file, what="data")
         if not isinstance(part, dict) or set(part) != {"shards", "samples", "skipped", "read"}:
             raise FormatError(f"data: expected the entries of a shard in {file}, got something else")
+        _require_entries(part, file)
         yield part
 
 
@@ -142,10 +143,31 @@ def read_index(path: str | os.PathLike) -> dict[str, Any]:
     index = files.read_json(file, what="data")
     if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
         raise FormatError(f"data: expected {FORMAT} version {VERSION} in {file}, got something else")
-    kinds = {"made_of": dict, "read": int, "complete": bool, "shards": list, "samples": list, "skipped": list}
-    if any(not isinstance(index.get(name), kind) for name, kind in kinds.items()):
+    made_of = index.get("made_of")
+    if not isinstance(made_of, dict) or not isinstance(index.get("complete"), bool):
         raise FormatError(f"data: expected a complete {FORMAT} in {file}, got one with missing entries")
+    for name in ("resolution", "shard_size", "latent_channels", "text_channels"):
+        if type(made_of.get(name)) is not int or not 1 <= made_of[name] < 2**31:
+            raise FormatError(f"data: expected {name} of at least 1 in {file}, got {made_of.get(name)!r}")
+    _require_entries(index, file)
     return index
+
+
+def _require_entries(index: dict[str, Any], file: Path) -> None:
+    """Shards beside the file; key, height and width of every sample; key and reason of what was skipped."""
+    kinds = {"read": int, "shards": list, "samples": list, "skipped": list}
+    if any(type(index.get(name)) is not kind for name, kind in kinds.items()) or index["read"] < 0:
+        raise FormatError(f"data: expected a complete {FORMAT} in {file}, got one with missing entries")
+    for name in index["shards"]:
+        files.require_file_name(name, what="data", where=file)
+    for number, sample in enumerate(index["samples"]):
+        if not isinstance(sample, dict) or not isinstance(sample.get("key"), str) or any(
+                type(sample.get(side)) is not int or not 1 <= sample[side] < 2**20 for side in ("height", "width")):
+            raise FormatError(f"data: expected key, height and width of sample {number} in {file}, got "
+                              f"{str(sample)[:200]}")
+    for skipped in index["skipped"]:
+        if not isinstance(skipped, dict) or not all(isinstance(skipped.get(name), str) for name in ("key", "reason")):
+            raise FormatError(f"data: expected key and reason of what is skipped in {file}, got {str(skipped)[:200]}")
 
 
 @torch.no_grad()

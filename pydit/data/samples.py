@@ -1,14 +1,17 @@
 """Captioned images from a folder or from tar shards, in a fixed order; what cannot be read is listed, not fatal.
 
 A folder holds ``name.png`` (or jpg, jpeg, webp) beside ``name.txt`` or ``name.json``, at any depth. A shard is a tar
-file in the manner of WebDataset: members that share their name up to the first dot make one sample.
+file in the manner of WebDataset: members that share their name up to the first dot make one sample. Nothing is
+extracted: links and names that lead out of a shard are listed as skipped.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 from pydit.errors import FormatError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_BYTES = 256 << 20  # of one file: a compressed shard can hold a thousand times its own size
 CAPTION_KEYS = ("caption", "text", "prompt", "caption_en", "prompt_en", "caption_zh", "prompt_zh")
 
 
@@ -61,8 +65,12 @@ def read_samples(path: str | os.PathLike) -> Iterator[Sample | Skipped]:
         key = image.relative_to(path).with_suffix("").as_posix()
         files = {suffix: image.with_suffix(suffix) for suffix in (".txt", ".json")}
         try:
-            parts = {suffix: file.read_bytes() for suffix, file in files.items() if file.is_file()}
-            yield _sample(key, {image.suffix.lower(): image.read_bytes(), **parts})
+            files = {image.suffix.lower(): image, **{s: file for s, file in files.items() if file.is_file()}}
+            large = [file.name for file in files.values() if file.stat().st_size > MAX_BYTES]
+            if large:
+                yield Skipped(key, f"{large[0]} has more than {MAX_BYTES >> 20} MiB")
+                continue
+            yield _sample(key, {suffix: file.read_bytes() for suffix, file in files.items()})
         except OSError as error:
             yield Skipped(key, f"cannot be read: {error.strerror or error}")
 
@@ -72,7 +80,10 @@ def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:
     try:
         with tarfile.open(path, "r:*") as tar:
             for member in tar:
-                if not member.isfile():
+                problem = _problem(member)
+                if problem:
+                    yield Skipped(f"{name}:{member.name}", problem)
+                if problem or not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")
@@ -88,8 +99,21 @@ def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:
                 parts[dot + suffix.rpartition(".")[2].lower()] = content
         if parts:
             yield _sample(f"{name}:{key}", parts)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield Skipped(name, f"no complete tar file, the rest is left out: {error}")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
+        yield Skipped(name, f"no complete tar file, the rest is left out: {str(error)[:100]}")
+
+
+def _problem(member: tarfile.TarInfo) -> str | None:
+    """Why a member is left alone, or None."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name leads out of the shard"
+    if member.issym() or member.islnk():
+        return "a link"
+    if member.isfile() and member.issparse():
+        return "a sparse file, which announces more bytes than it holds"
+    if member.isfile() and not 0 <= member.size <= MAX_BYTES:
+        return f"more than {MAX_BYTES >> 20} MiB"
+    return None
 
 
 def _sample(key: str, parts: dict[str, bytes]) -> Sample | Skipped:

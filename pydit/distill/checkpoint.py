@@ -49,6 +49,35 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     window: dict[str, Any] = field(default_factory=dict)
 
+    def problem(self) -> str | None:
+        """What is wrong with an entry that was read from a file, or None."""
+        if self.phase not in ("layers", "output", "done"):
+            return f"phase {self.phase!r}"
+        counts = {"step": self.step, "batches": self.batches, **(self.steps if isinstance(self.steps, dict) else {})}
+        if len(counts) != 4 or not {"layers", "output"} <= set(counts):
+            return f"steps {self.steps!r}"
+        for name, value in counts.items():
+            if type(value) is not int or not 0 <= value < 2**53:
+                return f"{name} {value!r}"
+        for name, value in (("seconds", self.seconds), ("phase_start", self.phase_start)):
+            if type(value) not in (int, float) or not 0 <= value < 1e12:
+                return f"{name} {value!r}"
+        if self.phase != "done" and self.steps[self.phase] != self.step:
+            return f"step {self.step} of {self.steps[self.phase]}"
+        if not isinstance(self.history, list) or not all(isinstance(row, dict) for row in self.history):
+            return "a history that is no list of rows"
+        return self._window_problem()
+
+    def _window_problem(self) -> str | None:
+        if not isinstance(self.window, dict):
+            return "a window that is no row"
+        numbers = [self.window.get(name) for name in ("count", "norm", "began", "lr")] if self.window else []
+        values = self.window.get("values", [])
+        if not isinstance(values, list) or any(type(number) not in (int, float) for number in (*numbers, *values)) \
+                or (numbers and not numbers[0] >= 1):
+            return "a window without its sums"
+        return None
+
 
 def exists(directory: str | Path) -> bool:
     """Whether a directory holds a checkpoint."""
@@ -107,7 +136,8 @@ def _remove_old(directory: Path, name: str) -> None:
     """Remove what no index names, killed writes included. A leftover costs space, not the run."""
     kept = {name}
     with contextlib.suppress(FormatError):
-        kept.add(files.read_json(directory / PREVIOUS, what="checkpoint_dir").get("tensors"))
+        before = files.read_json(directory / PREVIOUS, what="checkpoint_dir")
+        kept.add(before.get("tensors") if isinstance(before, dict) else None)
     for old in [*directory.glob("state-*"), *directory.glob(".state-*.part")]:
         if old.name in kept:
             continue
@@ -179,13 +209,13 @@ def _read(directory: Path, file: str, run: Mapping[str, Any]
             got = f"{index.get('format')!r} version {index.get('version')!r}"
         raise FormatError(f"checkpoint_dir: expected {FORMAT} version {VERSION} in {directory / file}, got {got}")
     try:
-        progress = Progress(**index["progress"])
-        name, made_by = str(index["tensors"]), dict(index["run"])
+        progress, made_by = Progress(**index["progress"]), dict(index["run"])
+        problem = progress.problem()
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"checkpoint_dir: expected a complete {file} in {directory}, "
-                          f"got a broken one ({error!r})") from None
-    if Path(name).name != name:
-        raise FormatError(f"checkpoint_dir: expected a file name beside {file}, got {name!r}")
+        problem = repr(error)
+    if problem:
+        raise FormatError(f"checkpoint_dir: expected a complete {file} in {directory}, got a broken one ({problem})")
+    name = files.require_file_name(index.get("tensors"), what="checkpoint_dir", where=directory / file)
     _require_same(made_by, run)
     path, tensors = directory / name, None
     if not path.is_dir():
@@ -210,10 +240,14 @@ def _crc32(path: Path) -> int | dict[str, int]:
 def restore_random(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Set torch's generators to the state that was saved by this process; if there were fewer, leave them."""
     cpu, cuda = (_of_process(name, distributed.rank()) for name in ("random/cpu", "random/cuda"))
-    if cpu in tensors:
-        torch.set_rng_state(tensors[cpu].cpu())
-    if device.type == "cuda" and cuda in tensors:
-        torch.cuda.set_rng_state(tensors[cuda].cpu(), device)
+    try:
+        if cpu in tensors:
+            torch.set_rng_state(tensors[cpu].cpu())
+        if device.type == "cuda" and cuda in tensors:
+            torch.cuda.set_rng_state(tensors[cuda].cpu(), device)
+    except (RuntimeError, TypeError) as error:
+        raise FormatError(f"checkpoint_dir: expected states of torch's generators as {cpu} and {cuda}, "
+                          f"got something else ({error})") from None
 
 
 def _require_same(made_by: Mapping[str, Any], run: Mapping[str, Any], path: str = "") -> None:

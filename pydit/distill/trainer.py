@@ -24,7 +24,7 @@ from pydit.distill.residence import teacher_blocks
 from pydit.distill.schedule import Budget, lr_factor
 from pydit.distill.stages import change_plan, require_successor
 from pydit.distill.stream import Batches, BatchStream
-from pydit.errors import UserError
+from pydit.errors import FormatError, UserError
 from pydit.models import get_adapter
 from pydit.models.adapter import ModelAdapter
 
@@ -232,6 +232,9 @@ class _Run:
         optimizer = Optimizer(groups, self.config, hidden)
         if state.step:
             optimizer.load_state(self.loaded, state.step)
+        if state.window and len(state.window["values"]) != len(phase.terms):
+            raise FormatError(f"checkpoint_dir: expected a window of {len(phase.terms)} values, "
+                              f"got {len(state.window['values'])}")
         observations = Observations(phase, self._stream_behind, self._store(phase),
                                     self.config.cache_size(phase.name), state.step)
         if self.loaded:  # after the stream, which may have drawn numbers of its own
@@ -248,6 +251,9 @@ class _Run:
     def _stream_behind(self, batches: int) -> BatchStream:
         """The stream; the first phase of a resumed run enters it so many batches behind its place."""
         if self.stream is None:
+            if batches > self.progress.batches:  # a resumed phase observes again what its cache held
+                raise FormatError(f"checkpoint_dir: expected a run of {batches} batches or more at step "
+                                  f"{self.progress.step}, got one of {self.progress.batches}")
             part = (distributed.rank(), distributed.world_size()) if self.config.split_batches else None
             self.stream = BatchStream(self.batches, self.progress.batches - batches, self.adapter, self.device,
                                       None if part == (0, 1) else part)

@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydit.errors import FormatError, UserError
-from pydit.files import PICKLE_SUFFIXES, read_json, replace_directory, write_error, write_json, write_text
+from pydit.files import (
+    PICKLE_SUFFIXES,
+    read_header,
+    read_json,
+    replace_directory,
+    require_file_name,
+    shard_names,
+    write_error,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +172,7 @@ def check_pipeline(path: str | os.PathLike) -> dict[str, Any]:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
-        folder = path / name
+        folder = path / require_file_name(name, what="pipeline", where=path / "model_index.json")
         if not folder.is_dir():
             raise FormatError(f"pipeline: expected the component {name} in {folder}, got no such directory")
         _check_component(folder, name)
@@ -197,34 +206,16 @@ def _check_component(folder: Path, name: str) -> None:
         raise FormatError(f"pipeline: expected {name} as safetensors, got a pickle ({pickles[0]}); loading a pickle "
                           "runs code from whoever wrote it, so it is refused")
     for file in files:
-        if file.name.endswith(".index.json"):
-            shards = read_json(file, what="pipeline").get("weight_map", {}).values()
-            for shard in sorted(set(shards)):
+        if file.name.endswith(".safetensors.index.json"):
+            for shard in shard_names(file, what="pipeline"):
                 if not (folder / shard).is_file():
                     raise FormatError(f"pipeline: expected the weight file {folder / shard}, got no such file")
         elif file.suffix == ".json":
-            read_json(file, what="pipeline")
+            data = read_json(file, what="pipeline")
+            if file.name == "config.json" and not isinstance(data, dict):
+                raise FormatError(f"pipeline: expected an object in {file}, got {type(data).__name__}")
     for file in weights:
-        _check_length(file)
-
-
-def _check_length(file: Path) -> None:
-    """A safetensors file is 8 bytes of header length, the header, and the bytes up to the end of its last tensor."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
-                              f"({file}: {size} bytes, shorter than its header)")
-        try:
-            header = json.loads(stream.read(length))
-            end = max((int(t["data_offsets"][1]) for k, t in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
-                              f"({file}: unreadable header)") from None
-    if size != 8 + length + end:
-        raise FormatError("pipeline: expected a complete safetensors file, got a broken one "
-                          f"({file}: {size} bytes instead of {8 + length + end})")
+        read_header(file, what="pipeline")
 
 
 def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None, sharded_to: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ initialised, thinned out and written; the result is the same to the last bit.
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch import nn
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
 from pydit.files import SafetensorsReader, SafetensorsWriter, read_json, replace_directory, write_json
-from pydit.inference.pipeline import check_pipeline, use_remote_code, write_plan
+from pydit.inference.pipeline import PLAN_FILE, check_pipeline, use_remote_code, write_plan
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
@@ -66,7 +67,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
         raise UserError(f"plan: expected a plan for {adapter.family}, got one for {plan.family}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     full = {**_defaults(adapter), **settings}
-    depth = FAMILIES[plan.family].depth(full)
+    depth = FAMILIES[plan.family].depth(FAMILIES[plan.family].require(full))
     if depth != plan.num_layers:
         raise UserError(f"plan: the plan is for {plan.num_layers} layers, the model has {depth}")
     plan.full_config(full)
@@ -74,13 +75,13 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
         warnings.warn("the linear maps of the plan start as the identity, because there are no batches to fit them to",
                       UserWarning, stacklevel=2)
     reader = SafetensorsReader(folder, WEIGHTS, what="pipeline")
+    _require_weights(adapter, config, reader, folder)
     kind = adapter.stock_class() if plan.is_stock else adapter.pruned_class()
     student = settings | adapter.student_config(full, plan)
     if not plan.is_stock:
         student["pydit"] = entry_of(plan, init)
     with replace_directory(out) as new:
-        shutil.copytree(path, new, dirs_exist_ok=True, ignore=lambda where, names: {
-            name for name in names if Path(where) == path and name in ("transformer", "pydit_plan.json")})
+        _copy_others(path, new)
         (new / "transformer").mkdir()
         write_json(new / "transformer" / "config.json", {
             "_class_name": kind.__name__, "_diffusers_version": config.get("_diffusers_version"), **student})
@@ -105,6 +106,40 @@ def _adapter_of(config: dict[str, Any], folder: Path) -> ModelAdapter:
                     f"{config.get('_class_name')!r} ({folder})")
 
 
+def _copy_others(path: Path, new: Path) -> None:
+    """Every file but the transformer's; the first that cannot be written ends it (shutil.copytree would go on)."""
+    for where, folders, names in os.walk(path, followlinks=True):
+        if Path(where) == path:
+            folders[:] = [name for name in folders if name != "transformer"]
+            names = [name for name in names if name != PLAN_FILE]
+        into = new / Path(where).relative_to(path)
+        into.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy2(Path(where) / name, into / name)
+
+
+def _require_weights(adapter: ModelAdapter, config: dict[str, Any], reader: SafetensorsReader, folder: Path) -> None:
+    """Every tensor of the configuration must be stored, in its shape, and no other: what is written must load."""
+    try:
+        with torch.device("meta"):
+            kind = adapter.stock_class()
+            known = inspect.signature(kind.__init__).parameters
+            model = kind(**{name: value for name, value in config.items() if name in known})
+    except Exception as error:  # diffusers raises many kinds for values that it cannot build a model from
+        raise FormatError(f"pipeline: expected a configuration that diffusers can build, got {folder / 'config.json'}: "
+                          f"{' '.join(str(error).split())[:200]}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: reader.shape(name) for name in reader.keys()}  # noqa: SIM118
+    problems = {
+        "missing": set(expected) - set(stored), "unexpected": set(stored) - set(expected),
+        "wrongly shaped": {name for name in set(stored) & set(expected) if stored[name] != expected[name]},
+        "integer": {name for name in stored if not reader.dtype(name).is_floating_point}}
+    for problem, names in problems.items():
+        if names:
+            raise FormatError(f"pipeline: expected weights that match the config in {folder}, got {len(names)} "
+                              f"{problem} tensors (first: {min(names)})")
+
+
 def _defaults(adapter: ModelAdapter) -> dict[str, Any]:
     """What diffusers takes where a configuration has no entry."""
     parameters = inspect.signature(adapter.stock_class().__init__).parameters.values()
@@ -122,10 +157,7 @@ def _student_tensors(adapter: ModelAdapter, reader: SafetensorsReader, plan: Pru
         if name not in lengths:
             yield key, reader[key]
             continue
-        number = rest.partition(".")[0]
-        if not number.isdecimal() or int(number) >= lengths[name]:
-            raise FormatError(f"pipeline: expected {lengths[name]} blocks in {name} as in the config, got {key}")
-        of_layer[starts[name] + int(number)].append(key)
+        of_layer[starts[name] + int(rest.partition(".")[0])].append(key)
     places = iter([f"{name}.{number}" for name, length in zip(
         adapter.block_lists, adapter.segments_of(plan, config | adapter.student_config(config, plan)), strict=True)
         for number in range(length)])

@@ -17,6 +17,8 @@ from pydit import backend
 from pydit.errors import UserError
 from pydit.ops.second_moments import KERNEL_DTYPES, add_second_moments, mirror
 
+_LARGEST = 1e150  # of a sum that is loaded: its square is a number still
+
 
 def _second_moments(x: torch.Tensor, y: torch.Tensor, shift_x: torch.Tensor,
                     shift_y: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
@@ -149,7 +151,7 @@ class Moments:
         return {"count": torch.tensor(self.count), **{name: getattr(self, name).clone() for name in self._FIELDS}}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over a state saved by :meth:`state_dict`. Raises UserError when names or shapes differ."""
+        """Take over a state saved by :meth:`state_dict`. UserError when it is of another kind."""
         missing = {"count", *self._FIELDS} ^ set(state)
         if missing:
             raise UserError(f"state: expected {', '.join(('count', *self._FIELDS))}; {', '.join(sorted(missing))} "
@@ -158,7 +160,16 @@ class Moments:
             if state[name].shape != getattr(self, name).shape:
                 raise UserError(f"state: expected {name} {list(getattr(self, name).shape)}, "
                                 f"got {list(state[name].shape)}")
-        self.count, self._sums = int(state["count"]), False
+            if state[name].dtype != torch.float64 or not bool((state[name].abs() <= _LARGEST).all()):
+                raise UserError(f"state: expected {name} in float64 and finite, got {state[name].dtype}")
+        count, squares = state["count"], state["m_xx"].diagonal()
+        if count.dtype != torch.int64 or count.numel() != 1 or not 0 <= int(count) < 2**53:
+            raise UserError(f"state: expected a count of rows, got {count.dtype} {count.flatten()[:2].tolist()}")
+        if bool((squares < 0).any() or (state["s_yy"] < 0).any()) or bool(
+                state["m_xx"].abs().amax() > (1 + 1e-9) * squares.amax()):
+            raise UserError("state: expected m_xx and s_yy to be sums of squares, got some below 0, or products above "
+                            "their squares")
+        self.count, self._sums = int(count), False
         for name in self._FIELDS:
             setattr(self, name, state[name].detach().to(getattr(self, name)).clone())
 

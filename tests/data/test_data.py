@@ -297,7 +297,7 @@ def test_a_broken_shard_is_named(tmp_path, pipe):
     build_cache(pipe, folder(tmp_path / "in", 2), tmp_path / "out", resolution=48, progress=False)
     shard = tmp_path / "out" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:500])
-    with pytest.raises(FormatError, match=r"data: expected sample . in .*shard-00000"):
+    with pytest.raises(FormatError, match=r"data: expected a complete safetensors file, got a broken one .*shard-00000"):
         take(CachedDataset(tmp_path / "out"), 1)
 
 

@@ -93,3 +93,14 @@ def test_rows_of_a_file(tmp_path):
     for start, stop in ((0, 4), (1, 3), (3, 4), (2, 2)):
         assert torch.equal(reader.rows("a", start, stop), tensors["a"][start:stop])
     assert torch.equal(reader.rows("b", 1, 3), tensors["b"][1:3]) and torch.equal(reader["b"], tensors["b"])
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    """80 02 are the first bytes of a pickle, and of a safetensors file with a header of 640 bytes."""
+    path = tmp_path / "a.safetensors"
+    files.save_safetensors(path, {"x": torch.ones(2)}, {"k": ""})
+    missing = length - int.from_bytes(path.read_bytes()[:8], "little")
+    files.save_safetensors(path, {"x": torch.ones(2)}, {"k": "v" * missing})
+    assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+    assert torch.equal(files.load_safetensors(path, what="x")[0]["x"], torch.ones(2))
