@@ -69,19 +69,29 @@ def _fuse_qkv_projections(model: nn.Module) -> None:
 def _compile_repeated_blocks(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``compile_repeated_blocks`` of the model's class, after a look at how many graphs it will take."""
     names = getattr(model, "_repeated_blocks", None) or ()
-    shapes: dict[str, set[tuple]] = {}
+    kinds: dict[str, list[dict[str, torch.Size]]] = {}
     for module in model.modules():
-        kind = type(module).__name__
-        if kind in names:
-            shapes.setdefault(kind, set()).add(tuple((name, p.shape, p.dtype) for name, p in module.named_parameters()))
+        if type(module).__name__ in names:
+            kinds.setdefault(type(module).__name__, []).append({name: p.shape for name, p in module.named_parameters()})
     limit = torch._dynamo.config.recompile_limit
-    for kind, found in shapes.items():
-        if len(found) > limit:
+    for kind, blocks in kinds.items():
+        found = len({tuple(shapes.items()) for shapes in blocks})
+        if found > limit:
             raise UserError(f"compile_repeated_blocks: expected at most {limit} different shapes of {kind}, for each "
-                            f"of which torch compiles a graph, got {len(found)}: give blocks the same widths "
-                            "in groups, or "
-                            f"set torch._dynamo.config.recompile_limit to {len(found)} or more")
+                            f"of which torch compiles a graph, got {found}: give blocks the same widths in "
+                            f"groups{_suggestion(blocks, limit)}, or set torch._dynamo.config.recompile_limit to {found} "
+                            "or more")
     return type(model).compile_repeated_blocks(model, *args, **kwargs)
+
+
+def _suggestion(blocks: list[dict[str, torch.Size]], limit: int) -> str:
+    """The widths that would do, of the first layer whose width differs from block to block; "" if none does."""
+    for name in blocks[0]:
+        shapes = [shapes.get(name) for shapes in blocks]
+        if None not in shapes and len({shape[:1] for shape in shapes}) > limit:
+            widths = sorted(set(bucketed([shape[0] for shape in shapes], limit)))
+            return f" (of {name}, for example, {', '.join(map(str, widths))})"
+    return ""
 
 
 def bucketed(widths: Sequence[int], count: int) -> list[int]:
