@@ -79,8 +79,8 @@ def _compile_repeated_blocks(model: nn.Module, *args: Any, **kwargs: Any) -> Any
         if found > limit:
             raise UserError(f"compile_repeated_blocks: expected at most {limit} different shapes of {kind}, for each "
                             f"of which torch compiles a graph, got {found}: give blocks the same widths in "
-                            f"groups{_suggestion(blocks, limit)}, or set torch._dynamo.config.recompile_limit to {found} "
-                            "or more")
+                            f"groups{_suggestion(blocks, limit)}, or set torch._dynamo.config.recompile_limit to "
+                            f"{found} or more")
     return type(model).compile_repeated_blocks(model, *args, **kwargs)
 
 
