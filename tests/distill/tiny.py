@@ -1,5 +1,8 @@
 """A tiny Qwen-Image transformer, its pruned student and a stream of batches that differ in length and noise."""
 
+import copy
+import functools
+
 import torch
 from diffusers import QwenImageTransformer2DModel
 
@@ -13,6 +16,11 @@ JOINT = 12
 
 def make_teacher(layers=6, *, seed=0, dtype=torch.float32, heads=2):
     """A random transformer whose blocks do something: gates and biases are far from zero."""
+    return copy.deepcopy(_made(layers, seed, dtype, heads))
+
+
+@functools.cache
+def _made(layers, seed, dtype, heads):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = QwenImageTransformer2DModel(

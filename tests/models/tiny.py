@@ -1,11 +1,24 @@
 """Small random transformers of each family and batches for them."""
 
+import copy
+
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+
+_MADE = {}  # copies of what has been made once cost a third
 
 
 def transformer(num_layers=6, seed=0, **config):
     """Width 64 (2 heads of 32), float32; gates are enlarged so that every block does something."""
+    key = repr((num_layers, seed, sorted(config.items())))
+    if key not in _MADE:
+        _MADE[key] = _transformer(num_layers, seed, config), torch.get_rng_state()
+    model, state = _MADE[key]
+    torch.set_rng_state(state)  # as if it had been made now
+    return copy.deepcopy(model)
+
+
+def _transformer(num_layers, seed, config):
     torch.manual_seed(seed)
     model = QwenImageTransformer2DModel(**{
         "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": num_layers, "attention_head_dim": 32,
