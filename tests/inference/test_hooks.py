@@ -11,6 +11,7 @@ import pydit
 from pydit.errors import UserError
 from pydit.inference import traps
 from pydit.plan import PruningPlan
+from pydit.testing import assert_accurate
 from tests.models import tiny
 
 FAMILIES = {"qwen-image": (lambda: tiny.transformer(3), lambda seed: tiny.batch(seed=seed)),
@@ -180,13 +181,17 @@ def test_a_backend_chosen_after_accelerate_wins_and_is_reported():
         make().set_attention_backend("native")  # the choice above is global in diffusers
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lora_on_projections_before_or_after():
-    """Packed projections come apart where an adapter sits, and together again when it has gone."""
-    lora = {f"transformer.transformer_blocks.{n}.{name}.lora_{side}.weight":
+def lora_of_two_blocks():
+    return {f"transformer.transformer_blocks.{n}.{name}.lora_{side}.weight":
             torch.randn(*shape, generator=torch.Generator().manual_seed(n)) * 0.3
             for n in range(2) for name, width in (("attn.to_k", 64), ("attn.add_v_proj", 64), ("img_mlp.net.0.proj", 256))
             for side, shape in (("A", (2, 64)), ("B", (width, 2)))}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lora_on_projections_before_or_after():
+    """Packed projections come apart where an adapter sits, and together again when it has gone."""
+    lora = lora_of_two_blocks()
     batch, stock = tiny.batch(), tiny.transformer(2)
     plain = run(stock, batch)
     stock.load_lora_adapter(dict(lora), adapter_name="a")
@@ -203,3 +208,26 @@ def test_lora_on_projections_before_or_after():
         model.unfuse_lora()
         model.unload_lora()
         torch.testing.assert_close(run(model, batch), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_weights_that_lora_changes_under_the_grouped_linears(device):
+    """The kernel reads weights where they are: an adapter beside, in, and out of them."""
+    batch = tiny.cast(tiny.batch(images=1), torch.bfloat16)
+    model = pydit.accelerate(tiny.transformer(2).bfloat16().requires_grad_(False))
+
+    def check(change):
+        wide, stock = tiny.transformer(2).double(), tiny.transformer(2).bfloat16()
+        for other in (wide, stock):
+            if change != "unload_lora":
+                other.load_lora_adapter(lora_of_two_blocks(), adapter_name="a")
+        assert_accurate(run(model, batch), run(wide, tiny.cast(batch, torch.float64)), run(stock, batch), name=change)
+
+    model.load_lora_adapter(lora_of_two_blocks(), adapter_name="a")
+    check("load_lora_adapter")
+    model.fuse_lora()
+    check("fuse_lora")
+    model.unfuse_lora()
+    model.unload_lora()
+    check("unload_lora")
