@@ -100,7 +100,7 @@ def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:
         if parts:
             yield _sample(f"{name}:{key}", parts)
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
-        yield Skipped(name, f"no complete tar file, the rest is left out: {str(error)[:100]}")
+        yield Skipped(name, f"no complete tar file, the rest is left out: {' '.join(str(error).split())[:100]}")
 
 
 def _problem(member: tarfile.TarInfo) -> str | None:

@@ -88,11 +88,14 @@ class Result:
             raise FormatError(f"{what}: expected a file written by `pydit eval` (format {FORMAT}, version {VERSION}), "
                               f"got {_describe(data)}")
         try:
-            samples = data["samples"]
+            samples, settings = data["samples"], data.get("settings", {})
+            if not isinstance(settings, dict) or not all(isinstance(s[name], str) for s in samples
+                                                         for name in ("prompt", "category")):
+                raise TypeError("settings, a prompt or a category of another kind")
             return cls([s["prompt"] for s in samples], [s["category"] for s in samples],
                        [int(s["seed"]) for s in samples], [bool(s["passed"]) for s in samples],
-                       data.get("settings", {}))
-        except (KeyError, TypeError, ValueError) as error:
+                       settings)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{what}: expected samples with prompt, category, seed and passed, "
                               f"got a file without them ({error!r})") from None
 

@@ -166,7 +166,7 @@ def check_pipeline(path: str | os.PathLike) -> dict[str, Any]:
         raise FormatError(f"pipeline: expected a pipeline directory, got {got} ({path})")
     if not (path / "model_index.json").is_file():
         raise FormatError(f"pipeline: expected a directory with model_index.json, got one without it ({path})")
-    index = read_json(path / "model_index.json", what="pipeline")
+    index = read_json(path / "model_index.json", what="pipeline", strict=True)
     if not isinstance(index, dict):
         raise FormatError(f"pipeline: expected an object in {path / 'model_index.json'}, got {type(index).__name__}")
     for name, entry in index.items():

@@ -150,5 +150,5 @@ def load_order(path: str | os.PathLike) -> list[Subset]:
     try:
         return [Subset(tuple((int(a), int(b)) for a, b in entry["active"]), int(entry["parameters"]),
                        int(entry["flops"]), float(entry["error"])) for entry in data["subsets"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"order: expected complete {_FORMAT} in {path}, got {error!r}") from None

@@ -61,7 +61,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
         raise UserError(f"init: expected one of {', '.join(INITS[:-1])} without loading the model, got {init!r}")
     check_pipeline(path)
     folder = path / "transformer"
-    config = read_json(folder / "config.json", what="pipeline")
+    config = read_json(folder / "config.json", what="pipeline", strict=True)
     adapter = _adapter_of(config, folder)
     if adapter.family != plan.family:
         raise UserError(f"plan: expected a plan for {adapter.family}, got one for {plan.family}")

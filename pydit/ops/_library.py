@@ -75,6 +75,59 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps: expected a finite number of 0 or more, got {eps}")
 
 
+def check_out(op: str, outs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor | None],
+              own: dict[str, str]) -> None:
+    """Outputs are written in any order: each in memory of its own, or exactly in that of the input it is made of.
+
+    Parameters
+    ----------
+    outs, inputs : by the names that errors give them. own : name of an output -> name of that input.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for number, (name, out) in enumerate(outs.items()):
+        reach = 0  # of what lies inside one step of a dimension
+        for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
+            if stride <= reach and out.numel():
+                raise ValueError(f"{op}: {name}: expected a place for every element, got strides {list(out.stride())} "
+                                 f"for shape {list(out.shape)}")
+            reach += stride * (size - 1)
+        for other, x in (*list(outs.items())[:number], *inputs.items()):
+            if x is None or not _share_memory(out, x):
+                continue
+            same = (out.storage_offset(), out.stride(), out.shape) == (x.storage_offset(), x.stride(), x.shape)
+            if other != own[name] or not same:
+                raise ValueError(f"{op}: {name}: expected memory of its own or exactly that of {own[name]}, got some "
+                                 f"that {other} lies in")
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have an element in common; views of one tensor that alternate in memory have none."""
+    if not a.numel() or not b.numel() or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    size = a.element_size()
+    if size != b.element_size() or a.ndim != b.ndim or any(
+            s != t and max(n, m) > 1 for s, t, n, m in zip(a.stride(), b.stride(), a.shape, b.shape, strict=True)):
+        ends = [(x.storage_offset() * x.element_size(),
+                 (x.storage_offset() + 1 + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)))
+                 * x.element_size()) for x in (a, b)]
+        return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+    # An element of a and one of b are the same where the differences d of their indices make up that of the offsets.
+    steps = sorted(((s, m - 1, n - 1) for s, n, m in zip(a.stride(), a.shape, b.shape, strict=True)
+                    if max(n, m) > 1 and s), reverse=True)
+
+    def reachable(distance: int, place: int) -> bool:
+        if place == len(steps):
+            return distance == 0
+        stride, below, above = steps[place]
+        low = -sum(s * n for s, n, _ in steps[place + 1:])
+        high = sum(s * n for s, _, n in steps[place + 1:])
+        first, last = max(-below, -((high - distance) // stride)), min(above, (distance - low) // stride)
+        return any(reachable(distance - d * stride, place + 1) for d in range(first, last + 1))
+
+    return reachable(b.storage_offset() - a.storage_offset(), 0)
+
+
 def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")

@@ -105,6 +105,7 @@ def _expand(order, x):
 
 
 def _check_stream(stream, q, k, v, like):
+    tokens = k.shape[1] if isinstance(k, torch.Tensor) and k.ndim == 4 else "S"
     for letter, x in (("q", q), ("k", k), ("v", v)):
         name = f"{letter}_{stream}"
         if x is None and name == "q_txt":
@@ -114,7 +115,7 @@ def _check_stream(stream, q, k, v, like):
             raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
         if x.shape[3] not in _HEAD_DIMS:
             raise ValueError(f"{_OP}: {name}: expected a head dim of 32, 64 or 128, got {x.shape[3]}")
-        expected = [like.shape[0], k.shape[1] if k.ndim == 4 else "S", like.shape[2], like.shape[3]]
+        expected = [like.shape[0], tokens, like.shape[2], like.shape[3]]
         if list(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, got {list(x.shape)}")
         _check_last_dim(_OP, name, x)

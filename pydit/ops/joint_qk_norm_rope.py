@@ -9,7 +9,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback
-from pydit.ops._library import check_eps, define, define_backward
+from pydit.ops._library import check_eps, check_out, define, define_backward
 from pydit.ops.qk_norm_rope import _check_freqs, _check_heads, _check_weight, _like, _one_backward
 
 _OP = "joint_qk_norm_rope"
@@ -29,7 +29,7 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
         rotation.
     eps : float, added to the mean square.
     out : four tensors, optional. Where to write; ``out=(q_img, k_img, q_txt, k_txt)`` works in place. Not
-        differentiable.
+        differentiable. No other memory of the arguments may be written to.
 
     Returns
     -------
@@ -61,6 +61,11 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
         _check_heads(f"out {name}", x, like, op=_OP)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *weights, *out)):
         raise ValueError(f"{_OP}: out: expected tensors that need no gradient (or torch.no_grad()), got one that does")
+    names = ("cos_img", "sin_img", "cos_txt", "sin_txt")
+    check_out(_OP, {f"out {name}": x for name, x in zip(_NAMES, out, strict=True)},
+              dict(zip(_NAMES, tensors, strict=True)) | dict(zip(names, tables, strict=True))
+              | {f"weights {name}": x for name, x in zip(_NAMES, weights, strict=True)},
+              {f"out {name}": name for name in _NAMES})
     torch.ops.pydit.joint_qk_norm_rope_out(*tensors, *weights, *tables, eps, *out)
     return tuple(out)
 

@@ -68,7 +68,8 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
         weights = _tuple(name, f"weights_{stream}", weights, 3)
         biases = _tuple(name, f"biases_{stream}", (None,) * 3 if biases is None else biases, 3)
         norms = _tuple(name, f"norms_{stream}", (None,) * 2 if norms is None else norms, 2)
-        for part, weight, bias in zip("qkv", weights, biases, strict=True):
+        for part, number in (("k", 1), ("q", 0), ("v", 2)):  # keys first: the others are compared with them
+            weight, bias = weights[number], biases[number]
             if weight is None and (stream, part) == ("txt", "q"):
                 continue
             _check_linear(name, x, weight, bias, f"_{stream}", f"weights_{stream} {part}", f"biases_{stream} {part}",
@@ -85,7 +86,7 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
                 if tuple(norm.shape) != (head_dim,):
                     raise ValueError(f"{name}: norms_{stream} {part}: expected shape [{head_dim}], got "
                                      f"{list(norm.shape)}")
-        heads = x[:, :, :1, None].expand(-1, -1, 1, head_dim)
+        heads = x.new_empty(1).expand(*x.shape[:2], 1, head_dim)  # whose shape the tables must fit
         tables = _check_freqs(freqs, heads, op=name, name=f"freqs_{stream}")
         streams += [x, *weights, *biases, *norms, *tables]
     arguments = (*streams, head_dim, eps)

@@ -8,6 +8,8 @@ Notation: B batch, S tokens of a stream, K features in, N features out.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -226,15 +228,15 @@ def _library_linear(x, weight, bias, residual=None, gate=None, split=None, gelu=
     """The same by torch's products, with the epilogues that cuBLASLt offers."""
     if gelu:
         if x.is_cuda and bias is not None and x.dtype != torch.float64 and not _needs_gradient(x, weight, bias):
-            flat = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.T, use_gelu=True)
-            return flat.view(*x.shape[:-1], -1)
+            flat = torch._addmm_activation(bias, _flat(x), weight.T, use_gelu=True)
+            return flat.view(*x.shape[:-1], weight.shape[0])
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     if gate is not None:
         return gated_residual(residual, F.linear(x, weight, bias), gate, split=split)
     if residual is not None:
-        rows = residual.reshape(-1, residual.shape[-1])
+        rows = _flat(residual)
         start = rows if bias is None else rows + bias
-        return torch.addmm(start, x.reshape(-1, x.shape[-1]), weight.T).view(residual.shape)
+        return torch.addmm(start, _flat(x), weight.T).view(residual.shape)
     return F.linear(x, weight, bias)
 
 
@@ -341,9 +343,9 @@ def _linear_grads(saved, grad, split, gelu, needs):
 
 def _product_grads(x, weight, bias, above, needs):
     """Gradients of x, weight and bias from that of the product."""
-    flat = above.reshape(-1, above.shape[-1])
+    flat = _flat(above)
     return (above @ weight if needs[0] else None,
-            flat.T @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
+            flat.T @ _flat(x) if needs[1] else None,
             wide(flat).sum(0).to(bias.dtype) if bias is not None and needs[2] else None)
 
 
@@ -361,7 +363,12 @@ define_backward("joint_linear", _backward_joint, _setup_linear)
 
 def _rows(x):
     """x [..., K] as [1, S, K]."""
-    return x.reshape(1, -1, x.shape[-1])
+    return _flat(x)[None]
+
+
+def _flat(x):
+    """x [..., K] as [S, K]; K may be 0, of which reshape(-1, K) could not tell S."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _check_streams(op, x_img, x_txt, weight_img, weight_txt, bias_img, bias_txt):

@@ -9,7 +9,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, define, define_backward
+from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, check_out, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "qk_norm_rope"
@@ -27,7 +27,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
         elements 2i and 2i + 1, as in Qwen-Image and FLUX.1.
     eps : float, added to the mean square.
     out : (torch.Tensor, torch.Tensor), optional. Where to write, shaped like q and k; ``out=(q, k)`` works in place.
-        Not differentiable.
+        Not differentiable. No other memory of the arguments may be written to.
 
     Returns
     -------
@@ -57,6 +57,9 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
     needs_grad = [t for t in (q, k, q_weight, k_weight, *out) if t is not None and t.requires_grad]
     if needs_grad and torch.is_grad_enabled():
         raise ValueError(f"{_OP}: out: expected tensors that need no gradient (or torch.no_grad()), got one that does")
+    check_out(_OP, {"out[0]": out[0], "out[1]": out[1]},
+              {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin},
+              {"out[0]": "q", "out[1]": "k"})
     torch.ops.pydit.qk_norm_rope_out(q, k, q_weight, k_weight, cos, sin, eps, out[0], out[1])
     return out[0], out[1]
 

@@ -85,6 +85,8 @@ def _add(x, y, xx, xy, sum_x, sum_y, sum_yy):
     sums = (xx, xy, sum_x, sum_y, sum_yy)
     if x.dtype not in KERNEL_DTYPES:
         backend.record(_OP, "reference", f"{x.dtype}: torch multiplies in float64; the kernel takes 16-bit activations")
+    elif not x.shape[1]:
+        backend.record(_OP, "reference", "x without columns: the kernel has nothing to go through y with")
     else:
         path = backend.choose(_OP, x)
         if path.kernels is not None:
