@@ -88,6 +88,10 @@ def pack_text(mask, *tensors):
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise TypeError(f"pack_text: mask: expected a bool tensor [B, S], got {got}")
     for x in tensors:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"pack_text: expected tensors behind mask, got {type(x).__name__}")
+        if x.device != mask.device:
+            raise ValueError(f"pack_text: expected tensors on {mask.device} like mask, got {x.device}")
         if x.shape[:2] != mask.shape:
             raise ValueError(f"pack_text: expected tensors [{mask.shape[0]}, {mask.shape[1]}, ...] like mask, "
                              f"got {list(x.shape)}")
@@ -105,16 +109,17 @@ def _expand(order, x):
 
 
 def _check_stream(stream, q, k, v, like):
-    for letter, x in (("q", q), ("k", k), ("v", v)):
-        name = f"{letter}_{stream}"
-        if x is None and name == "q_txt":
-            continue
+    given = [(f"{letter}_{stream}", x) for letter, x in (("q", q), ("k", k), ("v", v))]
+    if q is None and stream == "txt":
+        del given[0]
+    for name, x in given:
         _check_tensor(_OP, name, x, None if x is like else like)
         if x.ndim != 4:
             raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
+    for name, x in given:
         if x.shape[3] not in _HEAD_DIMS:
             raise ValueError(f"{_OP}: {name}: expected a head dim of 32, 64 or 128, got {x.shape[3]}")
-        expected = [like.shape[0], k.shape[1] if k.ndim == 4 else "S", like.shape[2], like.shape[3]]
+        expected = [like.shape[0], k.shape[1], like.shape[2], like.shape[3]]
         if list(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, got {list(x.shape)}")
         _check_last_dim(_OP, name, x)

@@ -156,8 +156,12 @@ def test_any_shape(device, data):
              data.draw(st.integers(0, 90), "S_txt"), data.draw(st.integers(1, 2), "H"),
              data.draw(st.sampled_from([32, 64, 128]), "D"))
     lens = data.draw(st.none() | st.lists(st.integers(0, shape[2]), min_size=shape[0], max_size=shape[0]), "lens")
+    size = data.draw(st.sampled_from([1e-3, 1.0, 30.0]), "size")  # logits from 1e-6 to thousands
     tensors = make(shape, data.draw(st.sampled_from([torch.bfloat16, torch.float16])), device,
-                   seed=data.draw(st.integers(0, 9)), layout=data.draw(st.sampled_from(LAYOUTS)))
+                   seed=data.draw(st.integers(0, 9)), layout=data.draw(st.sampled_from(LAYOUTS)), size=size)
+    for b, n in enumerate(lens or []):
+        for x in tensors[3:]:
+            x[b, n:] = math.nan
     # Of a handful of rows torch's own lse may be exact, which leaves a bound of one ulp: other tests judge lse.
     check(tensors, device, lens=lens, scale=data.draw(st.none() | st.floats(0.01, 2)), lse=False)
 
@@ -334,12 +338,21 @@ def test_a_mask_with_holes(device):
     with pytest.raises(TypeError, match=r"mask: expected a bool tensor \[B, S\], got torch.float32 \[2, 3\]"):
         ops.pack_text(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"expected tensors \[2, 12, ...\] like mask, got \[2, 5\]"):
-        ops.pack_text(mask, torch.ones(2, 5))
+        ops.pack_text(mask, torch.ones(2, 5, device=device))
+    with pytest.raises(TypeError, match="expected tensors behind mask, got list"):
+        ops.pack_text(mask, [1])
 
 
 @pytest.mark.parametrize(("change", "error", "words"), [
     (dict(q_img=lambda t: t.tolist()), TypeError, "q_img: expected a torch.Tensor, got list"),
+    (dict(k_img=lambda t: t.tolist()), TypeError, "k_img: expected a torch.Tensor, got list"),
+    (dict(k_txt=lambda t: None), TypeError, "k_txt: expected a torch.Tensor, got NoneType"),
+    (dict(q_img=lambda t: None), TypeError, "q_img: expected a torch.Tensor, got NoneType"),
     (dict(k_img=lambda t: t.float()), TypeError, "k_img: expected torch.bfloat16 like the first argument"),
+    (dict(k_img=lambda t: t[0]), ValueError, r"k_img: expected shape \[B, S, H, D\], got \[8, 2, 32\]"),
+    (dict(k_txt=lambda t: t[:0]), ValueError, r"k_txt: expected shape \[1, 4, 2, 32\], got \[0, 4, 2, 32\]"),
+    (dict(k_img=lambda t: torch.cat((t, t), 3)), ValueError,
+     r"k_img: expected shape \[1, 8, 2, 32\], got \[1, 8, 2, 64\]"),
     (dict(v_img=lambda t: t[0]), ValueError, r"v_img: expected shape \[B, S, H, D\], got \[8, 2, 32\]"),
     (dict(k_img=lambda t: t[:, :, :1]), ValueError, r"k_img: expected shape \[1, 8, 2, 32\], got \[1, 8, 1, 32\]"),
     (dict(v_txt=lambda t: t[:, :3]), ValueError, r"v_txt: expected shape \[1, 4, 2, 32\], got \[1, 3, 2, 32\]"),
