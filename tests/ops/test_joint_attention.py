@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from pydit import backend, ops
 from pydit.testing import assert_accurate
@@ -341,6 +342,40 @@ def test_a_mask_with_holes(device):
         ops.pack_text(mask, torch.ones(2, 5, device=device))
     with pytest.raises(TypeError, match="expected tensors behind mask, got list"):
         ops.pack_text(mask, [1])
+
+
+def masked(mask, tensors):
+    lens, order, *packed = ops.pack_text(mask, *tensors[3:])
+    out_img, out_txt = ops.joint_attention(*tensors[:3], *packed, txt_lens=lens)
+    return out_img, ops.unpack_text(order, out_txt)
+
+
+def test_packing_reads_nothing_on_the_host():
+    """Tensors without data: whoever asks for a value of one, as a synchronisation does, is refused."""
+    with FakeTensorMode():
+        mask, tensors = torch.ones(2, 12, dtype=torch.bool), make((2, 30, 12, 1, 32), torch.bfloat16, "cpu")
+        assert [out.shape[1] for out in masked(mask, tensors)] == [30, 12]
+        with pytest.raises(DataDependentOutputException):
+            bool(mask.all())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+def test_packing_waits_for_nothing_and_is_recorded_in_a_graph(device):
+    tensors = make((2, 30, 12, 1, 32), torch.bfloat16, device)
+    mask = torch.rand(2, 12, device=device) < 0.6
+    masked(mask, tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masked(mask, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = masked(mask, tensors)
+    mask.copy_(~mask)  # a replay sees other lengths
+    graph.replay()
+    for a, b in zip(found, masked(mask, tensors), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("change", "error", "words"), [
