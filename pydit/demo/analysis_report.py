@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +62,20 @@ def write(stats: ActivationStats, path: str | os.PathLike, *, target: float | in
     found = candidates(stats, target=target, scored=scored)
     ppcl = PPCL()
     scores = scored.get("ppcl") or ppcl.score(stats)
-    units = ppcl.select(scores).intervals
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the page says it
+        units = ppcl.select(scores)
+    said = [text for _, text in _CHARTS]
+    if "stability" in units.provenance:
+        share = 100 * units.provenance["stability"]
+        said[0] += f" {share:.0f} % of bootstrap draws of the batches give the same units."
     curves = ppcl.curves(scores)
-    pictures = (figures.cka_maps(story.cka_matrices(stats), units),
+    pictures = (figures.cka_maps(story.cka_matrices(stats), units.intervals),
                 difference_curves(curves, stats.num_layers, stats.ablation), choices(found, stats.num_layers))
     sections = "".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><figure><img class=\"chart\" "
         f'src="{report.data_uri(_png(picture))}" alt="{html.escape(title, quote=True)}"></figure></section>'
-        for (title, text), picture in zip(_CHARTS, pictures, strict=True))
+        for (title, _), text, picture in zip(_CHARTS, said, pictures, strict=True))
     page = _PAGE.format(family=html.escape(stats.family), css=report.CSS, layers=stats.num_layers,
                         images=stats.images_seen, batches=stats.batches_seen, sections=sections,
                         target=_target(target), table=_table(found))

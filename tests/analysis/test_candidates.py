@@ -53,7 +53,7 @@ def test_page_shows_every_candidate(stats, tmp_path):
     found = report.write(stats, tmp_path / "report.html", target=2)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
-    assert all(f">{c.name}<" in page for c in found)
+    assert all(f">{c.name}<" in page for c in found) and "of bootstrap draws of the batches give the same" in page
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
