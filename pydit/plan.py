@@ -23,7 +23,7 @@ from pydit.presets import PRESETS
 
 FORMAT = "pydit-plan"
 VERSIONS = (1, 2)  # 1 has intervals alone; a plan that needs no more is still written as 1
-_H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
+H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
 
 
 def family_of(transformer: object) -> Family:
@@ -361,8 +361,8 @@ class PruningPlan:
             work = [plan.num_flops(config) for plan in (teacher, self)]
             rows.append(f"{2e-9 * before:.2f} GB in bfloat16 -> {2e-9 * after:.2f}; a forward at 6889 image and 512 "
                         f"text tokens: {work[0] / 1e12:.1f} TFLOP -> {work[1] / 1e12:.1f} "
-                        f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / _H200_FLOPS:.0f} ms -> "
-                        f"{1e3 * work[1] / _H200_FLOPS:.0f} on an H200 (predicted, not measured)")
+                        f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / H200_FLOPS:.0f} ms -> "
+                        f"{1e3 * work[1] / H200_FLOPS:.0f} on an H200 (predicted, not measured)")
         if note := self.provenance.get("note"):
             rows.append(str(note))
         sizes = self.block_parameters(config) if priced else []

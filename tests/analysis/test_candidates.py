@@ -28,6 +28,7 @@ def test_every_criterion_proposes(stats):
         kept = tiny.transformer(6)
         kept.transformer_blocks = kept.transformer_blocks[:4]
         assert candidate.parameters == sum(p.numel() for p in kept.parameters()) and abs(candidate.flops - 4 / 6) < 1e-9
+        assert candidate.latency_ms == 1e3 * candidate.plan.num_flops(stats.config) / 989e12
         sums = stats.ablation.losses[:, sorted(removed)].sum() / stats.ablation.norms.sum()
         assert abs(candidate.loss - float(sums)) < 1e-12 and candidate.low <= candidate.loss <= candidate.high
     losses = [c.loss for c in found if c.plan is not None]
