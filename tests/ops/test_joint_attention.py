@@ -110,6 +110,15 @@ def test_layouts(layout, device):
 
 
 @every_kernel
+def test_expanded_values(device):
+    """One prompt for all samples, and one head of keys for all: strides of 0."""
+    tensors = make((2, 70, 40, 2, 64), torch.bfloat16, device)
+    tensors[3:] = [x[:1].expand(2, -1, -1, -1) for x in tensors[3:]]
+    tensors[1:3] = [x[:, :, :1].expand(-1, -1, 2, -1) for x in tensors[1:3]]
+    check(tensors, device, lens=[40, 7])
+
+
+@every_kernel
 @pytest.mark.parametrize("lens", [[70, 70], [0, 70], [1, 69], [64, 12], [-5, 1000]])
 def test_lengths_values(lens, device):
     tensors = make((2, 60, 70, 1, 128), torch.float16, device)
