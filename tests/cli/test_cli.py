@@ -284,6 +284,7 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     first, second = (files.load_safetensors(p, what="test")[0] for p in (stats, again))
     assert all((first[name] == second[name]).all() for name in first) and "ablation.losses" in second
     assert not (tmp_path / "again.safetensors.partial").exists()
+    assert json.loads(out)["rows"]["image"] == [b.shape[1] for b in ActivationStats.load(stats).samples["image"]]
     table = run("plan", again, "--target", 0.4, "--compare", "--report", tmp_path / "report.html")
     assert all(name in table for name in ("amber", "laptop", "ppcl optimal", "uniform", "removed by"))
     page = (tmp_path / "report.html").read_text()
