@@ -152,6 +152,8 @@ def add_plan(commands: Any) -> None:
                         help="with STATS: the paper's rule, or least loss at the target (default: difference)")
     parser.add_argument("--budget", choices=("auto", "cka", "output"),
                         help="with STATS: what intervals of ppcl cost (default: auto, output after --ablate, else cka)")
+    parser.add_argument("--protect-first", type=count, metavar="N",
+                        help="with STATS: blocks at the start that are kept (default: 1, of ppcl 0)")
     parser.add_argument("--protect-last", type=whole, metavar="N",
                         help="with STATS: blocks at the end that are kept (default: 0)")
     parser.add_argument("--target", type=share, default=0.4,
@@ -194,6 +196,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
         options = {name: getattr(arguments, name) for name in ("reference", "selection", "budget", "protect_last")
                    if getattr(arguments, name) is not None}
+        if arguments.protect_first is not None:
+            options["first_layer" if arguments.method == "ppcl" else "protect_first"] = arguments.protect_first
         stats = ActivationStats.load(arguments.stats)
         with warnings_as_lines("plan"):
             plan = detect(stats, method=arguments.method, target=arguments.target, **options)
@@ -225,7 +229,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pydit.demo import console
 
     given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "reference",
-                                                 "selection", "budget", "protect_last")
+                                                 "selection", "budget", "protect_first", "protect_last")
              if getattr(arguments, name) is not None]
     if arguments.stats is None or given:
         raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
