@@ -265,8 +265,9 @@ def _formula(tensors, txt_lens, outs, lses, d_outs, d_lses, scale):
     d_q_img = stream(q_img, outs[0], lses[0], d_outs[0], d_lses[0], None)
     d_q_txt = k_txt.new_empty(0) if q_txt is None else stream(q_txt, outs[1], lses[1], d_outs[1], d_lses[1], keep)
     d_keys, d_values = d_keys.to(k_img.dtype), d_values.to(v_img.dtype)
-    return [x.contiguous() for x in (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt, d_keys[:, split:],
-                                     d_values[:, split:])]
+    # Results of an op share no memory, as two slices of one sample would.
+    return [x.contiguous() for x in (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt,
+                                     d_keys[:, split:].clone(), d_values[:, split:].clone())]
 
 
 define("joint_attention_backward(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt, Tensor k_txt, Tensor v_txt, "

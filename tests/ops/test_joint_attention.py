@@ -314,6 +314,22 @@ def test_opcheck(device):
 
 
 @every_kernel
+@pytest.mark.parametrize("queries", [True, False])
+def test_opcheck_without_gradients_and_of_the_backward(queries, device):
+    """One sample and head, where slices of a whole are contiguous: results must share no memory all the same."""
+    tensors = make((1, 20, 10, 1, 32), torch.bfloat16, device)
+    if not queries:
+        tensors[3] = None
+    lens = torch.tensor([7], dtype=torch.int32, device=device)
+    checks = ("test_schema", "test_faketensor")
+    for limit in (lens, None):
+        torch.library.opcheck(torch.ops.pydit.joint_attention.default, (*tensors, limit, 0.2, False), test_utils=checks)
+        outs = torch.ops.pydit.joint_attention(*tensors, limit, 0.2)
+        torch.library.opcheck(torch.ops.pydit.joint_attention_backward.default,
+                              (*tensors, limit, *outs, *map(torch.ones_like, outs), 0.2), test_utils=checks)
+
+
+@every_kernel
 def test_compiles_whole(device):
     tensors = make((1, 20, 10, 1, 32), torch.bfloat16, device)
     lens = torch.tensor([7], dtype=torch.int32, device=device)
