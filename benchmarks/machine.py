@@ -17,6 +17,8 @@ from pydit import backend
 PERIOD_SECONDS = 0.1
 THROTTLE_BITS = {0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
                  0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake", 0x100: "display clocks"}
+# Dense bf16 TFLOP/s of the data sheet, by a part of the device's name.
+PEAK_TFLOP_S = {"H200": 989.0, "H100 80GB HBM3": 989.0, "A100": 312.0}
 UNITS = {"sm_clock_mhz": "MHz SM", "memory_clock_mhz": "MHz memory", "power_w": "W", "temperature_c": "C"}
 
 
@@ -28,10 +30,16 @@ def describe(device: str) -> dict:
             **_commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        line |= {"device": properties.name, "cuda": torch.version.cuda, "sms": properties.multi_processor_count,
+        line |= {"device": properties.name, "peak_tflop_s": peak(properties.name), "cuda": torch.version.cuda,
+                 "sms": properties.multi_processor_count,
                  "memory_gib": round(properties.total_memory / 2**30, 1)}
         del line["threads"]
     return line
+
+
+def peak(device: str) -> float | None:
+    """The data sheet's dense bf16 rate of a GPU, TFLOP/s; None where it is not known here."""
+    return next((rate for name, rate in PEAK_TFLOP_S.items() if name in device), None)
 
 
 def sentence(machine: dict) -> str:

@@ -18,15 +18,15 @@ def render(data: dict) -> str:
     lines += [f"{op}: pydit ran the {path['path']} path" + (f" ({path['reason']})" if path["reason"] else "")
               for op, path in data.get("paths", {}).items()]
     width = max([len(f"{row['op']} {row['shape']}") for row in data["rows"]], default=2)
-    lines += ["", f"{'op and shape':{width}} {'dtype':5} {'provider':14} {'us':>10} {'IQR':>8} {'rate':>13} "
+    lines += ["", f"{'op and shape':{width}} {'dtype':5} {'provider':22} {'us':>10} {'IQR':>8} {'rate':>13} "
                   f"{'% limit':>8} {'ratio':>6}"]
     for row in data["rows"]:
-        lines += _row(row, width)
+        lines += _row(row, width, data["machine"].get("peak_tflop_s"))
     lines += [f"not run, out of time: {name}" for name in data["not_run"]]
     return "\n".join(lines)
 
 
-def _row(row: dict, width: int) -> list[str]:
+def _row(row: dict, width: int, peak: float | None) -> list[str]:
     head = f"{row['op'] + ' ' + row['shape']:{width}} {row['dtype']:5}"
     if "wrong" in row:
         return [f"{head} WRONG, not timed: {row['wrong']}"]
@@ -34,11 +34,13 @@ def _row(row: dict, width: int) -> list[str]:
     for name, entry in row["providers"].items():
         percent = entry["percent_of_limit"]
         note = "" if entry["method"] == row["providers"]["pydit"]["method"] else f"  (timed by {entry['method']})"
-        lines.append(f"{head if name == 'pydit' else '':{len(head)}} {name:14} {entry['us']:10.2f} "
+        if peak and rate(row, entry).endswith("TFLOP/s"):
+            note = f"  {100 * entry['tflop_s'] / peak:.1f}% of {peak:.0f} TFLOP/s" + note
+        lines.append(f"{head if name == 'pydit' else '':{len(head)}} {name:22} {entry['us']:10.2f} "
                      f"{entry['iqr_us']:8.2f} {rate(row, entry):>13} {'' if percent is None else f'{percent:.1f}%':>8} "
                      f"{entry['ratio']:6.2f}{note}")
-    lines += [f"{'':{len(head)}} {name:14} not raced: {reason}" for name, reason in row["not_raced"].items()]
-    lines += [f"{'':{len(head)}} {name:14} failed: {reason}" for name, reason in row["failed"].items()]
+    lines += [f"{'':{len(head)}} {name:22} not raced: {reason}" for name, reason in row["not_raced"].items()]
+    lines += [f"{'':{len(head)}} {name:22} failed: {reason}" for name, reason in row["failed"].items()]
     return lines
 
 

@@ -24,7 +24,7 @@ from pydit.presets import PRESETS
 FORMAT = "pydit-plan"
 VERSIONS = (1, 2)  # 1 has intervals alone; a plan that needs no more is still written as 1
 MAX_LAYERS = 4096  # a number in a file decides how much is held in memory; published models have up to 60
-_H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
+H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
 
 
 def family_of(transformer: object) -> Family:
@@ -314,7 +314,12 @@ class PruningPlan:
             The teacher's. Missing entries take the family's defaults; None means the published size.
         """
         family, full = FAMILIES[self.family], self.full_config(config)
-        return family.other_parameters(full) + sum(family.block_parameters(full, spec) for spec in self.blocks)
+        return family.other_parameters(full) + sum(self.block_parameters(full))
+
+    def block_parameters(self, config: Mapping[str, Any] | None = None) -> list[int]:
+        """Those of every student block; ``config`` as for :meth:`num_parameters`."""
+        family, full = FAMILIES[self.family], self.full_config(config)
+        return [family.block_parameters(full, spec) for spec in self.blocks]
 
     def num_flops(self, config: Mapping[str, Any] | None = None, *, image_tokens: int = 6889,
                   text_tokens: int = 512) -> int:
@@ -359,15 +364,15 @@ class PruningPlan:
             work = [plan.num_flops(config) for plan in (teacher, self)]
             rows.append(f"{2e-9 * before:.2f} GB in bfloat16 -> {2e-9 * after:.2f}; a forward at 6889 image and 512 "
                         f"text tokens: {work[0] / 1e12:.1f} TFLOP -> {work[1] / 1e12:.1f} "
-                        f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / _H200_FLOPS:.0f} ms -> "
-                        f"{1e3 * work[1] / _H200_FLOPS:.0f} on an H200 (predicted, not measured)")
+                        f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / H200_FLOPS:.0f} ms -> "
+                        f"{1e3 * work[1] / H200_FLOPS:.0f} on an H200 (predicted, not measured)")
         if note := self.provenance.get("note"):
             rows.append(str(note))
-        full = self.full_config(config) if priced else None
+        sizes = self.block_parameters(config) if priced else []
         rows.append(f"{'block':>5}  {'teacher layers':<14}  " + (f"{'parameters':>13}  " if priced else "") + "kind")
         for block, spec in enumerate(self.blocks):
             span = str(spec.source[0]) if len(spec.source) == 1 else f"{spec.source[0]}-{spec.source[-1]}"
-            size = f"{family.block_parameters(full, spec):>13,}  " if priced else ""
+            size = f"{sizes[block]:>13,}  " if priced else ""
             rows.append(f"{block:>5}  {span:<14}  {size}{spec.kind}")
         return "\n".join(rows)
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES, Case, Work
 from benchmarks.cases.qk_norm_rope import joint_qk_norm_rope
-from benchmarks.peers import compiled, eager_peer, never
-from benchmarks.peers.attention import attention_peers, joint
+from benchmarks.peers import Peer, compiled, eager_peer
+from benchmarks.peers.attention import attention_peers, joint, masked_attention_peers, sdpa
 from pydit import ops
 
 SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, text lengths or None
@@ -58,13 +57,32 @@ def joint_attention(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
         limits = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
         return (*image.unbind(2), *text.unbind(2), limits)
 
-    plain = (eager_peer(eager), compiled(eager))
-    peers = (*(without_lengths(peer) for peer in attention_peers()), *plain) if lens is None else (
-        *plain, never("flash-attention varlen", "packs the batch, which waits for the GPU"))
+    peers = (*attention_peers(), eager_peer(eager), compiled(eager)) if lens is None else (
+        *masked_attention_peers(), eager_peer(eager), compiled(eager),
+        Peer("samples alone", lambda: samples_alone(lens)))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     work = joint_attention_work(s_img, s_txt, lengths, h, d)
     beyond = portable_kernel(work, s_img, s_txt, lengths, lens is not None, h, d)
-    return Case("joint_attention", model, shape, dtype, work, make, _run, _exact, eager, peers, beyond)
+    return Case("joint_attention", model, shape, dtype, work, make, _run, _exact, eager, peers, beyond,
+                _whole)
+
+
+def samples_alone(lens: tuple[int, ...]):
+    """pydit's own op on each sample's real tokens, without padding: what a padded batch should not cost more than."""
+    def run(*args):
+        return [ops.joint_attention(*(x[b:b + 1] for x in args[:3]), *(x[b:b + 1, :n] for x in args[3:6]))
+                for b, n in enumerate(lens)]
+
+    return run
+
+
+def _whole(function, args):
+    """A result as one tensor per stream, where ``samples_alone`` has several."""
+    found = function(*args)
+    if isinstance(found, list):
+        padded = [torch.nn.functional.pad(out, (0, 0, 0, 0, 0, args[3].shape[1] - out.shape[1])) for _, out in found]
+        found = torch.cat([out for out, _ in found]), torch.cat(padded)
+    return found
 
 
 def portable_kernel(work: Work, s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: bool, h: int,
@@ -83,15 +101,6 @@ def portable_kernel(work: Work, s_img: int, s_txt: int, lens: tuple[int, ...], r
         if reads_lens:
             bytes_again += (tiles(s_img, 128) + tiles(s_txt, 128)) * h * 256 * 4
     return Work(bytes_again, flops - work.flops)
-
-
-def without_lengths(peer):
-    """The peers of benchmarks/peers/attention.py take six tensors; cases have the lengths behind them."""
-    def build():
-        run = peer.build()
-        return lambda *args: run(*args[:6])
-
-    return replace(peer, build=build)
 
 
 def normed_attention(model, b, s_img, s_txt, h, d, dtype) -> Case:
@@ -115,7 +124,7 @@ def normed_attention(model, b, s_img, s_txt, h, d, dtype) -> Case:
 
     def after_eager_norms(peer):
         """What users run: the model's own norms and embeddings, then that kernel."""
-        return replace(peer, build=lambda: normed(rope.eager, without_lengths(peer).build()))
+        return replace(peer, build=lambda: normed(rope.eager, peer.build()))
 
     def exact(*args):
         return normed(lambda *x: [t.double() for t in rope.exact(*x)], _exact)(*args)
@@ -140,18 +149,8 @@ def _run(*args):
     return ops.joint_attention(*args[:6], txt_lens=args[6])
 
 
-def eager(q_img, k_img, v_img, q_txt, k_txt, v_txt, lens):
-    """As diffusers runs it: concatenation, torch's attention with a mask where lengths differ, split."""
-    mask = keep = None
-    if lens is not None:
-        keep = torch.arange(k_txt.shape[1], device=lens.device) < lens[:, None]
-        mask = torch.cat((keep.new_ones(len(keep), k_img.shape[1]), keep), 1)[:, None, None]
-
-    def attention(q, k, v):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
-
-    out_img, out_txt = joint(attention)(q_img, k_img, v_img, q_txt, k_txt, v_txt)
-    return out_img, out_txt if keep is None else out_txt * keep[:, :, None, None]
+# As diffusers runs it: concatenation, torch's attention with a mask where lengths differ, split.
+eager = joint(sdpa())
 
 
 def _exact(*args):

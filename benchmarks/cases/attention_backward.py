@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.cases.attention import eager, without_lengths
-from benchmarks.peers import compiled, eager_peer, never
-from benchmarks.peers.attention import attention_peers
+from benchmarks.cases.attention import eager
+from benchmarks.peers import Peer, compiled, eager_peer, never
+from benchmarks.peers.attention import attention_peers, masked_attention_peers
 
 SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, text lengths or None
     "full": (("qwen-image", 1, 6889, 512, 24, 128, "bf16", None),
@@ -45,10 +45,10 @@ def joint_attention_backward(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
         outs, lses = _outputs(inputs, lens)
         return (*inputs, limits, *outs, *lses, *(torch.randn_like(out) for out in outs))
 
-    plain = (eager_peer(gradients(eager)), _compiled())
-    peers = (*(_differentiated(without_lengths(peer)) for peer in attention_peers() if peer.name != "sageattention"),
-             never("sageattention", "it has no backward"), *plain) if lens is None else (
-        *plain, never("flash-attention varlen", "packs the batch, which waits for the GPU"))
+    kernels = attention_peers() if lens is None else masked_attention_peers()
+    peers = (*(never(peer.name, "it has no backward") if peer.name == "sageattention" else _differentiated(peer)
+               for peer in kernels),
+             eager_peer(gradients(eager)), _compiled(), Peer("deterministic", lambda: _in_order))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     return Case("joint_attention_backward", model, shape, dtype,
                 joint_attention_backward_work(s_img, s_txt, lens or (s_txt,) * b, h, d), make, _run, _exact,
@@ -91,6 +91,20 @@ def _run(*args):
     lse = args[9:11]
     return tuple(torch.ops.pydit.joint_attention_backward(*args[:11], *args[11:], *map(torch.zeros_like, lse),
                                                           args[0].shape[3] ** -0.5))
+
+
+def _in_order(*args):
+    """pydit's own, with its sums in a fixed order. Memory of outputs is not filled first, which is torch's doing."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return _run(*args)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _outputs(inputs, lens):

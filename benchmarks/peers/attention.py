@@ -1,11 +1,13 @@
 """Peers of joint attention: the joint sequence is concatenated before and split after, which is what users run.
 
-Each takes (q_img, k_img, v_img, q_txt, k_txt, v_txt), all [B, S, H, D], and returns (out_img, out_txt). Image tokens
-come first: attention without a causal mask does not depend on the order, and padding of the text is then a suffix.
+Each takes (q_img, k_img, v_img, q_txt, k_txt, v_txt), all [B, S, H, D], and lengths of the text [B] or None, and
+returns (out_img, out_txt). Image tokens come first: attention without a causal mask does not depend on the order, and
+padding of the text is then a suffix.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.peers import Peer, always, needs_gpu
+from benchmarks.peers import Peer, always, needs_gpu, never
 
 _SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
          "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
@@ -34,39 +36,71 @@ def attention_peers() -> tuple[Peer, ...]:
     )
 
 
-def joint(attention: Callable) -> Callable:
-    """``attention(q, k, v)`` over [B, S, H, D], as a function of the two streams."""
+def masked_attention_peers() -> tuple[Peer, ...]:
+    """Those for texts of several lengths: the kernels that take a mask, and why the others do not run."""
+    return (
+        *(Peer(f"sdpa {name}, masked", lambda name=name: joint(sdpa(name)), always if name == "math" else needs_gpu())
+          for name in _SDPA if name != "flash"),
+        Peer("flex_attention, masked", lambda: joint(_flex(), blocks=True), needs_gpu("triton")),
+        never("sdpa flash", "it takes no mask"), never("sageattention", "it takes no mask"),
+        never("flash-attention varlen", "packs the batch, which waits for the GPU"),
+    )
 
-    def run(q_img, k_img, v_img, q_txt, k_txt, v_txt):
+
+def joint(attention: Callable, *, blocks: bool = False) -> Callable:
+    """``attention(q, k, v, mask)`` over [B, S, H, D], as a function of the two streams and the lengths of the text.
+
+    The mask is None without lengths, else bool [B, 1, 1, S], or with ``blocks`` flex_attention's block mask, which is
+    made once for a tensor of lengths, as a model makes it once for a prompt.
+    """
+    made: dict[int, object] = {}
+
+    def block_mask(lens, image, text):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        key = lens.data_ptr()
+        if key not in made:
+            made[key] = create_block_mask(lambda b, _h, _q, k: k < image + lens[b], len(lens), None, image + text,
+                                          image + text, device=lens.device)
+        return made[key]
+
+    def run(q_img, k_img, v_img, q_txt, k_txt, v_txt, lens=None):
         q, k, v = (torch.cat(pair, 1) for pair in ((q_img, q_txt), (k_img, k_txt), (v_img, v_txt)))
-        out = attention(q, k, v)
-        return tuple(part.contiguous() for part in out.split((q_img.shape[1], q_txt.shape[1]), 1))
+        image, text = q_img.shape[1], q_txt.shape[1]
+        mask = keep = None
+        if lens is not None:
+            keep = torch.arange(text, device=lens.device) < lens[:, None]
+            mask = block_mask(lens, image, text) if blocks else \
+                torch.cat((keep.new_ones(len(keep), image), keep), 1)[:, None, None]
+        out_img, out_txt = attention(q, k, v, mask).split((image, text), 1)
+        return out_img.contiguous(), out_txt.contiguous() if keep is None else out_txt * keep[:, :, None, None]
 
     return run
 
 
-def sdpa(name: str) -> Callable:
-    """torch's scaled_dot_product_attention held to one back end; it raises where that back end cannot run."""
+def sdpa(name: str | None = None) -> Callable:
+    """torch's scaled_dot_product_attention, held to one back end if named; it raises where that back end cannot run."""
 
-    def run(q, k, v):
-        with sdpa_kernel(_SDPA[name]):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    def run(q, k, v, mask=None):
+        with sdpa_kernel(_SDPA[name]) if name else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+        return out.transpose(1, 2)
 
     return run
 
 
-def _flex() -> Callable:
+def _flex(compiler: Callable = torch.compile) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    kernel = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: kernel(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    kernel = compiler(flex_attention, dynamic=False)
+    return lambda q, k, v, mask=None: kernel(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
 def _imported(module: str, name: str, **options) -> Callable:
     """``module.name``, with the output alone where it also returns the log-sum-exp."""
     function = getattr(importlib.import_module(module), name)
 
-    def run(q, k, v):
+    def run(q, k, v, _mask=None):
         out = function(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
 

@@ -278,8 +278,9 @@ PYBIND11_MODULE(_C, m) {
   sim.def("counters", [] {
     uint64_t counts[PYDIT_SIM_COUNTERS];
     pydit_sim_counters(counts);
-    const char* const names[PYDIT_SIM_COUNTERS] = {"global_loaded", "global_stored",   "shared_loaded", "shared_stored",
-                                                   "tensor_ops",    "shared_requests", "bank_conflicts"};
+    const char* const names[PYDIT_SIM_COUNTERS] = {"global_loaded",  "global_stored", "shared_loaded",
+                                                   "shared_stored",  "tensor_ops",    "shared_requests",
+                                                   "bank_conflicts", "warpgroups"};
     py::dict result;
     for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) result[names[i]] = counts[i];
     return result;

@@ -26,9 +26,10 @@ int pydit_sim_set_device(int device);
 void pydit_sim_set_race(int on);
 int pydit_sim_race_build(void);
 // Of the latest launch in a race build: bytes of global memory loaded and stored, bytes of shared memory loaded and
-// stored, multiply-adds of matrix instructions, load and store instructions of warps on shared memory, and the cycles
-// those lost to bank conflicts (banks.h). Every access counts, also one that a cache would serve.
-enum { PYDIT_SIM_COUNTERS = 7 };
+// stored, multiply-adds of matrix instructions, load and store instructions of warps on shared memory, the cycles those
+// lost to bank conflicts (banks.h), and warpgroups that multiplied (wgmma). Every access counts, also one that a cache
+// would serve.
+enum { PYDIT_SIM_COUNTERS = 8 };
 void pydit_sim_counters(uint64_t counts[PYDIT_SIM_COUNTERS]);
 // Why this host thread's last failed launch failed: kernel, block, thread, reason. "" when none has.
 const char* pydit_sim_last_report(void);

@@ -42,7 +42,16 @@ struct Launch {
   std::vector<Span> spans;
   std::atomic<uint64_t> counts[PYDIT_SIM_COUNTERS] = {};  // in the order of pydit_sim_counters
 };
-enum Counter { kGlobalLoaded, kGlobalStored, kSharedLoaded, kSharedStored, kTensorOps, kSharedRequests, kConflicts };
+enum Counter {
+  kGlobalLoaded,
+  kGlobalStored,
+  kSharedLoaded,
+  kSharedStored,
+  kTensorOps,
+  kSharedRequests,
+  kConflicts,
+  kWarpgroups
+};
 
 std::mutex mutex;
 std::map<const Kernel*, std::unique_ptr<Launch>> launches;
@@ -510,6 +519,7 @@ void allow(const void* pointer, size_t bytes, bool writable, const char* name) {
 
 namespace simt::count::detail {
 void tensor_ops(uint64_t n) { race::detector().count(race::kTensorOps, n); }
+void warpgroup() { race::detector().count(race::kWarpgroups, 1); }
 }  // namespace simt::count::detail
 
 void pydit_sim_set_race(int on) { simt::race::enabled = on != 0; }

@@ -136,10 +136,15 @@ class LaunchScope {
 namespace count {
 namespace detail {
 void tensor_ops(uint64_t n);
-}
+void warpgroup();
+}  // namespace detail
 // Multiply-adds of a matrix instruction, for the launch's counters.
 inline void tensor_ops(uint64_t n) {
   if (__builtin_expect(race::enabled, false)) detail::tensor_ops(n);
+}
+// A warpgroup's first product.
+inline void warpgroup() {
+  if (__builtin_expect(race::enabled, false)) detail::warpgroup();
 }
 }  // namespace count
 

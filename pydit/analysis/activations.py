@@ -130,8 +130,10 @@ class ActivationStats:
         ----------
         stream : ``"image"`` or ``"text"``.
         rows : what counts as an example. ``"token"`` (the default): every sampled token; images that differ in their
-            mean make tokens look alike. ``"image"``: the mean of an image's sampled tokens, one row for each image at
-            its noise level; needs batches of at least 4 images. The values differ; compare only like with like.
+            mean make tokens look alike. ``"image"``: image x timestep, the mean of an image's sampled tokens, one row
+            for each image at its noise level (an image that comes again at another level is another row; at one level
+            for all, rows are images); needs batches of at least 4 images. The values differ; compare only like with
+            like.
         clip : see :func:`pydit.stats.clip_outliers`; None leaves features as they are.
         level : of the interval.
         """

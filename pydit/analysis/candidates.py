@@ -14,7 +14,7 @@ from pydit.analysis.criteria import Scores, get_criterion, names
 from pydit.analysis.criteria.base import BLIND, removed_layers
 from pydit.analysis.detect import decide
 from pydit.errors import UserError
-from pydit.plan import PruningPlan
+from pydit.plan import H200_FLOPS, PruningPlan
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Candidate:
         without that block alone; None without an ablation.
     low, high : 95 % bootstrap interval of ``loss`` over calibration batches, or None.
     parameters : of the pruned transformer; None where the statistics do not know the configuration.
-    flops : of its blocks for one image at 1328 x 1328, as a share of the teacher's: what latency follows until it has
-        been measured.
+    flops : of its blocks for one image at 1328 x 1328, as a share of the teacher's.
+    latency_ms : predicted, of one forward of that image: those FLOPs at the peak of an H200's data sheet, so the least
+        that they can take there; nothing about latency has been measured.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Candidate:
     high: float | None = None
     parameters: int | None = None
     flops: float | None = None
+    latency_ms: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -102,8 +104,9 @@ def _price(stats: ActivationStats, plan: PruningPlan) -> dict[str, Any]:
     if stats.config is None:
         return {}
     whole = PruningPlan(plan.family, plan.num_layers)
-    return {"parameters": plan.num_parameters(stats.config),
-            "flops": plan.num_flops(stats.config) / whole.num_flops(stats.config)}
+    flops = plan.num_flops(stats.config)
+    return {"parameters": plan.num_parameters(stats.config), "flops": flops / whole.num_flops(stats.config),
+            "latency_ms": 1e3 * flops / H200_FLOPS}
 
 
 def _predicted(stats: ActivationStats, plan: PruningPlan) -> tuple[float, float, float] | tuple[()]:

@@ -38,6 +38,11 @@ def linearity(stats: ActivationStats) -> dict[str, list[float]]:
     return shares
 
 
+def sample_rows(stats: ActivationStats, stream: str) -> list[int]:
+    """Tokens of every sample batch that CKA takes."""
+    return [batch.shape[1] for batch in stats.sample_batches(stream)]
+
+
 def block_rows(stats: ActivationStats) -> list[dict[str, float]]:
     """Per block and stream: R2 of its probe, share of its change explained, CKA between its input and its output, and
     the condition number of the probe's matrix (None where it is singular)."""
@@ -56,19 +61,24 @@ def _finite(value: float) -> float | None:
 
 
 def print_statistics(stats: ActivationStats) -> None:
-    """One line per block."""
+    """One line per block, and the rows behind them."""
+    from pydit.stats.cka import describe_rows
+
     rows = block_rows(stats)
     console.table(["block", *(f"{stream} {name}" for stream in STREAMS for name in ("R2", "change", "CKA", "cond."))],
                   [[f"{value:.0e}" if name.startswith("condition") and value is not None else value
                     for name, value in row.items()] for row in rows])
     print("R2: of an affine map from a block's input to its output; change: the same for what the block adds; "
           "CKA: between input and output; cond.: condition number of the map's equations, - where singular.")
+    for stream in STREAMS:
+        print(f"CKA of {stream} tokens: {describe_rows(sample_rows(stats, stream))}")
 
 
 def as_json(stats: ActivationStats) -> dict[str, Any]:
     """The table and the matrices as plain data."""
     return {"family": stats.family, "num_layers": stats.num_layers, "images": stats.images_seen,
-            "blocks": block_rows(stats), "cka": {stream: m.tolist() for stream, m in cka_matrices(stats).items()}}
+            "blocks": block_rows(stats), "rows": {stream: sample_rows(stats, stream) for stream in STREAMS},
+            "cka": {stream: m.tolist() for stream, m in cka_matrices(stats).items()}}
 
 
 def print_results(results: dict[str, Result]) -> None:

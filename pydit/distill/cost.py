@@ -16,9 +16,8 @@ from pydit.distill.phases import boundaries
 from pydit.distill.residence import AHEAD
 from pydit.families import FAMILIES, BlockSpec
 from pydit.models import get_adapter
-from pydit.plan import PruningPlan
+from pydit.plan import H200_FLOPS, PruningPlan
 
-_PEAK = 989e12  # dense bfloat16 FLOP/s, NVIDIA H200 SXM data sheet
 _SHARE = 0.4  # of it that a training step reaches; assumed
 _SAVED = 34  # values per token and channel that a block keeps for its backward pass
 
@@ -51,7 +50,7 @@ class Estimate:
                 continue
             seconds = self.seconds[phase]
             hours = "until the time is up" if seconds is None else f"{seconds / 3600:.1f} h"
-            rows.append(f"phase {phase}: {flops / 1e12:.0f} TFLOP a step, {flops / (_PEAK * _SHARE):.2f} s, {hours} "
+            rows.append(f"phase {phase}: {flops / 1e12:.0f} TFLOP a step, {flops / (H200_FLOPS * _SHARE):.2f} s, {hours} "
                         f"(predicted at {100 * _SHARE:.0f} % of an H200's peak, not measured)")
         return "\n".join(rows)
 
@@ -161,7 +160,7 @@ def _stage(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Distil
     for phase, steps, cache in (("layers", settings.layers_steps, kept),
                                 ("output", settings.output_steps, kept_output)):
         seconds[phase] = None if steps is None else (
-            (min(steps, cache) if cache else steps) * looks[phase] + steps * learns[phase]) / (_PEAK * _SHARE)
+            (min(steps, cache) if cache else steps) * looks[phase] + steps * learns[phase]) / (H200_FLOPS * _SHARE)
     return Estimate(memory, flops, seconds, host, disk)
 
 

@@ -82,7 +82,7 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     out, tokens = out.transpose(1, 2), q_img.shape[1]
     if q_txt is None:
         return out, None, logs, None
-    out_txt, lse_txt = out[:, tokens:], logs[..., tokens:]
+    out_txt, lse_txt = out[:, tokens:].clone(), logs[..., tokens:].clone()  # results of an op share no memory
     if keep is not None:
         out_txt, lse_txt = text(out_txt), torch.where(keep[:, None], lse_txt, -torch.inf)
     return out[:, :tokens], out_txt, logs[..., :tokens], lse_txt

@@ -88,6 +88,10 @@ def pack_text(mask, *tensors):
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise TypeError(f"pack_text: mask: expected a bool tensor [B, S], got {got}")
     for x in tensors:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"pack_text: expected tensors behind mask, got {type(x).__name__}")
+        if x.device != mask.device:
+            raise ValueError(f"pack_text: expected tensors on {mask.device} like mask, got {x.device}")
         if x.shape[:2] != mask.shape:
             raise ValueError(f"pack_text: expected tensors [{mask.shape[0]}, {mask.shape[1]}, ...] like mask, "
                              f"got {list(x.shape)}")
@@ -105,17 +109,17 @@ def _expand(order, x):
 
 
 def _check_stream(stream, q, k, v, like):
-    tokens = k.shape[1] if isinstance(k, torch.Tensor) and k.ndim == 4 else "S"
-    for letter, x in (("q", q), ("k", k), ("v", v)):
-        name = f"{letter}_{stream}"
-        if x is None and name == "q_txt":
-            continue
+    given = [(f"{letter}_{stream}", x) for letter, x in (("q", q), ("k", k), ("v", v))]
+    if q is None and stream == "txt":
+        del given[0]
+    for name, x in given:
         _check_tensor(_OP, name, x, None if x is like else like)
         if x.ndim != 4:
             raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
+    for name, x in given:
         if x.shape[3] not in _HEAD_DIMS:
             raise ValueError(f"{_OP}: {name}: expected a head dim of 32, 64 or 128, got {x.shape[3]}")
-        expected = [like.shape[0], tokens, like.shape[2], like.shape[3]]
+        expected = [like.shape[0], k.shape[1], like.shape[2], like.shape[3]]
         if list(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, got {list(x.shape)}")
         _check_last_dim(_OP, name, x)
@@ -261,8 +265,9 @@ def _formula(tensors, txt_lens, outs, lses, d_outs, d_lses, scale):
     d_q_img = stream(q_img, outs[0], lses[0], d_outs[0], d_lses[0], None)
     d_q_txt = k_txt.new_empty(0) if q_txt is None else stream(q_txt, outs[1], lses[1], d_outs[1], d_lses[1], keep)
     d_keys, d_values = d_keys.to(k_img.dtype), d_values.to(v_img.dtype)
-    return [x.contiguous() for x in (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt, d_keys[:, split:],
-                                     d_values[:, split:])]
+    # Results of an op share no memory, as two slices of one sample would.
+    return [x.contiguous() for x in (d_q_img, d_keys[:, :split], d_values[:, :split], d_q_txt,
+                                     d_keys[:, split:].clone(), d_values[:, split:].clone())]
 
 
 define("joint_attention_backward(Tensor q_img, Tensor k_img, Tensor v_img, Tensor? q_txt, Tensor k_txt, Tensor v_txt, "

@@ -21,7 +21,8 @@ _MAX_GRAM_ROWS = 2048  # beyond this many rows an [n, n] Gram matrix costs more 
 
 
 def clip_outliers(features: torch.Tensor, limit: float) -> torch.Tensor:
-    """Limit features [..., n, d] to ``limit`` times the median magnitude of each [n, d], in their dtype.
+    """Limit features [..., n, d] to ``limit`` times the median magnitude of each [n, d], in their dtype; where that is
+    0, which says nothing of the rest, they stay as they are.
 
     A few massive activations decide CKA, cosines and norms: 8 of 4096 tokens that share one channel at 100 standard
     deviations make unrelated features look alike (CKA 0.9).
@@ -29,6 +30,7 @@ def clip_outliers(features: torch.Tensor, limit: float) -> torch.Tensor:
     if not limit > 0:
         raise UserError(f"clip: expected a number above 0, got {limit!r}")
     bound = limit * features.abs().flatten(-2).median(-1).values[..., None, None]
+    bound = torch.where(bound == 0, torch.inf, bound)
     return torch.minimum(torch.maximum(features, -bound), bound)
 
 
@@ -52,6 +54,14 @@ def bootstrap_ratios(numerators: torch.Tensor, denominators: torch.Tensor, resam
     weights = torch.cat((torch.full((1, len(numerators)), 1 / len(numerators), dtype=torch.float64),
                          bootstrap_weights(len(numerators), resamples, 0)))
     return weights @ numerators / (weights @ denominators)
+
+
+def describe_rows(rows: Sequence[int]) -> str:
+    """Batches and their rows in one line; batches shorter than the longest are named, the first few of them."""
+    longest = max(rows, default=0)
+    short = [f"batch {index} has {n}" for index, n in enumerate(rows) if n < longest]
+    more = f" and {len(short) - 4} more are shorter" if len(short) > 4 else ""
+    return f"{len(rows)} batches of {longest} rows" + (f"; {', '.join(short[:4])}{more}" if short else "")
 
 
 class CKA:
@@ -101,10 +111,8 @@ class CKA:
         return len(self._hsic)
 
     def describe(self) -> str:
-        """Batches and their rows in one line; batches shorter than the longest are named."""
-        longest = max(self.rows, default=0)
-        short = [f"batch {index} has {n}" for index, n in enumerate(self.rows) if n < longest]
-        return f"{self.batches} batches of {longest} rows" + (f"; {', '.join(short)}" if short else "")
+        """:func:`describe_rows` of what was seen."""
+        return describe_rows(self.rows)
 
     def merge(self, other: CKA) -> CKA:
         """Add the batches that ``other`` has seen. Returns self."""
@@ -179,7 +187,7 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor, *, debiased: bool = True) -> fl
     Raises
     ------
     UserError
-        Shapes that do not pair up, or too few rows.
+        Shapes that do not pair up, too few rows, or values that are not finite.
     """
     for name, tensor in (("x", x), ("y", y)):
         if tensor.ndim != 2 or not tensor.is_floating_point():
@@ -189,10 +197,14 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor, *, debiased: bool = True) -> fl
         raise UserError(f"x, y: expected the same number of rows, at least {least}, got {len(x)} and {len(y)}")
     if debiased and len(x) <= _MAX_GRAM_ROWS:
         u, v = u_centred_gram(x), u_centred_gram(y)
-        return float(normalise((u * v).sum(), (u * u).sum(), (v * v).sum()))
-    hsic = debiased_hsic_features if debiased else _biased_hsic_features
-    x, y = centred(x), centred(y)
-    return float(normalise(hsic(x, y), hsic(x, x), hsic(y, y)))
+        terms = (u * v).sum(), (u * u).sum(), (v * v).sum()
+    else:
+        hsic = debiased_hsic_features if debiased else _biased_hsic_features
+        x, y = centred(x), centred(y)
+        terms = hsic(x, y), hsic(x, x), hsic(y, y)
+    if not bool(torch.isfinite(torch.stack(terms)).all()):
+        raise UserError("x, y: expected finite values, got NaN or infinity")
+    return float(normalise(*terms))
 
 
 def debiased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

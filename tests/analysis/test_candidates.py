@@ -28,6 +28,7 @@ def test_every_criterion_proposes(stats):
         kept = tiny.transformer(6)
         kept.transformer_blocks = kept.transformer_blocks[:4]
         assert candidate.parameters == sum(p.numel() for p in kept.parameters()) and abs(candidate.flops - 4 / 6) < 1e-9
+        assert candidate.latency_ms == 1e3 * candidate.plan.num_flops(stats.config) / 989e12
         sums = stats.ablation.losses[:, sorted(removed)].sum() / stats.ablation.norms.sum()
         assert abs(candidate.loss - float(sums)) < 1e-12 and candidate.low <= candidate.loss <= candidate.high
     losses = [c.loss for c in found if c.plan is not None]
@@ -53,7 +54,7 @@ def test_page_shows_every_candidate(stats, tmp_path):
     found = report.write(stats, tmp_path / "report.html", target=2)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
-    assert all(f">{c.name}<" in page for c in found)
+    assert all(f">{c.name}<" in page for c in found) and "of bootstrap draws of the batches give the same" in page
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 

@@ -164,6 +164,31 @@ def test_laptop_counts_parameters(stats):
         detect(stats, method="laptop", target=1, sizes=(1, 2))
 
 
+def test_laptop_knows_the_sizes_of_the_blocks():
+    """FLUX.1: a single block has 0.42 of a dual one's parameters, and the target counts those."""
+    stats = ActivationStats("flux.1", 57, 8, starts=(0, 19), config={})
+    losses = torch.ones(4, 57, dtype=torch.float64)
+    losses[:, 1], losses[:, 20:25] = 0.5, 0.3  # per parameter a dual block at 0.5 is cheaper than a single one at 0.3
+    stats.add_ablation(Ablation(losses, torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64),
+                                torch.arange(4)))
+    scores = score(stats, method="laptop")
+    model = tiny.flux()
+    config = {name: model.config[name] for name in ("num_attention_heads", "attention_head_dim", "num_layers",
+                                                    "num_single_layers")}
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    own = ActivationStats("flux.1", len(blocks), 8, starts=(0, len(model.transformer_blocks)), config=config)
+    own.add_ablation(Ablation(losses[:, :len(blocks)], *(torch.ones(4, dtype=torch.float64) for _ in range(2)),
+                              torch.arange(4)))
+    assert score(own, method="laptop").matrices["sizes"].tolist() == [sum(p.numel() for p in b.parameters())
+                                                                      for b in blocks]
+    dual, single = scores.matrices["sizes"][[0, 20]].tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = analysis.select(scores, target=dual / (19 * dual + 38 * single))
+        assert plan.provenance["removed"] == [1]
+        assert analysis.select(scores, target=1 / 57, sizes=(1,) * 57).provenance["removed"] == [20]
+
+
 def test_uniform_and_random(stats):
     assert detect(stats, method="uniform", target=3).provenance["removed"] == [1, 3, 5]
     assert detect(stats, method="uniform", target=1).provenance["removed"] == [3]

@@ -262,6 +262,22 @@ def test_warns_when_the_choice_is_inside_the_noise():
     assert select(far, target=1).provenance["stability"] == 1.0
 
 
+def test_warns_when_the_units_are_inside_the_noise():
+    """Without a target: batches that put a unit now above the floor, now below, or agree; by either rule."""
+    def scores(losses):
+        hsic = torch.stack([torch.stack((matrix(4, {2: [a]}), torch.ones(4, 4), torch.ones(4, 4))) for a in losses])
+        found = scores_of(hsic[:, 0].mean(0))
+        return dataclasses.replace(found, matrices={**found.matrices, "image_hsic": hsic, "text_hsic": hsic})
+
+    for rule in ("bootstrap", "literal"):
+        with pytest.warns(UserWarning, match="ppcl: the choice is inside the noise"):
+            plan = select(scores([0.01, 0.048] * 4), min_cka=0.97, rule=rule)
+        assert plan.intervals == ((2, 3),) and 0.2 < plan.provenance["stability"] < 0.95
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert select(scores([0.01, 0.02] * 4), min_cka=0.97, rule=rule).provenance["stability"] == 1.0
+
+
 def test_a_criterion_that_does_not_hear_the_output_is_named():
     """Layers 3 and 6 are affine and CKA takes them; the output needs 6 and 3, and does without 1 and 2."""
     stats = synthetic.stats("nnnanna")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.peers import Peer, compiled, needs_gpu, never
-from benchmarks.peers.attention import attention_peers
+from benchmarks.peers.attention import _flex, attention_peers, joint, masked_attention_peers, sdpa
 from benchmarks.peers.linear import linear_peers
 from pydit.testing import assert_accurate
 
@@ -72,3 +72,22 @@ def test_absent_peers_give_their_reason():
         assert needs_gpu("torch")() == (False, "no GPU")
     assert Peer("y", lambda: abs).available() == (True, "")
     assert compiled(abs).name == "torch.compile"
+
+
+@pytest.mark.parametrize("kernel", [lambda: joint(sdpa("math")), lambda: joint(sdpa()),
+                                    lambda: joint(_flex(lambda function, dynamic: function), blocks=True)])
+def test_masked_peers_leave_padding_out(kernel):
+    image, text = ([draw(2, s, 3, 8) for _ in range(3)] for s in (9, 4))
+    outs = kernel()(*image, *text, torch.tensor([4, 1], dtype=torch.int32))
+    for b, n in enumerate((4, 1)):
+        whole = [torch.cat((i[b:b + 1], t[b:b + 1, :n]), 1) for i, t in zip(image, text, strict=True)]
+        exact, eager = attention(*(x.double() for x in whole)), attention(*whole)
+        assert_accurate(outs[0][b:b + 1], exact[:, :9], eager[:, :9], name="image")
+        assert_accurate(outs[1][b:b + 1, :n], exact[:, 9:], eager[:, 9:], name="text")
+        assert not outs[1][b, n:].any()
+
+
+def test_every_kernel_that_takes_a_mask_is_named():
+    assert [peer.name for peer in masked_attention_peers()] == [
+        "sdpa cudnn, masked", "sdpa efficient, masked", "sdpa math, masked", "flex_attention, masked", "sdpa flash",
+        "sageattention", "flash-attention varlen"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import registry
+from benchmarks import registry, runner
 from benchmarks.cases import Work
 from pydit.errors import UserError
 
@@ -89,3 +89,18 @@ def test_inputs_are_random_and_not_zero():
     for case in SMALL:
         first, second = case.make("cpu"), case.make("cpu")
         assert not torch.equal(first[0], second[0]) and first[0].std() > 0.5
+
+
+@pytest.mark.parametrize("op", ["joint_attention", "joint_attention_backward"])
+def test_peers_of_a_padded_batch_are_right(op):
+    """Those that can run on a CPU: with masks, each sample alone, sums in a fixed order."""
+    case = next(case for case in SMALL if case.op == op and case.shape.endswith("/40,9"))
+    args, names = case.make("cpu"), []
+    modes = torch.is_deterministic_algorithms_warn_only_enabled, torch.are_deterministic_algorithms_enabled
+    before = [mode() for mode in modes]
+    for peer in case.peers:
+        if peer.available()[0] and peer.name not in ("eager", "torch.compile"):
+            runner.verify(peer.build(), case, args)
+            names.append(peer.name)
+    assert names == ["sdpa math, masked", "samples alone" if op == "joint_attention" else "deterministic"]
+    assert [mode() for mode in modes] == before

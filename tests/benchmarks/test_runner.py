@@ -168,3 +168,12 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert pydit(["bench", "--size", "small", "--peers", "none", "--rounds", "3", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("pydit bench: error: ") and re.search(message, error)
+
+
+def test_rates_stand_against_the_data_sheet():
+    assert machine.peak("NVIDIA H200") == machine.peak("NVIDIA H100 80GB HBM3") == 989 and machine.peak("AMD EPYC") is None
+    found = registry.find("joint_attention/tiny", "small")[1]
+    row = runner.run_case(dataclasses.replace(found, peers=()), "cpu", {}, rounds=3)
+    row["providers"]["pydit"]["tflop_s"] = 494.5
+    data = {"machine": machine.describe("cpu") | {"peak_tflop_s": 989.0}, "limits": {}, "rows": [row], "not_run": []}
+    assert "50.0% of 989 TFLOP/s" in table.render(data)

@@ -289,6 +289,11 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     first, second = (files.load_safetensors(p, what="test")[0] for p in (stats, again))
     assert all((first[name] == second[name]).all() for name in first) and "ablation.losses" in second
     assert not (tmp_path / "again.safetensors.partial").exists()
+    for method in ("ppcl", "laptop"):
+        kept = json.loads(run("plan", again, "--target", 0.3, "--method", method, "--protect-first", 2, "--protect-last", 1,
+                              *(("--selection", "optimal") if method == "ppcl" else ()), "--json"))["intervals"]
+        assert min(start for start, _ in kept) >= (2 if method == "ppcl" else 1) and max(end for _, end in kept) <= 4
+    assert json.loads(out)["rows"]["image"] == [b.shape[1] for b in ActivationStats.load(stats).samples["image"]]
     table = run("plan", again, "--target", 0.4, "--compare", "--report", tmp_path / "report.html")
     assert all(name in table for name in ("amber", "laptop", "ppcl optimal", "uniform", "removed by"))
     page = (tmp_path / "report.html").read_text()

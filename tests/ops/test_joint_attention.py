@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from pydit import backend, ops
 from pydit.testing import assert_accurate
@@ -109,6 +110,15 @@ def test_layouts(layout, device):
 
 
 @every_kernel
+def test_expanded_values(device):
+    """One prompt for all samples, and one head of keys for all: strides of 0."""
+    tensors = make((2, 70, 40, 2, 64), torch.bfloat16, device)
+    tensors[3:] = [x[:1].expand(2, -1, -1, -1) for x in tensors[3:]]
+    tensors[1:3] = [x[:, :, :1].expand(-1, -1, 2, -1) for x in tensors[1:3]]
+    check(tensors, device, lens=[40, 7])
+
+
+@every_kernel
 @pytest.mark.parametrize("lens", [[70, 70], [0, 70], [1, 69], [64, 12], [-5, 1000]])
 def test_lengths_values(lens, device):
     tensors = make((2, 60, 70, 1, 128), torch.float16, device)
@@ -156,8 +166,12 @@ def test_any_shape(device, data):
              data.draw(st.integers(0, 90), "S_txt"), data.draw(st.integers(1, 2), "H"),
              data.draw(st.sampled_from([32, 64, 128]), "D"))
     lens = data.draw(st.none() | st.lists(st.integers(0, shape[2]), min_size=shape[0], max_size=shape[0]), "lens")
+    size = data.draw(st.sampled_from([1e-3, 1.0, 30.0]), "size")  # logits from 1e-6 to thousands
     tensors = make(shape, data.draw(st.sampled_from([torch.bfloat16, torch.float16])), device,
-                   seed=data.draw(st.integers(0, 9)), layout=data.draw(st.sampled_from(LAYOUTS)))
+                   seed=data.draw(st.integers(0, 9)), layout=data.draw(st.sampled_from(LAYOUTS)), size=size)
+    for b, n in enumerate(lens or []):
+        for x in tensors[3:]:
+            x[b, n:] = math.nan
     # Of a handful of rows torch's own lse may be exact, which leaves a bound of one ulp: other tests judge lse.
     check(tensors, device, lens=lens, scale=data.draw(st.none() | st.floats(0.01, 2)), lse=False)
 
@@ -300,6 +314,22 @@ def test_opcheck(device):
 
 
 @every_kernel
+@pytest.mark.parametrize("queries", [True, False])
+def test_opcheck_without_gradients_and_of_the_backward(queries, device):
+    """One sample and head, where slices of a whole are contiguous: results must share no memory all the same."""
+    tensors = make((1, 20, 10, 1, 32), torch.bfloat16, device)
+    if not queries:
+        tensors[3] = None
+    lens = torch.tensor([7], dtype=torch.int32, device=device)
+    checks = ("test_schema", "test_faketensor")
+    for limit in (lens, None):
+        torch.library.opcheck(torch.ops.pydit.joint_attention.default, (*tensors, limit, 0.2, False), test_utils=checks)
+        outs = torch.ops.pydit.joint_attention(*tensors, limit, 0.2)
+        torch.library.opcheck(torch.ops.pydit.joint_attention_backward.default,
+                              (*tensors, limit, *outs, *map(torch.ones_like, outs), 0.2), test_utils=checks)
+
+
+@every_kernel
 def test_compiles_whole(device):
     tensors = make((1, 20, 10, 1, 32), torch.bfloat16, device)
     lens = torch.tensor([7], dtype=torch.int32, device=device)
@@ -334,12 +364,55 @@ def test_a_mask_with_holes(device):
     with pytest.raises(TypeError, match=r"mask: expected a bool tensor \[B, S\], got torch.float32 \[2, 3\]"):
         ops.pack_text(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"expected tensors \[2, 12, ...\] like mask, got \[2, 5\]"):
-        ops.pack_text(mask, torch.ones(2, 5))
+        ops.pack_text(mask, torch.ones(2, 5, device=device))
+    with pytest.raises(TypeError, match="expected tensors behind mask, got list"):
+        ops.pack_text(mask, [1])
+
+
+def masked(mask, tensors):
+    lens, order, *packed = ops.pack_text(mask, *tensors[3:])
+    out_img, out_txt = ops.joint_attention(*tensors[:3], *packed, txt_lens=lens)
+    return out_img, ops.unpack_text(order, out_txt)
+
+
+def test_packing_reads_nothing_on_the_host():
+    """Tensors without data: whoever asks for a value of one, as a synchronisation does, is refused."""
+    with FakeTensorMode():
+        mask, tensors = torch.ones(2, 12, dtype=torch.bool), make((2, 30, 12, 1, 32), torch.bfloat16, "cpu")
+        assert [out.shape[1] for out in masked(mask, tensors)] == [30, 12]
+        with pytest.raises(DataDependentOutputException):
+            bool(mask.all())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+def test_packing_waits_for_nothing_and_is_recorded_in_a_graph(device):
+    tensors = make((2, 30, 12, 1, 32), torch.bfloat16, device)
+    mask = torch.rand(2, 12, device=device) < 0.6
+    masked(mask, tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masked(mask, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = masked(mask, tensors)
+    mask.copy_(~mask)  # a replay sees other lengths
+    graph.replay()
+    for a, b in zip(found, masked(mask, tensors), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("change", "error", "words"), [
     (dict(q_img=lambda t: t.tolist()), TypeError, "q_img: expected a torch.Tensor, got list"),
+    (dict(k_img=lambda t: t.tolist()), TypeError, "k_img: expected a torch.Tensor, got list"),
+    (dict(k_txt=lambda t: None), TypeError, "k_txt: expected a torch.Tensor, got NoneType"),
+    (dict(q_img=lambda t: None), TypeError, "q_img: expected a torch.Tensor, got NoneType"),
     (dict(k_img=lambda t: t.float()), TypeError, "k_img: expected torch.bfloat16 like the first argument"),
+    (dict(k_img=lambda t: t[0]), ValueError, r"k_img: expected shape \[B, S, H, D\], got \[8, 2, 32\]"),
+    (dict(k_txt=lambda t: t[:0]), ValueError, r"k_txt: expected shape \[1, 4, 2, 32\], got \[0, 4, 2, 32\]"),
+    (dict(k_img=lambda t: torch.cat((t, t), 3)), ValueError,
+     r"k_img: expected shape \[1, 8, 2, 32\], got \[1, 8, 2, 64\]"),
     (dict(v_img=lambda t: t[0]), ValueError, r"v_img: expected shape \[B, S, H, D\], got \[8, 2, 32\]"),
     (dict(k_img=lambda t: t[:, :, :1]), ValueError, r"k_img: expected shape \[1, 8, 2, 32\], got \[1, 8, 1, 32\]"),
     (dict(v_txt=lambda t: t[:, :3]), ValueError, r"v_txt: expected shape \[1, 4, 2, 32\], got \[1, 3, 2, 32\]"),

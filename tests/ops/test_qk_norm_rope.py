@@ -40,6 +40,12 @@ def _check(q, k, w_q, w_k, freqs, eps=1e-6):
         assert result.is_contiguous() and result.dtype == x.dtype
 
 
+@pytest.mark.parametrize("device", ["sim", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+def test_more_samples_than_a_grid_has_rows(device):
+    """A CUDA grid has at most 65535 blocks in y."""
+    _check(*_inputs((65537, 1, 1, 2), torch.bfloat16, device))
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(device, shape, dtype):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import registry
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")]
 
@@ -23,7 +25,9 @@ from benchmarks import registry
 from pydit import backend
 module, _ = backend.extension()
 assert module.sim.race_build
-for case in registry.cases("small"):
+from benchmarks.cases.attention import joint_attention
+more = [joint_attention("counted", 1, image, text, 1, dim, "bf16", None) for image, text, dim in %s]
+for case in more or registry.cases("small"):
     case.run(*case.make("cpu"))
     beyond = case.beyond and [case.beyond.bytes, case.beyond.flops]
     print(json.dumps([case.name, case.work.bytes, case.work.flops, beyond, module.sim.counters()]))
@@ -59,8 +63,9 @@ def test_kernels_are_free_of_races(environment, seed, copies, left_out):
     assert " passed" in done.stdout
 
 
-def counts(environment, arch):
-    done = subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, env={**environment, "PYDIT_SIM_ARCH": arch},
+def counts(environment, arch, attention=()):
+    """By case: bytes, FLOPs, beyond, counters. Of the small cases, or of attention with (image, text, dim)."""
+    done = subprocess.run([sys.executable, "-c", COUNT % list(attention)], cwd=ROOT, env={**environment, "PYDIT_SIM_ARCH": arch},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
@@ -80,8 +85,20 @@ def test_counts_match_the_models_of_the_benchmarks(environment):
     assert modelled >= 5
 
 
-def test_the_hopper_kernel_reads_what_its_model_says(environment):
-    """At D = 128 its tiles have as many queries as the portable kernel's, so it reads keys and values as often."""
-    size, _, beyond, found = counts(environment, "90a")["joint_attention/tiny/1x200+40x1x128/bf16"]
-    assert found["global_loaded"] + found["global_stored"] == pytest.approx(size + beyond[0], rel=0.05)
-    assert found["bank_conflicts"] == 0
+def test_the_hopper_kernel_is_built_and_reads_as_its_model_says(environment):
+    """Its warpgroups, and the bytes at 6889 + 512: counted at two sizes, which gives what a token costs and what a
+    token costs each tile of queries, and scaled. At D = 128 its tiles have as many queries as the portable kernel's,
+    so it reads keys and values as often."""
+    small, large, narrow = counts(environment, "90a", [(200, 40, 128), (390, 128, 128), (200, 40, 64)]).values()
+    measured = [row[3]["global_loaded"] + row[3]["global_stored"] for row in (small, large)]
+    for count, (size, _, beyond, found) in zip(measured, (small, large), strict=True):
+        assert count == pytest.approx(size + beyond[0], rel=0.05) and found["bank_conflicts"] == 0
+    # Tiles have 128 queries, two warpgroups of 64, or at D = 64 192, three; a block per tile, four multiprocessors.
+    assert [row[3]["warpgroups"] for row in (small, large, narrow)] == [2 * 3, 2 * 4, 3 * 3]
+    (tiles, tokens), (more_tiles, more_tokens) = (2 + 1, 240), (4 + 1, 518)
+    per_tile = (measured[1] / more_tokens - measured[0] / tokens) / (more_tiles - tiles)
+    per_token = measured[0] / tokens - per_tile * tiles
+    full = registry.find("joint_attention/qwen-image/1x6889+512x24x128/bf16")[0]
+    scaled = 24 * (6889 + 512) * (per_tile * (54 + 4) + per_token)
+    assert scaled == pytest.approx(full.work.bytes + full.beyond.bytes, rel=0.05)
+    assert scaled / 1e9 == pytest.approx(5.3 + 0.18, rel=0.05)  # what the kernel's head says

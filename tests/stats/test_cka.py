@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydit.errors import UserError
 from pydit.ops.reference import centred, u_centred_gram
 from pydit.stats import CKA, clip_outliers, linear_cka
-from pydit.stats.cka import debiased_hsic_features
+from pydit.stats.cka import debiased_hsic_features, describe_rows
 
 
 def features(n, widths, seed=0, dtype=torch.float64):
@@ -92,6 +92,8 @@ def test_clip_takes_shared_outliers_out():
     assert linear_cka(x, y) > 0.7
     assert abs(linear_cka(clip_outliers(x, 5.0), clip_outliers(y, 5.0))) < 0.1
     assert torch.equal(clip_outliers(x, 1e9), x)
+    sparse = torch.where(torch.rand(1024, 64, generator=generator) < 0.7, 0.0, x)  # a median of 0
+    assert torch.equal(clip_outliers(sparse, 5.0), sparse)
     with pytest.raises(UserError, match="clip: expected a number above 0, got 0"):
         clip_outliers(x, 0)
 
@@ -190,6 +192,9 @@ def test_errors():
         CKA(2).update([x, y[:5]])
     with pytest.raises(UserError, match="expected finite values"):
         CKA(2).update([x, y * torch.inf])
+    for debiased in (True, False):
+        with pytest.raises(UserError, match="x, y: expected finite values"):
+            linear_cka(x, y * torch.nan, debiased=debiased)
     with pytest.raises(UserError, match="at least 1 batch, got 0"):
         CKA(2).matrix()
     with pytest.raises(UserError, match="at least 2 batches, got 1"):
@@ -210,3 +215,5 @@ def test_rows_of_batches_are_reported():
     other.load_state_dict(cka.state_dict())
     assert other.merge(cka).rows == [10, 10, 6] * 2
     assert cka.describe() == "3 batches of 10 rows; batch 2 has 6"
+    assert describe_rows([9, *range(6)]) == ("7 batches of 9 rows; batch 1 has 0, batch 2 has 1, batch 3 has 2, "
+                                             "batch 4 has 3 and 2 more are shorter")

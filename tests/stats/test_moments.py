@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pydit.errors import UserError
 from pydit.stats import LinearProbe, Moments
@@ -64,6 +66,26 @@ def test_merge_in_any_order():
     left, right = parts[0].merge(parts[1]), parts[2].merge(parts[3])
     assert_same(left.merge(right), reference(x, y), rtol=1e-9)
     assert right.count == 179
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_split_and_any_order_of_merges(data):
+    """Rows cut anywhere, each part streamed in batches of its own, parts merged two by two in any order."""
+    x, y = rows(offset=data.draw(st.sampled_from([0.0, 1e3])))
+    cuts = sorted(data.draw(st.lists(st.integers(0, 200), max_size=5)))
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, 200], strict=True):
+        size = data.draw(st.integers(1, 60))
+        a, b = x[start:end].split(size), y[start:end].split(size)
+        parts.append(Moments(6, 4))
+        for pair in zip(a, b, strict=True):
+            parts[-1].update(*pair)
+    while len(parts) > 1:
+        one = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        parts[data.draw(st.integers(0, len(parts) - 1))].merge(one)
+    assert parts[0].count == 200
+    assert_same(parts[0], reference(x, y), rtol=1e-9)
 
 
 def test_merge_with_empty_is_identity():

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxHeadDim = 256;
+constexpr int64_t kMaxGridY = 65535;
 
 template <typename T>
 __device__ __forceinline__ T* head_vector(const pydit_heads& t, int64_t b, int64_t s, int64_t h) {
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const __grid_con
   const int token_in_block = group / groups_per_token;
   const unsigned block = second ? blockIdx.x - streams.first_blocks : blockIdx.x;
   const int64_t s = static_cast<int64_t>(block) * tokens_per_block + token_in_block;
-  const int64_t b = blockIdx.y;
-  const bool has_token = token_in_block < tokens_per_block && s < p.tokens;
+  const int64_t b = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const bool has_token = token_in_block < tokens_per_block && s < p.tokens && b < p.batch;
 
   float cosine[kVectors][kWidth / 2], sine[kVectors][kWidth / 2];
 #pragma unroll
@@ -162,9 +163,10 @@ int launch_groups(const char* op, Streams<kStreams> streams) {
     blocks += static_cast<unsigned>((p.tokens + tokens_per_block - 1) / tokens_per_block);
     if (p.tokens > 0) name_tensors<T>(p);
   }
-  return launch_status(op, PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide, kStreams>),
-                                        dim3(blocks, static_cast<unsigned>(first.batch)), dim3(kThreads), 0,
-                                        static_cast<cudaStream_t>(first.stream), streams));
+  const int64_t depth = (first.batch + kMaxGridY - 1) / kMaxGridY;
+  const dim3 grid(blocks, static_cast<unsigned>((first.batch + depth - 1) / depth), static_cast<unsigned>(depth));
+  return launch_status(op, PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide, kStreams>), grid,
+                                        dim3(kThreads), 0, static_cast<cudaStream_t>(first.stream), streams));
 }
 
 template <typename T>
@@ -191,8 +193,8 @@ int launch(const char* op, const Streams<kStreams>& streams) {
 int check(const char* op, const pydit_qk_norm_rope_params& p) {
   if (p.head_dim < 2 || p.head_dim > kMaxHeadDim || p.head_dim % 2 != 0)
     return bad_argument("%s: head_dim: expected an even number from 2 to %d, got %d", op, kMaxHeadDim, p.head_dim);
-  if (p.batch < 0 || p.batch > 65535)
-    return bad_argument("%s: batch: expected 0 to 65535, got %lld", op, static_cast<long long>(p.batch));
+  if (p.batch < 0 || p.batch > INT32_MAX)
+    return bad_argument("%s: batch: expected 0 to 2^31 - 1, got %lld", op, static_cast<long long>(p.batch));
   if (p.tokens < 0 || p.tokens > INT32_MAX)
     return bad_argument("%s: tokens: expected 0 to 2^31 - 1, got %lld", op, static_cast<long long>(p.tokens));
   if ((p.cos == nullptr) != (p.sin == nullptr))

@@ -246,15 +246,23 @@ class Laptop(_Global):
 
     Parameters
     ----------
-    sizes : parameters of every block; None: all blocks are alike.
+    sizes : parameters of every block; None: those of the model that the statistics are of, where they know its
+        configuration (the score ``sizes``), and otherwise all blocks are alike.
     """
 
     sizes: tuple[int, ...] | None = None
     method = "laptop"
 
+    def score(self, stats: ActivationStats) -> Scores:
+        scores = super().score(stats)
+        if stats.config is not None:
+            plan = PruningPlan(stats.family, stats.num_layers)
+            scores.matrices["sizes"] = torch.tensor(plan.block_parameters(stats.config), dtype=torch.float64)
+        return scores
+
     def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
         count, layers = self._count(scores, target), scores.num_layers
-        sizes = self.sizes or (1,) * layers
+        sizes = self.sizes or [int(n) for n in scores.matrices.get("sizes", torch.ones(layers))]
         if len(sizes) != layers or min(sizes) < 1:
             raise UserError(f"sizes: expected {layers} positive numbers, got {len(sizes)}")
         budget = target * sum(sizes) if isinstance(target, float) else count * sum(sizes) / layers
