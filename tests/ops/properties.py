@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from pydit import ops
 from tests.ops import cases, test_joint_attention, test_linear
 
 LAYOUTS = ("contiguous", "packed", "swapped", "unaligned", "expanded")
+
+
+def examples(few):
+    """Settings of an expensive test: so many examples in the profile ``ci``, as many as any in ``nightly``."""
+    return settings(max_examples=few if settings().max_examples <= 100 else settings().max_examples)
 
 
 @dataclass

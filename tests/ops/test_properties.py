@@ -57,6 +57,7 @@ def test_any_arguments_values(device, name, data):
     assert_right(case, case.call())
 
 
+@properties.examples(30)
 @given(data=st.data())
 def test_any_statistics_values(device, data):
     draw = properties.Draw(data, data.draw(st.sampled_from(HALF), "dtype"), device)
@@ -108,6 +109,7 @@ def _spoil(data, x):
 # What is refused is refused before a backend is chosen.
 @pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("name", properties.NAMES)
+@properties.examples(40)
 @given(data=st.data())
 def test_mismatches_values(device, name, data):
     """One tensor that does not fit: a TypeError or ValueError of one sentence; whatever is taken all the same is right."""
