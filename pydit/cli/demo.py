@@ -124,8 +124,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     if arguments.resume and arguments.out is None:
         raise UserError("resume: expected --out, whose log is continued, got none")
-    other = None if arguments.compare is None else Result.from_json(read_json(arguments.compare, what="compare"),
-                                                                    what="compare")
+    other = None if arguments.compare is None else Result.from_json(
+        read_json(arguments.compare, what="compare", strict=True), what="compare")
     path = arguments.pipeline or teacher.ASSETS
     pipe = demo_pipeline(load(path, arguments))
     prompts = world.sample_prompts(arguments.prompts, split=arguments.split, seed=arguments.seed)

@@ -130,7 +130,7 @@ def _parts(out: Path) -> Iterator[dict[str, Any]]:
         file = out / f"shard-{number:05d}.json"
         if not file.exists():
             return
-        part = files.read_json(file, what="data")
+        part = files.read_json(file, what="data", strict=True)
         if not isinstance(part, dict) or set(part) != {"shards", "samples", "skipped", "read"}:
             raise FormatError(f"data: expected the entries of a shard in {file}, got something else")
         _require_entries(part, file)
@@ -140,7 +140,7 @@ def _parts(out: Path) -> Iterator[dict[str, Any]]:
 def read_index(path: str | os.PathLike) -> dict[str, Any]:
     """The index of a cache directory. Raises FormatError naming the file."""
     file = Path(path) / INDEX
-    index = files.read_json(file, what="data")
+    index = files.read_json(file, what="data", strict=True)
     if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
         raise FormatError(f"data: expected {FORMAT} version {VERSION} in {file}, got something else")
     made_of = index.get("made_of")

@@ -89,6 +89,8 @@ class Result:
                               f"got {_describe(data)}")
         try:
             samples, settings = data["samples"], data.get("settings", {})
+            if not samples:
+                raise ValueError("none")
             if not isinstance(settings, dict) or not all(isinstance(s[name], str) for s in samples
                                                          for name in ("prompt", "category")):
                 raise TypeError("settings, a prompt or a category of another kind")

@@ -126,7 +126,7 @@ def save(directory: str | Path, progress: Progress, tensors: Mapping[str, torch.
 def _put_index(directory: Path, index: dict[str, Any]) -> None:
     before = None
     with contextlib.suppress(FormatError):  # there is none, or a damaged one that a run was resumed past
-        before = files.read_json(directory / INDEX, what="checkpoint_dir")
+        before = files.read_json(directory / INDEX, what="checkpoint_dir", strict=True)
     if isinstance(before, dict) and before.get("tensors") != index["tensors"]:
         files.write_json(directory / PREVIOUS, before)
     files.write_json(directory / INDEX, index)
@@ -136,7 +136,7 @@ def _remove_old(directory: Path, name: str) -> None:
     """Remove what no index names, killed writes included. A leftover costs space, not the run."""
     kept = {name}
     with contextlib.suppress(FormatError):
-        before = files.read_json(directory / PREVIOUS, what="checkpoint_dir")
+        before = files.read_json(directory / PREVIOUS, what="checkpoint_dir", strict=True)
         kept.add(before.get("tensors") if isinstance(before, dict) else None)
     for old in [*directory.glob("state-*"), *directory.glob(".state-*.part")]:
         if old.name in kept:
@@ -202,7 +202,7 @@ def _load(directory: Path, file: str, run: Mapping[str, Any], like: Mapping[str,
 def _read(directory: Path, file: str, run: Mapping[str, Any]
           ) -> tuple[Progress, Path, dict[str, torch.Tensor] | None]:
     """What one process can read for itself: (progress, path of the tensors, the tensors if they are one file)."""
-    index = files.read_json(directory / file, what="checkpoint_dir")
+    index = files.read_json(directory / file, what="checkpoint_dir", strict=True)
     if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
         got = "something else"
         if isinstance(index, dict):

@@ -50,8 +50,8 @@ class Estimate:
                 continue
             seconds = self.seconds[phase]
             hours = "until the time is up" if seconds is None else f"{seconds / 3600:.1f} h"
-            rows.append(f"phase {phase}: {flops / 1e12:.0f} TFLOP a step, {flops / (H200_FLOPS * _SHARE):.2f} s, {hours} "
-                        f"(predicted at {100 * _SHARE:.0f} % of an H200's peak, not measured)")
+            rows.append(f"phase {phase}: {flops / 1e12:.0f} TFLOP a step, {flops / (H200_FLOPS * _SHARE):.2f} s, "
+                        f"{hours} (predicted at {100 * _SHARE:.0f} % of an H200's peak, not measured)")
         return "\n".join(rows)
 
 

@@ -144,7 +144,7 @@ def save_order(subsets: Sequence[Subset], path: str | os.PathLike) -> None:
 
 def load_order(path: str | os.PathLike) -> list[Subset]:
     """Read what :func:`save_order` wrote. Raises FormatError naming the file."""
-    data = files.read_json(path, what="order")
+    data = files.read_json(path, what="order", strict=True)
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (_FORMAT, _VERSION):
         raise FormatError(f"order: expected {_FORMAT} version {_VERSION} in {path}, got something else")
     try:

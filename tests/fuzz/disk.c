@@ -52,34 +52,34 @@ static int fails_fd(int fd, int grows) {
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-#define OPEN(name)                                              \
-  int name(const char* path, int flags, ...) {                  \
-    va_list rest;                                               \
-    va_start(rest, flags);                                      \
-    const mode_t bits = va_arg(rest, mode_t);                   \
-    va_end(rest);                                               \
+#define OPEN(name)                                                  \
+  int name(const char* path, int flags, ...) {                      \
+    va_list rest;                                                   \
+    va_start(rest, flags);                                          \
+    const mode_t bits = va_arg(rest, mode_t);                       \
+    va_end(rest);                                                   \
     if ((flags & (O_CREAT | O_TRUNC)) && fails(path, 1)) return -1; \
-    return REAL(name)(path, flags, bits);                       \
+    return REAL(name)(path, flags, bits);                           \
   }
 OPEN(open)
 OPEN(open64)
 
-#define OPENAT(name)                                            \
-  int name(int where, const char* path, int flags, ...) {       \
-    va_list rest;                                               \
-    va_start(rest, flags);                                      \
-    const mode_t bits = va_arg(rest, mode_t);                   \
-    va_end(rest);                                               \
+#define OPENAT(name)                                                \
+  int name(int where, const char* path, int flags, ...) {           \
+    va_list rest;                                                   \
+    va_start(rest, flags);                                          \
+    const mode_t bits = va_arg(rest, mode_t);                       \
+    va_end(rest);                                                   \
     if ((flags & (O_CREAT | O_TRUNC)) && fails(path, 1)) return -1; \
-    return REAL(name)(where, path, flags, bits);                \
+    return REAL(name)(where, path, flags, bits);                    \
   }
 OPENAT(openat)
 OPENAT(openat64)
 
-#define ON_FD(type, name, grows, parameters, arguments)         \
-  type name parameters {                                        \
-    if (fails_fd(fd, grows)) return -1;                         \
-    return REAL(name) arguments;                                \
+#define ON_FD(type, name, grows, parameters, arguments) \
+  type name parameters {                                \
+    if (fails_fd(fd, grows)) return -1;                 \
+    return REAL(name) arguments;                        \
   }
 ON_FD(ssize_t, write, 1, (int fd, const void* data, size_t n), (fd, data, n))
 ON_FD(ssize_t, writev, 1, (int fd, const struct iovec* data, int n), (fd, data, n))
@@ -94,10 +94,10 @@ ON_FD(ssize_t, sendfile, 1, (int fd, int from, off_t* place, size_t n), (fd, fro
 ssize_t sendfile64(int fd, int from, off64_t* place, size_t n);
 ON_FD(ssize_t, sendfile64, 1, (int fd, int from, off64_t* place, size_t n), (fd, from, place, n))
 
-#define ON_PATH(name, grows, parameters, arguments)             \
-  int name parameters {                                         \
-    if (fails(path, grows)) return -1;                          \
-    return REAL(name) arguments;                                \
+#define ON_PATH(name, grows, parameters, arguments) \
+  int name parameters {                             \
+    if (fails(path, grows)) return -1;              \
+    return REAL(name) arguments;                    \
   }
 ON_PATH(mkdir, 1, (const char* path, mode_t bits), (path, bits))
 ON_PATH(rmdir, 0, (const char* path), (path))

@@ -4,6 +4,7 @@ What is wrong ranges from a flipped bit to a header that is complete, consistent
 results are still right: what reads them may take them or refuse them, in one sentence.
 """
 
+import copy
 import io
 import json
 import pickle
@@ -44,10 +45,10 @@ def tree(data, rng, changes=None):
         path = rng.choice(list(_paths(data)))
         if not path:
             if rng.random() < 0.2:
-                return rng.choice(VALUES)
+                return copy.deepcopy(rng.choice(VALUES))
             path = (rng.choice(list(data)),) if isinstance(data, dict) and data else ()
             if not path:
-                return rng.choice(VALUES)
+                return copy.deepcopy(rng.choice(VALUES))
         parent = data
         for key in path[:-1]:
             parent = parent[key]
@@ -55,16 +56,16 @@ def tree(data, rng, changes=None):
         if what == 0:
             del parent[key]
         elif what == 1 and isinstance(parent, dict):
-            parent[rng.choice(("", "x", "version", "format", "../x", "0", key + " "))] = parent[key]
+            parent[rng.choice(("", "x", "version", "format", "../x", "0", key + " "))] = copy.deepcopy(parent[key])
         elif what == 1:
-            parent.append(parent[key])
+            parent.append(copy.deepcopy(parent[key]))
         elif what == 2 and isinstance(parent[key], (int, float)):
             parent[key] = rng.choice((parent[key] + rng.choice((-2, -1, 1, 2)), -parent[key], str(parent[key]),
                                       float(parent[key])))
         elif what == 3:
             parent[key] = [parent[key]]
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
     return data
 
 

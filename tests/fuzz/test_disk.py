@@ -12,7 +12,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-STEPS = {"plan": 1, "prune": 17, "save": 30, "analyze": 6, "distill": 45}  # of the profile ci; nightly takes them all
+STEPS = {"plan": 1, "prune": 23, "save": 45, "analyze": 7, "distill": 70}  # of the profile ci; nightly takes them all
 
 
 @pytest.fixture(scope="module")

@@ -120,9 +120,7 @@ def test_weights(tmp_path, pipeline):
 def test_configurations(tmp_path, pipeline, name):
     teacher, out = shutil.copytree(pipeline, tmp_path / "teacher"), tmp_path / "out"
     content = (teacher / name).read_bytes()
-    for seed in harness.seeds(500):
-        if seed % 2:
-            continue
+    for seed in harness.seeds()[::4]:
         (teacher / name).write_bytes(mutate.json_file(content, seed))
         judge(("prune", teacher, "--plan", pipeline.parent / "plan.json", "--out", out), out, seed=seed)
 

@@ -6,6 +6,7 @@ as much as the kernels.
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (B, S, C): vector path of every row layout, the element-wise path (odd and unaligned C), C of 1 and 8192, no tokens
@@ -67,3 +68,8 @@ def angles(tokens, head_dim, device, *, generator):
     """cos and sin fp32 [S, D/2]."""
     theta = 6.28 * torch.rand(tokens, head_dim // 2, generator=generator)
     return theta.cos().to(device), theta.sin().to(device)
+
+
+def examples(few):
+    """Settings of an expensive test: so many examples in the profile ``ci``, as many as any in ``nightly``."""
+    return settings(max_examples=few if settings().max_examples <= 100 else settings().max_examples)

@@ -229,6 +229,22 @@ def joint_attention(draw):
     return Case(ops.joint_attention, {**tensors, "txt_lens": lens}, plain)
 
 
-NAMES = ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope", "joint_qk_norm_rope",
-         "linear_gelu", "linear_residual", "linear_gated_residual", "joint_linear", "joint_linear_gelu",
-         "joint_linear_residual", "joint_linear_gated_residual", "joint_qkv", "joint_attention")
+def merge_attention(draw):
+    b, s, h, d = draw.number(0, 2, "B"), draw.number(0, 5, "S"), draw.number(1, 2, "H"), draw.number(1, 20, "D")
+    parts = draw.number(1, 3, "parts")
+
+    def plain(outs, lses):
+        logs = torch.stack(lses)
+        shares = logs.softmax(0).transpose(2, 3)[..., None].to(outs[0].dtype)
+        return (shares * torch.stack(outs)).sum(0), logs.logsumexp(0)
+
+    return Case(ops.merge_attention, {
+        "outs": tuple(draw.tensor(b, s, h, d) for _ in range(parts)),
+        "lses": tuple(draw.tensor(b, h, s, dtype=torch.float32) for _ in range(parts))}, plain)
+
+
+_WITH_A_FORMULA = (
+    "ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm", "qk_norm_rope", "joint_qk_norm_rope", "linear_gelu",
+    "linear_residual", "linear_gated_residual", "joint_linear", "joint_linear_gelu", "joint_linear_residual",
+    "joint_linear_gated_residual", "joint_qkv", "joint_attention", "merge_attention")
+NAMES = tuple(name for name in _WITH_A_FORMULA if hasattr(ops, name))

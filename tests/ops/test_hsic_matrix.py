@@ -4,12 +4,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydit import backend, ops
 from pydit.errors import UserError
 from pydit.stats import CKA
+from tests.ops import cases
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -157,7 +158,7 @@ def test_cka_takes_the_kernel(device):
         CKA(1).update([batches[0][0][:3]])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases.examples(12)
 @given(data=st.data())
 def test_any_shape(device, data):
     widths = data.draw(st.lists(st.integers(1, 140), min_size=1, max_size=4))

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from pydit import backend, ops
 from pydit.testing import assert_accurate
+from tests.ops import cases
 
 BACKENDS = ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)]
 every_kernel = pytest.mark.parametrize("device", BACKENDS, indirect=True)
@@ -159,7 +160,7 @@ def test_extreme_values(size, scale, device):
 
 
 @every_kernel
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases.examples(12)
 @given(data=st.data())
 def test_any_shape(device, data):
     shape = (data.draw(st.integers(1, 2), "B"), data.draw(st.integers(0, 200), "S_img"),
@@ -265,7 +266,7 @@ def test_gradients_of_extreme_values(size, scale, offset, device):
 
 
 @every_kernel
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases.examples(8)
 @given(data=st.data())
 def test_gradients_of_any_shape(device, data):
     shape = (data.draw(st.integers(1, 2), "B"), data.draw(st.integers(16, 150), "S_img"),

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydit import backend, ops
 from pydit.ops.second_moments import add_second_moments, mirror, zeros
+from tests.ops import cases
 
 BACKENDS = ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)]
 every_kernel = pytest.mark.parametrize("device", BACKENDS, indirect=True)
@@ -144,7 +145,7 @@ def test_nothing(device):
 
 
 @every_kernel
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases.examples(15)
 @given(data=st.data())
 def test_any_shape(device, data):
     shape = (data.draw(st.integers(1, 600), "N"), data.draw(st.integers(1, 300), "d"), data.draw(st.integers(0, 140)))

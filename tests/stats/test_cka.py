@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydit.errors import UserError
 from pydit.ops.reference import centred, u_centred_gram
 from pydit.stats import CKA, clip_outliers, linear_cka
 from pydit.stats.cka import debiased_hsic_features, describe_rows
+from tests.ops import cases
 
 
 def features(n, widths, seed=0, dtype=torch.float64):
@@ -112,7 +113,7 @@ def test_many_rows_take_the_feature_form_and_agree(monkeypatch):
     assert math.isclose(linear_cka(x, y), expected, rel_tol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@cases.examples(30)
 @given(st.integers(4, 20), st.floats(0.1, 100), st.integers(0, 1000))
 def test_invariant_to_rotation_scale_and_translation(n, scale, seed):
     x, y = features(n, (5, 6), seed=seed)

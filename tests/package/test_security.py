@@ -1,0 +1,206 @@
+"""What the package never does with data: evaluate it, unpickle it, hand it to a shell, follow it elsewhere, download for it."""
+
+import ast
+import io
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pydit import FormatError, files
+from pydit.cli import main
+from pydit.data import CachedDataset, Sample, Skipped, read_samples
+from pydit.distill import checkpoint
+from pydit.inference.pipeline import check_pipeline
+from pydit.plan import PruningPlan
+from tests.data.test_data import picture
+
+ROOT = Path(__file__).resolve().parents[2]
+if sys.version_info >= (3, 11):
+    import tomllib
+
+
+def calls(tree):
+    """(dotted name, call) of every call of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def forbidden(source):
+    """What a module does that it must not, as a list of words with lines."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [f"{node.lineno}: import of {name}" for name in names
+                  if name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}]
+    for name, call in calls(tree):
+        options = {keyword.arg: keyword.value for keyword in call.keywords}
+        last = name.rpartition(".")[2]
+        if name in {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "pty.spawn"} or \
+                last in {"extractall", "urlopen", "urlretrieve", "hf_hub_download", "snapshot_download"}:
+            found.append(f"{call.lineno}: {name}")
+        if name in {"torch.load", "np.load", "numpy.load", "yaml.load"}:
+            safe = options.get("weights_only") if name == "torch.load" else options.get("allow_pickle", ast.Constant(False))
+            if not isinstance(safe, ast.Constant) or safe.value is not (name == "torch.load"):
+                found.append(f"{call.lineno}: {name}")
+        if "shell" in options and not (isinstance(options["shell"], ast.Constant) and options["shell"].value is False):
+            found.append(f"{call.lineno}: {name} with a shell")
+        if last == "from_pretrained" and "local_files_only" not in options and not name.startswith("super()"):
+            found.append(f"{call.lineno}: {name} without local_files_only")
+    return found
+
+
+def test_the_search_finds_what_it_looks_for():
+    wrong = ("eval(x)", "exec(x)", "import pickle", "from pickle import loads", "torch.load(x)", "torch.load(x, weights_only=y)",
+             "subprocess.run(x, shell=True)", "os.system(x)", "import yaml", "np.load(x, allow_pickle=True)", "tar.extractall()",
+             "Model.from_pretrained(x)", "huggingface_hub.hf_hub_download(x)")
+    assert [source for source in wrong if not forbidden(source)] == []
+    assert not forbidden("model.eval()\ntorch.load(x, weights_only=True)\nre.compile(x)\nsubprocess.run(x, shell=False)")
+
+
+def test_no_module_evaluates_unpickles_or_downloads():
+    wrong = {str(path.relative_to(ROOT)): found for folder in ("pydit", "benchmarks", "build_tools")
+             for path in (ROOT / folder).rglob("*.py") if (found := forbidden(path.read_text()))}
+    assert not wrong
+
+
+GUARD = """
+import os, socket
+def refuse(*args, **options):
+    os._exit(99)
+socket.create_connection = socket.getaddrinfo = refuse
+class Blocked(socket.socket):
+    connect = connect_ex = refuse
+socket.socket = Blocked
+"""
+PARTS = "import pydit.cli.model, pydit.ops, pydit.stats, pydit.analysis, pydit.distill, pydit.data, pydit.inference.pipeline"
+
+
+@pytest.mark.parametrize(("code", "ends"), [(PARTS, 0), ("import http.client as h; h.HTTPConnection('localhost').connect()", 99)],
+                         ids=["import", "what the guard is for"])
+def test_an_import_opens_no_connection(code, ends):
+    assert subprocess.run([sys.executable, "-c", GUARD + code], cwd=ROOT, check=False).returncode == ends
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """Connections that something tried to open; the hub's own offline switch is off."""
+    import huggingface_hub.constants
+
+    opened = []
+
+    def refuse(*args, **_options):
+        opened.append(args)
+        raise OSError("no network in this test")
+
+    for owner, name in ((socket, "create_connection"), (socket, "getaddrinfo"), (socket.socket, "connect"),
+                        (socket.socket, "connect_ex")):
+        monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return opened
+
+
+HUB = "Qwen/Qwen-Image"
+COMMANDS = [["demo", "--teacher", HUB], ["analyze", HUB, "--prompts", "demo", "--out", "x"],
+            ["plan", "--search", HUB, "--prompts", "demo"], ["plan", "Qwen/stats.safetensors"],
+            ["prune", HUB, "--plan", "plan.json", "--out", "x"],
+            ["prune", HUB, "--plan", "plan.json", "--out", "x", "--init", "probe", "--prompts", "demo"],
+            ["distill", HUB, "Qwen/Other", "--prompts", "demo", "--out", "x"], ["generate", HUB, "a ring", "--out", "x"],
+            ["eval", HUB], ["generate", "broken", "a ring", "--out", "x"], ["bench", "--path", "nowhere"]]
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=lambda argv: " ".join(argv[:2]))
+def test_no_command_downloads(tmp_path, monkeypatch, capfd, connections, argv):
+    """Names of models on the hub, and a pipeline without its tokenizer's files: an error, without a look at the network."""
+    monkeypatch.chdir(tmp_path)
+    PruningPlan.from_intervals(6, [(1, 2)]).save(tmp_path / "plan.json")
+    (tmp_path / "broken" / "tokenizer").mkdir(parents=True)
+    files.write_json(tmp_path / "broken" / "model_index.json", {
+        "_class_name": "QwenImagePipeline", "_name_or_path": HUB, "tokenizer": ["transformers", "Qwen2Tokenizer"]})
+    assert main(argv) == 2 and "expected" in capfd.readouterr().err
+    assert connections == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "plan.json"]
+
+
+def test_a_shard_whose_members_lead_elsewhere(tmp_path):
+    """Nothing of a tar file is written anywhere, and no link is followed."""
+    (tmp_path / "secret.txt").write_text("a secret")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data, kind, target in (
+                ("../a.png", picture(0), tarfile.REGTYPE, ""), ("/tmp/b.png", picture(1), tarfile.REGTYPE, ""),
+                ("c/../../d.png", picture(1), tarfile.REGTYPE, ""), ("e.png", picture(2), tarfile.REGTYPE, ""),
+                ("e.txt", b"", tarfile.SYMTYPE, str(tmp_path / "secret.txt")), ("f.txt", b"", tarfile.LNKTYPE, "../secret.txt"),
+                ("g.png", picture(3), tarfile.REGTYPE, ""), ("g.txt", b"a picture", tarfile.REGTYPE, "")):
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(data), kind, target
+            tar.addfile(member, io.BytesIO(data))
+    before = sorted(tmp_path.iterdir())
+    found = list(read_samples(tmp_path / "s.tar"))
+    assert [sample.key for sample in found if isinstance(sample, Sample)] == ["s.tar:g"]
+    reasons = {sample.key: sample.reason for sample in found if isinstance(sample, Skipped)}
+    assert [reasons[f"s.tar:{name}"] for name in ("../a.png", "/tmp/b.png", "c/../../d.png", "e.txt", "f.txt", "e")] == [
+        *["its name leads out of the shard"] * 3, "a link", "a link", "no caption"]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_sparse_member_is_not_unfolded(tmp_path):
+    """A terabyte of zeros in a tar file of a few kilobytes."""
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member, data = tarfile.TarInfo("a.png"), b"1\n0\n4\n".ljust(512, b"\0") + b"data"
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12),
+                              "GNU.sparse.name": "a.png"}
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    (found,) = read_samples(tmp_path / "s.tar")
+    assert "sparse" in found.reason
+
+
+@pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/x.safetensors", "..", "", "a/b.safetensors", 3, None, ["x"]])
+def test_a_file_that_names_files_elsewhere(tmp_path, name):
+    """An index of shards, of a cache, of a checkpoint: what lies beside it is read, and nothing else."""
+    (tmp_path / "p" / "transformer").mkdir(parents=True)
+    index = tmp_path / "p" / "transformer" / "w.safetensors.index.json"
+    files.write_json(index, {"weight_map": {"a": name}})
+    files.write_json(tmp_path / "p" / "model_index.json", {"transformer": ["diffusers", "X"]})
+    readers = [lambda: files.SafetensorsReader(index.parent, "w", what="pipeline"), lambda: check_pipeline(tmp_path / "p")]
+    files.write_json(tmp_path / "index.json", {
+        "format": "pydit-cached-dataset", "version": 1, "read": 1, "complete": True, "shards": [name], "skipped": [],
+        "made_of": {"source": "x", "resolution": 48, "shard_size": 1, "latent_channels": 4, "text_channels": 4},
+        "samples": [{"key": "a", "height": 1, "width": 1}]})
+    readers.append(lambda: CachedDataset(tmp_path))
+    files.write_json(tmp_path / checkpoint.INDEX, {
+        "format": checkpoint.FORMAT, "version": checkpoint.VERSION, "progress": {}, "run": {}, "tensors": name})
+    readers.append(lambda: checkpoint.load(tmp_path, {}, {}))
+    for read in readers:
+        with pytest.raises(FormatError, match="expected a file name beside"):
+            read()
+
+
+def test_a_component_elsewhere(tmp_path):
+    (tmp_path / "p").mkdir()
+    files.write_json(tmp_path / "p" / "model_index.json", {"../x": ["diffusers", "X"]})
+    with pytest.raises(FormatError, match="expected a file name beside .*model_index.json, got '../x'"):
+        check_pipeline(tmp_path / "p")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_dependencies_have_upper_bounds_only_where_a_break_is_known():
+    """A bound keeps a user from a fix: each one must be listed here, with what breaks above it."""
+    known_breaks: dict[str, str] = {}
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = [data["project"]["dependencies"], data["build-system"]["requires"],
+              *data["project"]["optional-dependencies"].values()]
+    for requirement in (text for group in groups for text in group):
+        name, bounds = re.fullmatch(r"([\w.-]+)\s*([^;]*)(?:;.*)?", requirement).groups()
+        assert name in known_breaks or not re.search(r"<|==|~=|!=", bounds), requirement
+    for name in ("torch", "diffusers"):  # the lowest that is tried
+        assert any(re.match(rf"{name}>=", text) for text in data["project"]["dependencies"])
+    assert data["project"]["requires-python"] == ">=3.10"
