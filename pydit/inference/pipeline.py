@@ -79,8 +79,10 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
             if as_stock:
                 pipe.register_modules(transformer=student.to_stock())
             pipe.save_pretrained(new, safe_serialization=True)
-        except SafetensorError as error:
-            raise write_error(path, error) from None
+        except Exception as error:  # tokenizers raises a failed write as no more than an Exception
+            if isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error)):
+                raise write_error(error=error, path=path) from None
+            raise
         finally:
             if as_stock:
                 pipe.register_modules(transformer=student)
