@@ -64,7 +64,9 @@ class Progress:
                 return f"{name} {value!r}"
         if self.phase != "done" and self.steps[self.phase] != self.step:
             return f"step {self.step} of {self.steps[self.phase]}"
-        if not isinstance(self.history, list) or not all(isinstance(row, dict) for row in self.history):
+        if not isinstance(self.history, list) or not all(
+                isinstance(row, dict) and isinstance(row.get("phase"), str) and type(row.get("step")) is int
+                and type(row.get("loss")) in (int, float) for row in self.history):
             return "a history that is no list of rows"
         return self._window_problem()
 
@@ -72,7 +74,7 @@ class Progress:
         if not isinstance(self.window, dict):
             return "a window that is no row"
         numbers = [self.window.get(name) for name in ("count", "norm", "began", "lr")] if self.window else []
-        values = self.window.get("values", [])
+        values = self.window.get("values") if self.window else []
         if not isinstance(values, list) or any(type(number) not in (int, float) for number in (*numbers, *values)) \
                 or (numbers and not numbers[0] >= 1):
             return "a window without its sums"

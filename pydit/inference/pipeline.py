@@ -79,9 +79,10 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
             if as_stock:
                 pipe.register_modules(transformer=student.to_stock())
             pipe.save_pretrained(new, safe_serialization=True)
-        except SafetensorError as error:  # how safetensors reports a full disk or any other failed write
-            cause = write_error(error, path)
-            raise OSError(cause.errno, f"could not write the weights: {cause.strerror}", str(path)) from None
+        except Exception as error:  # tokenizers raises a failed write as no more than an Exception
+            if isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error)):
+                raise write_error(error, path) from None
+            raise
         finally:
             if as_stock:
                 pipe.register_modules(transformer=student)

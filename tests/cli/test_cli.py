@@ -243,7 +243,8 @@ def test_interrupts_and_bugs(monkeypatch, capfd, tmp_path):
     assert raises(RuntimeError("two\nlines")) == (
         1, "pydit: error: RuntimeError: two lines (PYDIT_DEBUG=1 shows where)\n")
     assert raises(OSError(errno.ENOSPC, "No space left on device", "/x")) == (
-        2, "pydit: error: /x: No space left on device\n")
+        2, "pydit: error: /x: No space left on device; what was there before is as it was: make room and run the command "
+           "again\n")
     monkeypatch.setenv("PYDIT_DEBUG", "1")
     code, err = raises(RuntimeError("bug"))
     assert code == 1 and "Traceback" in err and err.endswith("(PYDIT_DEBUG=1 shows where)\n")

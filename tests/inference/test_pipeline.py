@@ -172,7 +172,7 @@ def test_safetensors_own_error_becomes_an_os_error(pruned, tmp_path, monkeypatch
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(type(pruned), "save_pretrained", full)
-    with pytest.raises(OSError, match="could not write the weights: No space left") as caught:
+    with pytest.raises(OSError, match="No space left on device") as caught:
         save_pipeline(pruned, tmp_path / "student")
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
