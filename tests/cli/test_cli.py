@@ -311,7 +311,7 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     assert all(name in lower for name in ("amber", "laptop", "uniform", "random", "ppcl optimal"))
     assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
     assert not (tmp_path / "pruned").exists()
-    assert "16 blocks became" in run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
+    assert "6 blocks became 3" in run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
     out = run("distill", untrained(), tmp_path / "pruned", "--prompts", "demo", "--batch-size", 2, "--steps", 2,
               "--output-steps", 1, "--out", tmp_path / "distilled", "--json")
     assert {row["phase"] for row in json.loads(out)["history"]} == {"layers", "output"}
@@ -392,6 +392,7 @@ def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "build_cache", lambda *_, **given: seen.update(built=given) or None)
     monkeypatch.setattr(data, "CachedDataset", lambda folder, **given: seen.update(given=given, folder=folder))
     (tmp_path / "out.checkpoint").mkdir()
+    (tmp_path / "out.checkpoint" / "checkpoint.json").touch()
 
     def run(option=""):
         argv = ["distill", "t", "s", "--data", "d", "--out", str(tmp_path / "out"), *option.split()]
