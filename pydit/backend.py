@@ -24,6 +24,8 @@ from pydit.version import __version__
 KERNEL_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the device is not of compute capability 9.x",
                 "the portable kernel: a tensor's address or strides are not multiples of 16 bytes",
                 "the portable kernel: built without sm_90a")
+# Until benchmarks/results holds a file of a GPU; tests/package/test_backend.py keeps the two together.
+NOT_MEASURED = "the CUDA kernel, whose speed has not been measured yet"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h
 
 
@@ -33,7 +35,7 @@ class Path:
 
     kernels: ModuleType | None
     name: str  # "cuda", "sim" or "reference"
-    reason: str  # "" when nothing faster exists for these tensors
+    reason: str  # why nothing faster; "" when nothing faster exists for these tensors
 
 
 _taken: dict[str, dict[str, Any]] = {}
@@ -121,7 +123,7 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
             path = Path(None, "reference",
                         f"pydit._C could not be imported: {error}" if module is None else "built without nvcc")
         else:
-            path = Path(kernels, "cuda", "")
+            path = Path(kernels, "cuda", NOT_MEASURED)
     elif mode == "sim":
         kernels = getattr(module, "sim", None)
         if kernels is None:
