@@ -121,3 +121,8 @@ def test_size_limits():
     over = [f"{name}: {n} lines" for name, limit in limits.items()
             if (n := len((ROOT / name).read_text().splitlines())) > limit]
     assert not over
+
+
+def test_the_committed_teacher_names_no_path_of_a_machine():
+    for file in (ROOT / "pydit" / "demo" / "assets").rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(encoding="utf-8"), file
