@@ -39,18 +39,18 @@ METHODS = ("ppcl", "amber", "laptop", "bi", "hierarchical", "uniform", "random")
 SHARES = (0.3, 0.5, 0.7)
 LADDER = ("bi, sequential", "ppcl, sequential", "ppcl literal, sequential", "ppcl, least 1 - CKA, sequential",
           "ppcl", "+ text linear", "+ FFN linear", "+ fine-tuning")
-LADDER_SHARE = 0.4
+LADDER_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class Settings:
     """The same for every cell. steps : optimiser steps; a fine-tuned row of the ladder has a sixth more."""
 
-    steps: int = 600
+    steps: int = 300
     batch_size: int = 32
-    images: int = 6144
+    images: int = 4096
     calibration: int = 16
-    prompts: int = 700
+    prompts: int = 420
     sampling_steps: int = data.STEPS
     guidance: float = data.GUIDANCE
 

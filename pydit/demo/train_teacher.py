@@ -253,7 +253,7 @@ def sample_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def export(work: Path, out: Path) -> Path:
-    """Assemble the averaged weights into a stock pipeline directory, stored in bfloat16."""
+    """Assemble the averaged weights into a stock pipeline directory, stored in bfloat16 on a coarse grid."""
     tensors, _ = files.load_safetensors(work / "transformer.safetensors", what="--work")
     recipe = Recipe(**files.read_json(work / "transformer.json", what="--work")["recipe"])
     average = Student(recipe)
@@ -267,12 +267,34 @@ def export(work: Path, out: Path) -> Path:
     tokenizer = teacher.build_tokenizer()
     encoder = teacher.build_text_encoder(len(tokenizer))
     encoder.model.language_model.embed_tokens.weight.data.copy_(average.embedding.data)
-    pipe = teacher.assemble(average.transformer, vae, encoder, tokenizer).to(torch.bfloat16)
+    pipe = teacher.assemble(average.transformer, vae, encoder, tokenizer)
+    for model in (pipe.transformer, pipe.vae):
+        round_to_grid(model)
+    pipe.to(torch.bfloat16)
     with files.replace_directory(out) as new:
         pipe.save_pretrained(new)
         config = new / "text_encoder" / "config.json"  # transformers loads in this dtype
         files.write_json(config, {**files.read_json(config, what="--out"), "dtype": "float32"})
     return out
+
+
+@torch.no_grad()
+def round_to_grid(model: torch.nn.Module, share: float = 0.014) -> None:
+    """Round every matrix and filter, in place, to multiples of a power of two of its own.
+
+    What is left of a weight takes some 9 bits in a zip archive, where the last bits of a bfloat16 are noise that does
+    not compress: the teacher is 2.7 MB smaller in a wheel for it.
+
+    Parameters
+    ----------
+    share : largest root mean square of the rounding errors, relative to that of the tensor; the grid is the coarsest
+        that should keep to it, so it is between half of this and this.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            spacing = share * 12 ** 0.5 * parameter.double().square().mean().sqrt()  # uniform errors: spacing / sqrt(12)
+            step = torch.exp2(torch.log2(spacing).floor()) if spacing > 0 else spacing.new_ones(())
+            parameter.copy_((parameter.double() / step).round() * step)
 
 
 def _groups(student: Student, recipe: Recipe):
