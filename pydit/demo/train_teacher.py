@@ -292,7 +292,7 @@ def round_to_grid(model: torch.nn.Module, share: float = 0.014) -> None:
     """
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            spacing = share * 12 ** 0.5 * parameter.double().square().mean().sqrt()  # uniform errors: spacing / sqrt(12)
+            spacing = share * 12 ** 0.5 * parameter.double().square().mean().sqrt()  # an even error: 1 / sqrt(12)
             step = torch.exp2(torch.log2(spacing).floor()) if spacing > 0 else spacing.new_ones(())
             parameter.copy_((parameter.double() / step).round() * step)
 
