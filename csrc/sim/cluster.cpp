@@ -59,7 +59,7 @@ void* Cluster::map(const void* pointer, unsigned rank, const char* instruction) 
 
 Block& Cluster::reach(unsigned rank, const char* instruction) const {
   Block& there = *blocks_[rank];
-  if (there.alive() == 0) fail("%s: block %u of the cluster has exited", instruction, rank);
+  if (there.alive() == 0) fail("%s: into block %u of the cluster after the block's exit", instruction, rank);
   if (&there != current->block) race::visit(rank);
   return there;
 }

@@ -231,7 +231,7 @@ class Detector {
     const uint32_t* mine = clock(me);
     if (std::all_of(mine + first, mine + first + block_threads_, [](uint32_t epoch) { return epoch == 0; }))
       stop(pc, "access to block %d of the cluster, which may not have started: no barrier.cluster before", rank);
-    if (there.exited) stop(pc, "access to block %d of the cluster, which has exited", rank);
+    if (there.exited) stop(pc, "access to block %d of the cluster after the block's exit", rank);
     there.visits.resize(threads_, 0);
     there.visits[me] = mine[me];
   }
@@ -516,7 +516,7 @@ class Detector {
   }
 
   [[noreturn]] static void leaves_early(const std::string& who) {
-    current->block->abandon(("the block exits, not ordered behind " + who).c_str());
+    current->block->abandon(("the block's exit is not ordered behind " + who).c_str());
   }
 
   void report(size_t byte, const Access& before, const char* first, const Access& now, const char* second) {
