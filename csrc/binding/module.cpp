@@ -180,7 +180,7 @@ void define_ops(py::module_ m, const Backend& backend) {
   });
   // sums: xx, xy, sum_x, sum_y, sum_yy
   m.def("second_moments",
-        [backend](Tensor x, Tensor y, py::tuple sums, py::function allocate, int dtype, uintptr_t stream) {
+        [backend](Tensor x, Tensor y, py::tuple sums, py::function allocate, int cluster, int dtype, uintptr_t stream) {
           pydit_second_moments_params p = {};
           const py::tuple shape = x.attr("shape"), strides = x.attr("stride")();
           p.x = data(x), p.tokens = stride(shape, 0), p.dim_x = stride(shape, 1), p.stride_x = stride(strides, 0);
@@ -190,7 +190,7 @@ void define_ops(py::module_ m, const Backend& backend) {
           }
           double** const outputs[5] = {&p.xx, &p.xy, &p.sum_x, &p.sum_y, &p.sum_yy};
           for (int i = 0; i < 5; ++i) *outputs[i] = static_cast<double*>(data(sums[i]));
-          p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+          p.cluster = cluster, p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
           const py::object workspace = allocate(backend.second_moments_workspace(&p));
           p.workspace = data(workspace);
           call(backend, backend.second_moments, p);
