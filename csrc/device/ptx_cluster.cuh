@@ -73,32 +73,18 @@ __device__ __forceinline__ T* cluster_map(T* shared, uint32_t rank) {
 #endif
 }
 
-// mbarrier_arrive at the mbarrier in the same place in block `rank`.
+// mbarrier_arrive at the mbarrier in the same place in block `rank`, to give back memory that has been read. What the
+// thread wrote, the other block sees only after a barrier of the cluster: a release that reaches so far would be a
+// fence of the whole GPU, in every round of a ring.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
 #ifdef PYDIT_SIM
   simt::mbarrier_arrive_cluster(barrier, rank);
 #else
   asm volatile(
       "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
-#endif
-}
-
-// mbarrier_wait where threads of other blocks arrive: what they did before is seen after it.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
-#ifdef PYDIT_SIM
-  simt::mbarrier_wait(barrier, parity);
-#else
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
 #endif
 }
 

@@ -114,10 +114,7 @@ __device__ __forceinline__ void load(const Tiles<kCluster>& tiles, const Maps& m
     const TensorMap& right = tile.cross ? maps.right_y : maps.right_x;
     const int row = tile.row * tiles.kRows + rank * kM;
     for (int step = walk.from * kStepsOfChunk; step < walk.to * kStepsOfChunk; ++step) {
-      if (kCluster == 1)
-        mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
-      else
-        mbarrier_wait_cluster(&barriers->empty[ring.slot], ring.parity ^ 1);
+      mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
       char* stage = shared + ring.slot * kStageBytes;
       uint64_t* full = &barriers->full[ring.slot];
       mbarrier_arrive_expect_tx(full, kStageBytes);

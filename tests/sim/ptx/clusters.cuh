@@ -52,7 +52,7 @@ __global__ void shared_ring(const __grid_constant__ TensorMap map, float* sums, 
   if (threadIdx.x == 0) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = tile % kRingStages;
-      mbarrier_wait_cluster(&empty[stage], tile / kRingStages % 2 ^ 1);
+      mbarrier_wait(&empty[stage], tile / kRingStages % 2 ^ 1);
       mbarrier_arrive_expect_tx(&full[stage], kBug == RingBug::kBytes ? kHalfBytes : kTileBytes);
       const int row = (static_cast<int>(blockIdx.x) / 2 * tiles + tile) * 2 + static_cast<int>(rank);
       tma_load_2d_multicast(shared + stage * kTileBytes + rank * kHalfBytes, map, &full[stage], 0, row * kHalfRows,
