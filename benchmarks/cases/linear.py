@@ -5,12 +5,10 @@ The kernel is raced whatever ``PYDIT_GEMM`` says: on a GPU the ops take the libr
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, with_setting
 from benchmarks.peers.linear import FORMULAS, linear_peers, of_both
 from pydit import ops
 
@@ -97,17 +95,7 @@ def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
 
 def own_kernel(function):
     """``function`` with ``PYDIT_GEMM=pydit``."""
-    def run(*args):
-        before = os.environ.get("PYDIT_GEMM")
-        os.environ["PYDIT_GEMM"] = "pydit"
-        try:
-            return function(*args)
-        finally:
-            del os.environ["PYDIT_GEMM"]
-            if before is not None:
-                os.environ["PYDIT_GEMM"] = before
-
-    return run
+    return with_setting(function, "PYDIT_GEMM", "pydit")
 
 
 def _qkv(x_img, x_txt, w_img, w_txt, b_img, b_txt, nq_img, nq_txt, nk_img, nk_txt, cos_img, cos_txt, sin_img, sin_txt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,22 @@ def compiled(function: Callable, name: str = "torch.compile", mode: str | None =
         return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     return Peer(name, build)
+
+
+def with_setting(function: Callable, variable: str, value: str) -> Callable:
+    """``function`` with an environment variable set while it runs."""
+
+    def run(*args):
+        before = os.environ.get(variable)
+        os.environ[variable] = value
+        try:
+            return function(*args)
+        finally:
+            del os.environ[variable]
+            if before is not None:
+                os.environ[variable] = before
+
+    return run
 
 
 def never(name: str, reason: str) -> Peer:
