@@ -2,13 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -16,6 +12,7 @@
 #include "sim/banks.h"
 #include "sim/cluster.h"
 #include "sim/control.h"
+#include "sim/race_launch.h"
 #include "sim/scheduler.h"
 #include "sim/shadow.h"
 #include "sim/symbols.h"
@@ -32,32 +29,6 @@ enum Kind : uint8_t { kPlain, kAtomic };  // as in race_observe.cpp
 void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc);
 
 namespace {
-
-struct Span {
-  Range range;
-  bool writable;
-  std::string name;
-};
-
-struct Launch {
-  std::vector<Span> spans;
-  std::atomic<uint64_t> counts[PYDIT_SIM_COUNTERS] = {};  // in the order of pydit_sim_counters
-};
-enum Counter {
-  kGlobalLoaded,
-  kGlobalStored,
-  kSharedLoaded,
-  kSharedStored,
-  kTensorOps,
-  kSharedRequests,
-  kConflicts,
-  kWarpgroups
-};
-
-std::mutex mutex;
-std::map<const Kernel*, std::unique_ptr<Launch>> launches;
-uint64_t last_counts[PYDIT_SIM_COUNTERS] = {};
-thread_local std::vector<Span> named;  // by allow(), for the next launch of this host thread
 
 struct Accumulator {
   Range range;
@@ -106,11 +77,7 @@ class Detector {
       const auto shared = reinterpret_cast<uintptr_t>(cluster.block(rank).shared());
       residents_.push_back({&cluster.block(rank), {shared, shared + kernel.shared_bytes}, {}, {}});
     }
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      const auto found = launches.find(&kernel);
-      launch_ = found == launches.end() ? nullptr : found->second.get();
-    }
+    launch_ = launch_of(kernel);
     if (module_.thread_local_storage.end == 0) module_ = this_module();  // this detector is of one OS thread
     find_stacks();
     // The lines of the shadow begin where the addresses are multiples of their length, for static memory as well; and
@@ -572,22 +539,6 @@ void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t al
   detector().access(*current, pointer, bytes, write, kind == kAtomic, alignment, pc);
 }
 
-LaunchScope::LaunchScope(const Kernel& kernel) : kernel_(kernel) {
-  if (!enabled) return;
-  auto launch = std::make_unique<Launch>();
-  launch->spans.swap(named);
-  const std::lock_guard<std::mutex> lock(mutex);
-  launches[&kernel] = std::move(launch);
-}
-
-LaunchScope::~LaunchScope() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = launches.find(&kernel_);
-  if (found == launches.end()) return;
-  for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) last_counts[i] = found->second->counts[i];
-  launches.erase(found);
-}
-
 namespace detail {
 
 void access(const void* pointer, size_t bytes, bool write, const void* pc) {
@@ -612,11 +563,6 @@ void acquire_lanes(const void* object, const Block& block, int warp, uint32_t la
 }
 void start_cluster(const Kernel& kernel, const Cluster& cluster) { detector().start(kernel, cluster); }
 void end_cluster() { detector().end(); }
-void allow(const void* pointer, size_t bytes, bool writable, const char* name) {
-  if (pointer == nullptr) return;
-  const auto begin = reinterpret_cast<uintptr_t>(pointer);
-  named.push_back({{begin, begin + bytes}, writable, name});
-}
 
 }  // namespace detail
 }  // namespace simt::race
@@ -633,8 +579,4 @@ int pydit_sim_race_build(void) {
 #else
   return 0;
 #endif
-}
-void pydit_sim_counters(uint64_t counts[PYDIT_SIM_COUNTERS]) {
-  const std::lock_guard<std::mutex> lock(simt::race::mutex);
-  std::copy(std::begin(simt::race::last_counts), std::end(simt::race::last_counts), counts);
 }

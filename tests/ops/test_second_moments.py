@@ -62,7 +62,7 @@ def test_values(shape, dtype, device):
 @pytest.mark.parametrize("copies", ["lazy", "eager"])
 @pytest.mark.parametrize("cluster", ["1", "2"])
 @pytest.mark.parametrize("shape", [(9, 1, 3), (530, 264, 200), (300, 520, 0), (65, 130, 193)])
-def test_values_of_clusters(shape, cluster, copies, device, monkeypatch):
+def test_blocks_alone_and_in_clusters(shape, cluster, copies, device, monkeypatch):
     """Blocks alone and in pairs: pairs with one block beyond the last column, tiles below the diagonal, ragged steps."""
     monkeypatch.setenv("PYDIT_CLUSTER", cluster)
     monkeypatch.setenv("PYDIT_SIM_ASYNC", copies)
@@ -83,6 +83,14 @@ def test_values_of_clusters(shape, cluster, copies, device, monkeypatch):
 def test_pairs_of_blocks_where_they_read_less(shape, pairs, device):
     ops.second_moments(*make(shape, torch.bfloat16, device))
     assert ("clusters of two" in backend.report()["second_moments"]["reason"]) == pairs
+
+
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_a_cluster_of_another_size_is_refused(device):
+    x, sums = torch.ones(4, 8, dtype=torch.bfloat16), zeros(8, 0, device)
+    kernels = backend.choose("second_moments", x).kernels
+    with pytest.raises(RuntimeError, match="second_moments: cluster: expected 0, 1 or 2, got 3"):
+        kernels.second_moments(x, None, sums, lambda size: x.new_empty(size, dtype=torch.uint8), 3, 2, 0)
 
 
 @every_kernel

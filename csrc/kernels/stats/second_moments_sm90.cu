@@ -7,10 +7,10 @@
 // A cluster of two blocks takes two tiles, one below the other. Each block loads half of the tokens of the 192 columns
 // that they share, for both. A slot is free when the consumers of both blocks have read it.
 //
-// Cost at N = 7401, d = 3072. Blocks alone: 208 tiles meet the triangle, 77.6 GFLOP: 78 us at 989 TFLOP/s. L2 gives 640
+// Cost at N = 7401, d = 3072. Blocks alone: 208 tiles meet the triangle, 75.9 GFLOP: 77 us at 989 TFLOP/s. L2 gives 640
 // bytes per token and tile, 985 MB: 77 FLOP per byte, so that L2 decides: 164 us at 6 TB/s. 128 x 128 tiles would take
 // 1.1 GB. A larger tile does not fit: its sums of a chunk and of the run, both in registers, would be more than 64 K.
-// Clusters: 216 tiles, 80.5 GFLOP: 81 us; 448 bytes per token and tile, 716 MB: 119 us. All of this is arithmetic, not
+// Clusters: 216 tiles, 78.8 GFLOP: 80 us; 448 bytes per token and tile, 716 MB: 119 us. All of this is arithmetic, not
 // measured yet.
 //
 // Clusters are taken where they read fewer bytes in all and in the busiest block (Reads): not where much of a pair lies
