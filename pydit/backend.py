@@ -162,6 +162,11 @@ def stream_of(tensor: torch.Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
+def cluster() -> int:
+    """``PYDIT_CLUSTER`` as pydit.h numbers it: 0 leaves the choice to the kernel."""
+    return {"auto": 0, "1": 1, "2": 2}[env.get("PYDIT_CLUSTER")]
+
+
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """A context in which the tensor's GPU is the current one; free for a CPU tensor or the current GPU."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():

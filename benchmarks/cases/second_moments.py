@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import Peer, compiled, eager_peer, needs_gpu, with_setting
+from benchmarks.peers import cluster_peers, compiled, eager_peer
 from pydit.ops.second_moments import add_second_moments
 
 SHAPES = {  # model, tokens, channels, dtype
@@ -59,9 +59,7 @@ def second_moments(model, n, d, dtype) -> Case:
                 torch.zeros(d, d, device=device))
 
     return Case("second_moments", model, f"{n}x{d}", dtype, second_moments_work(n, d), make, _run, _exact, eager,
-                (eager_peer(eager), compiled(eager),
-                 *(Peer(name, lambda size=size: with_setting(_run, "PYDIT_CLUSTER", size), needs_gpu(capability=(9, 0)))
-                   for name, size in (("blocks alone", "1"), ("clusters of two", "2")))), call=_call)
+                (eager_peer(eager), compiled(eager), *cluster_peers(_run)), call=_call)
 
 
 def eager(x, _xx, _sum_x, narrow):

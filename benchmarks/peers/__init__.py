@@ -86,3 +86,9 @@ def needs_gpu(*modules: str, capability: tuple[int, int] = (8, 0)) -> Callable[[
         return True, ""
 
     return available
+
+
+def cluster_peers(run: Callable) -> tuple[Peer, ...]:
+    """``run`` on a Hopper kernel with its blocks alone and in clusters of two, whatever the kernel would take."""
+    return tuple(Peer(name, lambda size=size: with_setting(run, "PYDIT_CLUSTER", size), needs_gpu(capability=(9, 0)))
+                 for name, size in (("blocks alone", "1"), ("clusters of two", "2")))

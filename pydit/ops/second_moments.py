@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from pydit import backend, env
+from pydit import backend
 from pydit.ops import reference
 from pydit.ops._library import _check_last_dim, _check_tensor, define
 
 _OP = "second_moments"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-CLUSTERS = {"auto": 0, "1": 1, "2": 2}  # PYDIT_CLUSTER, as pydit.h numbers it
 
 
 def second_moments(x, y=None, *, shift_x=None, shift_y=None):
@@ -93,8 +92,7 @@ def _add(x, y, xx, xy, sum_x, sum_y, sum_yy):
         if path.kernels is not None:
             with backend.device_of(x):
                 taken = path.kernels.second_moments(x, y, sums, lambda size: x.new_empty(size, dtype=torch.uint8),
-                                            CLUSTERS[env.get("PYDIT_CLUSTER")], backend.DTYPE_CODES[x.dtype],
-                                            backend.stream_of(x))
+                                            backend.cluster(), backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
             backend.explain(_OP, backend.KERNEL_PATHS[taken])
             return
     for target, more in zip(sums, reference.second_moments(x, y), strict=True):

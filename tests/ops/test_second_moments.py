@@ -80,7 +80,8 @@ def test_blocks_alone_and_in_clusters(shape, cluster, copies, device, monkeypatc
 @pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
 @pytest.mark.parametrize(("shape", "pairs"), [((40, 128, 0), False), ((40, 256, 0), True), ((700, 400, 0), True),
                                               ((2000, 100, 8), False), ((40, 100, 400), False)])
-def test_pairs_of_blocks_where_they_read_less(shape, pairs, device):
+def test_pairs_of_blocks_where_they_read_less(shape, pairs, device, monkeypatch):
+    monkeypatch.setenv("PYDIT_CLUSTER", "auto")
     ops.second_moments(*make(shape, torch.bfloat16, device))
     assert ("clusters of two" in backend.report()["second_moments"]["reason"]) == pairs
 
@@ -173,6 +174,7 @@ def test_run_to_run_equality(device):
     assert all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
 
 
+@every_kernel
 def test_nothing(device):
     for shape in ((0, 8, 3), (5, 0, 0)):
         n, sum_x, _, xx, xy = ops.second_moments(*make(shape, torch.bfloat16, device))

@@ -204,7 +204,8 @@ typedef struct {
  *   bfloat16; cos, sin fp32 [S, head_dim / 2] contiguous. NULL data leaves out bias, residual, gate, norm_weight or
  *   (both or neither) cos and sin. K, N >= 1; S may be 0. head_dim: 0, or 32, 64 or 128, N a multiple of it; then no
  *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
- * nothing else. Layers may share x. FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
+ * nothing else. Layers may share x. cluster: as in pydit_second_moments_params. FLOPs: the sum of 2 B S N K. Bytes: x,
+ * weight, residual and out of each once. */
 #define PYDIT_MAX_LINEARS 6
 typedef enum { PYDIT_NO_ACTIVATION = 0, PYDIT_GELU_TANH = 1 } pydit_activation;
 typedef struct {
@@ -226,7 +227,7 @@ typedef struct {
   int64_t batch;
   int32_t count, activation; /* linears; pydit_activation */
   float eps;                 /* of the RMSNorm */
-  int32_t dtype;
+  int32_t dtype, cluster;
   void* stream;
 } pydit_grouped_linear_params;
 

@@ -282,14 +282,9 @@ template <int kCluster>
 Reads reads_of(const pydit_second_moments_params& p, int processors) {
   constexpr int64_t kBytes = (kM + kN / kCluster) * 2 * kChunkTokens;  // of a unit, per block
   const int64_t units = Tiles<kCluster>(p).count() * ceil_div(p.tokens, kChunkTokens);
+  if (units == 0) return {};
   const int64_t places = processors < kCluster ? 1 : processors / kCluster, clusters = units < places ? units : places;
   return {clusters, units * kCluster * kBytes, ceil_div(units, clusters) * kBytes};
-}
-
-cudaError_t count_processors(int* processors) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
 }
 
 template <typename T>
@@ -303,16 +298,16 @@ const char* encode(TensorMap* map, const void* data, int64_t stride, int64_t tok
 template <typename T, int kCluster>
 int launch(const pydit_second_moments_params& p) {
   constexpr int kShare = kStep / kCluster;
-  constexpr auto kernel = second_moments_sm90_kernel<T, kCluster>;
   Maps maps = {};
   const char* reason = encode<T>(&maps.left, p.x, p.stride_x, p.tokens, p.dim_x, kStep);
   if (reason == nullptr) reason = encode<T>(&maps.right_x, p.x, p.stride_x, p.tokens, p.dim_x, kShare);
   if (reason == nullptr && p.dim_y > 0) reason = encode<T>(&maps.right_y, p.y, p.stride_y, p.tokens, p.dim_y, kShare);
   if (reason != nullptr) return bad_argument("%s: %s", kSecondMoments, reason);
   int processors = 0;
-  cudaError_t error = count_processors(&processors);
+  cudaError_t error = count_multiprocessors(&processors);
   if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    error = cudaFuncSetAttribute(second_moments_sm90_kernel<T, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kSharedBytes);
   const auto stream = static_cast<cudaStream_t>(p.stream);
   const int64_t counters = Tiles<kCluster>(p).count() * kCluster + 1;
   if (error == cudaSuccess)
@@ -320,12 +315,9 @@ int launch(const pydit_second_moments_params& p) {
   if (error != cudaSuccess) return launch_status(kSecondMoments, error);
   const auto blocks = static_cast<unsigned>(reads_of<kCluster>(p, processors).clusters * kCluster);
   name_second_moments_tensors<T>(p);
-  if constexpr (kCluster == 1)
-    return launch_status(kSecondMoments,
-                         PYDIT_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, p, maps));
-  else
-    return launch_status(kSecondMoments, PYDIT_LAUNCH_CLUSTER(kernel, kCluster, dim3(blocks), dim3(kThreads),
-                                                              kSharedBytes, stream, p, maps));
+  return launch_status(kSecondMoments,
+                       PYDIT_LAUNCH_CLUSTER((second_moments_sm90_kernel<T, kCluster>), kCluster, dim3(blocks),
+                                            dim3(kThreads), kSharedBytes, stream, p, maps));
 }
 
 template <typename T>
@@ -338,7 +330,7 @@ int launch_cluster_size(const pydit_second_moments_params& p) {
 int cluster_of_second_moments_sm90(const pydit_second_moments_params& p) {
   if (p.cluster != 0) return p.cluster;
   int processors = 0;
-  if (count_processors(&processors) != cudaSuccess) return 1;  // the launch will say why
+  if (count_multiprocessors(&processors) != cudaSuccess) return 1;  // the launch will say why
   const Reads alone = reads_of<1>(p, processors), pairs = reads_of<2>(p, processors);
   return pairs.all < alone.all && pairs.busiest < alone.busiest ? 2 : 1;
 }
