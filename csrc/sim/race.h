@@ -23,7 +23,8 @@
 // Clusters. The threads of all blocks of a cluster are one set of threads with one set of clocks, and each byte of each
 // block's dynamic shared memory has its history, whoever reaches for it. Besides, a block that is reached into (a
 // multicast copy, a remote arrival, a load or store through another block's address) must be known to have started, by
-// a barrier of the cluster, and must not exit before it is ordered behind that access.
+// a barrier of the cluster, and must not exit before it is ordered behind that access. An arrival at another block's
+// mbarrier orders all that came before it; on the GPU only the reads (ptx_cluster.cuh), a difference not looked for.
 //
 // Global memory. A launcher that names its tensors with allow() has every plain access to global memory checked against
 // them. Races on global memory are not looked for.
