@@ -68,7 +68,10 @@ def parse_ptxas(log: str) -> list[Kernel]:
 
 
 def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
-    """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot."""
+    """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot.
+
+    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``.
+    """
     arch = ""
     found: dict[tuple[str, str], Counter[str]] = {}
     current: Counter[str] = Counter()
@@ -77,8 +80,10 @@ def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             current = found.setdefault((match[1], arch), Counter())
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)", line):
             current[match[1]] += 1
+            if ".MULTICAST" in match[2]:
+                current[f"{match[1]}.MULTICAST"] += 1
     return found
 
 

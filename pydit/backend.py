@@ -23,7 +23,8 @@ from pydit.version import __version__
 # What a kernel with a Hopper version says it took, by number: PYDIT_PATH_* in pydit.h.
 KERNEL_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the device is not of compute capability 9.x",
                 "the portable kernel: a tensor's address or strides are not multiples of 16 bytes",
-                "the portable kernel: built without sm_90a")
+                "the portable kernel: built without sm_90a",
+                "the Hopper kernel (TMA, wgmma), clusters of two blocks that share what they load")
 # Until benchmarks/results holds a file of a GPU; tests/package/test_backend.py keeps the two together.
 NOT_MEASURED = "the CUDA kernel, whose speed has not been measured yet"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h
@@ -159,6 +160,11 @@ def record(op: str, path: str, reason: str) -> None:
 def stream_of(tensor: torch.Tensor) -> int:
     """The raw CUDA stream that torch currently uses on the tensor's device; 0 for a CPU tensor."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def cluster() -> int:
+    """``PYDIT_CLUSTER`` as pydit.h numbers it: 0 leaves the choice to the kernel."""
+    return {"auto": 0, "1": 1, "2": 2}[env.get("PYDIT_CLUSTER")]
 
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

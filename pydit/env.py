@@ -37,6 +37,9 @@ VARIABLES = (
     Variable("PYDIT_GEMM", "auto", ("auto", "pydit", "library"), "run",
              "Whose product linear ops take. auto: this package's kernel in the simulator, the library's (cuBLASLt) on "
              "a GPU, until a race there says otherwise. pydit: the kernel everywhere. library: torch's everywhere."),
+    Variable("PYDIT_CLUSTER", "auto", ("auto", "1", "2"), "run",
+             "How many blocks of the Hopper kernels of second_moments and the linear ops share what they load. "
+             "auto: two where that reads fewer bytes, by count."),
     Variable("PYDIT_CHECK", "0", ("0", "1"), "run",
              "1: ops check the contents of index tensors (txt_lens) too, which waits for the GPU."),
     Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),

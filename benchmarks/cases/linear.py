@@ -5,12 +5,10 @@ The kernel is raced whatever ``PYDIT_GEMM`` says: on a GPU the ops take the libr
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, cluster_peers, with_setting
 from benchmarks.peers.linear import FORMULAS, linear_peers, of_both
 from pydit import ops
 
@@ -65,6 +63,15 @@ def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: in
     return Work(again * itemsize - work.bytes, flops - work.flops)
 
 
+def hopper_bytes(b: int, streams: tuple[int, int], k: int, n: int, cluster: int, itemsize: int) -> int:
+    """What the Hopper kernel asks of memory, mostly of L2, for a product in clusters of so many blocks: x once per
+    column of tiles, the weight once per row of clusters, and out."""
+    def tiles(length, size):
+        return -(-length // size)
+
+    return itemsize * sum(b * s * k * tiles(n, 256) + b * tiles(s, 128 * cluster) * n * k + b * s * n for s in streams)
+
+
 def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
     kind = DTYPES[dtype]
 
@@ -90,24 +97,17 @@ def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
     else:
         peers += (Peer("two launches", lambda: own_kernel(of_both(_single(op)))),)
     work = linear_work(op, b, (img, txt), k, n, dim, kind.itemsize)
-    return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, own_kernel(RUN.get(op, getattr(ops, op))),
+    run = own_kernel(RUN.get(op, getattr(ops, op)))
+    if search:  # both forms of the Hopper kernel, whichever it would take
+        peers += cluster_peers(run)
+    return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, run,
                 lambda *args: both(*(a.double() for a in args)), both, peers,
                 None if op == "joint_qkv" else portable_kernel(op, work, b, (img, txt), k, n, kind.itemsize))
 
 
 def own_kernel(function):
     """``function`` with ``PYDIT_GEMM=pydit``."""
-    def run(*args):
-        before = os.environ.get("PYDIT_GEMM")
-        os.environ["PYDIT_GEMM"] = "pydit"
-        try:
-            return function(*args)
-        finally:
-            del os.environ["PYDIT_GEMM"]
-            if before is not None:
-                os.environ["PYDIT_GEMM"] = before
-
-    return run
+    return with_setting(function, "PYDIT_GEMM", "pydit")
 
 
 def _qkv(x_img, x_txt, w_img, w_txt, b_img, b_txt, nq_img, nq_txt, nk_img, nk_txt, cos_img, cos_txt, sin_img, sin_txt):

@@ -1,6 +1,7 @@
 """Second moments of a layer's activations, added to what earlier tokens left: bound by the tensor cores.
 
 pydit adds to float64 sums and makes the column sums on the way; the peers add x^T x to float32 sums and nothing else.
+On a Hopper both forms of its kernel are raced, whichever it would take: blocks alone, and in clusters of two.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import compiled, eager_peer
+from benchmarks.peers import cluster_peers, compiled, eager_peer
 from pydit.ops.second_moments import add_second_moments
 
 SHAPES = {  # model, tokens, channels, dtype
@@ -27,6 +28,29 @@ def second_moments_work(n: int, d: int) -> Work:
     return Work(bytes=n * d * 2 + 2 * 8 * (d * (d + 1) // 2 + d), flops=n * d * (d + 1) + n * d)
 
 
+def hopper_bytes(n: int, d: int, cluster: int, processors: int) -> int:
+    """What the Hopper kernel asks of memory, mostly of L2, in clusters of so many blocks, on so many multiprocessors.
+
+    x for each of its tiles; the sums of a tile in and out for each cluster that adds to it, once in 32 chunks of its
+    run.
+    """
+    height, chunks = 128 * cluster, -(-n // 256)
+    tiles = [(row, column) for row in range(-(-d // height)) for column in range(row * height // 192, -(-d // 192))]
+    units = len(tiles) * chunks
+    clusters = min(units, max(processors // cluster, 1))
+    size = 0
+    for row, column in tiles:
+        size += 2 * n * (min(height, d - row * height) + min(192, d - column * 192))
+    for i in range(clusters):
+        first, last = units * i // clusters, units * (i + 1) // clusters
+        for tile in range(first // chunks, -(-last // chunks)):
+            row, column = tiles[tile]
+            wide = min(192, d - column * 192)
+            added = -(-(min(last, (tile + 1) * chunks) - max(first, tile * chunks)) // 32)
+            size += 16 * wide * (added * min(height, d - row * height) + (row == 0))
+    return size
+
+
 def second_moments(model, n, d, dtype) -> Case:
     def make(device):
         """x, pydit's sums (xx, sum_x) and the peers' (xx)."""
@@ -35,7 +59,7 @@ def second_moments(model, n, d, dtype) -> Case:
                 torch.zeros(d, d, device=device))
 
     return Case("second_moments", model, f"{n}x{d}", dtype, second_moments_work(n, d), make, _run, _exact, eager,
-                (eager_peer(eager), compiled(eager)), call=_call)
+                (eager_peer(eager), compiled(eager), *cluster_peers(_run)), call=_call)
 
 
 def eager(x, _xx, _sum_x, narrow):

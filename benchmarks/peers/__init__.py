@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,22 @@ def compiled(function: Callable, name: str = "torch.compile", mode: str | None =
     return Peer(name, build)
 
 
+def with_setting(function: Callable, variable: str, value: str) -> Callable:
+    """``function`` with an environment variable set while it runs."""
+
+    def run(*args):
+        before = os.environ.get(variable)
+        os.environ[variable] = value
+        try:
+            return function(*args)
+        finally:
+            del os.environ[variable]
+            if before is not None:
+                os.environ[variable] = before
+
+    return run
+
+
 def never(name: str, reason: str) -> Peer:
     """A peer worth naming that cannot take part, such as one that exists only inside a server."""
 
@@ -69,3 +86,9 @@ def needs_gpu(*modules: str, capability: tuple[int, int] = (8, 0)) -> Callable[[
         return True, ""
 
     return available
+
+
+def cluster_peers(run: Callable) -> tuple[Peer, ...]:
+    """``run`` on a Hopper kernel with its blocks alone and in clusters of two, whatever the kernel would take."""
+    return tuple(Peer(name, lambda size=size: with_setting(run, "PYDIT_CLUSTER", size), needs_gpu(capability=(9, 0)))
+                 for name, size in (("blocks alone", "1"), ("clusters of two", "2")))

@@ -13,6 +13,12 @@ inline bool on_hopper() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 }
 
+inline cudaError_t count_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
 // PYDIT_PATH_* for tensors that suit the copy engine, or do not.
 inline int hopper_path(bool aligned) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)

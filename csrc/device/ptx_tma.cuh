@@ -60,6 +60,21 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap& map, 
 #endif
 }
 
+// tma_load_2d to the same place in each block of the cluster whose bit of `blocks` is set, signalling the mbarrier
+// there.
+__device__ __forceinline__ void tma_load_2d_multicast(void* shared, const TensorMap& map, uint64_t* barrier, int c0,
+                                                      int c1, uint16_t blocks) {
+#ifdef PYDIT_SIM
+  simt::tma_load_multicast(shared, map, {{c0, c1, 0, 0}}, barrier, blocks);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
+      : "memory");
+#endif
+}
+
 // `bytes` (a multiple of 16) neighbouring bytes; both addresses are multiples of 16.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
 #ifdef PYDIT_SIM

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "sim/cluster.h"
 #include "sim/control.h"
 #include "sim/mbarrier.h"
 #include "sim/progress.h"
@@ -57,13 +58,24 @@ void require_hopper(const char* instruction) {
 }
 
 std::string place(const void* pointer, const Block& block) {
-  char text[80];
-  const auto offset = static_cast<const unsigned char*>(pointer) - static_cast<unsigned char*>(block.shared());
-  if (offset >= 0 && static_cast<size_t>(offset) < kMaxSharedBytes)
+  char text[120];
+  const Block* owner = block.cluster().owner(pointer);
+  if (owner == nullptr) {
+    snprintf(text, sizeof text, "address %p", pointer);
+    return text;
+  }
+  const auto offset = static_cast<const unsigned char*>(pointer) - static_cast<unsigned char*>(owner->shared());
+  if (owner == &block)
     snprintf(text, sizeof text, "byte %td of the dynamic shared memory", offset);
   else
-    snprintf(text, sizeof text, "address %p", pointer);
+    snprintf(text, sizeof text, "byte %td of the dynamic shared memory of block %u of the cluster", offset,
+             owner->rank());
   return text;
+}
+
+Engine& engine_of(const void* pointer) {
+  Block* owner = cluster().owner(pointer);
+  return owner == nullptr ? engine() : owner->engine();
 }
 
 void require_aligned(const char* instruction, const char* what, const void* pointer, size_t alignment) {
@@ -140,26 +152,27 @@ void Engine::poll(const void* address, uint64_t value) {
   const bool same = thread.polled == address && thread.seen == value;
   thread.polled = address;
   thread.seen = value;
-  if (!same || events_ != block.events()) {
-    events_ = block.events();
-    fruitless_polls_ = 0;
-    if (voted_) progress.moved();
-    voted_ = false;
+  Polling& polling = block.cluster().polling;
+  if (!same || polling.events != block.cluster().events) {
+    polling.events = block.cluster().events;
+    polling.fruitless = 0;
+    if (polling.voted) progress.moved();
+    polling.voted = false;
     if (!same) return;
   }
-  if (++fruitless_polls_ % 64 == 0) {
+  if (++polling.fruitless % 64 == 0) {
     sched_yield();
-    if (round_ != progress.round()) {
-      round_ = progress.round();
-      fruitless_polls_ = 0;
-      voted_ = false;
+    if (polling.round != progress.round()) {
+      polling.round = progress.round();
+      polling.fruitless = 0;
+      polling.voted = false;
     }
   }
-  // So many polls that every other thread of the block that could run has run.
+  // So many polls that every other thread of the cluster that could run has run.
   constexpr uint64_t kConvinced = 1 << 15;
-  if (fruitless_polls_ >= kConvinced && !voted_) {
-    voted_ = true;
-    if (progress.vote(round_)) {
+  if (polling.fruitless >= kConvinced && !polling.voted) {
+    polling.voted = true;
+    if (progress.vote(polling.round)) {
       fail("deadlock: every block that runs only polls memory; this thread reads %llu at %s again and again",
            static_cast<unsigned long long>(value), place(address).c_str());
     }
@@ -170,8 +183,6 @@ void Engine::poll(const void* address, uint64_t value) {
 // Blocks ---------------------------------------------------------------------------------------------------------
 
 void Engine::start_block() {
-  fruitless_polls_ = events_ = round_ = 0;
-  voted_ = false;
   if (!used_) return;
   used_ = false;
   for (Thread& thread : threads_) {

@@ -117,8 +117,6 @@ class Engine {
   std::vector<BulkLoad> loads_;
   std::vector<Waiter> waiters_;
   std::vector<const uint64_t*> barriers_;
-  uint64_t fruitless_polls_ = 0, events_ = 0, round_ = 0;
-  bool voted_ = false;
 };
 
 // cp.async and its groups.
@@ -137,7 +135,9 @@ inline void proxy_fence() {
 }
 
 inline Engine& engine() { return current->block->engine(); }
-// "byte 1024 of the dynamic shared memory", or the address of something else.
+// Of the block in whose shared memory `pointer` lies, which may be another of the cluster.
+Engine& engine_of(const void* pointer);
+// "byte 1024 of the dynamic shared memory", or the address of something else; as seen from `block`.
 std::string place(const void* pointer, const Block& block = *current->block);
 // Fails unless `pointer` is a multiple of `alignment`.
 void require_aligned(const char* instruction, const char* what, const void* pointer, size_t alignment);

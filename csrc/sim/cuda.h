@@ -4,12 +4,13 @@
 // with a C++ compiler and nothing else. How a launch runs, and where to read about each part:
 //
 //   launch.h     PYDIT_LAUNCH checks the configuration and deals the blocks of the grid out to OS threads, in an order
-//                drawn from the seed. One OS thread runs one block at a time, to its end.
+//                drawn from the seed. One OS thread runs one block at a time, or one cluster, to its end.
 //   fiber.h      Every CUDA thread of a block is a fiber: a stack of its own and a ten-instruction context switch.
 //   scheduler.h  A fiber runs until it has to wait (a barrier, a warp collective) and then switches straight to another
 //                that can run: warps and lanes in seeded random order, so that code that is right only in one order
 //                fails for some seed. When none can run and some are left, the block is deadlocked: the launch ends
 //                with a report of who waits where.
+//   cluster.h    Blocks that run together on one OS thread, their barrier, and one's memory seen by another.
 //   warp.h       Warp collectives: each lane deposits its operand, the last to arrive computes for all.
 //   async.h      What is in flight: cp.async groups here; copies land late or at once, as a switch says.
 //   matrix.h     ldmatrix, stmatrix and mma.sync, who holds which element.
@@ -58,10 +59,12 @@
 #define gridDim (::simt::grid_dim())
 constexpr int warpSize = 32;
 
-// The two pieces of CUDA syntax that are not C++; their CUDA versions are in device/platform.cuh.
+// The pieces of CUDA syntax that are not C++; their CUDA versions are in device/platform.cuh.
 // PYDIT_LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...) is a cudaError_t; a template instantiation with
 // commas goes in parentheses: PYDIT_LAUNCH((scale_kernel<float, 4>), ...). The stream opens `...` here because a macro
 // of C++17 cannot drop the comma before an empty argument list.
 #define PYDIT_LAUNCH(kernel, grid, block, smem_bytes, ...) \
-  (::simt::launch(#kernel, kernel, grid, block, smem_bytes, __VA_ARGS__), cudaGetLastError())
+  PYDIT_LAUNCH_CLUSTER(kernel, 1, grid, block, smem_bytes, __VA_ARGS__)
+#define PYDIT_LAUNCH_CLUSTER(kernel, cluster, grid, block, smem_bytes, ...) \
+  (::simt::launch(#kernel, kernel, cluster, grid, block, smem_bytes, __VA_ARGS__), cudaGetLastError())
 #define PYDIT_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::simt::dynamic_shared())

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "sim/async.h"
+#include "sim/cluster.h"
 #include "sim/control.h"
 #include "sim/fault.h"
 #include "sim/progress.h"
@@ -23,64 +25,64 @@ std::atomic<int> threads_setting{0};
 std::atomic<uint64_t> launches{0};
 
 // A Block is 300 KB and holds up to 64 MB of address space in stacks, so it is kept for the next launch. (The OS
-// threads are not: starting one takes 20 us, and a process that forks would lose them.)
-class BlockPool {
+// threads are not: starting one takes 20 us, and a process that forks would lose them.) A Cluster keeps its blocks.
+class ClusterPool {
  public:
-  std::unique_ptr<Block> take() {
+  std::unique_ptr<Cluster> take() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!free_.empty()) {
-        auto block = std::move(free_.back());
+        auto cluster = std::move(free_.back());
         free_.pop_back();
-        return block;
+        return cluster;
       }
     }
-    return std::make_unique<Block>();
+    return std::make_unique<Cluster>();
   }
-  void give(std::unique_ptr<Block> block) {
+  void give(std::unique_ptr<Cluster> cluster) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(std::move(block));
+    free_.push_back(std::move(cluster));
   }
 
  private:
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Block>> free_;
+  std::vector<std::unique_ptr<Cluster>> free_;
 };
 
-BlockPool& pool() {
-  static BlockPool& instance = *new BlockPool;  // never destroyed: a kernel may run while the process ends
+ClusterPool& pool() {
+  static ClusterPool& instance = *new ClusterPool;  // never destroyed: a kernel may run while the process ends
   return instance;
 }
 
-// The blocks of a grid in an order drawn from the seed: start + i * step modulo their number.
+// The clusters of a grid in an order drawn from the seed: start + i * step modulo their number.
 class Order {
  public:
-  Order(uint64_t blocks, uint64_t seed) : blocks_(blocks) {
-    start_ = mix(seed) % blocks;
-    step_ = 1 + mix(~seed) % (blocks < 65536 ? blocks : 65536);  // small enough that no product reaches 2^64
-    while (std::gcd(step_, blocks) != 1) ++step_;
+  Order(uint64_t clusters, uint64_t seed) : clusters_(clusters) {
+    start_ = mix(seed) % clusters;
+    step_ = 1 + mix(~seed) % (clusters < 65536 ? clusters : 65536);  // small enough that no product reaches 2^64
+    while (std::gcd(step_, clusters) != 1) ++step_;
   }
-  uint64_t operator[](uint64_t i) const { return (start_ + i * step_) % blocks_; }
+  uint64_t operator[](uint64_t i) const { return (start_ + i * step_) % clusters_; }
 
  private:
-  uint64_t blocks_, start_, step_;
+  uint64_t clusters_, start_, step_;
 };
 
-// One launch: workers take blocks until none is left or one has failed.
+// One launch: workers take clusters until none is left or one has failed.
 class Grid {
  public:
-  Grid(const Kernel& kernel, uint64_t blocks) : kernel_(kernel), blocks_(blocks), order_(blocks, kernel.seed) {}
+  Grid(const Kernel& kernel, uint64_t clusters) : kernel_(kernel), clusters_(clusters), order_(clusters, kernel.seed) {}
 
   void work() {
     try {
       const FaultGuard faults;
-      std::unique_ptr<Block> block = pool().take();
+      std::unique_ptr<Cluster> cluster = pool().take();
       while (!failed_.load(std::memory_order_relaxed)) {
         const uint64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-        if (i >= blocks_) break;
-        if (!block->run(kernel_, order_[i])) record(cudaErrorLaunchFailure, block->report());
+        if (i >= clusters_) break;
+        if (!cluster->run(kernel_, order_[i])) record(cudaErrorLaunchFailure, cluster->report());
       }
-      pool().give(std::move(block));
+      pool().give(std::move(cluster));
     } catch (const std::bad_alloc&) {
       record(cudaErrorMemoryAllocation, "no memory for the stacks of a block");
     }
@@ -102,7 +104,7 @@ class Grid {
   }
 
   const Kernel& kernel_;
-  const uint64_t blocks_;
+  const uint64_t clusters_;
   const Order order_;
   std::atomic<uint64_t> next_{0};
   std::atomic<bool> failed_{false};
@@ -111,14 +113,15 @@ class Grid {
   char report_[kReportBytes] = "";
 };
 
-int worker_count(const Kernel& kernel, uint64_t blocks) {
+int worker_count(const Kernel& kernel, uint64_t clusters) {
   int threads = threads_setting.load();
   if (threads <= 0) threads = static_cast<int>(std::thread::hardware_concurrency());
   // A worker with fewer than this many CUDA threads to run would take longer to start than to work.
   constexpr uint64_t kWorthStarting = 4096;
-  const uint64_t useful = blocks * (kernel.block.x * kernel.block.y * kernel.block.z) / kWorthStarting + 1;
+  const uint64_t useful =
+      clusters * kernel.cluster * (kernel.block.x * kernel.block.y * kernel.block.z) / kWorthStarting + 1;
   uint64_t count = threads < 1 ? 1 : static_cast<uint64_t>(threads);
-  if (count > blocks) count = blocks;
+  if (count > clusters) count = clusters;
   if (count > useful) count = useful;
   return static_cast<int>(count);
 }
@@ -132,6 +135,13 @@ bool valid(const Kernel& kernel, const void* function) {
     set_error(cudaErrorInvalidConfiguration,
               "%s: grid: expected 1 to (2147483647, 65535, 65535) blocks, got (%u, %u, %u)", kernel.name, grid.x,
               grid.y, grid.z);
+  } else if (kernel.cluster > 1 && arch() < 90) {
+    set_error(cudaErrorInvalidConfiguration, "%s: cluster: needs sm_90a; the simulated device is sm_%d", kernel.name,
+              arch());
+  } else if (kernel.cluster < 1 || kernel.cluster > kMaxClusterBlocks || grid.x % kernel.cluster != 0) {
+    set_error(cudaErrorInvalidConfiguration,
+              "%s: cluster: expected 1 to %u blocks that divide the grid's %u along x, got %u", kernel.name,
+              kMaxClusterBlocks, grid.x, kernel.cluster);
   } else if (block.x < 1 || block.y < 1 || block.z < 1 || block.x > 1024 || block.y > 1024 || block.z > 64 ||
              block.x * block.y * block.z > kMaxThreads) {
     set_error(cudaErrorInvalidConfiguration,
@@ -154,13 +164,13 @@ void run_grid(Kernel& kernel, const void* function) {
   launches.fetch_add(1);
   const race::LaunchScope observed(kernel);
   kernel.seed = seed_setting.load();
-  const uint64_t blocks = static_cast<uint64_t>(kernel.grid.x) * kernel.grid.y * kernel.grid.z;
+  const uint64_t clusters = static_cast<uint64_t>(kernel.grid.x) * kernel.grid.y * kernel.grid.z / kernel.cluster;
   Progress progress;
   kernel.progress = &progress;
-  Grid grid(kernel, blocks);
+  Grid grid(kernel, clusters);
   std::vector<std::thread> helpers;
   try {
-    for (int i = worker_count(kernel, blocks); i > 1; --i) {
+    for (int i = worker_count(kernel, clusters); i > 1; --i) {
       progress.enter();
       helpers.emplace_back([&grid] { grid.work(); });
     }

@@ -13,10 +13,11 @@ namespace simt {
 // Runs all blocks of the grid and returns when they are done. The outcome is in cudaGetLastError().
 void run_grid(Kernel& kernel, const void* function);
 
-// `arguments` are converted to the kernel's parameter types once; every thread gets its own copy.
+// `cluster` blocks along x are a cluster. `arguments` are converted to the kernel's parameter types once; every thread
+// gets its own copy.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*function)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t /*stream*/, const Arguments&... arguments) {
+void launch(const char* name, void (*function)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
+            size_t shared_bytes, cudaStream_t /*stream*/, const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel has another number of parameters");
   struct Call {
     void (*function)(Parameters...);
@@ -27,7 +28,7 @@ void launch(const char* name, void (*function)(Parameters...), dim3 grid, dim3 b
     const Call& call = *static_cast<const Call*>(pointer);
     std::apply(call.function, call.arguments);
   };
-  Kernel kernel{name, invoke, &call, grid, block, shared_bytes, 0, nullptr};
+  Kernel kernel{name, invoke, &call, grid, block, shared_bytes, 0, nullptr, cluster};
   run_grid(kernel, reinterpret_cast<const void*>(function));
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "sim/async.h"
+#include "sim/cluster.h"
 
 namespace simt {
 namespace {
@@ -31,7 +32,7 @@ void write(uint64_t* barrier, State state) {
   if (state.pending == 0 && state.bytes == 0) {
     state.parity ^= 1;
     state.pending = state.count;
-    engine().wake(barrier);
+    engine_of(barrier).wake(barrier);
   }
   memcpy(barrier, &state, sizeof state);
 }
@@ -43,6 +44,13 @@ void add_bytes(State& state, int64_t bytes, const uint64_t* barrier, const char*
          static_cast<long long>(sum));
   }
   state.bytes = sum;
+}
+
+// Of another block's mbarrier only arrivals are allowed.
+void require_own(const uint64_t* barrier, const char* name) {
+  const Block* owner = cluster().owner(barrier);
+  if (owner == nullptr || owner == current->block) return;
+  fail("%s: expected an mbarrier of the thread's own block, got %s", name, place(barrier).c_str());
 }
 
 // Completes the oldest copy in flight that signals `barrier`.
@@ -63,6 +71,7 @@ bool land_one(const uint64_t* barrier) {
 void mbarrier_init(uint64_t* barrier, uint32_t count) {
   require_hopper("mbarrier.init");
   require_aligned("mbarrier.init", "mbarrier", barrier, 8);
+  require_own(barrier, "mbarrier.init");
   if (count < 1 || count > kMaxCount) fail("mbarrier.init: count: expected 1 to %u, got %u", kMaxCount, count);
   State state = {};
   state.pending = state.count = count;
@@ -88,6 +97,13 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const char* name) {
   write(barrier, state);
 }
 
+void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
+  constexpr const char* kName = "mbarrier.arrive.shared::cluster";
+  void* there = cluster().map(barrier, rank, kName);
+  cluster().reach(rank, kName);
+  mbarrier_arrive(static_cast<uint64_t*>(there), 0, kName);
+}
+
 void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   State state = read(barrier, "mbarrier.expect_tx");
   add_bytes(state, bytes, barrier, "mbarrier.expect_tx");
@@ -101,6 +117,7 @@ void mbarrier_complete(uint64_t* barrier, uint32_t bytes) {
 }
 
 bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  require_own(barrier, "mbarrier.try_wait");
   do {
     const State state = read(barrier, "mbarrier.try_wait");
     if (state.parity != (parity & 1)) {
@@ -115,6 +132,7 @@ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  require_own(barrier, "mbarrier.try_wait");
   for (;;) {
     if (read(barrier, "mbarrier.try_wait").parity != (parity & 1)) return race::acquire(barrier);
     if (land_one(barrier)) continue;

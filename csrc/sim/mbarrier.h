@@ -17,6 +17,7 @@ namespace simt {
 void mbarrier_init(uint64_t* barrier, uint32_t count);
 void mbarrier_invalidate(uint64_t* barrier);
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const char* name);  // announces `bytes`, then arrives
+void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank);  // at the same place in block `rank` of the cluster
 void mbarrier_expect(uint64_t* barrier, uint32_t bytes);
 void mbarrier_complete(uint64_t* barrier, uint32_t bytes);  // by a copy
 bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity);

@@ -2,19 +2,17 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "sim/banks.h"
+#include "sim/cluster.h"
 #include "sim/control.h"
+#include "sim/race_launch.h"
 #include "sim/scheduler.h"
 #include "sim/shadow.h"
 #include "sim/symbols.h"
@@ -31,32 +29,6 @@ enum Kind : uint8_t { kPlain, kAtomic };  // as in race_observe.cpp
 void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc);
 
 namespace {
-
-struct Span {
-  Range range;
-  bool writable;
-  std::string name;
-};
-
-struct Launch {
-  std::vector<Span> spans;
-  std::atomic<uint64_t> counts[PYDIT_SIM_COUNTERS] = {};  // in the order of pydit_sim_counters
-};
-enum Counter {
-  kGlobalLoaded,
-  kGlobalStored,
-  kSharedLoaded,
-  kSharedStored,
-  kTensorOps,
-  kSharedRequests,
-  kConflicts,
-  kWarpgroups
-};
-
-std::mutex mutex;
-std::map<const Kernel*, std::unique_ptr<Launch>> launches;
-uint64_t last_counts[PYDIT_SIM_COUNTERS] = {};
-thread_local std::vector<Span> named;  // by allow(), for the next launch of this host thread
 
 struct Accumulator {
   Range range;
@@ -83,25 +55,37 @@ struct Object {
   std::vector<uint32_t> acquired;    // of each thread, how many of those it has waited for
 };
 
-// What is known of the block that this OS thread runs.
+// A block of a cluster, as others reach into it.
+struct Resident {
+  const Block* block;
+  Range dynamic;
+  std::vector<uint32_t> visits;      // of each thread of other blocks, the epoch of its last access; empty: none
+  std::vector<uint32_t> operations;  // asynchronous ones of other blocks that write here
+  bool exited = false;
+};
+
+// What is known of the cluster that this OS thread runs. Threads are numbered through its blocks.
 class Detector {
  public:
-  void start(const Kernel& kernel, const Fiber* fibers, int threads, const void* shared) {
+  void start(const Kernel& kernel, const Cluster& cluster) {
     kernel_ = &kernel;
-    fibers_ = fibers;
-    threads_ = threads;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      const auto found = launches.find(&kernel);
-      launch_ = found == launches.end() ? nullptr : found->second.get();
+    block_threads_ = cluster.block(0).threads();
+    const int threads = threads_ = block_threads_ * static_cast<int>(cluster.size());
+    block_warps_ = (block_threads_ + kLanes - 1) / kLanes;
+    residents_.clear();
+    for (unsigned rank = 0; rank < cluster.size(); ++rank) {
+      const auto shared = reinterpret_cast<uintptr_t>(cluster.block(rank).shared());
+      residents_.push_back({&cluster.block(rank), {shared, shared + kernel.shared_bytes}, {}, {}});
     }
+    launch_ = launch_of(kernel);
     if (module_.thread_local_storage.end == 0) module_ = this_module();  // this detector is of one OS thread
     find_stacks();
-    dynamic_.begin = reinterpret_cast<uintptr_t>(shared);
-    dynamic_.end = dynamic_.begin + kernel.shared_bytes;
-    // The lines of the shadow begin where the addresses are multiples of their length, for static memory as well.
+    // The lines of the shadow begin where the addresses are multiples of their length, for static memory as well; and
+    // a block's part where bank 0 is.
+    constexpr size_t kAllBanks = 128;
     const Range& fixed = module_.thread_local_storage;
-    fixed_offset_ = (kernel.shared_bytes + Line::kBytes - 1) / Line::kBytes * Line::kBytes + fixed.begin % Line::kBytes;
+    pitch_ = (kernel.shared_bytes + kAllBanks - 1) / kAllBanks * kAllBanks;
+    fixed_offset_ = residents_.size() * pitch_ + fixed.begin % Line::kBytes;
     shadow_.start(fixed_offset_ + (fixed.end - fixed.begin));
     width_ = (static_cast<size_t>(threads) + 7) / 8 * 8;
     clocks_.assign(threads * width_, 0);
@@ -112,7 +96,7 @@ class Detector {
     operations_.clear();
     finished_.assign(threads, {});
     accumulators_.assign(threads, {});
-    banks_.resize((threads + kLanes - 1) / kLanes);
+    banks_.resize(block_warps_ * residents_.size());
     for (BankCounter& warp : banks_) {
       warp.flush();
       warp.total = {};
@@ -141,11 +125,15 @@ class Detector {
     if (address - bottom < fiber.context.stack_bytes) return access_local(accumulators_[me], address, write, pc);
     const ptrdiff_t first = offset(address, bytes);
     if (first < 0 && !is_global(address, bytes)) return;
+    if (first >= static_cast<ptrdiff_t>(fixed_offset_) && residents_.size() > 1)
+      stop(pc, "static shared memory in a cluster, which the simulator has only once for all blocks");
     if (address % alignment != 0)
       stop(pc, "misaligned %s of %zu bytes at %p", write ? "write" : "read", bytes, pointer);
     if (first < 0) return access_global(address, bytes, write, pc);
     count(write ? kSharedStored : kSharedLoaded, bytes);
-    banks_[fiber.warp].access(fiber.lane, pc, static_cast<uint32_t>(first), static_cast<uint32_t>(bytes));
+    banks_[warp_number(*fiber.block, fiber.warp)].access(fiber.lane, pc, static_cast<uint32_t>(first),
+                                                         static_cast<uint32_t>(bytes));
+    if (const int rank = rank_of(first); rank != rank_of_thread(me)) visit(rank, pc);
     touch(first, bytes, write, name(pc, me, atomic, false, 0), me);
   }
 
@@ -158,6 +146,8 @@ class Detector {
     }
     count(write ? kSharedStored : kSharedLoaded, bytes);
     const int me = self();
+    if (const int rank = rank_of(first); rank != rank_of_thread(me))
+      residents_[rank].operations.push_back(operation(token));
     touch(first, bytes, write, name(pc, me, false, true, operation(token)), me);
   }
 
@@ -172,9 +162,9 @@ class Detector {
 
   void acquire(const void* object) { acquire_as(object, self()); }
 
-  void barrier_passed(const void* object, int warp, uint32_t lanes) {
-    banks_[warp].flush();
-    for (; lanes != 0; lanes &= lanes - 1) acquire_as(object, warp * kLanes + __builtin_ctz(lanes));
+  void barrier_passed(const void* object, const Block& block, int warp, uint32_t lanes) {
+    banks_[warp_number(block, warp)].flush();
+    for (; lanes != 0; lanes &= lanes - 1) acquire_as(object, number(block, warp, __builtin_ctz(lanes)));
   }
 
   void acquire_as(const void* object, int thread) {
@@ -193,13 +183,52 @@ class Detector {
     if (found != objects_.end()) found->second.released = false;
   }
 
-  void join_lanes(int warp, uint32_t lanes) {
-    banks_[warp].flush();
+  void pass_on(const void* from, const void* to) {
+    Object &target = objects_[to], &source = objects_[from];
+    target.clock = source.clock;
+    target.released = source.released;
+    source.released = false;
+  }
+
+  // Remembers that the running thread reaches into the block, which must be there.
+  void visit(int rank, const void* pc) {
+    const int me = self();
+    Resident& there = residents_[rank];
+    const int first = rank * block_threads_;
+    const uint32_t* mine = clock(me);
+    if (std::all_of(mine + first, mine + first + block_threads_, [](uint32_t epoch) { return epoch == 0; }))
+      stop(pc, "access to block %d of the cluster, which may not have started: no barrier.cluster before", rank);
+    if (there.exited) stop(pc, "access to block %d of the cluster after the block's exit", rank);
+    there.visits.resize(threads_, 0);
+    there.visits[me] = mine[me];
+  }
+
+  void block_exits(int rank) {
+    Resident& there = residents_[rank];
+    there.exited = true;
+    const int first = rank * block_threads_, end = first + block_threads_;
+    joined_.assign(width_, 0);
+    for (int thread = first; thread < end; ++thread) join(joined_.data(), clock(thread));
+    for (size_t thread = 0; thread < there.visits.size(); ++thread) {
+      if (joined_[thread] < there.visits[thread])
+        leaves_early("an access to it by " + describe(static_cast<int>(thread)));
+    }
+    for (const uint32_t operation : there.operations) {
+      const std::vector<Operation::Wait>& waits = operations_[operation].waits;
+      const auto ours = [&](const Operation::Wait& wait) {
+        return static_cast<int>(wait.thread) >= first && static_cast<int>(wait.thread) < end;
+      };
+      if (std::none_of(waits.begin(), waits.end(), ours)) leaves_early("a multicast copy into it");
+    }
+  }
+
+  void join_lanes(const Block& block, int warp, uint32_t lanes) {
+    banks_[warp_number(block, warp)].flush();
     joined_.assign(width_, 0);
     for (uint32_t left = lanes; left != 0; left &= left - 1)
-      join(joined_.data(), clock(warp * kLanes + __builtin_ctz(left)));
+      join(joined_.data(), clock(number(block, warp, __builtin_ctz(left))));
     for (uint32_t left = lanes; left != 0; left &= left - 1) {
-      const int thread = warp * kLanes + __builtin_ctz(left);
+      const int thread = number(block, warp, __builtin_ctz(left));
       uint32_t* mine = clock(thread);
       const uint32_t epoch = mine[thread];
       memcpy(mine, joined_.data(), width_ * sizeof *mine);
@@ -231,8 +260,17 @@ class Detector {
   }
 
  private:
-  static int number(const Fiber& fiber) { return fiber.warp * kLanes + fiber.lane; }
-  static int self() { return number(*current); }
+  int number(const Block& block, int warp, int lane) const {
+    return static_cast<int>(block.rank()) * block_threads_ + warp * kLanes + lane;
+  }
+  int number(const Fiber& fiber) const { return number(*fiber.block, fiber.warp, fiber.lane); }
+  int self() const { return number(*current); }
+  size_t warp_number(const Block& block, int warp) const { return block.rank() * block_warps_ + warp; }
+  int rank_of_thread(int thread) const { return thread / block_threads_; }
+  // Of the block whose dynamic memory has its shadow at `offset`; static memory counts as the running block's.
+  int rank_of(size_t offset) const {
+    return offset < residents_.size() * pitch_ ? static_cast<int>(offset / pitch_) : rank_of_thread(self());
+  }
 
   uint32_t* clock(int thread) { return &clocks_[thread * width_]; }
 
@@ -251,8 +289,9 @@ class Detector {
             operation};
   }
 
-  // Tokens are numbered as they come; mostly the same one comes again.
+  // Tokens are numbered as they come; mostly the same one comes again. Each block of a cluster has its own.
   uint32_t operation(uint64_t token) {
+    token ^= static_cast<uint64_t>(current->block->rank()) << 56;
     if (operations_.empty() || token != last_token_) {
       const auto [found, added] = numbers_.try_emplace(token, static_cast<uint32_t>(operations_.size()));
       if (added) operations_.emplace_back();
@@ -268,7 +307,10 @@ class Detector {
 
   // Where the shadow of a byte of shared memory is; negative for other memory.
   ptrdiff_t offset(uintptr_t address, size_t bytes) const {
-    if (dynamic_.holds(address, bytes)) return static_cast<ptrdiff_t>(address - dynamic_.begin);
+    for (size_t rank = 0; rank < residents_.size(); ++rank) {
+      const Range& dynamic = residents_[rank].dynamic;
+      if (dynamic.holds(address, bytes)) return static_cast<ptrdiff_t>(rank * pitch_ + address - dynamic.begin);
+    }
     const Range& fixed = module_.thread_local_storage;
     const auto running = reinterpret_cast<uintptr_t>(&current);  // of the runtime, though it lies there
     if (!fixed.holds(address, bytes) || (address >= running && address < running + sizeof current)) return -1;
@@ -279,8 +321,9 @@ class Detector {
   void find_stacks() {
     stacks_.clear();
     for (int t = 0; t < threads_; ++t) {
-      const auto begin = reinterpret_cast<uintptr_t>(fibers_[t].context.stack_bottom);
-      const uintptr_t end = begin + fibers_[t].context.stack_bytes;
+      const Context& context = fiber_of(t).context;
+      const auto begin = reinterpret_cast<uintptr_t>(context.stack_bottom);
+      const uintptr_t end = begin + context.stack_bytes;
       constexpr uintptr_t kGap = 16 * 1024;
       if (!stacks_.empty() && begin >= stacks_.back().end && begin - stacks_.back().end < kGap)
         stacks_.back().end = end;
@@ -295,7 +338,10 @@ class Detector {
     const auto near = [address](const void* object, size_t size) {
       return address - reinterpret_cast<uintptr_t>(object) < size;
     };
-    if (near(current->block, sizeof(Block)) || near(fibers_, sizeof(Fiber) * kMaxThreads)) return false;
+    for (const Resident& resident : residents_) {
+      if (near(resident.block, sizeof(Block)) || near(resident.block->fibers(), sizeof(Fiber) * kMaxThreads))
+        return false;
+    }
     if (near(kernel_, sizeof(Kernel)) || near(kernel_->arguments, 4096)) return false;  // the launch and its arguments
     for (const Range& stacks : stacks_) {
       if (stacks.holds(address, 1)) return false;
@@ -406,17 +452,38 @@ class Detector {
   }
 
   std::string name(size_t byte) const {
-    const size_t dynamic = dynamic_.end - dynamic_.begin;
-    return byte < dynamic ? "byte " + std::to_string(byte) + " of the dynamic shared memory"
-                          : "static shared memory (byte " + std::to_string(byte - fixed_offset_) + ")";
+    if (byte >= residents_.size() * pitch_)
+      return "static shared memory (byte " + std::to_string(byte - fixed_offset_) + ")";
+    return "byte " + std::to_string(byte % pitch_) + " of the dynamic shared memory" + of_block(rank_of(byte));
   }
 
+  // " of block (1, 0, 0)" in a cluster of several.
+  std::string of_block(int rank) const {
+    if (residents_.size() == 1) return "";
+    const uint3 index = residents_[rank].block->index();
+    char text[60];
+    snprintf(text, sizeof text, " of block (%u, %u, %u)", index.x, index.y, index.z);
+    return text;
+  }
+
+  const Fiber& fiber_of(int thread) const {
+    return residents_[rank_of_thread(thread)].block->fibers()[thread % block_threads_];
+  }
+
+  std::string describe(int thread) const {
+    const Fiber& fiber = fiber_of(thread);
+    const uint3& t = fiber.thread;
+    char text[100];
+    snprintf(text, sizeof text, "thread (%u, %u, %u) [warp %d, lane %d]", t.x, t.y, t.z, fiber.warp, fiber.lane);
+    return text + of_block(rank_of_thread(thread));
+  }
   std::string describe(const Access& access) const {
-    const uint3& t = fibers_[access.thread].thread;
-    char text[120];
-    snprintf(text, sizeof text, "%s thread (%u, %u, %u) [warp %d, lane %d] at ",
-             access.engine ? "the engine for" : "by", t.x, t.y, t.z, access.thread / kLanes, access.thread % kLanes);
-    return text + source_line(access.where());
+    return (access.engine ? "the engine for " : "by ") + describe(static_cast<int>(access.thread)) + " at " +
+           source_line(access.where());
+  }
+
+  [[noreturn]] static void leaves_early(const std::string& who) {
+    current->block->abandon(("the block's exit is not ordered behind " + who).c_str());
   }
 
   void report(size_t byte, const Access& before, const char* first, const Access& now, const char* second) {
@@ -435,12 +502,13 @@ class Detector {
   }
 
   const Kernel* kernel_ = nullptr;
-  const Fiber* fibers_ = nullptr;
-  int threads_ = 0;
+  std::vector<Resident> residents_;  // by rank
+  int block_threads_ = 0, block_warps_ = 0;
+  int threads_ = 0;  // of all blocks
   Launch* launch_ = nullptr;
   Module module_;
-  Range dynamic_;
   std::vector<Range> stacks_;
+  size_t pitch_ = 0;         // from one block's dynamic shared memory to the next one's, in the shadow
   size_t fixed_offset_ = 0;  // in the shadow, of the static shared memory, which lies behind the dynamic
   Shadow shadow_;
   size_t width_ = 0;              // of a clock: the threads, rounded up
@@ -471,22 +539,6 @@ void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t al
   detector().access(*current, pointer, bytes, write, kind == kAtomic, alignment, pc);
 }
 
-LaunchScope::LaunchScope(const Kernel& kernel) : kernel_(kernel) {
-  if (!enabled) return;
-  auto launch = std::make_unique<Launch>();
-  launch->spans.swap(named);
-  const std::lock_guard<std::mutex> lock(mutex);
-  launches[&kernel] = std::move(launch);
-}
-
-LaunchScope::~LaunchScope() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = launches.find(&kernel_);
-  if (found == launches.end()) return;
-  for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) last_counts[i] = found->second->counts[i];
-  launches.erase(found);
-}
-
 namespace detail {
 
 void access(const void* pointer, size_t bytes, bool write, const void* pc) {
@@ -502,17 +554,15 @@ void engine_signals(uint64_t token, const void* object) { detector().engine_sign
 void accumulates(const void* pointer, size_t bytes, uint64_t token) { detector().accumulates(pointer, bytes, token); }
 void forget(const void* object) { detector().forget(object); }
 void generic_proxy_fence() { detector().fence(); }
-void join_warp(int warp, uint32_t lanes) { detector().join_lanes(warp, lanes); }
-void acquire_lanes(const void* object, int warp, uint32_t lanes) { detector().barrier_passed(object, warp, lanes); }
-void start_block(const Kernel& kernel, const Fiber* fibers, int threads, const void* shared) {
-  detector().start(kernel, fibers, threads, shared);
+void pass_on(const void* from, const void* to) { detector().pass_on(from, to); }
+void visit(unsigned rank, const void* pc) { detector().visit(static_cast<int>(rank), pc); }
+void block_exits(unsigned rank) { detector().block_exits(static_cast<int>(rank)); }
+void join_warp(const Block& block, int warp, uint32_t lanes) { detector().join_lanes(block, warp, lanes); }
+void acquire_lanes(const void* object, const Block& block, int warp, uint32_t lanes) {
+  detector().barrier_passed(object, block, warp, lanes);
 }
-void end_block() { detector().end(); }
-void allow(const void* pointer, size_t bytes, bool writable, const char* name) {
-  if (pointer == nullptr) return;
-  const auto begin = reinterpret_cast<uintptr_t>(pointer);
-  named.push_back({{begin, begin + bytes}, writable, name});
-}
+void start_cluster(const Kernel& kernel, const Cluster& cluster) { detector().start(kernel, cluster); }
+void end_cluster() { detector().end(); }
 
 }  // namespace detail
 }  // namespace simt::race
@@ -529,8 +579,4 @@ int pydit_sim_race_build(void) {
 #else
   return 0;
 #endif
-}
-void pydit_sim_counters(uint64_t counts[PYDIT_SIM_COUNTERS]) {
-  const std::lock_guard<std::mutex> lock(simt::race::mutex);
-  std::copy(std::begin(simt::race::last_counts), std::end(simt::race::last_counts), counts);
 }

@@ -20,6 +20,12 @@
 // one that thread has been synchronised with. The async proxy (engine_read) sees a plain write only when the writer,
 // or the issuing thread after it was ordered behind the writer, has called generic_proxy_fence() since.
 //
+// Clusters. The threads of all blocks of a cluster are one set of threads with one set of clocks, and each byte of each
+// block's dynamic shared memory has its history, whoever reaches for it. Besides, a block that is reached into (a
+// multicast copy, a remote arrival, a load or store through another block's address) must be known to have started, by
+// a barrier of the cluster, and must not exit before it is ordered behind that access. An arrival at another block's
+// mbarrier orders all that came before it; on the GPU only the reads (ptx_cluster.cuh), a difference not looked for.
+//
 // Global memory. A launcher that names its tensors with allow() has every plain access to global memory checked against
 // them. Races on global memory are not looked for.
 //
@@ -32,7 +38,8 @@
 namespace simt {
 
 struct Kernel;
-struct Fiber;
+class Block;
+class Cluster;
 
 namespace race {
 
@@ -48,10 +55,13 @@ void engine_signals(uint64_t token, const void* object);
 void accumulates(const void* pointer, size_t bytes, uint64_t token);
 void forget(const void* object);
 void generic_proxy_fence();
-void join_warp(int warp, uint32_t lanes);
-void acquire_lanes(const void* object, int warp, uint32_t lanes);
-void start_block(const Kernel& kernel, const Fiber* fibers, int threads, const void* shared);
-void end_block();
+void pass_on(const void* from, const void* to);
+void visit(unsigned rank, const void* pc);
+void block_exits(unsigned rank);
+void join_warp(const Block& block, int warp, uint32_t lanes);
+void acquire_lanes(const void* object, const Block& block, int warp, uint32_t lanes);
+void start_cluster(const Kernel& kernel, const Cluster& cluster);
+void end_cluster();
 void allow(const void* pointer, size_t bytes, bool writable, const char* name);
 }  // namespace detail
 
@@ -72,7 +82,7 @@ inline void acquire(const void* object) {
 }
 
 // Accesses of an asynchronous instruction, called at its issue by the issuing thread. A token is any number that the
-// block does not use twice; several accesses may share one.
+// block does not use twice, whatever others of its cluster use; several accesses may share one.
 inline void engine_read(const void* pointer, size_t bytes, uint64_t token) {
   if (__builtin_expect(enabled, false))
     detail::engine_access(pointer, bytes, token, false, __builtin_return_address(0));
@@ -103,20 +113,32 @@ inline void allow(const void* pointer, size_t bytes, bool writable, const char* 
 }
 
 // Of the scheduler. Barriers: who comes releases; when it completes, its waiters acquire and it is forgotten.
-inline void join_warp(int warp, uint32_t lanes) {
-  if (__builtin_expect(enabled, false)) detail::join_warp(warp, lanes);
+inline void join_warp(const Block& block, int warp, uint32_t lanes) {
+  if (__builtin_expect(enabled, false)) detail::join_warp(block, warp, lanes);
 }
-inline void acquire_lanes(const void* object, int warp, uint32_t lanes) {
-  if (__builtin_expect(enabled, false)) detail::acquire_lanes(object, warp, lanes);
+inline void acquire_lanes(const void* object, const Block& block, int warp, uint32_t lanes) {
+  if (__builtin_expect(enabled, false)) detail::acquire_lanes(object, block, warp, lanes);
+}
+// What was released to `from` is there to acquire from `to`, and `from` begins anew.
+inline void pass_on(const void* from, const void* to) {
+  if (__builtin_expect(enabled, false)) detail::pass_on(from, to);
 }
 inline void forget(const void* object) {
   if (__builtin_expect(enabled, false)) detail::forget(object);
 }
-inline void start_block(const Kernel& kernel, const Fiber* fibers, int threads, const void* shared) {
-  if (__builtin_expect(enabled, false)) detail::start_block(kernel, fibers, threads, shared);
+// The running thread reaches into block `rank` of its cluster, another than its own.
+inline void visit(unsigned rank) {
+  if (__builtin_expect(enabled, false)) detail::visit(rank, __builtin_return_address(0));
 }
-inline void end_block() {
-  if (__builtin_expect(enabled, false)) detail::end_block();
+// The running thread is the last of block `rank` to exit.
+inline void block_exits(unsigned rank) {
+  if (__builtin_expect(enabled, false)) detail::block_exits(rank);
+}
+inline void start_cluster(const Kernel& kernel, const Cluster& cluster) {
+  if (__builtin_expect(enabled, false)) detail::start_cluster(kernel, cluster);
+}
+inline void end_cluster() {
+  if (__builtin_expect(enabled, false)) detail::end_cluster();
 }
 
 // Lives in run_grid: takes over what allow() named, and keeps the launch's counts.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "sim/async.h"
+#include "sim/cluster.h"
 #include "sim/scheduler.h"
 
 namespace simt {
@@ -47,10 +48,11 @@ void begin_report(char (&text)[kReportBytes], const Kernel& kernel, uint3 block)
 }  // namespace
 
 void Block::report_error(const Fiber& fiber, const char* reason) {
+  if (cluster_.failed()) return;
   begin_report(report_, *kernel_, index_);
   append(report_, ", thread (%u, %u, %u) [warp %d, lane %d]: %s", fiber.thread.x, fiber.thread.y, fiber.thread.z,
          fiber.warp, fiber.lane, reason);
-  failed_ = true;
+  cluster_.fail_in(*this);
 }
 
 void Block::describe_fault(int signal, const void* address) {
@@ -72,21 +74,33 @@ void Block::describe_fault(int signal, const void* address) {
 void Block::report_deadlock() {
   begin_report(report_, *kernel_, index_);
   append(report_, ": deadlock, no thread can run; %d of %d threads have exited", threads_ - alive_, threads_);
+  append_waiters(report_);
+  for (unsigned rank = 0; rank < cluster_.size(); ++rank) {
+    const Block& other = cluster_.block(rank);
+    if (&other == this) continue;
+    append(report_, "\nblock (%u, %u, %u) of the same cluster: %d of %d threads have exited", other.index_.x,
+           other.index_.y, other.index_.z, other.threads_ - other.alive_, other.threads_);
+    other.append_waiters(report_);
+  }
+  cluster_.fail_in(*this);
+}
+
+void Block::append_waiters(char (&text)[kReportBytes]) const {
   for (int id = 0; id < kBarriers; ++id) {
     const Barrier& barrier = barriers_[id];
     if (barrier.arrived == 0) continue;
-    append(report_, "\n  %d threads wait in %s", barrier.arrived, barrier.name);
-    if (id > 0) append(report_, " at barrier %d", id);
+    append(text, "\n  %d threads wait in %s", barrier.arrived, barrier.name);
+    if (id > 0) append(text, " at barrier %d", id);
     if (barrier.needed == 0)
-      append(report_, " for all %d that have not exited:", alive_);
+      append(text, " for all %d that have not exited:", alive_);
     else
-      append(report_, " for %d to come:", barrier.needed);
+      append(text, " for %d to come:", barrier.needed);
     const char* separator = " ";
     for (int w = 0; w * kLanes < threads_; ++w) {
       const uint32_t lanes = warps_[w].at_barrier[id];
       if (lanes == 0) continue;
-      append(report_, "%swarp %d ", separator, w);
-      append_lanes(report_, lanes);
+      append(text, "%swarp %d ", separator, w);
+      append_lanes(text, lanes);
       separator = "; ";
     }
   }
@@ -99,14 +113,19 @@ void Block::report_deadlock() {
       for (int lane = 0; lane < kLanes; ++lane) {
         if ((left >> lane & 1) != 0 && warp.deposit[lane]->mask == deposit.mask) same |= 1u << lane;
       }
-      append(report_, "\n  warp %d ", w);
-      append_lanes(report_, same);
-      append(report_, " wait in %s, mask 0x%08x, for ", deposit.name, deposit.mask);
-      append_lanes(report_, deposit.mask & warp.alive & ~same);
+      append(text, "\n  warp %d ", w);
+      append_lanes(text, same);
+      append(text, " wait in %s, mask 0x%08x, for ", deposit.name, deposit.mask);
+      append_lanes(text, deposit.mask & warp.alive & ~same);
       left &= ~same;
     }
   }
-  append(report_, "%s", engine_->describe_waiters().c_str());
+  append(text, "%s", engine_->describe_waiters().c_str());
+  int in_cluster = 0;
+  for (int i = 0; i < threads_; ++i) in_cluster += fibers_[i].stage == ClusterStage::kWaiting;
+  if (in_cluster > 0)
+    append(text, "\n  %d threads wait in barrier.cluster.wait; %d of the cluster have come", in_cluster,
+           cluster_.arrived());
 }
 
 }  // namespace simt

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "sim/async.h"
+#include "sim/cluster.h"
 #include "sim/progress.h"
 #include "sim/race.h"
 
@@ -43,8 +44,10 @@ void fail(const char* format, ...) {
   throw error;
 }
 
-Block::Block()
-    : fibers_(new Fiber[kMaxThreads]),
+Block::Block(Cluster& cluster, size_t rank)
+    : cluster_(cluster),
+      rank_(static_cast<unsigned>(rank)),
+      fibers_(new Fiber[kMaxThreads]),
       engine_(new Engine),
       arena_(new unsigned char[kMaxSharedBytes + kSharedAlignment + kCanaryBytes]) {
   const auto address = reinterpret_cast<uintptr_t>(arena_.get());
@@ -73,7 +76,10 @@ void Block::start(const Kernel& kernel, uint64_t linear) {
       fiber.lane = i % kLanes;
     }
   }
-  for (int i = 0; i < threads_; ++i) stacks_.prepare(fibers_[i].context, i, thread_main);
+  for (int i = 0; i < threads_; ++i) {
+    stacks_.prepare(fibers_[i].context, i, thread_main);
+    fibers_[i].stage = ClusterStage::kAway;
+  }
   const int warps = (threads_ + kLanes - 1) / kLanes;
   for (int w = 0; w < warps; ++w) {
     const int lanes = threads_ - w * kLanes < kLanes ? threads_ - w * kLanes : kLanes;
@@ -88,47 +94,30 @@ void Block::start(const Kernel& kernel, uint64_t linear) {
   alive_ = threads_;
   ready_warps_ = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
   leave_warp_ = true;
-  failed_ = false;
   random_ = mix(kernel.seed + mix(linear)) | 1;
-  events_ = 0;
   engine_->start_block();
   memset(shared_, 0xFF, kernel.shared_bytes + kCanaryBytes);
-  race::start_block(kernel, fibers_.get(), threads_, shared_);
 }
 
-bool Block::run(const Kernel& kernel, uint64_t linear) {
-  start(kernel, linear);
-  main_.context.stack_bottom = nullptr;  // of the OS thread that runs this block
-  Fiber& first = next();
-  current = &first;
-  switch_context(main_.context, first.context);
-  current = nullptr;
-  race::end_block();
-  if (!failed_ && alive_ > 0) report_deadlock();
-  if (failed_ || alive_ > 0) {
-    stacks_.forget_abandoned();
-    failed_ = true;
-    return false;
-  }
+void Block::check_end() {
+  if (alive_ > 0) return report_deadlock();
+  const size_t bytes = kernel_->shared_bytes;
   for (size_t i = 0; i < kCanaryBytes; ++i) {
-    if (shared_[kernel.shared_bytes + i] != 0xFF) {
+    if (shared_[bytes + i] != 0xFF) {
       char reason[160];
       snprintf(reason, sizeof reason, "byte %zu of the dynamic shared memory was written; the launch gave it %zu bytes",
-               kernel.shared_bytes + i, kernel.shared_bytes);
-      report_error(fibers_[0], reason);
-      return false;
+               bytes + i, bytes);
+      return report_error(fibers_[0], reason);
     }
   }
   const std::string unfinished = engine_->end_block(*this);
-  if (unfinished.empty()) return true;
-  report_error(fibers_[0], unfinished.c_str());
-  return false;
+  if (!unfinished.empty()) report_error(fibers_[0], unfinished.c_str());
 }
 
 // Where every fiber starts. It never returns: its last act is to switch to another.
 void Block::thread_main() {
   Block& block = *current->block;
-  enter(block.main_.context);
+  enter(block.cluster_.home().context);
   try {
     block.kernel_->invoke(block.kernel_->arguments);
     block.exit_thread();
@@ -149,7 +138,8 @@ void Block::exit_thread() {
   race::release(&barriers_[0]);  // a thread that has exited counts as one that came
   warp.alive &= ~(1u << me.lane);
   --alive_;
-  ++events_;
+  ++cluster_.events;
+  if (alive_ == 0) race::block_exits(rank_);
   // Those who wait for this thread wait no longer.
   for (uint32_t left = warp.collecting; left != 0; left &= warp.collecting & (left - 1)) {
     finish_if_complete(warp, *warp.deposit[__builtin_ctz(left)], me.warp);
@@ -158,6 +148,7 @@ void Block::exit_thread() {
     const int id = __builtin_ctz(left);
     if (barriers_[id].needed == 0 && barriers_[id].arrived == alive_) release(barriers_[id], id);
   }
+  cluster_.thread_exits();
 }
 
 void Block::abandon(const char* reason) {
@@ -184,8 +175,14 @@ inline void Block::make_ready(int warp_index, uint32_t lanes) {
   ready_warps_ |= 1u << warp_index;
 }
 
-inline Fiber& Block::next() {
-  if (failed_ || ready_warps_ == 0) return main_;
+Fiber& Block::next() {
+  if (cluster_.failed()) return cluster_.home();
+  if (leave_warp_ || ready_warps_ == 0) return cluster_.choose(*this, random_).next_here();
+  return next_here();
+}
+
+inline Fiber& Block::next_here() {
+  if (ready_warps_ == 0) return cluster_.home();
   if (leave_warp_ || warps_[running_warp_].ready == 0) {
     const uint64_t r = random();
     running_warp_ = find_bit(ready_warps_, r >> 8 & 31, r >> 16 & 1);
@@ -209,7 +206,7 @@ inline void Block::wait() {
 }
 
 void Block::wake(const Fiber& fiber) {
-  ++events_;
+  ++cluster_.events;
   make_ready(fiber.warp, 1u << fiber.lane);
   leave_warp_ = true;
 }
@@ -257,10 +254,10 @@ void Block::release(Barrier& barrier, int id) {
   for (int w = 0; w * kLanes < threads_; ++w) {
     if (warps_[w].at_barrier[id] == 0) continue;
     make_ready(w, warps_[w].at_barrier[id]);
-    race::acquire_lanes(&barrier, w, warps_[w].at_barrier[id]);
+    race::acquire_lanes(&barrier, *this, w, warps_[w].at_barrier[id]);
     warps_[w].at_barrier[id] = 0;
   }
-  ++events_;
+  ++cluster_.events;
   race::forget(&barrier);
   barrier.result = barrier.votes;
   barrier.votes = 0;
@@ -292,9 +289,9 @@ inline bool Block::finish_if_complete(Warp& warp, Deposit& deposit, int warp_ind
       }
     }
   }
-  ++events_;
+  ++cluster_.events;
   // CUDA's own collectives order memory; those of PTX that only have lanes in step (ldmatrix, mma) do not.
-  if (deposit.name[0] == '_') race::join_warp(warp_index, participants);
+  if (deposit.name[0] == '_') race::join_warp(*this, warp_index, participants);
   deposit.finish(warp.deposit, participants);
   warp.collecting &= ~participants;
   make_ready(warp_index, participants);

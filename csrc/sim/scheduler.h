@@ -1,8 +1,9 @@
 // One block of a grid: its threads, who can run, who waits for what.
 //
 // The state is bit masks: per warp, the lanes that have not exited, those that can run, those that wait in a warp
-// collective and those that wait at each barrier. A thread that has to wait picks the next one and switches to it; the
-// OS thread's own context gets control back when none can run: all have exited, or the block is deadlocked.
+// collective and those that wait at each barrier. A thread that has to wait picks the next one, of this block or of
+// another of its cluster (cluster.h), and switches to it; the OS thread's own context gets control back when none can
+// run: all have exited, or the cluster is deadlocked.
 //
 // Threads that have exited are not waited for, by __syncthreads() and by collectives alike, as on the GPU.
 #pragma once
@@ -34,6 +35,7 @@ struct Kernel {
   size_t shared_bytes;
   uint64_t seed;
   Progress* progress = nullptr;
+  unsigned cluster = 1;  // blocks of a cluster, neighbours along x
 };
 
 inline uint64_t mix(uint64_t x) {  // splitmix64: neighbouring seeds give unrelated numbers
@@ -68,27 +70,42 @@ struct Barrier {
 };
 
 class Block;
-class Engine;  // what the block has in flight: async.h
+class Cluster;  // cluster.h
+class Engine;   // what the block has in flight: async.h
+
+// Where a thread is with respect to its cluster's barrier.
+enum class ClusterStage : uint8_t { kAway, kArrived, kWaiting, kComplete };
 
 struct Fiber {
   Context context;
   Block* block = nullptr;
   uint3 thread = {};  // threadIdx
   int warp = 0, lane = 0;
+  ClusterStage stage = ClusterStage::kAway;
 };
 
 class Block {
  public:
-  Block();
+  Block(Cluster& cluster, size_t rank);
   ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // Runs block number `linear` of the grid (x fastest). False when it failed; report() then says why.
-  bool run(const Kernel& kernel, uint64_t linear);
+  // Called by its cluster. start() makes it block number `linear` of the grid (x fastest); check_end() reports what it
+  // did not do before it ended, or that it cannot end.
+  void start(const Kernel& kernel, uint64_t linear);
+  Fiber& next();  // the thread that runs next, if nobody else does
+  bool can_run() const { return ready_warps_ != 0; }
+  void check_end();
+  void forget_abandoned() { stacks_.forget_abandoned(); }
   const char* report() const { return report_; }
+  int alive() const { return alive_; }  // threads that have not exited
+  int threads() const { return threads_; }
+  Fiber* fibers() const { return fibers_.get(); }
 
   // The rest is called by the block's own threads.
+  Cluster& cluster() const { return cluster_; }
+  unsigned rank() const { return rank_; }  // in the cluster
   const Kernel& kernel() const { return *kernel_; }
   uint3 index() const { return index_; }
   void* shared() const { return shared_; }
@@ -104,8 +121,6 @@ class Block {
   // Waits until another thread calls wake() with this one's fiber.
   void park() { wait(); }
   void wake(const Fiber& fiber);
-  // Counts everything that let a waiting thread go on, and every exit.
-  uint64_t events() const { return events_; }
   Engine& engine() { return *engine_; }
   // Lanes of the running warp that have not exited.
   uint32_t alive_lanes() const;
@@ -117,7 +132,6 @@ class Block {
 
  private:
   static void thread_main();
-  void start(const Kernel& kernel, uint64_t linear);
   void exit_thread();
   bool finish_if_complete(Warp& warp, Deposit& deposit, int warp_index);
   static bool same_collective(const Deposit& a, const Deposit& b);
@@ -125,11 +139,14 @@ class Block {
   void release(Barrier& barrier, int id);
   void make_ready(int warp_index, uint32_t lanes);
   void wait();
-  Fiber& next();
+  Fiber& next_here();
   uint64_t random();
   void report_error(const Fiber& fiber, const char* reason);
   void report_deadlock();
+  void append_waiters(char (&text)[kReportBytes]) const;
 
+  Cluster& cluster_;
+  const unsigned rank_;
   const Kernel* kernel_ = nullptr;
   uint3 index_ = {};
   int threads_ = 0, alive_ = 0;
@@ -139,12 +156,9 @@ class Block {
   int first_lane_ = 0;       // where the search for the warp's next lane starts,
   bool descending_ = false;  // and in which direction it goes
   bool leave_warp_ = false;  // choose a warp anew at the next switch
-  bool failed_ = false;
   uint64_t random_ = 1;
-  uint64_t events_ = 0;
   Warp warps_[kMaxWarps];
   Barrier barriers_[kBarriers];
-  Fiber main_;  // the OS thread's own context
   std::unique_ptr<Fiber[]> fibers_;
   dim3 shape_ = dim3(0, 0, 0);  // the block shape that fibers_ is numbered for
   Stacks stacks_;

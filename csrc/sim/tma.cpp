@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "sim/async.h"
+#include "sim/cluster.h"
 #include "sim/half.h"
 #include "sim/intrinsics.h"
 #include "sim/mbarrier.h"
@@ -88,17 +89,22 @@ void observe_box(const TensorMap& map, const Coordinates& at, uint64_t token, bo
   });
 }
 
+// Sends off the copy to one block, whose threads land it when they wait.
+void deliver(const BulkLoad& load, uint64_t token, Engine& there) {
+  race::engine_write(load.to, load.bytes, token);
+  race::engine_signals(token, load.barrier);
+  if (eager()) return land_load(load);
+  there.loads().push_back(load);
+  there.wake(load.barrier);  // who waits already completes the copy
+}
+
 void issue(const BulkLoad& load) {
   const uint64_t token = engine().new_token();
   if (load.from != nullptr)
     race::engine_read(load.from, load.bytes, token);
   else if (race::enabled)
     observe_box(load.map, load.at, token, false);
-  race::engine_write(load.to, load.bytes, token);
-  race::engine_signals(token, load.barrier);
-  if (eager()) return land_load(load);
-  engine().loads().push_back(load);
-  engine().wake(load.barrier);  // who waits already completes the copy
+  deliver(load, token, engine());
 }
 
 }  // namespace
@@ -142,6 +148,24 @@ void tma_load(void* shared, const TensorMap& map, Coordinates at, uint64_t* barr
   require_hopper("cp.async.bulk.tensor");
   require_aligned("cp.async.bulk.tensor", "destination", shared, 128);
   issue({map, at, shared, nullptr, map.box_bytes(), barrier});
+}
+
+void tma_load_multicast(void* shared, const TensorMap& map, Coordinates at, uint64_t* barrier, uint16_t blocks) {
+  constexpr const char* kName = "cp.async.bulk.tensor.multicast::cluster";
+  require_hopper(kName);
+  require_aligned(kName, "destination", shared, 128);
+  const unsigned size = cluster().size();
+  if (blocks == 0 || blocks >> size != 0) {
+    fail("%s: mask: expected some of the cluster's %u blocks, one bit each, got 0x%x", kName, size, blocks);
+  }
+  const uint64_t token = engine().new_token();
+  if (race::enabled) observe_box(map, at, token, false);
+  for (unsigned rank = 0; rank < size; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    void* to = cluster().map(shared, rank, kName);
+    auto* signalled = static_cast<uint64_t*>(cluster().map(barrier, rank, kName));
+    deliver({map, at, to, nullptr, map.box_bytes(), signalled}, token, cluster().reach(rank, kName).engine());
+  }
 }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {

@@ -56,6 +56,9 @@ struct BulkStore {
 };
 
 void tma_load(void* shared, const TensorMap& map, Coordinates at, uint64_t* barrier);
+// To the same place in each block of the cluster whose bit of `blocks` is set, and to the mbarrier there. The tensor is
+// read once.
+void tma_load_multicast(void* shared, const TensorMap& map, Coordinates at, uint64_t* barrier, uint16_t blocks);
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
 void tma_store(const TensorMap& map, Coordinates at, const void* shared, bool add);
 void bulk_commit();

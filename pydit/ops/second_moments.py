@@ -92,7 +92,7 @@ def _add(x, y, xx, xy, sum_x, sum_y, sum_yy):
         if path.kernels is not None:
             with backend.device_of(x):
                 taken = path.kernels.second_moments(x, y, sums, lambda size: x.new_empty(size, dtype=torch.uint8),
-                                            backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
+                                            backend.cluster(), backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
             backend.explain(_OP, backend.KERNEL_PATHS[taken])
             return
     for target, more in zip(sums, reference.second_moments(x, y), strict=True):

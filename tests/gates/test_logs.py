@@ -98,6 +98,13 @@ def test_hopper_instructions(sass):
     assert problems(kernel, without, [rule]) == ["SASS: expected UTMALDG (TMA feeds wgmma), got none"]
 
 
+def test_a_multicast_load_counts_by_itself_too():
+    listing = ("\t\tcode for sm_90a\n\t\tFunction : k\n"
+               "        /*9050*/                   UTMALDG.2D [UR20], [UR16] ;\n"
+               "        /*9260*/               @P0 UTMALDG.2D.MULTICAST [UR16], [UR14], UR4 ;\n")
+    assert parse_sass(listing) == {("k", "sm_90a"): Counter({"UTMALDG": 2, "UTMALDG.MULTICAST": 1})}
+
+
 def test_a_kernel_without_a_listing_fails(kernels, sass):
     assert problems(Kernel("_Z5otherv", "sm_90a"), sass) == ["SASS: expected a listing, got none"]
     assert problems(Kernel(EARLY, "sm_80"), sass) == ["SASS: expected a listing, got none"]

@@ -108,6 +108,35 @@ def test_odd_features_and_a_strided_weight_values(device):
     assert_accurate(ops.linear_gelu(x, w.T.contiguous().T), plain(*double((x, w)), None), plain(x, w, None))
 
 
+@pytest.mark.parametrize("device", ["sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+@pytest.mark.parametrize("cluster", ["1", "2"])
+@pytest.mark.parametrize(("batch", "tokens", "k", "n"), [(2, 300, 200, 264), (1, 70, 72, 136), (1, 1, 8, 8)])
+def test_blocks_alone_and_in_clusters(batch, tokens, k, n, cluster, copies, device, monkeypatch):
+    """Pairs of tiles with rows of one, of both and of half a block; the epilogue's residual and gate, and heads."""
+    monkeypatch.setenv("PYDIT_CLUSTER", cluster)
+    monkeypatch.setenv("PYDIT_SIM_ASYNC", copies)
+    if device.type == "cpu":
+        backend.configure_sim()
+    args = inputs("xwbrg", torch.bfloat16, device, batch, tokens, k, n)
+    assert_accurate(ops.linear_gated_residual(*args), gated(*double(args)), gated(*args))
+    reason = path_of("linear_gated_residual")[1]
+    if backend.KERNEL_PATHS[0] in reason:
+        assert ("clusters of two" in reason) == (cluster == "2")
+    args = qkv_inputs(torch.bfloat16, device, 32, tokens=(tokens, 9), k=k)
+    exact, same = qkv_plain(args, 32, lambda x: x.double().cpu()), qkv_plain(args, 32)
+    for a, b, c in zip(ops.joint_qkv(*args, head_dim=32), exact, same, strict=True):
+        assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
+@pytest.mark.parametrize(("tokens", "pairs"), [(128, False), (129, True), (384, True)])
+def test_pairs_of_blocks_where_they_read_less(tokens, pairs, device, monkeypatch):
+    monkeypatch.setenv("PYDIT_CLUSTER", "auto")
+    ops.linear_gelu(*inputs("xw", torch.bfloat16, device, 1, tokens, 8, 264))
+    assert ("clusters of two" in path_of("linear_gelu")[1]) == pairs
+
+
 @every_kernel
 def test_values_of_large_gelu_inputs(device, kernel_only):
     """Results far below and above zero, where 1 + tanh would cancel or an exponential overflow."""
@@ -218,7 +247,7 @@ def test_out_may_be_the_residual(device, kernel_only):
     expected = ops.linear_gated_residual(x, w, b, r, g)
     kernels = backend.choose("linear", x).kernels
     with backend.device_of(x):
-        kernels.grouped_linear([(x, w, b, r, g[:, None], -1, None, None, None, 0, r)], 0, 0.0,
+        kernels.grouped_linear([(x, w, b, r, g[:, None], -1, None, None, None, 0, r)], 0, 0.0, 0,
                                backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
     assert torch.equal(r, expected)
 
@@ -226,6 +255,7 @@ def test_out_may_be_the_residual(device, kernel_only):
 @pytest.mark.parametrize(("change", "words"), [
     ({"dtype": 0}, r"dtype: expected float16 \(1\) or bfloat16 \(2\), got 0"),
     ({"activation": 7}, r"activation: expected none \(0\) or GELU \(1\), got 7"),
+    ({"cluster": 3}, "cluster: expected 0, 1 or 2, got 3"),
     ({"head_dim": 48}, "head_dim of layer 0: expected 0, 32, 64 or 128, a divisor of 64, got 48"),
     ({"head_dim": 32, "activation": 1}, "expected no residual, gate or activation beside a layer with head_dim"),
     ({"head_dim": 32, "cos": True}, "cos, sin of layer 0: expected both or neither, got one"),
@@ -236,7 +266,7 @@ def test_bad_arguments_of_the_kernel(change, words, device, kernel_only):
     with pytest.raises(RuntimeError, match=words):
         backend.choose("linear", x).kernels.grouped_linear(
             [(x, w, None, None, None, -1, None, cos, None, change.get("head_dim", 0), torch.empty(2, 21, 64))],
-            change.get("activation", 0), 1e-6, change.get("dtype", 2), backend.stream_of(x))
+            change.get("activation", 0), 1e-6, change.get("cluster", 0), change.get("dtype", 2), backend.stream_of(x))
 
 
 def fresh(args, dtype):

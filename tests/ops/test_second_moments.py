@@ -58,6 +58,42 @@ def test_values(shape, dtype, device):
     check(*make(shape, dtype, device), device)
 
 
+@pytest.mark.parametrize("device", ["sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+@pytest.mark.parametrize("cluster", ["1", "2"])
+@pytest.mark.parametrize("shape", [(9, 1, 3), (530, 264, 200), (300, 520, 0), (65, 130, 193)])
+def test_blocks_alone_and_in_clusters(shape, cluster, copies, device, monkeypatch):
+    """Blocks alone and in pairs: pairs with one block beyond the last column, tiles below the diagonal, ragged steps."""
+    monkeypatch.setenv("PYDIT_CLUSTER", cluster)
+    monkeypatch.setenv("PYDIT_SIM_ASYNC", copies)
+    if device.type == "cpu":
+        backend.configure_sim()
+    x, y = make(shape, torch.bfloat16, device)
+    check(x, y, device)
+    reason = backend.report()["second_moments"]["reason"]
+    if backend.KERNEL_PATHS[0] in reason:
+        assert ("clusters of two" in reason) == (cluster == "2")
+    first, second = (ops.second_moments(x, y) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
+
+
+@pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
+@pytest.mark.parametrize(("shape", "pairs"), [((40, 128, 0), False), ((40, 256, 0), True), ((700, 400, 0), True),
+                                              ((2000, 100, 8), False), ((40, 100, 400), False)])
+def test_pairs_of_blocks_where_they_read_less(shape, pairs, device, monkeypatch):
+    monkeypatch.setenv("PYDIT_CLUSTER", "auto")
+    ops.second_moments(*make(shape, torch.bfloat16, device))
+    assert ("clusters of two" in backend.report()["second_moments"]["reason"]) == pairs
+
+
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+def test_a_cluster_of_another_size_is_refused(device):
+    x, sums = torch.ones(4, 8, dtype=torch.bfloat16), zeros(8, 0, device)
+    kernels = backend.choose("second_moments", x).kernels
+    with pytest.raises(RuntimeError, match="second_moments: cluster: expected 0, 1 or 2, got 3"):
+        kernels.second_moments(x, None, sums, lambda size: x.new_empty(size, dtype=torch.uint8), 3, 2, 0)
+
+
 @every_kernel
 @pytest.mark.parametrize("layout", ["strided", "unaligned"])
 def test_layouts(layout, device):
@@ -138,6 +174,7 @@ def test_run_to_run_equality(device):
     assert all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
 
 
+@every_kernel
 def test_nothing(device):
     for shape in ((0, 8, 3), (5, 0, 0)):
         n, sum_x, _, xx, xy = ops.second_moments(*make(shape, torch.bfloat16, device))

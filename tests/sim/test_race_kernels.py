@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import registry
+from benchmarks.cases.linear import hopper_bytes as linear_bytes
+from benchmarks.cases.second_moments import hopper_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")]
@@ -83,6 +85,49 @@ def test_counts_match_the_models_of_the_benchmarks(environment):
         if found["tensor_ops"]:
             assert 2 * found["tensor_ops"] == pytest.approx(flops + beyond[1], rel=0.05), name
     assert modelled >= 5
+
+
+CLUSTERS = """
+import json, os
+import torch
+from pydit import backend, ops
+from pydit.ops.second_moments import add_second_moments, zeros
+module, _ = backend.extension()
+x = [torch.randn(1, s, 72).bfloat16() for s in (300, 9)]
+weight = [torch.randn(264, 72).bfloat16() for _ in x]
+for os.environ["PYDIT_CLUSTER"] in ("1", "2"):
+    ops.joint_linear(*x, *weight)
+    print(json.dumps([backend.report()["joint_linear"]["reason"], module.sim.counters()]))
+for n, d in %s:
+    for os.environ["PYDIT_CLUSTER"] in ("1", "2", "auto"):
+        add_second_moments(torch.randn(n, d).bfloat16(), None, zeros(d, 0, torch.device("cpu")))
+        print(json.dumps([backend.report()["second_moments"]["reason"], module.sim.counters()]))
+"""
+
+
+def test_clusters_read_as_their_models_say(environment):
+    """Blocks alone and in clusters: bytes by the models that the kernels' heads scale up. One thread of the simulator:
+    polling is counted too."""
+    shapes = [(520, 392), (40, 104)]
+    done = subprocess.run([sys.executable, "-c", CLUSTERS % shapes], cwd=ROOT, capture_output=True, text=True,
+                          env={**environment, "PYDIT_SIM_ARCH": "90a", "PYDIT_SIM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for cluster in (1, 2):
+        reason, counts = lines.pop(0)
+        assert ("clusters of two" in reason) == (cluster == 2) and "the Hopper kernel" in reason
+        assert counts["global_loaded"] + counts["global_stored"] == linear_bytes(1, (300, 9), 72, 264, cluster, 2)
+    for i, (n, d) in enumerate(shapes):
+        alone, pairs, auto = lines[3 * i:3 * i + 3]
+        for cluster, (reason, counts) in ((1, alone), (2, pairs)):
+            assert ("clusters of two" in reason) == (cluster == 2) and "the Hopper kernel" in reason
+            assert counts["global_loaded"] + counts["global_stored"] == pytest.approx(hopper_bytes(n, d, cluster, 4), rel=0.01)
+            assert counts["bank_conflicts"] == 0
+        assert auto == (pairs, alone)[i]  # the kernel takes what reads less, and says so
+    assert linear_bytes(1, (6889, 512), 3072, 9216, 1, 2) / 1e9 == pytest.approx(4.92 + 0.136, rel=0.005)
+    assert linear_bytes(1, (6889, 512), 3072, 9216, 2, 2) / 1e9 == pytest.approx(3.28 + 0.136, rel=0.005)
+    assert hopper_bytes(7401, 3072, 1, 132) / 1e6 == pytest.approx(985 + 131, rel=0.005)
+    assert hopper_bytes(7401, 3072, 2, 132) / 1e6 == pytest.approx(716 + 132, rel=0.005)
 
 
 def test_the_hopper_kernel_is_built_and_reads_as_its_model_says(environment):

@@ -165,6 +165,7 @@ typedef struct {
  *   x [N, dim_x], y [N, dim_y] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  dim_y 0: no y.
  *   xx [dim_x, dim_x], xy [dim_x, dim_y], sums [dim_x] or [dim_y], fp64 contiguous. Outputs alias nothing.
  * workspace: second_moments_workspace() bytes of any content; free again when the stream is past this call.
+ * cluster: how many blocks of the Hopper kernel share what they load: 1, 2, or 0 for what it takes to be faster.
  * Run to run the bits are the same on one device. FLOPs: N dim_x (dim_x + 1) + 2 N dim_x dim_y. */
 typedef struct {
   const void *x, *y;
@@ -172,7 +173,7 @@ typedef struct {
   double *xx, *xy, *sum_x, *sum_y, *sum_yy;
   void* workspace;
   int64_t tokens, dim_x, dim_y;
-  int32_t dtype;
+  int32_t dtype, cluster;
   void* stream;
 } pydit_second_moments_params;
 
@@ -203,7 +204,8 @@ typedef struct {
  *   bfloat16; cos, sin fp32 [S, head_dim / 2] contiguous. NULL data leaves out bias, residual, gate, norm_weight or
  *   (both or neither) cos and sin. K, N >= 1; S may be 0. head_dim: 0, or 32, 64 or 128, N a multiple of it; then no
  *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
- * nothing else. Layers may share x. FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
+ * nothing else. Layers may share x. cluster: as in pydit_second_moments_params. FLOPs: the sum of 2 B S N K. Bytes: x,
+ * weight, residual and out of each once. */
 #define PYDIT_MAX_LINEARS 6
 typedef enum { PYDIT_NO_ACTIVATION = 0, PYDIT_GELU_TANH = 1 } pydit_activation;
 typedef struct {
@@ -225,17 +227,18 @@ typedef struct {
   int64_t batch;
   int32_t count, activation; /* linears; pydit_activation */
   float eps;                 /* of the RMSNorm */
-  int32_t dtype;
+  int32_t dtype, cluster;
   void* stream;
 } pydit_grouped_linear_params;
 
 /* Which kernel an op takes for these arguments on the current device: joint_attention_path(),
  * joint_attention_backward_path(), second_moments_path(), grouped_linear_path(). */
 enum {
-  PYDIT_PATH_HOPPER = 0,     /* TMA and wgmma */
-  PYDIT_PATH_NOT_HOPPER = 1, /* portable: the device is not of compute capability 9.x */
-  PYDIT_PATH_UNALIGNED = 2,  /* portable: a pointer or stride is not a multiple of 16 bytes */
-  PYDIT_PATH_NOT_BUILT = 3   /* portable: built without sm_90a */
+  PYDIT_PATH_HOPPER = 0,      /* TMA and wgmma */
+  PYDIT_PATH_NOT_HOPPER = 1,  /* portable: the device is not of compute capability 9.x */
+  PYDIT_PATH_UNALIGNED = 2,   /* portable: a pointer or stride is not a multiple of 16 bytes */
+  PYDIT_PATH_NOT_BUILT = 3,   /* portable: built without sm_90a */
+  PYDIT_PATH_HOPPER_PAIRS = 4 /* TMA and wgmma; blocks in clusters of two share what they load */
 };
 
 #define PYDIT_DECLARE_BACKEND(backend)                                                                        \

@@ -193,6 +193,8 @@ int check(const pydit_grouped_linear_params& p) {
     return bad_argument("%s: batch: expected 0 to 2^31 - 1, got %lld", kGroupedLinear, (long long)p.batch);
   if (p.activation != PYDIT_NO_ACTIVATION && p.activation != PYDIT_GELU_TANH)
     return bad_argument("%s: activation: expected none (0) or GELU (1), got %d", kGroupedLinear, p.activation);
+  if (p.cluster < 0 || p.cluster > 2)
+    return bad_argument("%s: cluster: expected 0, 1 or 2, got %d", kGroupedLinear, p.cluster);
   bool heads = false, plain = p.activation == PYDIT_NO_ACTIVATION;
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
@@ -224,7 +226,11 @@ int check(const pydit_grouped_linear_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(grouped_linear_path)(const pydit_grouped_linear_params* p) {
-  return hopper_path(aligned(*p));
+  const int path = hopper_path(aligned(*p));
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  if (path == PYDIT_PATH_HOPPER && cluster_of_grouped_linear_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
+#endif
+  return path;
 }
 
 extern "C" int PYDIT_ENTRY(grouped_linear)(const pydit_grouped_linear_params* p) {
@@ -233,7 +239,7 @@ extern "C" int PYDIT_ENTRY(grouped_linear)(const pydit_grouped_linear_params* p)
   if (tiles == 0) return kOk;
   if (tiles > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kGroupedLinear);
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (PYDIT_ENTRY(grouped_linear_path)(p) == PYDIT_PATH_HOPPER) return launch_grouped_linear_sm90(*p);
+  if (hopper_path(aligned(*p)) == PYDIT_PATH_HOPPER) return launch_grouped_linear_sm90(*p);
 #endif
   return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
 }

@@ -65,8 +65,6 @@ inline Layers layers_of(const pydit_grouped_linear_params& p) {
 
 // Tiles ----------------------------------------------------------------------------------------------------------
 
-constexpr int kBand = 12;
-
 template <int kM, int kN>
 __host__ __device__ inline int64_t count_tiles(const Layers& all) {
   int64_t total = 0;
@@ -80,7 +78,7 @@ struct TileOfLayer {
   int row, column;  // the first
 };
 
-template <int kM, int kN>
+template <int kM, int kN, int kBand = 12>
 __device__ __forceinline__ TileOfLayer decode_tile(const Layers& all, int index) {
   for (int i = 0;; ++i) {
     const int height = (all.layer[i].tokens + kM - 1) / kM, columns = (all.layer[i].columns + kN - 1) / kN;
@@ -212,6 +210,8 @@ __device__ __forceinline__ void apply_gate(float* sums, const Layer& l, int batc
 
 // Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
 int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p);
+// How many blocks of it are a cluster, and share what they load: 1 or 2.
+int cluster_of_grouped_linear_sm90(const pydit_grouped_linear_params& p);
 
 // For the race detector of the simulator.
 template <typename T>

@@ -8,6 +8,11 @@
 // paid: 99 %. Of a projection to 3072 columns 58 x 12 tiles are 5.3 waves, of which 6 are paid: 88 %. Nothing splits
 // the last.
 //
+// A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows that they
+// share, for both, and 32 KB a step and not 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
+// blocks have read it. Clusters are taken where they read fewer bytes in all and in the busiest block (Reads): not
+// where half of a pair would be rows that do not exist. None of this has been measured yet.
+//
 // Three warpgroups on 192 x 256, 37 bytes per clock, are not to be had: with 512 threads ptxas has 128 registers where
 // the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
 //
@@ -18,6 +23,7 @@
 // Epilogue. Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies
 // outside the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs
 // before the product, each other one when its buffer has been stored.
+#include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
 #include "device/ring.cuh"
@@ -47,11 +53,23 @@ struct Barriers {
 };
 static_assert(sizeof(Barriers) <= kSharedBytes - kBarriers, "room for the barriers");
 
-// One thread.
-__device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* shared, Barriers* barriers, int tiles) {
+// The tile of block `rank` of a cluster, from the index of the cluster's.
+template <int kCluster>
+__device__ __forceinline__ TileOfLayer tile_of_block(const Layers& all, int index, int rank) {
+  TileOfLayer tile = decode_tile<kCluster * kM, kN, 12 / kCluster>(all, index);
+  tile.row += rank * kM;
+  return tile;
+}
+
+// One thread. Of the weight block `rank` of the cluster loads a share of the rows, for all.
+template <int kCluster>
+__device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* shared, Barriers* barriers, int tiles,
+                                     int rank) {
+  constexpr int kShare = kN / kCluster;
   Ring<kStages> ring;
-  for (int index = static_cast<int>(blockIdx.x); index < tiles; index += static_cast<int>(gridDim.x)) {
-    const TileOfLayer tile = decode_tile<kM, kN>(all, index);
+  for (int index = static_cast<int>(blockIdx.x) / kCluster; index < tiles;
+       index += static_cast<int>(gridDim.x) / kCluster) {
+    const TileOfLayer tile = tile_of_block<kCluster>(all, index, rank);
     const TensorMap &x = maps.x[tile.layer], &weight = maps.weight[tile.layer];
     for (int k = 0; k < all.layer[tile.layer].depth; k += kStep) {
       mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
@@ -59,7 +77,11 @@ __device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* 
       uint64_t* full = &barriers->full[ring.slot];
       mbarrier_arrive_expect_tx(full, kStageBytes);
       tma_load_3d(stage, x, full, k, tile.row, tile.batch);
-      tma_load_2d(stage + kLeftBytes, weight, full, k, tile.column);
+      if (kCluster == 1)
+        tma_load_2d(stage + kLeftBytes, weight, full, k, tile.column);
+      else
+        tma_load_2d_multicast(stage + kLeftBytes + rank * kShare * kRowBytes, weight, full, k,
+                              tile.column + rank * kShare, (1 << kCluster) - 1);
       ring.next();
     }
   }
@@ -84,20 +106,29 @@ __device__ __forceinline__ void prepare(const Layer& l, const TensorMap& residua
 }
 
 // One warpgroup of 64 rows; `group` counts the consumers from 0.
-template <typename T, bool kHeads>
+template <typename T, bool kHeads, int kCluster>
 __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, char* shared, Barriers* barriers,
-                                        int tiles, int group) {
+                                        int tiles, int rank, int group) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
+  const auto release = [&](int slot) {
+    if (kCluster == 1) {
+      if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
+    } else if (lane < kCluster) {
+      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // who fills a part of the slot waits for all its readers
+    }
+  };
   Ring<kStages> ring;
   unsigned done = 0;  // slabs
   float sums[kN / 2];
-  for (int index = static_cast<int>(blockIdx.x); index < tiles; index += static_cast<int>(gridDim.x)) {
-    const TileOfLayer tile = decode_tile<kM, kN>(all, index);
+  for (int index = static_cast<int>(blockIdx.x) / kCluster; index < tiles;
+       index += static_cast<int>(gridDim.x) / kCluster) {
+    const TileOfLayer tile = tile_of_block<kCluster>(all, index, rank);
     const Layer& l = all.layer[tile.layer];
     if (tile.row + group * 64 >= l.tokens) {
       for (int k = 0; k < l.depth; k += kStep, ring.next()) {
         mbarrier_wait(&barriers->full[ring.slot], ring.parity);
-        if (lane == 0) mbarrier_arrive(&barriers->empty[ring.slot]);
+        __syncwarp();  // a lane that has not seen the slot full must not find it filled anew
+        release(ring.slot);
       }
       continue;
     }
@@ -120,12 +151,12 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       wgmma_commit_group();
       if (first > 0) {
         wgmma_wait_group<1>();  // the step before
-        if (lane == 0) mbarrier_arrive(&barriers->empty[(ring.slot + kStages - 1) % kStages]);
+        release((ring.slot + kStages - 1) % kStages);
       }
       ring.next();
     }
     wgmma_wait_group<0>();
-    if (lane == 0) mbarrier_arrive(&barriers->empty[(ring.slot + kStages - 1) % kStages]);
+    release((ring.slot + kStages - 1) % kStages);
 
     const int row = tile.row + group * 64 + warp * 16 + lane / 4;
     apply_epilogue<T, true, kHeads>(sums, all, l, row, tile.column);
@@ -174,30 +205,61 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
 
 // Kernel ---------------------------------------------------------------------------------------------------------
 
-template <typename T, bool kHeads>
+// `tiles` of clusters.
+template <typename T, bool kHeads, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_linear_sm90_kernel(const __grid_constant__ Layers all, const __grid_constant__ Maps maps, int tiles) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriers);
+  const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(&barriers->full[stage], 1);
-      mbarrier_init(&barriers->empty[stage], 4 * kConsumers);  // a lane of each warp
+      mbarrier_init(&barriers->empty[stage], 4 * kConsumers * kCluster);  // a lane of each warp
     }
     for (int i = 0; i < kConsumers * kBuffers; ++i) mbarrier_init(&barriers->ready[i / kBuffers][i % kBuffers], 1);
     fence_barrier_init();
   }
-  __syncthreads();
+  if (kCluster == 1)
+    __syncthreads();
+  else
+    cluster_sync();
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
-    if (threadIdx.x == 0) load(all, maps, shared, barriers, tiles);
+    if (threadIdx.x == 0) load<kCluster>(all, maps, shared, barriers, tiles, rank);
+    __syncwarp();  // a warp comes to the barrier below as one
   } else {
     set_max_registers_up<kConsumerRegisters>();
-    consume<T, kHeads>(all, maps, shared, barriers, tiles, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+    consume<T, kHeads, kCluster>(all, maps, shared, barriers, tiles, rank,
+                                 static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
+  if (kCluster > 1) cluster_sync();  // the other block arrives here for the last slots
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
+
+// What L2 gives a launch of x and the weight on `processors` multiprocessors, by the arithmetic at the top of this
+// file.
+struct Reads {
+  int64_t tiles, clusters, all, busiest;  // bytes of all blocks, and of the one with the most tiles, were all as deep
+};
+
+template <int kCluster>
+Reads reads_of(const Layers& all, int processors) {
+  constexpr int64_t kBytes = (kM + kN / kCluster) * 2;  // of a tile and one of its depth, per block
+  Reads reads = {count_tiles<kCluster * kM, kN>(all), 0, 0, 0};
+  if (reads.tiles == 0) return reads;
+  const int64_t places = processors < kCluster ? 1 : processors / kCluster;
+  reads.clusters = reads.tiles < places ? reads.tiles : places;
+  int64_t deepest = 0;
+  for (int i = 0; i < all.count; ++i) {
+    const Layer& l = all.layer[i];
+    deepest = l.depth > deepest ? l.depth : deepest;
+    reads.all += all.batch * ceil_div(l.tokens, kCluster * kM) * ceil_div(l.columns, kN) * kCluster * kBytes * l.depth;
+  }
+  reads.busiest = ceil_div(reads.tiles, reads.clusters) * kBytes * deepest;
+  return reads;
+}
 
 // Boxes of `rows` tokens by 64 columns of [B, S, columns].
 template <typename T>
@@ -211,7 +273,7 @@ const char* encode(TensorMap* map, const pydit_tokens& t, int64_t batch, int64_t
   return encode_tensor_map(map, static_cast<const T*>(t.data), 3, size, stride, box, Swizzle::k128);
 }
 
-template <typename T, bool kHeads>
+template <typename T, bool kHeads, int kCluster>
 int launch(const pydit_grouped_linear_params& p) {
   const Layers all = layers_of(p);
   Maps maps;
@@ -220,7 +282,7 @@ int launch(const pydit_grouped_linear_params& p) {
     if (l.tokens == 0) continue;
     const uint64_t size[2] = {static_cast<uint64_t>(l.in_features), static_cast<uint64_t>(l.out_features)};
     const uint64_t bytes[1] = {l.out_features > 1 ? static_cast<uint64_t>(l.weight_stride) * sizeof(T) : 16};
-    const uint32_t box[2] = {kStep, kN};
+    const uint32_t box[2] = {kStep, kN / kCluster};
     const char* reason = encode<T>(&maps.x[i], l.x, p.batch, l.tokens, l.in_features, kM);
     if (reason == nullptr)
       reason = encode_tensor_map(&maps.weight[i], static_cast<const T*>(l.weight), 2, size, bytes, box, Swizzle::k128);
@@ -229,26 +291,45 @@ int launch(const pydit_grouped_linear_params& p) {
       reason = encode<T>(&maps.residual[i], l.residual, p.batch, l.tokens, l.out_features, 64);
     if (reason != nullptr) return bad_argument("%s: layer %d: %s", kGroupedLinear, i, reason);
   }
-  const auto tiles = static_cast<int>(count_tiles<kM, kN>(all));
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  cudaError_t error = count_multiprocessors(&processors);
   if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(grouped_linear_sm90_kernel<T, kHeads>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kSharedBytes);
+    error = cudaFuncSetAttribute(grouped_linear_sm90_kernel<T, kHeads, kCluster>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
+  const Reads reads = reads_of<kCluster>(all, processors);
+  const auto tiles = static_cast<int>(reads.tiles);
+  const auto blocks = static_cast<unsigned>(reads.clusters * kCluster);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
   name_grouped_linear_tensors<T>(p);
-  return launch_status(
-      kGroupedLinear,
-      PYDIT_LAUNCH((grouped_linear_sm90_kernel<T, kHeads>), dim3(static_cast<unsigned>(min(tiles, processors))),
-                   dim3(kThreads), kSharedBytes, static_cast<cudaStream_t>(p.stream), all, maps, tiles));
+  return launch_status(kGroupedLinear,
+                       PYDIT_LAUNCH_CLUSTER((grouped_linear_sm90_kernel<T, kHeads, kCluster>), kCluster, dim3(blocks),
+                                            dim3(kThreads), kSharedBytes, stream, all, maps, tiles));
+}
+
+template <typename T, bool kHeads>
+int launch_cluster_size(const pydit_grouped_linear_params& p) {
+  return cluster_of_grouped_linear_sm90(p) == 1 ? launch<T, kHeads, 1>(p) : launch<T, kHeads, 2>(p);
+}
+
+template <typename T>
+int launch_heads(const pydit_grouped_linear_params& p) {
+  return layers_of(p).heads ? launch_cluster_size<T, true>(p) : launch_cluster_size<T, false>(p);
 }
 
 }  // namespace
 
+int cluster_of_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
+  if (p.cluster != 0) return p.cluster;
+  const Layers all = layers_of(p);
+  int processors = 0;
+  if (count_multiprocessors(&processors) != cudaSuccess) return 1;  // the launch will say why
+  const Reads alone = reads_of<1>(all, processors), pairs = reads_of<2>(all, processors);
+  return pairs.all < alone.all && pairs.busiest < alone.busiest ? 2 : 1;
+}
+
 int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
-  if (layers_of(p).heads) return p.dtype == PYDIT_FLOAT16 ? launch<__half, true>(p) : launch<__nv_bfloat16, true>(p);
-  return p.dtype == PYDIT_FLOAT16 ? launch<__half, false>(p) : launch<__nv_bfloat16, false>(p);
+  return p.dtype == PYDIT_FLOAT16 ? launch_heads<__half>(p) : launch_heads<__nv_bfloat16>(p);
 }
 
 }  // namespace pydit::PYDIT_BACKEND

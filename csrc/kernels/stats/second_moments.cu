@@ -224,7 +224,11 @@ extern "C" int64_t PYDIT_ENTRY(second_moments_workspace)(const pydit_second_mome
 }
 
 extern "C" int PYDIT_ENTRY(second_moments_path)(const pydit_second_moments_params* p) {
-  return hopper_path(aligned(*p));
+  const int path = hopper_path(aligned(*p));
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  if (path == PYDIT_PATH_HOPPER && cluster_of_second_moments_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
+#endif
+  return path;
 }
 
 extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p) {
@@ -232,6 +236,8 @@ extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p)
     return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kSecondMoments, p->dtype);
   if (p->tokens < 0)
     return bad_argument("%s: tokens: expected 0 or more, got %lld", kSecondMoments, (long long)p->tokens);
+  if (p->cluster < 0 || p->cluster > 2)
+    return bad_argument("%s: cluster: expected 0, 1 or 2, got %d", kSecondMoments, p->cluster);
   for (const int64_t dim : {p->dim_x, p->dim_y}) {
     if (dim < 0 || dim > 1 << 20)
       return bad_argument("%s: dim: expected 0 to 2^20, got %lld", kSecondMoments, static_cast<long long>(dim));
@@ -242,7 +248,7 @@ extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p)
   if (p->workspace == nullptr)
     return bad_argument("%s: workspace: expected memory, got a null pointer", kSecondMoments);
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (PYDIT_ENTRY(second_moments_path)(p) == PYDIT_PATH_HOPPER) return launch_second_moments_sm90(*p);
+  if (hopper_path(aligned(*p)) == PYDIT_PATH_HOPPER) return launch_second_moments_sm90(*p);
 #endif
   return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
 }

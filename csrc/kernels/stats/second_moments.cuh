@@ -69,10 +69,12 @@ __device__ __forceinline__ void tell_later(unsigned* done, int chunk, int chunks
 
 // Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
 int launch_second_moments_sm90(const pydit_second_moments_params& p);
+// How many blocks of it are a cluster, and share what they load: 1 or 2.
+int cluster_of_second_moments_sm90(const pydit_second_moments_params& p);
 
-// Counters of both kernels' tiles, and the ticket.
+// Counters of both kernels' tiles, which may come in pairs of rows, and the ticket.
 inline int64_t workspace_bytes(const pydit_second_moments_params& p) {
-  const int64_t rows = ceil_div(p.dim_x, kTile);
+  const int64_t rows = ceil_div(p.dim_x, 2 * kTile) * 2;
   return (rows * (rows + ceil_div(p.dim_y, kTile)) + 1) * static_cast<int64_t>(sizeof(unsigned));
 }
 

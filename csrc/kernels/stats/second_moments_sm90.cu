@@ -1,19 +1,25 @@
 // Second moments for Hopper (sm_90a): TMA, wgmma, warp specialisation. What is computed, and how its numbers are
 // rounded, is in second_moments.cu; how blocks share the work, in second_moments.cuh.
 //
-// A tile is 128 columns of x by 192 of x or y. Both operands lie in memory as tokens by columns, so wgmma transposes
-// both; the copy engine brings boxes of 64 tokens by 64 columns, with zeros for what does not exist.
+// A block's tile is 128 columns of x by 192 of x or y. Both operands lie in memory as tokens by columns, so wgmma
+// transposes both; the copy engine brings boxes of 64 tokens by 64 columns, with zeros for what does not exist.
 //
-// Cost at N = 7401, d = 3072: 208 tiles meet the triangle, 77.6 GFLOP: 78 us at 989 TFLOP/s. L2 gives 640 bytes per
-// token and tile, 985 MB: 77 FLOP per byte, so that L2 decides: 164 us at 6 TB/s. 128 x 128 tiles would take 1.1 GB. A
-// larger tile does not fit: its sums of a chunk and of the run, both in registers, would be more than 64 K.
+// A cluster of two blocks takes two tiles, one below the other. Each block loads half of the tokens of the 192 columns
+// that they share, for both. A slot is free when the consumers of both blocks have read it.
 //
-// Several layers in one launch would add little. 208 tiles of 29 chunks are 6032 units, 45 or 46 for each of 132
-// blocks: 99.3 % of the time all work, 99.9 % with four layers together. Blocks begin and end within tiles, so that
-// sums are added to memory 332 times and not 208, 131 MB read and written; for four layers together 239 times each, 94
-// MB. That is 3 % of what L2 moves, and the drain and fill of a launch. How often x is read is the larger lever: a
-// cluster of two blocks, one below the other, with one multicast copy of their 192 columns would take 448 bytes per
-// token and tile, 716 MB for 216 tiles: 119 us. All of this is arithmetic, not measured yet.
+// Cost at N = 7401, d = 3072. Blocks alone: 208 tiles meet the triangle, 75.9 GFLOP: 77 us at 989 TFLOP/s. L2 gives 640
+// bytes per token and tile, 985 MB: 77 FLOP per byte, so that L2 decides: 164 us at 6 TB/s. 128 x 128 tiles would take
+// 1.1 GB. A larger tile does not fit: its sums of a chunk and of the run, both in registers, would be more than 64 K.
+// Clusters: 216 tiles, 78.8 GFLOP: 80 us; 448 bytes per token and tile, 716 MB: 119 us. All of this is arithmetic, not
+// measured yet.
+//
+// Clusters are taken where they read fewer bytes in all and in the busiest block (Reads): not where much of a pair lies
+// below the diagonal or beyond the last column, as with up to 128 columns.
+//
+// Several layers in one launch would add little. 108 pairs of tiles of 29 chunks are 3132 units, 47 or 48 for each of
+// 66 clusters: 98.9 % of the time all work, 99.9 % with four layers together. Clusters begin and end within tiles, so
+// that sums are added to memory 336 times and not 216, 132 MB read and written; for four layers together 249 times
+// each, 98 MB. That is 5 % of what L2 moves, and the drain and fill of a launch.
 //
 // Roles. One thread loads; two warpgroups of 64 x 192 multiply, 96 registers of a chunk's sums and 96 of the run's
 // each. While one adds a chunk to the run, the other multiplies.
@@ -39,23 +45,26 @@ constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 static_assert(kM == kTile && kSharedBytes <= 227 * 1024, "rows of tiles as in the portable kernel; shared memory");
 
 struct Maps {
-  TensorMap x, y;
+  TensorMap left, right_x, right_y;  // right: boxes of the tokens that one block of a cluster loads
 };
 
 struct Barriers {
   uint64_t full[kStages], empty[kStages];
 };
 
-// Tiles of x^T x, row by row from the one with the diagonal's first element on, then those of x^T y.
+// Tiles of a cluster of kCluster blocks, one below the other: of x^T x, row by row from the one with the diagonal's
+// first element on, then those of x^T y.
+template <int kCluster>
 struct Tiles {
+  static constexpr int kRows = kCluster * kM;
   int rows, columns_x, columns_y;
 
   __host__ __device__ explicit Tiles(const pydit_second_moments_params& p)
-      : rows(static_cast<int>(ceil_div(p.dim_x, kM))),
+      : rows(static_cast<int>(ceil_div(p.dim_x, kRows))),
         columns_x(static_cast<int>(ceil_div(p.dim_x, kN))),
         columns_y(static_cast<int>(ceil_div(p.dim_y, kN))) {}
 
-  __host__ __device__ int first_column(int row) const { return row * kM / kN; }
+  __host__ __device__ int first_column(int row) const { return row * kRows / kN; }
 
   __host__ __device__ int64_t count() const {
     int64_t total = static_cast<int64_t>(rows) * columns_y;
@@ -92,13 +101,18 @@ struct Walk {
   }
 };
 
-// One thread: lanes that only kept count could fall behind by a whole round of the ring.
-__device__ __forceinline__ void load(const Tiles& tiles, const Maps& maps, char* shared, Barriers* barriers,
-                                     Walk walk) {
+// One thread: lanes that only kept count could fall behind by a whole round of the ring. Of the right operand block
+// `rank` of the cluster loads a share of the tokens, for all.
+template <int kCluster>
+__device__ __forceinline__ void load(const Tiles<kCluster>& tiles, const Maps& maps, char* shared, Barriers* barriers,
+                                     Walk walk, int rank) {
+  constexpr int kShare = kStep / kCluster;
+  static_assert(kShare % 8 == 0, "a share begins where the swizzle does");
   Ring<kStages> ring;
   while (walk.next()) {
     const TileOfSums tile = tiles.at(walk.index);
-    const TensorMap& right = tile.cross ? maps.y : maps.x;
+    const TensorMap& right = tile.cross ? maps.right_y : maps.right_x;
+    const int row = tile.row * tiles.kRows + rank * kM;
     for (int step = walk.from * kStepsOfChunk; step < walk.to * kStepsOfChunk; ++step) {
       mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
       char* stage = shared + ring.slot * kStageBytes;
@@ -106,11 +120,16 @@ __device__ __forceinline__ void load(const Tiles& tiles, const Maps& maps, char*
       mbarrier_arrive_expect_tx(full, kStageBytes);
 #pragma unroll
       for (int box = 0; box < kM / kBoxColumns; ++box)
-        tma_load_2d(stage + box * kBoxBytes, maps.x, full, tile.row * kM + box * kBoxColumns, step * kStep);
+        tma_load_2d(stage + box * kBoxBytes, maps.left, full, row + box * kBoxColumns, step * kStep);
 #pragma unroll
-      for (int box = 0; box < kN / kBoxColumns; ++box)
-        tma_load_2d(stage + kLeftBytes + box * kBoxBytes, right, full, tile.column * kN + box * kBoxColumns,
-                    step * kStep);
+      for (int box = 0; box < kN / kBoxColumns; ++box) {
+        char* to = stage + kLeftBytes + box * kBoxBytes + rank * kShare * kBoxColumns * 2;
+        const int column = tile.column * kN + box * kBoxColumns, token = step * kStep + rank * kShare;
+        if (kCluster == 1)
+          tma_load_2d(to, right, full, column, token);
+        else
+          tma_load_2d_multicast(to, right, full, column, token, (1 << kCluster) - 1);
+      }
       ring.next();
     }
   }
@@ -132,21 +151,26 @@ __device__ __forceinline__ float2 sum_stage(const char* right, int column) {
 }
 
 // `thread` of both warpgroups.
-template <typename T>
-__device__ __forceinline__ void consume(const pydit_second_moments_params& p, const Tiles& tiles, const char* shared,
-                                        Barriers* barriers, Walk walk, int thread) {
+template <typename T, int kCluster>
+__device__ __forceinline__ void consume(const pydit_second_moments_params& p, const Tiles<kCluster>& tiles,
+                                        const char* shared, Barriers* barriers, Walk walk, int rank, int thread) {
   constexpr int kAll = kConsumers * kWarpgroup;
   const int group = thread / kWarpgroup, warp = thread % kWarpgroup / 32, lane = thread % 32;
   auto* done = static_cast<unsigned*>(p.workspace);
   const auto release = [&](int slot) {
     __syncwarp();  // the warp has read the stage for column sums
-    if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
+    if (kCluster == 1) {
+      if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
+    } else if (lane < kCluster) {
+      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // who fills a part of the slot waits for all its readers
+    }
   };
   Ring<kStages> ring;
   float chunk[kN / 2], sums[kN / 2];
   while (walk.next()) {
     const TileOfSums tile = tiles.at(walk.index);
-    const bool counts = tile.row == 0 && thread < kN;  // column sums are this tile's as well
+    const bool counts = tile.row == 0 && rank == 0 && thread < kN;  // column sums are this tile's as well
+    unsigned* const added = done + walk.index * kCluster + rank;
     const int64_t width = tile.cross ? p.dim_y : p.dim_x;
     double* target = tile.cross ? p.xy : p.xx;
     bool turn = walk.from == 0;
@@ -188,13 +212,13 @@ __device__ __forceinline__ void consume(const pydit_second_moments_params& p, co
       columns[0] += partial.x, columns[1] += partial.y;
       if ((at + 1 - walk.from) % kChunksOfSum != 0 && at + 1 < walk.to) continue;
       if (!turn) {
-        if (thread == 0) wait_at_least(done + walk.index, static_cast<unsigned>(walk.from));
+        if (thread == 0) wait_at_least(added, static_cast<unsigned>(walk.from));
         barrier_sync(1, kAll);
         turn = true;
       }
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
-        const int64_t row = tile.row * kM + group * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int64_t row = tile.row * tiles.kRows + rank * kM + group * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
         const int64_t column = tile.column * kN + i / 4 * 8 + lane % 4 * 2 + i % 2;
         if (row < p.dim_x && column < width) target[row * width + column] += sums[i];
         sums[i] = 0;
@@ -207,76 +231,112 @@ __device__ __forceinline__ void consume(const pydit_second_moments_params& p, co
     }
     if (walk.to < walk.run.chunks) {  // somebody waits
       barrier_sync(1, kAll);
-      if (thread == 0) store_release(done + walk.index, static_cast<unsigned>(walk.to));
+      if (thread == 0) store_release(added, static_cast<unsigned>(walk.to));
     }
   }
 }
 
-template <typename T>
+template <typename T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     second_moments_sm90_kernel(const __grid_constant__ pydit_second_moments_params p,
                                const __grid_constant__ Maps maps) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriers);
   auto* drawn = reinterpret_cast<unsigned*>(barriers + 1);
-  const Tiles tiles(p);
+  const Tiles<kCluster> tiles(p);
   const int64_t count = tiles.count();
+  const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(&barriers->full[stage], 1);
-      mbarrier_init(&barriers->empty[stage], 4 * kConsumers);  // a lane of each warp
+      mbarrier_init(&barriers->empty[stage], 4 * kConsumers * kCluster);  // a lane of each warp
     }
     fence_barrier_init();
-    *drawn = atomicAdd(static_cast<unsigned*>(p.workspace) + count, 1u);
+    if (rank == 0) *drawn = atomicAdd(static_cast<unsigned*>(p.workspace) + count * kCluster, 1u);
   }
-  __syncthreads();
-  const Walk walk(run_of(p, count, *drawn, gridDim.x));
+  if (kCluster == 1)
+    __syncthreads();
+  else
+    cluster_sync();
+  const unsigned ticket = kCluster == 1 ? *drawn : *cluster_map(drawn, 0);
+  const Walk walk(run_of(p, count, ticket, gridDim.x / kCluster));
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
-    if (threadIdx.x == 0) load(tiles, maps, shared, barriers, walk);
+    if (threadIdx.x == 0) load(tiles, maps, shared, barriers, walk, rank);
+    __syncwarp();  // a warp comes to the barrier below as one
   } else {
     set_max_registers_up<kConsumerRegisters>();
-    consume<T>(p, tiles, shared, barriers, walk, static_cast<int>(threadIdx.x) - kWarpgroup);
+    consume<T>(p, tiles, shared, barriers, walk, rank, static_cast<int>(threadIdx.x) - kWarpgroup);
   }
+  if (kCluster > 1) cluster_sync();  // the other block arrives here for the last slots, and reads the ticket
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
 
-template <typename T>
-const char* encode(TensorMap* map, const void* data, int64_t stride, int64_t tokens, int64_t columns) {
-  const uint64_t size[2] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens)};
-  const uint64_t bytes[1] = {tokens > 1 ? static_cast<uint64_t>(stride) * sizeof(T) : 16};
-  const uint32_t box[2] = {kBoxColumns, kStep};
-  return encode_tensor_map(map, static_cast<const T*>(data), 2, size, bytes, box, Swizzle::k128);
+// What L2 gives a launch on `processors` multiprocessors, by the arithmetic at the top of this file.
+struct Reads {
+  int64_t clusters, all, busiest;  // bytes of all blocks and of the one with the longest run
+};
+
+template <int kCluster>
+Reads reads_of(const pydit_second_moments_params& p, int processors) {
+  constexpr int64_t kBytes = (kM + kN / kCluster) * 2 * kChunkTokens;  // of a unit, per block
+  const int64_t units = Tiles<kCluster>(p).count() * ceil_div(p.tokens, kChunkTokens);
+  if (units == 0) return {};
+  const int64_t places = processors < kCluster ? 1 : processors / kCluster, clusters = units < places ? units : places;
+  return {clusters, units * kCluster * kBytes, ceil_div(units, clusters) * kBytes};
 }
 
 template <typename T>
+const char* encode(TensorMap* map, const void* data, int64_t stride, int64_t tokens, int64_t columns, int box_tokens) {
+  const uint64_t size[2] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens)};
+  const uint64_t bytes[1] = {tokens > 1 ? static_cast<uint64_t>(stride) * sizeof(T) : 16};
+  const uint32_t box[2] = {kBoxColumns, static_cast<uint32_t>(box_tokens)};
+  return encode_tensor_map(map, static_cast<const T*>(data), 2, size, bytes, box, Swizzle::k128);
+}
+
+template <typename T, int kCluster>
 int launch(const pydit_second_moments_params& p) {
-  Maps maps;
-  const char* reason = encode<T>(&maps.x, p.x, p.stride_x, p.tokens, p.dim_x);
-  if (reason == nullptr && p.dim_y > 0) reason = encode<T>(&maps.y, p.y, p.stride_y, p.tokens, p.dim_y);
+  constexpr int kShare = kStep / kCluster;
+  Maps maps = {};
+  const char* reason = encode<T>(&maps.left, p.x, p.stride_x, p.tokens, p.dim_x, kStep);
+  if (reason == nullptr) reason = encode<T>(&maps.right_x, p.x, p.stride_x, p.tokens, p.dim_x, kShare);
+  if (reason == nullptr && p.dim_y > 0) reason = encode<T>(&maps.right_y, p.y, p.stride_y, p.tokens, p.dim_y, kShare);
   if (reason != nullptr) return bad_argument("%s: %s", kSecondMoments, reason);
-  const int64_t tiles = Tiles(p).count(), units = tiles * ceil_div(p.tokens, kChunkTokens);
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  cudaError_t error = count_multiprocessors(&processors);
   if (error == cudaSuccess)
-    error =
-        cudaFuncSetAttribute(second_moments_sm90_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    error = cudaFuncSetAttribute(second_moments_sm90_kernel<T, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kSharedBytes);
   const auto stream = static_cast<cudaStream_t>(p.stream);
+  const int64_t counters = Tiles<kCluster>(p).count() * kCluster + 1;
   if (error == cudaSuccess)
-    error = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(tiles + 1) * sizeof(unsigned), stream);
+    error = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(counters) * sizeof(unsigned), stream);
   if (error != cudaSuccess) return launch_status(kSecondMoments, error);
-  const auto blocks = static_cast<unsigned>(units < processors ? units : processors);
+  const auto blocks = static_cast<unsigned>(reads_of<kCluster>(p, processors).clusters * kCluster);
   name_second_moments_tensors<T>(p);
-  return launch_status(kSecondMoments, PYDIT_LAUNCH(second_moments_sm90_kernel<T>, dim3(blocks), dim3(kThreads),
-                                                    kSharedBytes, stream, p, maps));
+  return launch_status(kSecondMoments,
+                       PYDIT_LAUNCH_CLUSTER((second_moments_sm90_kernel<T, kCluster>), kCluster, dim3(blocks),
+                                            dim3(kThreads), kSharedBytes, stream, p, maps));
+}
+
+template <typename T>
+int launch_cluster_size(const pydit_second_moments_params& p) {
+  return cluster_of_second_moments_sm90(p) == 1 ? launch<T, 1>(p) : launch<T, 2>(p);
 }
 
 }  // namespace
 
+int cluster_of_second_moments_sm90(const pydit_second_moments_params& p) {
+  if (p.cluster != 0) return p.cluster;
+  int processors = 0;
+  if (count_multiprocessors(&processors) != cudaSuccess) return 1;  // the launch will say why
+  const Reads alone = reads_of<1>(p, processors), pairs = reads_of<2>(p, processors);
+  return pairs.all < alone.all && pairs.busiest < alone.busiest ? 2 : 1;
+}
+
 int launch_second_moments_sm90(const pydit_second_moments_params& p) {
-  return p.dtype == PYDIT_FLOAT16 ? launch<__half>(p) : launch<__nv_bfloat16>(p);
+  return p.dtype == PYDIT_FLOAT16 ? launch_cluster_size<__half>(p) : launch_cluster_size<__nv_bfloat16>(p);
 }
 
 }  // namespace pydit::PYDIT_BACKEND

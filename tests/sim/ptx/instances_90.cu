@@ -1,4 +1,5 @@
 // What sm_90a must compile of the simulator's test kernels.
+#include "clusters.cuh"
 #include "gemm_wgmma.cuh"
 #include "instances_80.cu"
 #include "pieces_90.cuh"
@@ -37,6 +38,8 @@ MOVE(3, false)
 MOVE(3, true)
 MOVE(4, false)
 MOVE(4, true)
+template __global__ void shared_ring<RingBug::kNone>(const __grid_constant__ TensorMap, float*, int);
+template __global__ void exchange<ExchangeBug::kNone>(int*);
 template __global__ void store_rows<false>(const __grid_constant__ TensorMap, const float*, float*);
 template const char* encode_tensor_map<float>(TensorMap*, const float*, int, const uint64_t*, const uint64_t*,
                                               const uint32_t*, Swizzle);

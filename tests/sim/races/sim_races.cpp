@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../ptx/clusters.cuh"
 #include "../selftest.h"
 #include "device/ptx.cuh"
 #include "sim/matrix.h"
@@ -326,6 +327,82 @@ TEST(accumulator_written_before_its_wait) {
 }
 TEST(operand_written_without_a_proxy_fence) {
   check_product<ProductBug::kProxy>(__LINE__, {"then read by the async proxy without fence.proxy.async"});
+}
+
+// 22. to 36. Clusters of two blocks: a ring of tiles that both fill by multicast, and reads of each other's memory.
+constexpr int kRingTiles = 5;
+template <pydit::sim::RingBug kBug>
+cudaError_t launch_ring() {
+  static std::vector<float> in(2 * kRingTiles * pydit::sim::kTileBytes / 4, 1.f);
+  std::vector<float> sums(4 * 64);
+  pydit::sim::TensorMap map;
+  const uint64_t size[2] = {32, in.size() / 32}, stride[1] = {128};
+  const uint32_t box[2] = {32, pydit::sim::kHalfRows};
+  CHECK(pydit::sim::encode_tensor_map(&map, in.data(), 2, size, stride, box, pydit::sim::Swizzle::kNone) == nullptr);
+  return PYDIT_LAUNCH_CLUSTER(pydit::sim::shared_ring<kBug>, 2, 4, pydit::sim::kRingThreads, pydit::sim::kRingBytes,
+                              nullptr, map, sums.data(), kRingTiles);
+}
+template <pydit::sim::RingBug kBug>
+void check_ring(int line, const Words& words) {
+  pydit_sim_set_arch(90);
+  check_pair(line, launch_ring<pydit::sim::RingBug::kNone>, launch_ring<kBug>, words);
+  pydit_sim_set_arch(80);
+}
+TEST(cluster_not_synchronised_after_initialisation) {
+  // Either nothing is there yet, or nobody could know that it is.
+  check_ring<pydit::sim::RingBug::kNoStart>(__LINE__, {"of the cluster"});
+}
+TEST(arrival_where_no_mbarrier_is_initialised) {
+  check_ring<pydit::sim::RingBug::kUninitialised>(__LINE__, {"no mbarrier is initialised at byte"});
+}
+TEST(block_exits_before_the_last_arrival) {
+  check_ring<pydit::sim::RingBug::kNoEnd>(__LINE__, {"the block's exit"});  // after it, or unordered with it
+}
+TEST(block_exits_before_the_last_copy) { check_ring<pydit::sim::RingBug::kUnread>(__LINE__, {"the block's exit"}); }
+TEST(slot_not_free_in_the_other_block) {
+  check_ring<pydit::sim::RingBug::kOwnRelease>(__LINE__, {"race on byte", "the engine for thread (0, 0, 0)"});
+}
+TEST(slot_released_to_the_other_block_before_it_is_read) {
+  check_ring<pydit::sim::RingBug::kEarlyRelease>(__LINE__, {"race on byte", "the engine for thread (0, 0, 0)"});
+}
+TEST(multicast_outside_the_cluster) {
+  check_ring<pydit::sim::RingBug::kMask>(__LINE__,
+                                         {"mask: expected some of the cluster's 2 blocks, one bit each, got 0x5"});
+}
+TEST(multicast_bytes_not_announced) { check_ring<pydit::sim::RingBug::kBytes>(__LINE__, {}); }
+
+template <pydit::sim::ExchangeBug kBug>
+void check_exchange(int line, const Words& words) {
+  pydit_sim_set_arch(90);
+  std::vector<int> out(4 * 32);
+  const auto launch = [&](auto kernel) { return PYDIT_LAUNCH_CLUSTER(kernel, 2, 4, 32, 128, nullptr, out.data()); };
+  check_pair(
+      line, [&] { return launch(pydit::sim::exchange<pydit::sim::ExchangeBug::kNone>); },
+      [&] { return launch(pydit::sim::exchange<kBug>); }, words);
+  pydit_sim_set_arch(80);
+}
+TEST(block_reached_into_before_it_has_started) {
+  check_exchange<pydit::sim::ExchangeBug::kNoStart>(__LINE__,
+                                                    {"which may not have started: no barrier.cluster before"});
+}
+TEST(missing_barrier_of_the_cluster) {
+  check_exchange<pydit::sim::ExchangeBug::kNoBarrier>(__LINE__, {"race on byte", "of block (", "then"});
+}
+TEST(read_between_arrival_and_wait) {
+  check_exchange<pydit::sim::ExchangeBug::kBetween>(__LINE__, {"race on byte", "of block (", "then"});
+}
+TEST(block_exits_while_it_is_read) { check_exchange<pydit::sim::ExchangeBug::kNoEnd>(__LINE__, {"the block's exit"}); }
+TEST(static_shared_memory_in_a_cluster) {
+  check_exchange<pydit::sim::ExchangeBug::kStatic>(__LINE__, {"static shared memory in a cluster", "clusters.cuh:"});
+}
+TEST(a_multicast_copy_reads_its_tensor_once) {
+  pydit_sim_set_arch(90);
+  uint64_t counts[PYDIT_SIM_COUNTERS];
+  CHECK_EQUAL(launch_ring<pydit::sim::RingBug::kNone>(), cudaSuccess);
+  pydit_sim_counters(counts);
+  CHECK_EQUAL(counts[0], 2u * kRingTiles * pydit::sim::kTileBytes);       // two clusters
+  CHECK_EQUAL(counts[3], 2u * 2u * kRingTiles * pydit::sim::kTileBytes);  // each tile in both blocks
+  pydit_sim_set_arch(80);
 }
 
 __global__ void reads_twice(const volatile float* in, float* out) {
