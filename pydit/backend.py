@@ -11,9 +11,8 @@ import functools
 import importlib
 import importlib.util
 import threading
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +28,7 @@ NOT_MEASURED = "the CUDA kernel, whose speed has not been measured yet"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h
 
 
-@dataclass(frozen=True)
-class Path:
+class Path(NamedTuple):
     """One choice: the kernel module (None: the torch reference), its name, and the reason."""
 
     kernels: ModuleType | None
@@ -90,7 +88,6 @@ def info() -> dict[str, Any]:
     """
     module, error = extension()
     archs = [a for a in module.cuda_archs.split(",") if a] if module else []
-    mode = env.get("PYDIT_BACKEND")
     return {
         "version": __version__,
         "extension": module is not None,
@@ -98,9 +95,18 @@ def info() -> dict[str, Any]:
         "cuda_archs": archs,
         "cuda_version": module.cuda_version if module else "",
         "sim": hasattr(module, "sim"),
-        "default_backend": {"cpu": "sim" if mode == "sim" else "reference",
-                            "cuda": "cuda" if archs and mode != "reference" else "reference"},
+        "default_backend": {device: default(device) for device in ("cpu", "cuda")},
     }
+
+
+def default(device_type: str) -> str:
+    """The path that tensors on a device of this type take by default: "cuda", "sim" or "reference"."""
+    mode = env.get("PYDIT_BACKEND")
+    if device_type == "cpu":
+        return "sim" if mode == "sim" else "reference"
+    module, _ = extension()
+    built = device_type == "cuda" and module is not None and module.cuda_archs.strip(",")
+    return "cuda" if built and mode != "reference" else "reference"
 
 
 def choose(op: str, tensor: torch.Tensor) -> Path:
@@ -151,7 +157,9 @@ def record(op: str, path: str, reason: str) -> None:
     if torch.compiler.is_compiling():
         return
     with _taking:
-        entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
+        entry = _taken.get(op)
+        if entry is None:
+            entry = _taken[op] = {"path": "", "reason": "", "calls": 0}
         entry["path"], entry["reason"] = path, reason
         entry["calls"] += 1
 

@@ -6,6 +6,7 @@ The same table stands in ``docs/environment.md``; a test compares the two. Nothi
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -61,8 +62,13 @@ def get(name: str) -> str:
     UserError
         The environment holds a value that is not allowed.
     """
+    return _checked(name, os.environ.get(name, ""))
+
+
+@functools.lru_cache(maxsize=64)
+def _checked(name: str, raw: str) -> str:
     variable = _BY_NAME[name]
-    value = os.environ.get(name, "").strip().lower() or variable.default
+    value = raw.strip().lower() or variable.default
     if variable.values and value not in variable.values:
         raise UserError(f"{name}: expected one of {', '.join(variable.values)}, got {value!r}")
     return value

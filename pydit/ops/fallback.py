@@ -17,6 +17,8 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
     if x.dtype == torch.float64 or not 0 < x.shape[0] <= 8:
         return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split)
     weights, biases = 1 + scale.float(), shift.float()
+    if split is None and x.shape[0] == 1:
+        return F.layer_norm(x, x.shape[-1:], weights.view(-1), biases.view(-1), eps)
     bounds = [(0, x.shape[1])] if split is None else [(0, min(split, x.shape[1])), (min(split, x.shape[1]), x.shape[1])]
     # torch's LayerNorm takes one affine map for all tokens it is given, which a sample's row of modulation is.
     parts = [[F.layer_norm(sample[start:end], sample.shape[-1:], weight[row], bias[row], eps)
@@ -44,12 +46,8 @@ def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=N
 def norm_rope(x, weight, freqs, eps):
     """RMSNorm and rotation of x [B, S, H, D], as :func:`pydit.ops.reference.qk_norm_rope` of one of its two."""
     if x.dtype == torch.float64:
-        return reference.qk_norm_rope(x, x[:, :, :0], weight, None, freqs, eps=eps)[0]
-    value = x.float()
-    size = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
-    value = value * torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
-    if weight is not None:
-        value.mul_(weight.float())
+        return reference.norm_rope(x, weight, freqs, eps)
+    value = F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
     if freqs is not None:
         pairs = torch.view_as_complex(value.unflatten(-1, (x.shape[-1] // 2, 2)))
         pairs.mul_(torch.complex(*freqs)[:, None])

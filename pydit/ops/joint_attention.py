@@ -11,7 +11,7 @@ import torch
 
 from pydit import backend, env
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, define, define_backward
+from pydit.ops._library import _check_last_dim, _check_tensor, call, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "joint_attention"
@@ -62,7 +62,7 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
         raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {scale!r}")
     inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
     lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-    out_img, out_txt, lse_img, lse_txt = torch.ops.pydit.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt,
+    out_img, out_txt, lse_img, lse_txt = call("joint_attention", q_img, k_img, v_img, q_txt, k_txt, v_txt,
                                                                          txt_lens, float(scale), lse)
     if q_txt is None:
         out_txt = lse_txt = None

@@ -18,6 +18,7 @@ from pydit.ops import reference
 from pydit.ops._library import (
     _check_last_dim,
     _check_tensor,
+    call,
     check_split,
     define,
     define_backward,
@@ -205,14 +206,14 @@ def _library_reason(device_type: str) -> str | None:
 def _kernel_runs(device_type: str) -> bool:
     if _library_reason(device_type) is not None:
         return False  # every block asks several times, and this is the usual answer on a GPU
-    return backend.info()["default_backend"].get(device_type) in ("cuda", "sim")
+    return backend.default(device_type) != "reference"
 
 
 def _linear(op, x, weight, bias, residual, gate, split, gelu):
     """x [B, S, K]; gate [B, R, N]."""
     reason = _library_reason(x.device.type)
     if reason is None:
-        return torch.ops.pydit.linear(x, weight, bias, residual, gate, -1 if split is None else split, gelu, op)
+        return call("linear", x, weight, bias, residual, gate, -1 if split is None else split, gelu, op)
     _record(op, reason)
     return _library_linear(x, weight, bias, residual, gate, split, gelu)
 
@@ -220,7 +221,7 @@ def _linear(op, x, weight, bias, residual, gate, split, gelu):
 def _joint(op, img, txt, split, gelu):
     reason = _library_reason(img[0].device.type)
     if reason is None:
-        return tuple(torch.ops.pydit.joint_linear(*img, *txt, -1 if split is None else split, gelu, op))
+        return tuple(call("joint_linear", *img, *txt, -1 if split is None else split, gelu, op))
     _record(op, reason)
     return (_library_linear(*img, split, gelu), _library_linear(*txt, None, gelu))
 

@@ -9,7 +9,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, check_out, define, define_backward
+from pydit.ops._library import _check_last_dim, _check_tensor, call, check_eps, check_out, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "qk_norm_rope"
@@ -49,7 +49,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
         _check_weight(name, weight, q)
     cos, sin = _check_freqs(freqs, q)
     if out is None:
-        return torch.ops.pydit.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+        return call("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, eps)
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"{_OP}: out: expected a pair of tensors, got {type(out).__name__}")
     _check_heads("out[0]", out[0], q)
@@ -60,7 +60,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
     check_out(_OP, {"out[0]": out[0], "out[1]": out[1]},
               {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin},
               {"out[0]": "q", "out[1]": "k"})
-    torch.ops.pydit.qk_norm_rope_out(q, k, q_weight, k_weight, cos, sin, eps, out[0], out[1])
+    call("qk_norm_rope_out", q, k, q_weight, k_weight, cos, sin, eps, out[0], out[1])
     return out[0], out[1]
 
 
