@@ -36,6 +36,8 @@ class Path(NamedTuple):
     reason: str  # why nothing faster; "" when nothing faster exists for these tensors
 
 
+ON_CPU = Path(None, "reference", "the tensors are on the CPU")
+
 _taken: dict[str, dict[str, Any]] = {}
 _taking = threading.Lock()
 
@@ -137,7 +139,7 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
                                + (f"no extension ({error})" if module is None else "a build with PYDIT_SIM=off"))
         path = Path(kernels, "sim", "PYDIT_BACKEND=sim: the CUDA kernel, simulated")
     else:
-        path = Path(None, "reference", "the tensors are on the CPU")
+        path = ON_CPU
     if path.kernels is not None and tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{op}: expected float32, float16 or bfloat16 on the {path.name} backend, got {tensor.dtype}")
     record(op, path.name, path.reason)

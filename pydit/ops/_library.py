@@ -44,12 +44,12 @@ _BEYOND = ~_PLAIN
 
 def call(name: str, *args: Any) -> Any:
     """``torch.ops.pydit.<name>(*args)``, without the dispatcher where it would only run the implementation."""
-    if _runs_straight(args):
+    if runs_straight(args):
         return _implementations[name](*args)
     return getattr(torch.ops.pydit, name)(*args)
 
 
-def _runs_straight(args: tuple) -> bool:
+def runs_straight(args: tuple) -> bool:
     """Whether nothing listens to an op, traces it, transforms it or wants its gradient."""
     if torch.compiler.is_compiling():
         return False
@@ -58,7 +58,7 @@ def _runs_straight(args: tuple) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for x in args:
-        if isinstance(x, torch.Tensor) and (_dispatch_keys(x).raw_repr() & _BEYOND or grad and x.requires_grad):
+        if isinstance(x, torch.Tensor) and (_dispatch_keys(x).raw_repr() & _BEYOND or (grad and x.requires_grad)):
             return False
     return True
 

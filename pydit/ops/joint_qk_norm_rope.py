@@ -77,9 +77,9 @@ def _describe(value):
 def _run(tensors, weights, tables, eps, out):
     path = backend.choose(_OP, tensors[0])
     if path.kernels is None:
-        freqs = [None if cos is None else (cos, sin) for cos, sin in (tables[:2], tables[2:])]
-        found = [fallback.norm_rope(x, weight, freqs[place // 2], eps)
-                 for place, (x, weight) in enumerate(zip(tensors, weights, strict=True))]
+        rotations = [None if cos is None else torch.complex(cos, sin) for cos, sin in (tables[:2], tables[2:])]
+        found = [*fallback.qk_norm_rope(*tensors[:2], *weights[:2], rotations[0], eps),
+                 *fallback.qk_norm_rope(*tensors[2:], *weights[2:], rotations[1], eps)]
         if out is None:
             return tuple(x.contiguous() for x in found)
         for to, x in zip(out, found, strict=True):

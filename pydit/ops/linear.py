@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pydit import backend, env
-from pydit.ops import reference
+from pydit.ops import fallback, reference
 from pydit.ops._library import (
     _check_last_dim,
     _check_tensor,
@@ -288,7 +288,7 @@ def _layer(x, weight, bias, residual, gate, split, out):
 def _run_linear(x, weight, bias, residual, gate, split, gelu, op):
     kernels = _kernels(op, x, *weight.shape)
     if kernels is None:
-        return reference.linear(x, weight, bias, residual, gate, gelu=gelu, split=None if split < 0 else split)
+        return fallback.linear(x, weight, bias, residual, gate, gelu=gelu, split=None if split < 0 else split)
     out = _empty(x, weight)
     _launch(op, kernels, [_layer(x, weight, bias, residual, gate, split, out)], gelu, 0.0)
     return out
@@ -298,7 +298,7 @@ def _run_joint(*args):
     img, txt, (split, gelu, op) = args[:5], args[5:10], args[10:]
     kernels = _kernels(op, img[0], *img[1].shape, *txt[1].shape)
     if kernels is None:
-        return tuple(reference.linear(*stream, gelu=gelu, split=None if s < 0 else s)
+        return tuple(fallback.linear(*stream, gelu=gelu, split=None if s < 0 else s)
                      for stream, s in ((img, split), (txt, -1)))
     outs = _empty(*img[:2]), _empty(*txt[:2])
     _launch(op, kernels, [_layer(*img, split, outs[0]), _layer(*txt, -1, outs[1])], gelu, 0.0)
@@ -365,7 +365,7 @@ define_backward("joint_linear", _backward_joint, _setup_linear)
 
 def _rows(x):
     """x [..., K] as [1, S, K]."""
-    return _flat(x)[None]
+    return x if x.ndim == 3 and x.shape[0] == 1 else _flat(x)[None]
 
 
 def _flat(x):

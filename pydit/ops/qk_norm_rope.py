@@ -109,8 +109,8 @@ def _check_freqs(freqs, q, *, op=_OP, name="freqs"):
 def _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
     path = backend.choose(_OP, q)
     if path.kernels is None:
-        freqs = None if cos is None else (cos, sin)
-        q_new, k_new = fallback.norm_rope(q, q_weight, freqs, eps), fallback.norm_rope(k, k_weight, freqs, eps)
+        rotation = None if cos is None else torch.complex(cos, sin)
+        q_new, k_new = fallback.qk_norm_rope(q, k, q_weight, k_weight, rotation, eps)
         if q_out is None:
             return q_new.contiguous(), k_new.contiguous()
         q_out.copy_(q_new)
