@@ -34,7 +34,7 @@ class Replacing:
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     stock = None
-    options: frozenset[str] = frozenset()  # what attend takes beside the streams
+    options: frozenset[str] = frozenset()  # what attend takes beside the streams and kit, the ops to run on
 
     @property
     def context(self):
@@ -92,7 +92,7 @@ class QwenImageAttnProcessor(Replacing):
     options = frozenset({"encoder_hidden_states_mask", "attention_mask", "image_rotary_emb"})
 
     def attend(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
-               attention_mask=None, image_rotary_emb=None):
+               attention_mask=None, image_rotary_emb=None, kit=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C], mask [B, S_txt] (true or 1 is kept),
         image_rotary_emb (complex [S_img, D/2], complex [S_txt, D/2]) -> what goes into the output projections, (image
         [B, S_img, H D], text [B, S_txt, H D] or None).
@@ -109,7 +109,7 @@ class QwenImageAttnProcessor(Replacing):
                              f"encoder_hidden_states_mask, got a mask of shape {list(attention_mask.shape)}")
         if any(norm is None for norm in (attn.norm_q, attn.norm_k, text_modules(attn).norms[1])):
             raise ValueError(_NO_NORM)
-        kit = ops_for(hidden_states, encoder_hidden_states)
+        kit = kit or ops_for(hidden_states, encoder_hidden_states)
         form = _rotation if kit is direct else _cosine_and_sine
         tables = (None, None) if image_rotary_emb is None else [form(t) for t in image_rotary_emb]
         return _attend(kit, attn, hidden_states, encoder_hidden_states, tables, self.context,
@@ -126,7 +126,8 @@ class FluxAttnProcessor(Replacing):
 
     options = frozenset({"attention_mask", "image_rotary_emb"})
 
-    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
+               kit=None):
         """hidden_states [B, S, C], encoder_hidden_states [B, S_txt, C] or None, image_rotary_emb (cos, sin) fp32
         [S_txt + S_img, D] with every angle twice -> what goes into the output projections, (image, text or None).
 
@@ -137,12 +138,12 @@ class FluxAttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        kit = _ops_for(hidden_states, encoder_hidden_states)
+        kit = kit or _ops_for(hidden_states, encoder_hidden_states)
         tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         tables = (None, None)
         if image_rotary_emb is not None and kit is direct:
             table = _rotation_of_every_second(*image_rotary_emb)
-            tables = table[tokens:], table[:tokens]
+            tables = (table[tokens:], table[:tokens]) if tokens else (table, None)
         elif image_rotary_emb is not None:
             table = [_every_second(t) for t in image_rotary_emb]
             tables = [t[tokens:] for t in table], [t[:tokens] for t in table]
@@ -160,7 +161,7 @@ class SD3AttnProcessor(Replacing):
 
     options = frozenset({"attention_mask"})
 
-    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, kit=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> what goes into the output
         projections, (image, text or None).
 
@@ -171,7 +172,7 @@ class SD3AttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        kit = _ops_for(hidden_states, encoder_hidden_states)
+        kit = kit or _ops_for(hidden_states, encoder_hidden_states)
         return _attend(kit, attn, hidden_states, encoder_hidden_states, (None, None), self.context)
 
     __call__ = _projected(attend)
@@ -333,10 +334,10 @@ def _alike(linears):
         if (type(linear) is not torch.nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
                 or "forward" in linear.__dict__):
             return False
-        weight = linear.weight
-        if not weight.is_contiguous():
+        weight, bias = map(linear._parameters.get, ("weight", "bias"))
+        if weight is None or not weight.is_contiguous():
             return False
-        kind = (linear.in_features, weight.dtype, weight.device, linear.bias is None)
+        kind = (linear.in_features, weight.dtype, weight.device, bias is None)
         like = like or kind
         if kind != like:
             return False
@@ -355,7 +356,7 @@ def _adjacent(linears, x):
     sizes = [linear.out_features for linear in linears]
     found = []
     for name in ("weight", "bias"):
-        parts = [getattr(linear, name) for linear in linears]
+        parts = [linear._parameters[name] for linear in linears]
         if parts[0] is None:
             found.append(None)
             continue

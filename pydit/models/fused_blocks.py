@@ -46,8 +46,8 @@ class Fused(Stock):
         ours = isinstance(processor, attention.Replacing) and processor.chosen() is None and _plain(attn, type(attn))
         if not (ours and options.keys() <= processor.options):
             return super().attend(attn, image, text, options)
-        out_image, out_text = processor.attend(attn, image, text, **options)
-        found = [cls._through(getattr(attn, "to_out", ()), out_image)]
+        out_image, out_text = processor.attend(attn, image, text, **options, kit=cls.ops)
+        found = [cls._through(attn._modules.get("to_out", ()), out_image)]
         if text is not None:
             found.append(None if out_text is None else cls._through(text_modules(attn).output, out_text))
         return found
@@ -62,7 +62,7 @@ class Fused(Stock):
         if out.linear is None or not all(map(_idle, rest)):
             x = first(x) if out.linear is not None else out.x
             for module in rest:
-                x = module(x)
+                x = x if _idle(module) else module(x)
             out = Output(x)
         return out
 

@@ -18,7 +18,7 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
         return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split)
     weights, biases = 1 + scale.float(), shift.float()
     if split is None and x.shape[0] == 1:
-        return F.layer_norm(x, x.shape[-1:], weights.view(-1), biases.view(-1), eps)
+        return torch.layer_norm(x, x.shape[-1:], weights.view(-1), biases.view(-1), eps)
     bounds = [(0, x.shape[1])] if split is None else [(0, min(split, x.shape[1])), (min(split, x.shape[1]), x.shape[1])]
     # torch's LayerNorm takes one affine map for all tokens it is given, which a sample's row of modulation is.
     parts = [[F.layer_norm(sample[start:end], sample.shape[-1:], weight[row], bias[row], eps)
