@@ -5,10 +5,17 @@
 Weights are random: latency and memory, never quality. Variants are built and timed one after another, because two dense
 transformers do not fit a GPU; each is timed as the median of --rounds steps after two to warm up. Peak memory is the
 GPU's, weights included; on a CPU it stays empty. ratio is the dense eager step over the variant's.
+
+    pydit bench model --narrow
+
+times what lies around the arithmetic: transformers of four narrow blocks of every family, stock and accelerated in
+turn, float32, on one thread of the CPU. ratio is the stock time over the accelerated one, median and quartiles of the
+rounds.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import statistics
 import sys
@@ -21,7 +28,7 @@ from typing import Any
 import torch
 
 import pydit
-from benchmarks import compare, machine
+from benchmarks import compare, machine, timing
 from benchmarks.layers import plan_of
 from pydit.cli.options import Parser, count
 from pydit.errors import UserError
@@ -48,13 +55,18 @@ def _parse(argv):
     parser.add_argument("--config", choices=sorted(CONFIGS),
                         default="qwen-image" if torch.cuda.is_available() else "tiny",
                         help="the published architecture, or a narrow one for a CPU (default: what suits this machine)")
-    parser.add_argument("--plan", required=True, help="a plan file, or the name of a preset")
+    parser.add_argument("--narrow", action="store_true", help="time narrow models of every family on a CPU instead")
+    parser.add_argument("--plan", help="a plan file, or the name of a preset")
     parser.add_argument("--size", type=count, default=1328, help="pixels of a square image's side (default: 1328)")
     parser.add_argument("--text", type=count, default=512, help="text tokens (default: 512)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
     parser.add_argument("--rounds", type=count, default=9, help="steps timed per variant (default: 9)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
+    if not args.narrow and args.plan is None:
+        raise UserError("plan: expected a plan file or the name of a preset, got none")
+    if args.narrow and args.rounds < 3:
+        raise UserError(f"rounds: expected at least 3, got {args.rounds}")
     args.variants = [name.strip() for name in args.variants.split(",")]
     unknown = sorted(set(args.variants) - set(VARIANTS))
     if unknown:
@@ -65,6 +77,8 @@ def _parse(argv):
 
 
 def _main(args) -> int:
+    if args.narrow:
+        return _narrow(args)
     plan, device = plan_of(args.plan), "cuda" if torch.cuda.is_available() else "cpu"
     if plan.family != "qwen-image":
         raise UserError(f"plan: expected one of qwen-image, got one of {plan.family}")
@@ -144,6 +158,93 @@ def _timed(model: Callable[..., Any], batch: dict[str, Any], rounds: int, device
     times = [step() for _ in range(rounds)]
     return {"ms": statistics.median(times),
             "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None}
+
+
+NARROW = ((64, 16), (64, 256), (256, 256), (768, 256))  # channels, image tokens; 16 text tokens
+
+
+def _narrow(args) -> int:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [_narrow_row(family, *shape, args.rounds) for shape in NARROW for family in _FAMILIES]
+    finally:
+        torch.set_num_threads(threads)
+    if args.json:
+        write_json(args.json, {"format": compare.FORMAT, "version": compare.VERSION, "complete": True, "not_run": [],
+                               "machine": machine.describe("cpu"), "limits": {}, "rows": rows})
+    return 0
+
+
+@torch.no_grad()
+def _narrow_row(family: str, width: int, tokens: int, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, batch = _FAMILIES[family](width, round(tokens ** 0.5))
+    model = model.requires_grad_(False).eval()
+    models = {"stock": model, "accelerated": pydit.accelerate(copy.deepcopy(model))}
+    outs = [m(**batch, return_dict=False)[0] for m in models.values()]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    samples = timing.interleave({name: lambda m=m: _microseconds(m, batch) for name, m in models.items()}, rounds)
+    ratio = timing.summary([a / b for a, b in zip(*samples.values(), strict=True)])
+    row = {"model": family, "width": width, "tokens": tokens, "dtype": "fp32",
+           "providers": {name: timing.summary(values) for name, values in samples.items()},
+           "ratio": ratio["us"], "ratio_q1": ratio["q1_us"], "ratio_q3": ratio["q3_us"]}
+    print(f"{family:14} {width:4} channels {tokens:4} tokens  stock {row['providers']['stock']['us']:10.1f} us  "
+          f"accelerated {row['providers']['accelerated']['us']:10.1f} us  ratio {row['ratio']:.3f} "
+          f"({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f})", flush=True)
+    return row
+
+
+def _microseconds(model: torch.nn.Module, batch: dict[str, Any]) -> float:
+    start = time.thread_time()  # of this thread alone: other processes' turns do not count
+    model(**batch, return_dict=False)
+    return (time.thread_time() - start) * 1e6
+
+
+def _sizes(width: int) -> dict[str, int]:
+    dim = 32 if width < 256 else 64
+    return {"attention_head_dim": dim, "num_attention_heads": width // dim, "joint_attention_dim": 24}
+
+
+def _qwen(width: int, side: int, plan: pydit.PruningPlan | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    from diffusers import QwenImageTransformer2DModel
+
+    dim = _sizes(width)["attention_head_dim"]
+    model = QwenImageTransformer2DModel(num_layers=4, in_channels=16, out_channels=4, **_sizes(width),
+                                        axes_dims_rope=(dim // 4, dim * 3 // 8, dim * 3 // 8))
+    if plan is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random weights: nothing to fit linear maps to
+            model = pydit.prune(model, plan)
+    return model, {"hidden_states": torch.randn(1, side * side, 16), "encoder_hidden_states": torch.randn(1, 16, 24),
+                   "timestep": torch.tensor([0.5]), "img_shapes": [[(1, side, side)]]}
+
+
+def _flux(width: int, side: int, dual: int = 4, single: int = 0) -> tuple[torch.nn.Module, dict[str, Any]]:
+    from diffusers import FluxTransformer2DModel
+
+    dim = _sizes(width)["attention_head_dim"]
+    model = FluxTransformer2DModel(num_layers=dual, num_single_layers=single, in_channels=16, pooled_projection_dim=16,
+                                   **_sizes(width), axes_dims_rope=(dim // 4, dim * 3 // 8, dim * 3 // 8))
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(side).float(), torch.arange(side).float())
+    return model, {"hidden_states": torch.randn(1, side * side, 16), "encoder_hidden_states": torch.randn(1, 16, 24),
+                   "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5]), "img_ids": places,
+                   "txt_ids": torch.zeros(16, 3)}
+
+
+def _sd3(width: int, side: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(num_layers=4, in_channels=4, out_channels=4, **_sizes(width), sample_size=64,
+                                  caption_projection_dim=width, pooled_projection_dim=16, patch_size=2,
+                                  pos_embed_max_size=64, qk_norm="rms_norm", dual_attention_layers=(0, 1))
+    return model, {"hidden_states": torch.randn(1, 4, 2 * side, 2 * side), "timestep": torch.tensor([0.5]),
+                   "encoder_hidden_states": torch.randn(1, 16, 24), "pooled_projections": torch.randn(1, 16)}
+
+
+_FAMILIES: dict[str, Callable[[int, int], tuple[torch.nn.Module, dict[str, Any]]]] = {
+    "qwen-image": _qwen, "qwen-image 4>3": lambda *size: _qwen(*size, pydit.PruningPlan.from_intervals(4, [(1, 2)])),
+    "flux dual": _flux, "flux single": lambda *size: _flux(*size, 0, 4), "sd3.5": _sd3}
 
 
 def render(rows: list[dict]) -> str:

@@ -11,9 +11,8 @@ import functools
 import importlib
 import importlib.util
 import threading
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,14 +29,15 @@ NOT_MEASURED = "the CUDA kernel, whose speed has not been measured yet"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h
 
 
-@dataclass(frozen=True)
-class Path:
+class Path(NamedTuple):
     """One choice: the kernel module (None: the torch reference), its name, and the reason."""
 
     kernels: ModuleType | None
     name: str  # "cuda", "sim" or "reference"
     reason: str  # why nothing faster; "" when nothing faster exists for these tensors
 
+
+ON_CPU = Path(None, "reference", "the tensors are on the CPU")
 
 _taken: dict[str, dict[str, Any]] = {}
 _taking = threading.Lock()
@@ -91,7 +91,6 @@ def info() -> dict[str, Any]:
     """
     module, error = extension()
     archs = [a for a in module.cuda_archs.split(",") if a] if module else []
-    mode = env.get("PYDIT_BACKEND")
     return {
         "version": __version__,
         "extension": module is not None,
@@ -99,9 +98,18 @@ def info() -> dict[str, Any]:
         "cuda_archs": archs,
         "cuda_version": module.cuda_version if module else "",
         "sim": hasattr(module, "sim"),
-        "default_backend": {"cpu": "sim" if mode == "sim" else "reference",
-                            "cuda": "cuda" if archs and mode != "reference" else "reference"},
+        "default_backend": {device: default(device) for device in ("cpu", "cuda")},
     }
+
+
+def default(device_type: str) -> str:
+    """The path that tensors on a device of this type take by default: "cuda", "sim" or "reference"."""
+    mode = env.get("PYDIT_BACKEND")
+    if device_type == "cpu":
+        return "sim" if mode == "sim" else "reference"
+    module, _ = extension()
+    built = device_type == "cuda" and module is not None and module.cuda_archs.strip(",")
+    return "cuda" if built and mode != "reference" else "reference"
 
 
 def choose(op: str, tensor: torch.Tensor) -> Path:
@@ -132,7 +140,7 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
                                + (f"no extension ({error})" if module is None else "a build with PYDIT_SIM=off"))
         path = Path(kernels, "sim", "PYDIT_BACKEND=sim: the CUDA kernel, simulated")
     else:
-        path = Path(None, "reference", "the tensors are on the CPU")
+        path = ON_CPU
     if path.kernels is not None and tensor.dtype not in DTYPE_CODES:
         raise TypeError(f"{op}: expected float32, float16 or bfloat16 on the {path.name} backend, got {tensor.dtype}")
     record(op, path.name, path.reason)
@@ -152,7 +160,9 @@ def record(op: str, path: str, reason: str) -> None:
     if torch.compiler.is_compiling():
         return
     with _taking:
-        entry = _taken.setdefault(op, {"path": "", "reason": "", "calls": 0})
+        entry = _taken.get(op)
+        if entry is None:
+            entry = _taken[op] = {"path": "", "reason": "", "calls": 0}
         entry["path"], entry["reason"] = path, reason
         entry["calls"] += 1
 

@@ -6,6 +6,7 @@ The same table stands in ``docs/environment.md``; a test compares the two. Nothi
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ VARIABLES = (
              "Semicolon-separated compute capabilities to build machine code for; PTX of the lowest is added."),
 )
 _BY_NAME = {v.name: v for v in VARIABLES}
+_ENCODED = {name: name if os.name == "nt" else os.fsencode(name) for name in _BY_NAME}
 
 
 def get(name: str) -> str:
@@ -64,8 +66,19 @@ def get(name: str) -> str:
     UserError
         The environment holds a value that is not allowed.
     """
+    # os.environ raises and catches inside where a name is not set, which takes longer than a small op's arithmetic;
+    # below it lies a dictionary, of bytes where names are bytes.
+    try:
+        raw = os.environ._data.get(_ENCODED[name], "")
+    except AttributeError:  # another mapping stands in for it
+        raw = os.environ.get(name, "")
+    return _checked(name, raw)
+
+
+@functools.lru_cache(maxsize=64)
+def _checked(name: str, raw: str | bytes) -> str:
     variable = _BY_NAME[name]
-    value = os.environ.get(name, "").strip().lower() or variable.default
+    value = os.fsdecode(raw).strip().lower() or variable.default
     if variable.values and value not in variable.values:
         raise UserError(f"{name}: expected one of {', '.join(variable.values)}, got {value!r}")
     return value

@@ -20,8 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pydit import backend, ops
 from pydit.models import context_parallel
 from pydit.models.thinned import text_modules
+from pydit.ops import direct
+from pydit.ops.direct import ops_for
 from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
+_ONE_PRODUCT = "torch's matrix product, one per stream"
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
 
 
@@ -31,7 +34,7 @@ class Replacing:
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     stock = None
-    options: frozenset[str] = frozenset()  # what attend takes beside the streams
+    options: frozenset[str] = frozenset()  # what attend takes beside the streams and kit, the ops to run on
 
     @property
     def context(self):
@@ -46,6 +49,8 @@ class Replacing:
 
     def chosen(self):
         """The stock processor with what the user has chosen; None where this one runs."""
+        if self._attention_backend is None and self._parallel_config is None:
+            return None
         reason = self.why_stock()
         if not reason:
             return None
@@ -87,7 +92,7 @@ class QwenImageAttnProcessor(Replacing):
     options = frozenset({"encoder_hidden_states_mask", "attention_mask", "image_rotary_emb"})
 
     def attend(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
-               attention_mask=None, image_rotary_emb=None):
+               attention_mask=None, image_rotary_emb=None, kit=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C], mask [B, S_txt] (true or 1 is kept),
         image_rotary_emb (complex [S_img, D/2], complex [S_txt, D/2]) -> what goes into the output projections, (image
         [B, S_img, H D], text [B, S_txt, H D] or None).
@@ -104,8 +109,11 @@ class QwenImageAttnProcessor(Replacing):
                              f"encoder_hidden_states_mask, got a mask of shape {list(attention_mask.shape)}")
         if any(norm is None for norm in (attn.norm_q, attn.norm_k, text_modules(attn).norms[1])):
             raise ValueError(_NO_NORM)
-        tables = (None, None) if image_rotary_emb is None else [_cosine_and_sine(t) for t in image_rotary_emb]
-        return _attend(attn, hidden_states, encoder_hidden_states, tables, self.context, encoder_hidden_states_mask)
+        kit = kit or ops_for(hidden_states, encoder_hidden_states)
+        form = _rotation if kit is direct else _cosine_and_sine
+        tables = (None, None) if image_rotary_emb is None else [form(t) for t in image_rotary_emb]
+        return _attend(kit, attn, hidden_states, encoder_hidden_states, tables, self.context,
+                       encoder_hidden_states_mask)
 
     __call__ = _projected(attend)
 
@@ -118,7 +126,8 @@ class FluxAttnProcessor(Replacing):
 
     options = frozenset({"attention_mask", "image_rotary_emb"})
 
-    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
+               kit=None):
         """hidden_states [B, S, C], encoder_hidden_states [B, S_txt, C] or None, image_rotary_emb (cos, sin) fp32
         [S_txt + S_img, D] with every angle twice -> what goes into the output projections, (image, text or None).
 
@@ -129,10 +138,16 @@ class FluxAttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        table = None if image_rotary_emb is None else [_every_second(t) for t in image_rotary_emb]
+        kit = kit or _ops_for(hidden_states, encoder_hidden_states)
         tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        tables = (None, None) if table is None else ([t[tokens:] for t in table], [t[:tokens] for t in table])
-        return _attend(attn, hidden_states, encoder_hidden_states, tables, self.context)
+        tables = (None, None)
+        if image_rotary_emb is not None and kit is direct:
+            table = _rotation_of_every_second(*image_rotary_emb)
+            tables = (table[tokens:], table[:tokens]) if tokens else (table, None)
+        elif image_rotary_emb is not None:
+            table = [_every_second(t) for t in image_rotary_emb]
+            tables = [t[tokens:] for t in table], [t[:tokens] for t in table]
+        return _attend(kit, attn, hidden_states, encoder_hidden_states, tables, self.context)
 
     __call__ = _projected(attend)
 
@@ -146,7 +161,7 @@ class SD3AttnProcessor(Replacing):
 
     options = frozenset({"attention_mask"})
 
-    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, kit=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> what goes into the output
         projections, (image, text or None).
 
@@ -157,14 +172,20 @@ class SD3AttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        return _attend(attn, hidden_states, encoder_hidden_states, (None, None), self.context)
+        kit = kit or _ops_for(hidden_states, encoder_hidden_states)
+        return _attend(kit, attn, hidden_states, encoder_hidden_states, (None, None), self.context)
 
     __call__ = _projected(attend)
 
 
-def _attend(attn, image, text, tables, context, mask=None):
+def _ops_for(image, text):
+    return ops_for(image) if text is None else ops_for(image, text)
+
+
+def _attend(kit, attn, image, text, tables, context, mask=None):
     """Both streams after attention, [B, S, H D]: text where the mask is true, None without a text or its query.
 
+    kit : :mod:`pydit.ops` or :mod:`pydit.ops.direct`, with tables in the form that its ops take.
     context : diffusers' ContextParallelConfig, or None where this process has all tokens.
     """
     streams = [_Stream(image, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k), tables[0])]
@@ -174,29 +195,58 @@ def _attend(attn, image, text, tables, context, mask=None):
         modules = text_modules(attn)
         names = ("to_added_qkv",) if getattr(attn, "fused_projections", False) else modules.projections
         streams.append(_Stream(text, names, modules.norms, tables[1]))
-    found = _in_one_launch(attn, streams) or _one_by_one(attn, streams)
+    if kit is direct and mask is None and context is None and (out := _packed(attn, streams)) is not None:
+        return (out, None) if text is None else (out[:, :image.shape[1]], out[:, image.shape[1]:])
+    found = _in_one_launch(kit, attn, streams) or _one_by_one(kit, attn, streams)
     q_img, k_img, v_img = found[:3]
     q_txt, k_txt, v_txt = found[3:] if text is not None else (None, k_img[:, :0], v_img[:, :0])
     arguments = (q_img, k_img, v_img, q_txt, k_txt, v_txt, None if mask is None else mask.bool())
-    out_img, out_txt = (context_parallel.masked_attention(*arguments) if context is None else
-                        context_parallel.joint_attention(*arguments, context))
+    if context is not None:
+        out_img, out_txt = context_parallel.joint_attention(*arguments, context)
+    elif mask is not None:
+        out_img, out_txt = context_parallel.masked_attention(*arguments)
+    else:
+        out_img, out_txt = kit.joint_attention(*arguments[:6])
     return out_img.flatten(2), None if q_txt is None else out_txt.flatten(2)
 
 
 class _Stream(NamedTuple):
     """x [B, S, C]; names of its projections, of query (None: there is none), key and value, or of all in one; norms of
-    query and key; (cos, sin) or None."""
+    query and key; (cos, sin) or None, and for :mod:`pydit.ops.direct` one complex table in their place."""
 
     x: torch.Tensor
     names: tuple[str | None, ...]
     norms: tuple[torch.nn.Module | None, torch.nn.Module | None]
-    table: list[torch.Tensor] | None
+    table: list[torch.Tensor] | torch.Tensor | None
 
 
-def _in_one_launch(attn, streams):
+def _packed(attn, streams):
+    """All streams behind one another after attention, by :func:`pydit.ops.direct.packed_attention`; None where
+    something other than one product per stream makes queries, keys and values, or where a norm is missing."""
+    products, weights, dim = [], [], attn.inner_dim // attn.heads
+    for x, names, norms, _ in streams:
+        if len(names) != 3 or None in names or None in norms or any(map(_elsewhere, norms)):
+            return None
+        product = _adjacent([getattr(attn, name) for name in names], x)
+        if product is None or len({*product[2]}) != 1 or not direct.attends(x):
+            return None
+        products.append(product)
+        weights += [norm.weight for norm in norms]
+    if any(weight is None for weight in weights):
+        return None
+    packed = []
+    for (x, *_), (weight, bias, sizes) in zip(streams, products, strict=True):
+        backend.record("projections", "torch", _ONE_PRODUCT)
+        packed.append(F.linear(x, weight, bias).view(*x.shape[:2], 3, sizes[0] // dim, dim))
+    tables = [stream.table for stream in streams]
+    return direct.packed_attention(packed, weights, None if tables[0] is None else tables,
+                                   eps=streams[0].norms[0].eps).flatten(2)
+
+
+def _in_one_launch(kit, attn, streams):
     """Query, key and value of each stream, normed and rotated, by one launch for all; None where that is impossible."""
     dim = attn.inner_dim // attn.heads
-    if not ops.in_one_launch(streams[0].x) or dim not in QKV_HEAD_DIMS:
+    if not kit.in_one_launch(streams[0].x) or dim not in QKV_HEAD_DIMS:
         return None
     arguments, found_norms = [], []
     for x, names, norms, table in streams:
@@ -213,12 +263,12 @@ def _in_one_launch(attn, streams):
         arguments.append((x, weights, biases, [None, *(n.weight for n in norms)][-2:], table))
     if len(streams) == 1:
         arguments.append((streams[0].x[:, :0], *arguments[0][1:4], None))
-    found = ops.joint_qkv(*(part for pair in zip(*arguments, strict=True) for part in pair), head_dim=dim,
+    found = kit.joint_qkv(*(part for pair in zip(*arguments, strict=True) for part in pair), head_dim=dim,
                           eps=found_norms[0].eps)
     return found[:3 * len(streams)]
 
 
-def _one_by_one(attn, streams):
+def _one_by_one(kit, attn, streams):
     """The same by a product per stream or per projection, then norm and rotation of both streams in one launch."""
     parts = [_project(attn, stream.x, *stream.names) for stream in streams]
     # Without a text query the keys stand in for it: one launch, and what it makes of them is not used.
@@ -227,7 +277,7 @@ def _one_by_one(attn, streams):
              for stream, part in zip(streams, parts, strict=True)]
     tables = [stream.table for stream in streams]
     if any(norm is not None for pair in norms for norm in pair):
-        turned = _norm_and_rotate(norms, turned, tables)
+        turned = _norm_and_rotate(kit, norms, turned, tables)
     return [x for (q, k), (asks, _, v) in zip(turned, parts, strict=True)
             for x in (None if asks is None else q, k, v)]
 
@@ -237,19 +287,18 @@ def _project(attn, x, *names):
     modules = [getattr(attn, name) for name in names if name is not None]
     packed = _adjacent(modules, x)
     if not torch.compiler.is_compiling():
-        backend.record("projections", "torch", "torch's matrix product, one per stream" if packed is not None or
-                       len(modules) == 1 else "torch's matrix product, one per projection: gradients are needed, or "
-                       "something has replaced or moved a projection")
+        backend.record("projections", "torch", _ONE_PRODUCT if packed is not None or len(modules) == 1 else
+                       "torch's matrix product, one per projection: gradients are needed, or something has replaced "
+                       "or moved a projection")
+    dim = attn.inner_dim // attn.heads
     if packed is None:
-        found = iter([module(x) for module in modules])
+        found = [module(x).unflatten(-1, (-1, dim)) for module in modules]
+        found = found[0].chunk(3, 2) if len(names) == 1 else found
     else:
         weight, bias, sizes = packed
-        found = iter(F.linear(x, weight, bias).split(sizes, -1))
-    projected = [None if name is None else next(found) for name in names]
-    if len(projected) == 1:
-        projected = projected[0].chunk(3, -1)
-    dim = attn.inner_dim // attn.heads
-    return [None if part is None else part.unflatten(-1, (-1, dim)) for part in projected]
+        heads = F.linear(x, weight, bias).unflatten(-1, (-1, dim))
+        found = heads.split_with_sizes([size // dim for size in sizes], 2)
+    return [None, *found] if names[0] is None else found
 
 
 def pack_projections(attn):
@@ -280,12 +329,19 @@ def pack_projections(attn):
 
 def _alike(linears):
     """Plain linear layers of one input width, dtype and device, all with a bias or none, that nothing listens to."""
-    first = linears[0]
-    return all(type(linear) is torch.nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
-               and "forward" not in linear.__dict__ and linear.in_features == first.in_features
-               and linear.weight.dtype == first.weight.dtype and linear.weight.device == first.weight.device
-               and linear.weight.is_contiguous() and (linear.bias is None) == (first.bias is None)
-               for linear in linears)
+    like = None
+    for linear in linears:
+        if (type(linear) is not torch.nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
+                or "forward" in linear.__dict__):
+            return False
+        weight, bias = map(linear._parameters.get, ("weight", "bias"))
+        if weight is None or not weight.is_contiguous():
+            return False
+        kind = (linear.in_features, weight.dtype, weight.device, bias is None)
+        like = like or kind
+        if kind != like:
+            return False
+    return True
 
 
 def _adjacent(linears, x):
@@ -295,28 +351,28 @@ def _adjacent(linears, x):
     """
     if len(linears) < 2 or torch.compiler.is_compiling() or not _alike(linears):
         return None
-    needs = torch.is_grad_enabled() and (x.requires_grad or any(linear.weight.requires_grad for linear in linears))
-    if needs:
+    if torch.is_grad_enabled() and (x.requires_grad or any(linear.weight.requires_grad for linear in linears)):
         return None
     sizes = [linear.out_features for linear in linears]
     found = []
     for name in ("weight", "bias"):
-        parts = [getattr(linear, name) for linear in linears]
+        parts = [linear._parameters[name] for linear in linears]
         if parts[0] is None:
             found.append(None)
             continue
         end = parts[0].data_ptr()
-        storage = parts[0].untyped_storage().data_ptr()
         for part in parts:
-            if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
+            if part.data_ptr() != end:
                 return None
-            end += part.numel() * part.element_size()
-        shape = (sum(sizes), *parts[0].shape[1:])
-        found.append(torch.as_strided(parts[0].detach(), shape, parts[0].stride()))
+            end += part.nbytes
+        try:
+            found.append(torch.as_strided(parts[0], (sum(sizes), *parts[0].shape[1:]), parts[0].stride()))
+        except RuntimeError:  # neighbours by chance: the first one's storage does not reach that far
+            return None
     return (*found, sizes)
 
 
-def _norm_and_rotate(norms, streams, tables):
+def _norm_and_rotate(kit, norms, streams, tables):
     """(q, k) of one stream or two after RMSNorm and rotation."""
     flat = [norm for pair in norms for norm in pair]
     if any(norm is None for norm in flat):
@@ -325,8 +381,8 @@ def _norm_and_rotate(norms, streams, tables):
         return [tuple(_called(norm, x, table) for norm, x in zip(pair, stream, strict=True))
                 for pair, stream, table in zip(norms, streams, tables, strict=True)]
     if len(streams) == 1:
-        return [ops.qk_norm_rope(*streams[0], *(norm.weight for norm in flat), tables[0], eps=flat[0].eps)]
-    q_img, k_img, q_txt, k_txt = ops.joint_qk_norm_rope(*streams[0], *streams[1], [norm.weight for norm in flat],
+        return [kit.qk_norm_rope(*streams[0], *(norm.weight for norm in flat), tables[0], eps=flat[0].eps)]
+    q_img, k_img, q_txt, k_txt = kit.joint_qk_norm_rope(*streams[0], *streams[1], [norm.weight for norm in flat],
                                                         *tables, eps=flat[0].eps)
     return [(q_img, k_img), (q_txt, k_txt)]
 
@@ -340,7 +396,10 @@ def _called(norm, x, table):
     """A norm called as it is, then the rotation."""
     backend.record("qk_norm_rope", "torch", "a hook brings the norm's weight when the norm is called")
     x = norm(x)
-    return x if table is None else ops.reference.rotate(ops.reference.wide(x), *table).to(x.dtype)
+    if table is None:
+        return x
+    cos, sin = (table.real, table.imag) if isinstance(table, torch.Tensor) else table
+    return ops.reference.rotate(ops.reference.wide(x), cos, sin).to(x.dtype)
 
 
 def _cosine_and_sine(rotation):
@@ -348,27 +407,37 @@ def _cosine_and_sine(rotation):
     def make():
         parts = torch.view_as_real(rotation).float()
         return parts[..., 0].contiguous(), parts[..., 1].contiguous()
-    return _once(rotation, make)
+    return _once(make, rotation)
+
+
+def _rotation(rotation):
+    """The same as :mod:`pydit.ops.direct` takes it."""
+    return rotation.to(torch.complex64)
 
 
 def _every_second(table):
     """fp32 [S, D/2], contiguous, of a table that has every angle twice."""
-    return _once(table, lambda: table[:, ::2].float().contiguous())
+    return _once(lambda: table[:, ::2].float().contiguous(), table)
 
 
-_MADE = WeakTensorKeyDictionary()  # a table as the model has it -> (its version, what the kernels read)
+def _rotation_of_every_second(cos, sin):
+    """complex64 [S, D/2] of two tables that have every angle twice."""
+    return _once(lambda: torch.complex(cos[:, ::2].float(), sin[:, ::2].float()), cos, sin)
 
 
-def _once(key, make):
-    """What ``make`` makes of a table that all blocks share, made once and kept for as long as the table lives."""
+_MADE = WeakTensorKeyDictionary()  # a table as the model has it -> (its version, what goes with it, what ops read)
+
+
+def _once(make, key, *others):
+    """What ``make`` makes of tables that all blocks share, made once and kept for as long as the first one lives."""
     if torch.compiler.is_compiling():
         return make()  # one graph finds the common expression by itself
-    version = None if key.is_inference() else key._version
+    versions = [None if table.is_inference() else table._version for table in (key, *others)]
     found = _MADE.get(key)
-    if found is not None and found[0] == version:
-        return found[1]
+    if found is not None and found[0] == versions and all(a is b for a, b in zip(found[1], others, strict=True)):
+        return found[2]
     made = make()
     # Memory of a CUDA graph's pool is written again with every replay; and a leaf must not keep a graph alive.
     if not key.requires_grad and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _MADE[key] = (version, made)
+        _MADE[key] = (versions, others, made)
     return made

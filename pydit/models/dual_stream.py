@@ -78,6 +78,11 @@ class Output(NamedTuple):
 class Stock:
     """The operations of a block, rounding where diffusers' blocks round."""
 
+    @classmethod
+    def suited(cls, *streams: torch.Tensor) -> type[Stock]:
+        """These operations, in the form that suits the tensors."""
+        return cls
+
     @staticmethod
     def modulate(norm: nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
         return norm(x) * (1 + mod.rows[1]) + mod.rows[0]
@@ -149,14 +154,14 @@ class DualStreamBlock:
         ``text_mod`` is None where the text is linear; ``options`` are attention's; ``do``: other operations than the
         class's.
         """
-        spec, do = self.spec, do or self.operations
+        spec, do = self.spec, (do or self.operations).suited(image, text)
         own, other = self.image_branch, self.image_branch if spec.form == "single" else self.text_branch
-        image_in = do.modulate(self.get_submodule(own.norm1), image, image_mod)
+        image_in = do.modulate(_below(self, own.norm1), image, image_mod)
         if spec.text == "linear":
             text, told = text.chunk(2, dim=1)
             text_in, = do.linear_residual([self.txt_proj], [told])
         else:
-            text_in = do.modulate(self.get_submodule(other.norm1), text, text_mod)
+            text_in = do.modulate(_below(self, other.norm1), text, text_mod)
         out_image, out_text, *adapted = do.attend(self.attn, image_in, text_in, options)
         streams, outputs = [Stream(image, image_in, image_mod, own, "img_ffn")], [out_image]
         # Stock attention gives an output for text that ends here all the same.
@@ -183,15 +188,22 @@ class DualStreamBlock:
             streams = do.add(streams, outputs, [stream.mod.rows[2] for stream in streams])
             return do.linear_residual([getattr(self, stream.linear) for stream in streams],
                                       [stream.x for stream in streams])
-        streams, normed = do.add_modulate([self.get_submodule(stream.branch.norm2) for stream in streams], streams,
+        streams, normed = do.add_modulate([_below(self, stream.branch.norm2) for stream in streams], streams,
                                           outputs)
-        outputs = do.feed_forward([self.get_submodule(stream.branch.mlp) for stream in streams], normed)
+        outputs = do.feed_forward([_below(self, stream.branch.mlp) for stream in streams], normed)
         return [stream.x for stream in do.add(streams, outputs, [stream.mod.rows[5] for stream in streams])]
 
 
 def rows_of(modulation: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
     """[B, n C] -> n of [B, 1, C]."""
-    return modulation[:, None].split(width, dim=-1)
+    return modulation.unsqueeze(1).split(width, dim=-1)
+
+
+def _below(block: nn.Module, path: str) -> nn.Module:
+    """``block.get_submodule(path)``, in a third of its time."""
+    for name in path.split("."):
+        block = getattr(block, name)
+    return block
 
 
 def _finite(x: torch.Tensor, clips: bool) -> torch.Tensor:

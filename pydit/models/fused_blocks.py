@@ -10,7 +10,8 @@ launch, and a gated residual and the next LayerNorm another.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models import activations as diffusers_activations
@@ -22,24 +23,31 @@ from pydit import ops
 from pydit.models import attention, flux_blocks, pruned, qwen_image_blocks, sd3_blocks
 from pydit.models.dual_stream import Modulation, Output, Stock, Stream
 from pydit.models.thinned import text_modules
+from pydit.ops import direct
 
 
 class Fused(Stock):
     """:class:`pydit.models.dual_stream.Stock`'s operations on this package's kernels."""
 
-    @staticmethod
-    def modulate(norm: nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
-        return ops.ada_layer_norm(x, mod.rows[1], mod.rows[0], eps=norm.eps, split=mod.split)
+    ops: ClassVar[ModuleType] = ops
+
+    @classmethod
+    def suited(cls, *streams: torch.Tensor) -> type[Stock]:
+        return FusedDirect if direct.ops_for(*streams) is direct else Fused
+
+    @classmethod
+    def modulate(cls, norm: nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
+        return cls.ops.ada_layer_norm(x, mod.rows[1], mod.rows[0], eps=norm.eps, split=mod.split)
 
     @classmethod
     def attend(cls, attn: nn.Module, image: torch.Tensor, text: torch.Tensor | None, options: dict[str, Any]
                ) -> list[Output | None]:
         processor = attn.processor
         ours = isinstance(processor, attention.Replacing) and processor.chosen() is None and _plain(attn, type(attn))
-        if not (ours and ops.in_one_launch(image) and options.keys() <= processor.options):
+        if not (ours and options.keys() <= processor.options):
             return super().attend(attn, image, text, options)
-        out_image, out_text = processor.attend(attn, image, text, **options)
-        found = [cls._through(getattr(attn, "to_out", ()), out_image)]
+        out_image, out_text = processor.attend(attn, image, text, **options, kit=cls.ops)
+        found = [cls._through(attn._modules.get("to_out", ()), out_image)]
         if text is not None:
             found.append(None if out_text is None else cls._through(text_modules(attn).output, out_text))
         return found
@@ -54,28 +62,28 @@ class Fused(Stock):
         if out.linear is None or not all(map(_idle, rest)):
             x = first(x) if out.linear is not None else out.x
             for module in rest:
-                x = module(x)
+                x = x if _idle(module) else module(x)
             out = Output(x)
         return out
 
-    @staticmethod
-    def project(linear: nn.Module, x: torch.Tensor) -> Output:
-        if ops.in_one_launch(x) and _plain(linear, nn.Linear):
+    @classmethod
+    def project(cls, linear: nn.Module, x: torch.Tensor) -> Output:
+        if cls.ops.in_one_launch(x) and _plain(linear, nn.Linear):
             return Output(x, linear)
         return Output(linear(x))
 
-    @staticmethod
-    def add(streams: list[Stream], outputs: list[Output], gates: Iterable[torch.Tensor]) -> list[Stream]:
+    @classmethod
+    def add(cls, streams: list[Stream], outputs: list[Output], gates: Iterable[torch.Tensor]) -> list[Stream]:
         gates = list(gates)
         if len(streams) == 2 and all(out.linear is not None for out in outputs) and streams[1].mod.split is None:
-            xs = ops.joint_linear_gated_residual(
+            xs = cls.ops.joint_linear_gated_residual(
                 *(out.x for out in outputs), *(out.linear.weight for out in outputs),
                 *(out.linear.bias for out in outputs), *(stream.x for stream in streams), *gates,
                 split=streams[0].mod.split)
         else:
-            xs = [ops.gated_residual(stream.x, out.x, gate, split=stream.mod.split) if out.linear is None else
-                  ops.linear_gated_residual(out.x, out.linear.weight, out.linear.bias, stream.x, gate,
-                                            split=stream.mod.split)
+            xs = [cls.ops.gated_residual(stream.x, out.x, gate, split=stream.mod.split) if out.linear is None else
+                  cls.ops.linear_gated_residual(out.x, out.linear.weight, out.linear.bias, stream.x, gate,
+                                                split=stream.mod.split)
                   for stream, out, gate in zip(streams, outputs, gates, strict=True)]
         return [stream._replace(x=x) for stream, x in zip(streams, xs, strict=True)]
 
@@ -84,8 +92,8 @@ class Fused(Stock):
                      ) -> tuple[list[Stream], list[torch.Tensor]]:
         if any(out.linear is not None for out in outputs):
             return super().add_modulate(norms, streams, outputs)
-        pairs = [ops.gated_residual_ada_layer_norm(stream.x, out.x, stream.mod.rows[2], stream.mod.rows[4],
-                                                   stream.mod.rows[3], eps=norm.eps, split=stream.mod.split)
+        pairs = [cls.ops.gated_residual_ada_layer_norm(stream.x, out.x, stream.mod.rows[2], stream.mod.rows[4],
+                                                       stream.mod.rows[3], eps=norm.eps, split=stream.mod.split)
                  for norm, stream, out in zip(norms, streams, outputs, strict=True)]
         return ([stream._replace(x=x) for stream, (x, _) in zip(streams, pairs, strict=True)],
                 [normed for _, normed in pairs])
@@ -93,47 +101,54 @@ class Fused(Stock):
     @classmethod
     def feed_forward(cls, mlps: list[nn.Module], xs: list[torch.Tensor]) -> list[Output]:
         """diffusers' FeedForward, with its first product and GELU as one op where it is as it was made."""
-        firsts = [mlp.net[0] if _plain(mlp, type(mlp)) and _plain(mlp.net[0], diffusers_activations.GELU) else None
-                  for mlp in mlps]
-        if len(xs) == 2 and ops.in_one_launch(xs[0]) and all(first and _fuses(first.proj, first) for first in firsts):
-            hidden = _joint(ops.joint_linear_gelu, [first.proj for first in firsts], xs)
+        nets = [[*mlp.net] if _plain(mlp, type(mlp)) else [None] for mlp in mlps]
+        firsts = [net[0] if _plain(net[0], diffusers_activations.GELU) else None for net in nets]
+        if len(xs) == 2 and cls.ops.in_one_launch(xs[0]) and all(
+                first and _fuses(first.proj, first) for first in firsts):
+            hidden = _joint(cls.ops.joint_linear_gelu, [first.proj for first in firsts], xs)
         else:
-            hidden = [None if first is None else _linear_gelu(first.proj, first, x)
+            hidden = [None if first is None else cls._linear_gelu(first.proj, first, x)
                       for first, x in zip(firsts, xs, strict=True)]
-        return [Output(mlp(x)) if h is None else cls._after_gelu(mlp.net[1:], h)
-                for mlp, x, h in zip(mlps, xs, hidden, strict=True)]
+        return [Output(mlp(x)) if h is None else cls._after_gelu(net[1:], h)
+                for mlp, net, x, h in zip(mlps, nets, xs, hidden, strict=True)]
 
     @classmethod
     def _after_gelu(cls, modules: Iterable[nn.Module], x: torch.Tensor) -> Output:
         drop, *rest = modules
         return cls._through(rest, x if _idle(drop) else drop(x))
 
-    @staticmethod
-    def linear_gelu(linear: nn.Module, gelu: nn.Module, xs: list[torch.Tensor]) -> list[torch.Tensor]:
-        if len(xs) == 2 and ops.in_one_launch(xs[0]) and _fuses(linear, gelu):
-            return _joint(ops.joint_linear_gelu, [linear, linear], xs)
-        return [_linear_gelu(linear, gelu, x) for x in xs]
+    @classmethod
+    def linear_gelu(cls, linear: nn.Module, gelu: nn.Module, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if len(xs) == 2 and cls.ops.in_one_launch(xs[0]) and _fuses(linear, gelu):
+            return _joint(cls.ops.joint_linear_gelu, [linear, linear], xs)
+        return [cls._linear_gelu(linear, gelu, x) for x in xs]
 
-    @staticmethod
-    def linear_residual(linears: list[nn.Module], xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    @classmethod
+    def _linear_gelu(cls, linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """``gelu(linear(x))``; ``gelu`` is torch's, or diffusers', which holds the linear layer itself."""
+        if _fuses(linear, gelu):
+            return cls.ops.linear_gelu(x, linear.weight, linear.bias)
+        return gelu(x) if hasattr(gelu, "proj") else gelu(linear(x))
+
+    @classmethod
+    def linear_residual(cls, linears: list[nn.Module], xs: list[torch.Tensor]) -> list[torch.Tensor]:
         """``x + linear(x)``; a module that LoRA or quantisation has put there is called as it is."""
         plain = [_plain(linear, nn.Linear) for linear in linears]
-        if len(xs) == 2 and all(plain) and ops.in_one_launch(xs[0]):
-            return _joint(ops.joint_linear_residual, linears, xs)
-        return [ops.linear_residual(x, linear.weight, linear.bias) if fuses else x + linear(x)
+        if len(xs) == 2 and all(plain) and cls.ops.in_one_launch(xs[0]):
+            return _joint(cls.ops.joint_linear_residual, linears, xs)
+        return [cls.ops.linear_residual(x, linear.weight, linear.bias) if fuses else x + linear(x)
                 for linear, x, fuses in zip(linears, xs, plain, strict=True)]
+
+
+class FusedDirect(Fused):
+    """The same by torch's own kernels, without what lies around an op; see :mod:`pydit.ops.direct`."""
+
+    ops = direct
 
 
 def _joint(op: Any, linears: list[nn.Module], xs: list[torch.Tensor]) -> list[torch.Tensor]:
     """An op of both streams."""
     return list(op(*xs, *(linear.weight for linear in linears), *(linear.bias for linear in linears)))
-
-
-def _linear_gelu(linear: nn.Module, gelu: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``gelu(linear(x))``; ``gelu`` is torch's, or diffusers', which holds the linear layer itself."""
-    if _fuses(linear, gelu):
-        return ops.linear_gelu(x, linear.weight, linear.bias)
-    return gelu(x) if hasattr(gelu, "proj") else gelu(linear(x))
 
 
 def _fuses(linear: nn.Module, gelu: nn.Module) -> bool:
@@ -169,10 +184,11 @@ class AffineBlock(pruned.AffineBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, *_args: Any, **_kwargs: Any):
         """As the parent's."""
+        do = Fused.suited(hidden_states, encoder_hidden_states)
         if self.txt_map is None:
-            (image,), text = Fused.linear_residual([self.img_map], [hidden_states]), encoder_hidden_states
+            (image,), text = do.linear_residual([self.img_map], [hidden_states]), encoder_hidden_states
         else:
-            image, text = Fused.linear_residual([self.img_map, self.txt_map], [hidden_states, encoder_hidden_states])
+            image, text = do.linear_residual([self.img_map, self.txt_map], [hidden_states, encoder_hidden_states])
         return (text, image) if self.text_first else (image, text)
 
 
@@ -187,15 +203,15 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
-        tokens = encoder_hidden_states.shape[1]
+        do, tokens = Fused.suited(hidden_states, encoder_hidden_states), encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         mod = Modulation(flux_blocks.modulation(self.norm, temb).chunk(3, dim=-1))
-        normed = Fused.modulate(self.norm.norm, both, mod)
-        attended, = Fused.attend(self.attn, normed, None, {"image_rotary_emb": image_rotary_emb,
-                                                           **(joint_attention_kwargs or {})})
-        hidden, = Fused.linear_gelu(self.proj_mlp, self.act_mlp, [normed])
-        out = Fused.project(self.proj_out, torch.cat([attended.x, hidden], dim=2))
-        stream, = Fused.add([Stream(both, normed, mod, None, "")], [out], mod.rows[2:])
+        normed = do.modulate(self.norm.norm, both, mod)
+        attended, = do.attend(self.attn, normed, None, {"image_rotary_emb": image_rotary_emb,
+                                                        **(joint_attention_kwargs or {})})
+        hidden, = do.linear_gelu(self.proj_mlp, self.act_mlp, [normed])
+        out = do.project(self.proj_out, torch.cat([attended.x, hidden], dim=2))
+        stream, = do.add([Stream(both, normed, mod, None, "")], [out], mod.rows[2:])
         both = stream.x.clip(-65504, 65504) if both.dtype == torch.float16 else stream.x
         return both[:, :tokens], both[:, tokens:]
 

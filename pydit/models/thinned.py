@@ -121,7 +121,7 @@ class TextModules(NamedTuple):
 
 def text_modules(attn: nn.Module) -> TextModules:
     """Of any attention module of two streams, stock or thinned out."""
-    form, kind = getattr(attn, "pydit_text", ("stock", "query"))
+    form, kind = attn.__dict__.get("pydit_text", ("stock", "query"))
     if form == "single":
         names, norms, output = ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k), tuple(getattr(attn, "to_out", ()))
     elif kind == "keys" or getattr(attn, "context_pre_only", None):

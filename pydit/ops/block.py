@@ -11,7 +11,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback, reference
-from pydit.ops._library import check_eps, check_split, check_tokens, define, define_backward, modulation_rows
+from pydit.ops._library import call, check_eps, check_split, check_tokens, define, define_backward, modulation_rows
 from pydit.ops.reference import wide
 
 
@@ -43,7 +43,7 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
     check_eps("ada_layer_norm", eps)
     scale = modulation_rows("ada_layer_norm", "scale", scale, x, split)
     shift = modulation_rows("ada_layer_norm", "shift", shift, x, split)
-    return torch.ops.pydit.ada_layer_norm(x, scale, shift, eps, split)
+    return call("ada_layer_norm", x, scale, shift, eps, split)
 
 
 def gated_residual(x, y, gate, *, split=None, exact=False):
@@ -69,7 +69,7 @@ def gated_residual(x, y, gate, *, split=None, exact=False):
     check_tokens("gated_residual", "y", y, x)
     check_split("gated_residual", split)
     gate = modulation_rows("gated_residual", "gate", gate, x, split)
-    return torch.ops.pydit.gated_residual(x, y, gate, split, exact)
+    return call("gated_residual", x, y, gate, split, exact)
 
 
 def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=None):
@@ -101,7 +101,7 @@ def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=N
     gate = modulation_rows(op, "gate", gate, x, split)
     scale = modulation_rows(op, "scale", scale, x, split)
     shift = modulation_rows(op, "shift", shift, x, split)
-    return torch.ops.pydit.gated_residual_ada_layer_norm(x, y, gate, scale, shift, eps, split)
+    return call("gated_residual_ada_layer_norm", x, y, gate, scale, shift, eps, split)
 
 
 # Implementations: arguments are checked, modulation rows are [B, R, C]. -------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from pydit import backend, env
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, define, define_backward
+from pydit.ops._library import _check_last_dim, _check_tensor, call, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "joint_attention"
@@ -62,7 +62,7 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
         raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {scale!r}")
     inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
     lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-    out_img, out_txt, lse_img, lse_txt = torch.ops.pydit.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt,
+    out_img, out_txt, lse_img, lse_txt = call("joint_attention", q_img, k_img, v_img, q_txt, k_txt, v_txt,
                                                                          txt_lens, float(scale), lse)
     if q_txt is None:
         out_txt = lse_txt = None
@@ -156,12 +156,14 @@ def _outputs(q_img, q_txt, k_txt):
 
 def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale, lse=True):
     path = backend.choose(_OP, q_img)
-    outputs = _outputs(q_img, q_txt, k_txt)
     if path.kernels is None:
         found = fallback.joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens=txt_lens, scale=scale,
                                          lse=lse)
-        return tuple(empty if value is None else value.contiguous()
-                     for value, empty in zip(found, outputs, strict=True))
+        if q_txt is None:
+            empty = _outputs(q_img, None, k_txt)
+            found = (found[0], empty[1], found[2], empty[3])
+        return tuple(value.contiguous() for value in found)
+    outputs = _outputs(q_img, q_txt, k_txt)
     if q_img.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"{_OP}: expected float16 or bfloat16 on the {path.name} backend, got {q_img.dtype}")
     out_img, out_txt, lse_img, lse_txt = outputs

@@ -9,7 +9,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback
-from pydit.ops._library import check_eps, check_out, define, define_backward
+from pydit.ops._library import call, check_eps, check_out, define, define_backward
 from pydit.ops.qk_norm_rope import _check_freqs, _check_heads, _check_weight, _like, _one_backward
 
 _OP = "joint_qk_norm_rope"
@@ -54,7 +54,7 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
     tables = (*_check_freqs(freqs_img, q_img, op=_OP, name="freqs_img"),
               *_check_freqs(freqs_txt, q_txt, op=_OP, name="freqs_txt"))
     if out is None:
-        return tuple(torch.ops.pydit.joint_qk_norm_rope(*tensors, *weights, *tables, eps))
+        return tuple(call("joint_qk_norm_rope", *tensors, *weights, *tables, eps))
     if not isinstance(out, (tuple, list)) or len(out) != 4:
         raise TypeError(f"{_OP}: out: expected four tensors, got {_describe(out)}")
     for name, like, x in zip(_NAMES, tensors, out, strict=True):
@@ -66,7 +66,7 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
               dict(zip(_NAMES, tensors, strict=True)) | dict(zip(names, tables, strict=True))
               | {f"weights {name}": x for name, x in zip(_NAMES, weights, strict=True)},
               {f"out {name}": name for name in _NAMES})
-    torch.ops.pydit.joint_qk_norm_rope_out(*tensors, *weights, *tables, eps, *out)
+    call("joint_qk_norm_rope_out", *tensors, *weights, *tables, eps, *out)
     return tuple(out)
 
 
@@ -77,9 +77,9 @@ def _describe(value):
 def _run(tensors, weights, tables, eps, out):
     path = backend.choose(_OP, tensors[0])
     if path.kernels is None:
-        freqs = [None if cos is None else (cos, sin) for cos, sin in (tables[:2], tables[2:])]
-        found = [fallback.norm_rope(x, weight, freqs[place // 2], eps)
-                 for place, (x, weight) in enumerate(zip(tensors, weights, strict=True))]
+        rotations = [None if cos is None else torch.complex(cos, sin) for cos, sin in (tables[:2], tables[2:])]
+        found = [*fallback.qk_norm_rope(*tensors[:2], *weights[:2], rotations[0], eps),
+                 *fallback.qk_norm_rope(*tensors[2:], *weights[2:], rotations[1], eps)]
         if out is None:
             return tuple(x.contiguous() for x in found)
         for to, x in zip(out, found, strict=True):

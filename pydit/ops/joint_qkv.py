@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pydit import backend
 from pydit.ops import reference
-from pydit.ops._library import _check_tensor, check_eps, define, define_backward
+from pydit.ops._library import _check_tensor, call, check_eps, define, define_backward
 from pydit.ops.linear import (
     KERNEL_DTYPES,
     _check_linear,
@@ -95,7 +95,7 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
         _record(name, reason)
         found = _qkv_by_parts(arguments, _library_linear)
     else:
-        found = torch.ops.pydit.joint_qkv(*arguments)
+        found = call("joint_qkv", *arguments)
     return (*found[:3], None if weights_txt[0] is None else found[3], *found[4:])
 
 

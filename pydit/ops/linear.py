@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from pydit import backend, env
-from pydit.ops import reference
+from pydit.ops import fallback, reference
 from pydit.ops._library import (
     _check_last_dim,
     _check_tensor,
+    call,
     check_split,
     define,
     define_backward,
@@ -205,14 +206,14 @@ def _library_reason(device_type: str) -> str | None:
 def _kernel_runs(device_type: str) -> bool:
     if _library_reason(device_type) is not None:
         return False  # every block asks several times, and this is the usual answer on a GPU
-    return backend.info()["default_backend"].get(device_type) in ("cuda", "sim")
+    return backend.default(device_type) != "reference"
 
 
 def _linear(op, x, weight, bias, residual, gate, split, gelu):
     """x [B, S, K]; gate [B, R, N]."""
     reason = _library_reason(x.device.type)
     if reason is None:
-        return torch.ops.pydit.linear(x, weight, bias, residual, gate, -1 if split is None else split, gelu, op)
+        return call("linear", x, weight, bias, residual, gate, -1 if split is None else split, gelu, op)
     _record(op, reason)
     return _library_linear(x, weight, bias, residual, gate, split, gelu)
 
@@ -220,7 +221,7 @@ def _linear(op, x, weight, bias, residual, gate, split, gelu):
 def _joint(op, img, txt, split, gelu):
     reason = _library_reason(img[0].device.type)
     if reason is None:
-        return tuple(torch.ops.pydit.joint_linear(*img, *txt, -1 if split is None else split, gelu, op))
+        return tuple(call("joint_linear", *img, *txt, -1 if split is None else split, gelu, op))
     _record(op, reason)
     return (_library_linear(*img, split, gelu), _library_linear(*txt, None, gelu))
 
@@ -287,7 +288,7 @@ def _layer(x, weight, bias, residual, gate, split, out):
 def _run_linear(x, weight, bias, residual, gate, split, gelu, op):
     kernels = _kernels(op, x, *weight.shape)
     if kernels is None:
-        return reference.linear(x, weight, bias, residual, gate, gelu=gelu, split=None if split < 0 else split)
+        return fallback.linear(x, weight, bias, residual, gate, gelu=gelu, split=None if split < 0 else split)
     out = _empty(x, weight)
     _launch(op, kernels, [_layer(x, weight, bias, residual, gate, split, out)], gelu, 0.0)
     return out
@@ -297,7 +298,7 @@ def _run_joint(*args):
     img, txt, (split, gelu, op) = args[:5], args[5:10], args[10:]
     kernels = _kernels(op, img[0], *img[1].shape, *txt[1].shape)
     if kernels is None:
-        return tuple(reference.linear(*stream, gelu=gelu, split=None if s < 0 else s)
+        return tuple(fallback.linear(*stream, gelu=gelu, split=None if s < 0 else s)
                      for stream, s in ((img, split), (txt, -1)))
     outs = _empty(*img[:2]), _empty(*txt[:2])
     _launch(op, kernels, [_layer(*img, split, outs[0]), _layer(*txt, -1, outs[1])], gelu, 0.0)
@@ -364,7 +365,7 @@ define_backward("joint_linear", _backward_joint, _setup_linear)
 
 def _rows(x):
     """x [..., K] as [1, S, K]."""
-    return _flat(x)[None]
+    return x if x.ndim == 3 and x.shape[0] == 1 else _flat(x)[None]
 
 
 def _flat(x):

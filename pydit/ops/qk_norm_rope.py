@@ -9,7 +9,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, check_eps, check_out, define, define_backward
+from pydit.ops._library import _check_last_dim, _check_tensor, call, check_eps, check_out, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "qk_norm_rope"
@@ -49,7 +49,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
         _check_weight(name, weight, q)
     cos, sin = _check_freqs(freqs, q)
     if out is None:
-        return torch.ops.pydit.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+        return call("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, eps)
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"{_OP}: out: expected a pair of tensors, got {type(out).__name__}")
     _check_heads("out[0]", out[0], q)
@@ -60,7 +60,7 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
     check_out(_OP, {"out[0]": out[0], "out[1]": out[1]},
               {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin},
               {"out[0]": "q", "out[1]": "k"})
-    torch.ops.pydit.qk_norm_rope_out(q, k, q_weight, k_weight, cos, sin, eps, out[0], out[1])
+    call("qk_norm_rope_out", q, k, q_weight, k_weight, cos, sin, eps, out[0], out[1])
     return out[0], out[1]
 
 
@@ -109,8 +109,8 @@ def _check_freqs(freqs, q, *, op=_OP, name="freqs"):
 def _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
     path = backend.choose(_OP, q)
     if path.kernels is None:
-        freqs = None if cos is None else (cos, sin)
-        q_new, k_new = fallback.norm_rope(q, q_weight, freqs, eps), fallback.norm_rope(k, k_weight, freqs, eps)
+        rotation = None if cos is None else torch.complex(cos, sin)
+        q_new, k_new = fallback.qk_norm_rope(q, k, q_weight, k_weight, rotation, eps)
         if q_out is None:
             return q_new.contiguous(), k_new.contiguous()
         q_out.copy_(q_new)

@@ -50,6 +50,15 @@ def test_bad_options(main, change, words, command, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_narrow_models_of_every_family_are_timed_in_turn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model, "NARROW", ((64, 4),))
+    assert model.main(["--narrow", "--rounds", "3", "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 5 and all(row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"] for row in rows), rows
+    assert "sd3.5" in capsys.readouterr().out
+    assert model.main(["--narrow", "--rounds", "2"]) == model.main([]) == 2
+
+
 def test_unknown_variants(command, capsys):
     assert model.main([*command, "--variants", "eager,fast"]) == 2
     assert "variants: expected names out of" in capsys.readouterr().err
