@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -35,6 +34,7 @@ SOURCES = ("csrc", "pydit", "build_tools", "tests", "benchmarks", "CMakeLists.tx
            "setup.py")
 BESIDE = ("tests", "benchmarks", "build_tools", "pyproject.toml")  # what tests read, without the package itself
 LONGEST = 3600  # seconds that one step may take
+OTHERS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYDIT_EXTENSION", "PYDIT_BACKEND")  # lead to another module
 
 PROBE = """import ensurepip, json, os, sys, sysconfig, venv
 headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
@@ -45,7 +45,8 @@ for module in pkgutil.walk_packages(pydit.__path__, "pydit."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 extension, error = pydit.backend.extension()
-print(json.dumps([*map(importlib.metadata.version, ("torch", "diffusers")), extension.__file__ if extension else error]))
+module = extension.__file__ if extension else error
+print(json.dumps([*map(importlib.metadata.version, ("torch", "diffusers")), module]))
 """
 
 
@@ -130,29 +131,31 @@ def lowest(package: str) -> str:
 
 
 def digest() -> str:
-    """Of everything a wheel is made of and the tests of it."""
-    whole = hashlib.sha256()
+    """Of everything a wheel is made of, the settings of its build, and the tests of it."""
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items()
+                      if name.startswith("PYDIT_") and name not in (*OTHERS, "PYDIT_BUILD_DIR"))
+    whole = hashlib.sha256("\n".join(settings).encode())
     for name in SOURCES:
         top = cmake.ROOT / name
         for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".so":
-                whole.update(f"{file.relative_to(cmake.ROOT)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+                held = hashlib.sha256(file.read_bytes()).hexdigest()
+                whole.update(f"{file.relative_to(cmake.ROOT)} {held}\n".encode())
     return whole.hexdigest()
 
 
 def step(command: Sequence[object], log: Path, cwd: Path) -> tuple[int, str]:
     """Run a command into the log; return its exit code and what it printed."""
-    variables = {name: value for name, value in os.environ.items()
-                 if name not in ("PYTHONPATH", "PYTHONHOME", "PYDIT_EXTENSION", "PYDIT_BACKEND", "VIRTUAL_ENV")}
-    # pip needs no notice of itself; ccache, where it is, then knows the same source under another Python's build.
+    variables = {name: value for name, value in os.environ.items() if name not in OTHERS}
+    # With a base directory ccache knows a source again in the build for another Python.
     variables |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "CCACHE_BASEDIR": str(cwd), "CCACHE_NOHASHDIR": "1"}
     words = [str(word) for word in command]
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=variables,
-                              timeout=LONGEST, stdin=subprocess.DEVNULL, errors="replace")
-        code, output = done.returncode, done.stdout
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                              cwd=cwd, env=variables, timeout=LONGEST)
+        code, output = done.returncode, done.stdout.decode(errors="replace")
     except subprocess.TimeoutExpired as error:
-        code, output = 124, f"{(error.stdout or b'').decode(errors='replace')}\nexpected an end in {LONGEST} s, got none"
+        code, output = 124, (error.stdout or b"").decode(errors="replace") + f"\nno end after {LONGEST} s"
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(words)}\n{output}\n")
     return code, output
@@ -178,14 +181,15 @@ class Builds:
         if folder.exists():
             return folder
         tools, out = self._folder / "tools", self._folder / "sdist"
-        self._must("source distribution", python.path, "-m", "venv", "--clear", tools, cwd=self._folder)
-        self._must("source distribution", tools / "bin" / "python", "-m", "pip", "install", "-q", "build", cwd=tools)
-        self._must("source distribution", tools / "bin" / "python", "-m", "build", "--sdist", "--outdir", out, cmake.ROOT,
-                   cwd=tools)
+        what, program, unpacked = "source distribution", tools / "bin" / "python", self._folder / "unpacked"
+        self._must(what, python.path, "-m", "venv", "--clear", tools, cwd=self._folder)
+        self._must(what, program, "-m", "pip", "install", "-q", "build", cwd=tools)
+        self._must(what, program, "-m", "build", "--sdist", "--outdir", out, cmake.ROOT, cwd=tools)
         shutil.rmtree(tools)
-        with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
-            archive.extractall(self._folder / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-        os.rename(next((self._folder / "unpacked").iterdir()), folder)
+        shutil.rmtree(unpacked, ignore_errors=True)
+        shutil.unpack_archive(next(out.glob("*.tar.gz")), unpacked)
+        os.rename(next(unpacked.iterdir()), folder)
+        unpacked.rmdir()
         return folder
 
     def wheel(self, python: Python) -> Path:
@@ -226,7 +230,8 @@ def install(environment: Path, python: Python, wheel: Path, cell: Cell, log: Pat
 
 def outcome(output: str) -> dict[str, int]:
     """The counts in pytest's closing line."""
-    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|skipped|errors?)\b.* in [\d.]+s", line)]
+    closing = re.compile(r"\d+ (passed|failed|skipped|errors?)\b.* in [\d.]+s")
+    lines = [line for line in output.splitlines() if closing.search(line)]
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
     for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]) if lines else []:
         counts["failed" if word == "error" else word] += int(number)
@@ -338,7 +343,8 @@ def parser() -> argparse.ArgumentParser:
                       help=f"tests to run in each cell (default: {' '.join(TESTS)})")
     made.add_argument("--work", type=Path, default=cmake.BUILD / "compat", metavar="DIR",
                       help="folder of builds, results and logs (%(default)s)")
-    made.add_argument("--keep", action="store_true", help="keep the environments (up to 8 GB each with CUDA's libraries)")
+    made.add_argument("--keep", action="store_true",
+                      help="keep the environments (gigabytes each with CUDA's libraries)")
     made.add_argument("--list", action="store_true", help="print the cells and what is known of them; run nothing")
     return made
 
@@ -359,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compat: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"compat: {error.filename}: expected a folder that can be written, got: {error.strerror}", file=sys.stderr)
+        print(f"compat: {error.filename}: expected a folder to write in, got: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("compat: interrupted; the same command goes on with what is left", file=sys.stderr)
