@@ -39,7 +39,7 @@ OTHERS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYDIT_EXTENSION", "PYDIT_B
 PROBE = """import ensurepip, json, os, sys, sysconfig, venv
 headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 print(json.dumps([sys.executable, sys.version.split()[0], headers]))"""
-# demo's __main__ modules would run; all others must import.
+# pydit.__main__ would run the command line; all others must import.
 IMPORT_ALL = """import importlib, importlib.metadata, json, pkgutil, pydit
 for module in pkgutil.walk_packages(pydit.__path__, "pydit."):
     if not module.name.endswith("__main__"):
