@@ -29,7 +29,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 VERSIONS = ("lowest", "newest")
 TESTS = ("tests/package/test_backend.py", "tests/package/test_files.py", "tests/ops/test_block.py",
          "tests/ops/test_qk_norm_rope.py", "tests/models/test_adapter.py", "tests/models/test_attention.py",
-         "tests/models/test_pruned.py", "tests/inference/test_pipeline.py", "tests/inference/test_accelerate.py")
+         "tests/models/test_pruned.py", "tests/inference/test_pipeline.py", "tests/inference/test_accelerate.py",
+         "tests/inference/test_hooks.py")
 SOURCES = ("csrc", "pydit", "build_tools", "tests", "benchmarks", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml",
            "setup.py")
 BESIDE = ("tests", "benchmarks", "build_tools", "pyproject.toml")  # what tests read, without the package itself
