@@ -311,7 +311,7 @@ def same_module(cells: Sequence[Cell]) -> Iterator[tuple[bool, str]]:
         having = [cell for cell in cells if cell.python == python and cell.extension]
         modules = sorted({cell.extension for cell in having})
         torches = ", ".join(dict.fromkeys(cell.torch for cell in having))
-        yield len(modules) == 1, (f"Python {python}: {'the same' if len(modules) == 1 else 'not the same'} pydit._C "
+        yield len(modules) == 1, (f"Python {python}: {'one' if len(modules) == 1 else 'not one'} pydit._C "
                                   f"(sha256 {', '.join(m[:12] for m in modules)}) under torch {torches}")
 
 
