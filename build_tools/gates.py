@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in stale:
         print(line)
     print(f"{len(kernels)} kernels, {failed} fail; SASS "
-          + ("read" if sass is not None else "not read: no cuobjdump (pip install -c constraints.txt '.[gates]')"))
+          + ("read" if sass is not None else "not read: no cuobjdump (pip install -c constraints.txt '.[test]')"))
     return 1 if failed or stale else 0
 
 

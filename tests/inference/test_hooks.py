@@ -47,8 +47,8 @@ def steps(model, batch):
 def test_a_block_cache_before_or_after(family, cache):
     make, batches = FAMILIES[family]
     batch, config = batches(0), CACHES[cache]
-    stock = make()
-    plain = steps(stock, batch)[1]
+    plain = steps(make(), batch)[1]
+    stock = make()  # diffusers 0.39 gives no context to caches that are enabled after a first one
     stock.enable_cache(config)
     expected, count = steps(stock, batch)
     assert count < plain  # the cache leaves something out

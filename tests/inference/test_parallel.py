@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -22,12 +23,13 @@ FLOAT64 = 1e-11  # sums of float64 in another order, through at most four blocks
 FLOAT32 = 1e-6  # stock attention rotates in float32 whatever the model's dtype
 
 # Everything is imported once, then forked: two processes, then four, for both ways of context parallelism together.
-# diffusers asks torch for the number of accelerators.
+# diffusers asks torch for the number of accelerators, and which: a CUDA build of torch names one without a driver too.
 PROGRAM = """
 import os, sys
 import torch
 torch.set_num_threads(1)
 torch.accelerator.device_count = lambda: 1
+torch.accelerator.current_accelerator = lambda *_: None
 import torch.distributed as dist
 from tests.inference import test_parallel as cases
 
@@ -98,6 +100,7 @@ MODELS = {
 }
 WAYS = {"ulysses": {"ulysses_degree": 2}, "ring": {"ring_degree": 2}}
 ORDERS = ("before", "after")  # enable_parallelism, of pydit.accelerate
+TENSOR_PARALLEL = hasattr(diffusers, "TensorParallelConfig")
 
 
 def run(model, batch):
@@ -151,7 +154,8 @@ def two_processes(out):
     outputs |= left_to_stock(words)
     outputs |= gradients()
     outputs["simulated"] = simulated_ring()
-    outputs |= tensor_parallel(words)
+    if TENSOR_PARALLEL:
+        outputs |= tensor_parallel(words)
     refusals(words)
     if torch.distributed.get_rank() == 0:
         torch.save(outputs, f"{out}/outputs.pt")
@@ -312,6 +316,7 @@ def test_ring_of_the_kernel_within_the_tolerance_policy(two):
     assert_accurate(two[0]["simulated"], stock("qwen"), plain)
 
 
+@pytest.mark.skipif(not TENSOR_PARALLEL, reason="this version of diffusers has no tensor parallelism")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("family", ["qwen", "flux"])
 def test_tensor_parallelism_equals_one_process(two, family, order):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -227,7 +228,9 @@ load("plain")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[0].strip() == "depth QwenImageTransformer2DModel"
-    assert "pydit is not one of the libraries" in lines[1] and "Pass `trust_remote_code=True`" in lines[2]
+    # Newer versions of diffusers ask first; 0.39 imports what the pipeline names, which sys.modules forbids here.
+    assert re.match("plain .*(pydit is not one of the libraries|import of pydit halted)", lines[1])
+    assert "Pass `trust_remote_code=True`" in lines[2]
     assert "transformer: expected the package pydit, which pruned this model, got an environment without it" in lines[3]
     assert lines[4:] == [f"{name} PrunedQwenImageTransformer2DModel (0,)" for name in ("shim", "plain")]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import pydit
+from build_tools import wheel as check
 from pydit import backend
 from tests.package.test_cpp import cmake, skip_without
 
@@ -86,14 +87,68 @@ def test_sdist_has_every_source_and_nothing_built(sdist):
 
 
 def test_wheel(wheel):
-    """Nothing of the build in it, types for checkers, and a size that code and kernels keep to beside the teacher."""
-    names = wheel.namelist()
-    assert not [name for name in names if name.endswith((".a", ".o", ".h", ".cu", ".cuh", ".cmake", ".pyc"))]
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"pydit"}
-    assert {"pydit/py.typed", "pydit/_C.pyi", f"{TEACHER}model_index.json"} <= set(names)
-    assert sum(name.startswith("pydit/_C.") and name.endswith(".so") for name in names) == 1
+    """What build_tools/wheel.py asks of every wheel, and a size that code and kernels keep to beside the teacher."""
+    assert check.contents(Path(wheel.filename), largest=1 << 30) == []
     code = sum(item.compress_size for item in wheel.infolist() if not item.filename.startswith(TEACHER))
     assert code < 4e6, f"{code / 1e6:.1f} MB beside the demo's teacher"
+
+
+WHEEL = {"pydit/py.typed": "", "pydit/_C.pyi": "", f"{TEACHER}model_index.json": "{}", "pydit/_C.abi3.so": "",
+         "pydit/version.py": '__version__ = "1.2.3"', "pydit-1.2.3.dist-info/METADATA": "Version: 1.2.3\n"}
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, None),
+    ({"pydit/py.typed": None}, "files: expected pydit/py.typed, got none"),
+    ({"pydit/_C.so.o": ""}, "files: expected nothing of the build, got pydit/_C.so.o"),
+    ({"tests/test_a.py": ""}, "files: expected the package pydit alone, got tests beside it"),
+    ({"pydit/_C.abi3.so": None}, "pydit._C: expected one module, got 0"),
+    ({"pydit/version.py": '__version__ = "1.2.4"'},
+     "version: expected one, got 1.2.3 in file name, 1.2.3 in METADATA, 1.2.4 in pydit/version.py"),
+    ({"pydit/large.bin": "0" * 20_000}, "size: expected under 20,000 bytes, got 20,"),
+])
+def test_a_wrong_wheel_is_named(tmp_path, change, expected):
+    file = tmp_path / "pydit-1.2.3-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in (WHEEL | change).items():
+            if text is not None:
+                archive.writestr(name, text)
+    found = check.contents(file, largest=20_000)
+    assert len(found) == (expected is not None) and all(reason.startswith(expected) for reason in found), found
+
+
+def test_a_wrong_module_is_named(tmp_path):
+    """A module that needs CUDA's runtime, looks for it in a folder and exports a function beside its init."""
+    skip_without("cc", "objdump")
+    (tmp_path / "a.c").write_text("int cudaFree(void *p) { return p != 0; }")
+    (tmp_path / "b.c").write_text("int cudaFree(void *); int PyInit__C(void) { return cudaFree(0); } int other;")
+    runtime, module = tmp_path / "libcudart.so.13", tmp_path / "_C.so"
+    build = ["cc", "-shared", "-fPIC", "-o"]
+    subprocess.run([*build, runtime, tmp_path / "a.c", "-Wl,-soname,libcudart.so.13"], check=True)
+    subprocess.run([*build, module, tmp_path / "b.c", runtime, "-Wl,--no-as-needed,-rpath,/cuda"], check=True)
+    assert check.linkage(module) == ["libraries: expected those of every Linux, got libcudart.so.13",
+                                     "library path: expected none, got /cuda",
+                                     "exported symbols: expected PyInit__C alone, got PyInit__C, other"]
+
+
+def test_a_symbol_too_new_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(check.cmake, "find_tool", lambda name: name)
+    monkeypatch.setattr(check.cmake, "run", lambda *_: "0 DF *UND* 0 (GLIBC_2.38) f\n0 DF *UND* 0 (GLIBCXX_3.4.9) g\n")
+    assert check.symbols(tmp_path / "_C.so") == ["symbols: expected GLIBC up to 2.34, got 2.38"]
+
+
+def test_wheel_command(tmp_path, capsys):
+    """One sentence for what is no wheel; 1 and the reasons for one that is wrong."""
+    file = tmp_path / "pydit-1.2.3-cp311-cp311-linux_x86_64.whl"
+    assert check.main([str(file)]) == 2
+    assert "expected a wheel, got" in capsys.readouterr().err
+    file.write_bytes(b"PK")
+    assert check.main([str(file)]) == 2
+    assert "expected a wheel, got File is not a zip file" in capsys.readouterr().err
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("pydit/version.py", WHEEL["pydit/version.py"])
+    assert check.main([str(file)]) == 1
+    assert "pydit._C: expected one module, got 0" in capsys.readouterr().out
 
 
 def test_one_version(wheel, sdist):
@@ -106,29 +161,18 @@ def test_one_version(wheel, sdist):
     assert written == ["pydit/version.py"]
 
 
-def versions(name, listing):
-    return [tuple(map(int, found.split("."))) for found in re.findall(rf"\b{name}_([\d.]+)", listing)]
-
-
 def test_module_is_fit_for_manylinux():
-    """Libraries of every Linux alone, and no symbol newer than manylinux_2_34 (PEP 600) allows."""
+    """Libraries of every Linux alone, its init symbol alone, no symbol newer than manylinux_2_34 (PEP 600) allows."""
     module, error = backend.extension()
     if module is None:
         pytest.skip(f"pydit._C is not built: {error}")
     if shutil.which("objdump") is None:
         pytest.skip("binutils (objdump) is not installed")
-    headers = subprocess.run(["objdump", "-p", module.__file__], capture_output=True, text=True, check=True).stdout
-    needed = set(re.findall(r"NEEDED\s+(\S+)", headers))
-    assert needed <= {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0", "libdl.so.2",
-                      "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
-    assert not re.search(r"R(UN)?PATH", headers)
+    assert check.linkage(Path(module.__file__)) == []
     libc = tuple(map(int, re.findall(r"\d+", platform.libc_ver()[1])))
     if libc > (2, 36):
         pytest.skip(f"libraries are right; symbols: built on glibc {libc}, newer than the images that wheels come from")
-    symbols = subprocess.run(["objdump", "-T", module.__file__], capture_output=True, text=True, check=True).stdout
-    for name, newest in (("GLIBC", (2, 34)), ("GLIBCXX", (3, 4, 29)), ("CXXABI", (1, 3, 13))):
-        found = versions(name, symbols)
-        assert found and max(found) <= newest, (name, max(found))
+    assert check.symbols(Path(module.__file__)) == []
 
 
 # Stubs --------------------------------------------------------------------------------------------------------------
