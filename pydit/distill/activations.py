@@ -105,8 +105,7 @@ class DiskStore:
         """Found the directory or look whether it is of this run; the boundaries that it is for."""
         directory = self._directory
         if not (directory / INDEX).exists():
-            if directory.exists() and (not directory.is_dir() or any(
-                    not path.name.endswith(".part") for path in directory.iterdir())):
+            if not files.is_unused(directory):
                 raise UserError(f"cache_dir: expected a new directory or one with {INDEX}, got {directory} with other "
                                 "files in it")
             files.write_json(directory / INDEX, {"format": FORMAT, "version": VERSION, "made_of": made_of})
@@ -141,8 +140,7 @@ class DiskStore:
 
     def _clear(self) -> None:
         """Remove what a killed write left."""
-        for part in self._directory.glob(f".batch-{'?' * 8}{self._suffix}.*.part"):
-            part.unlink(missing_ok=True)
+        files.remove_leftovers(self._directory, f".batch-{'?' * 8}{self._suffix}.*.part")
         self._cleared = True
 
 
