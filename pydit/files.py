@@ -355,9 +355,10 @@ def _temporary_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except OSError as error:
-        if error.errno is not None and Path(os.fsdecode(error.filename or temporary)).is_relative_to(temporary):
-            error.filename = str(path)
-        raise
+        named = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
+        if error.errno is None or (named and not any(Path(name).is_relative_to(temporary) for name in named)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)

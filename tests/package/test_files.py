@@ -133,7 +133,10 @@ def test_a_failed_write_names_its_target(tmp_path):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    assert fails(tmp_path / "a", full) == errno.ENOSPC
+    def copied(new):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a source", None, str(new))
+
+    assert fails(tmp_path / "a", full) == fails(tmp_path / "a", copied) == errno.ENOSPC
     assert fails(tmp_path / "a", lambda new: (new / "x").mkdir()) == errno.ENOENT  # something in the temporary directory
     assert fails(tmp_path / ("a" * 250), full) == errno.ENAMETOOLONG
     assert list(tmp_path.iterdir()) == []
