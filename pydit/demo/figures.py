@@ -72,12 +72,12 @@ def new_figure(width: float, height: float, **kwargs: Any) -> tuple[Figure, Any]
     return figure, figure.subplots(**kwargs)
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, atomically."""
+def save(figure: Figure, path: str | os.PathLike, *, description: str | None = None) -> None:
+    """Write a figure as PNG, atomically. ``description`` goes into the file, unseen."""
     from matplotlib import rc_context
 
     with files.replace_file(path) as temporary, rc_context(_STYLE):
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None, "Description": description})
 
 
 @styled
