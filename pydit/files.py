@@ -344,6 +344,15 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(path.parent)
 
 
+def remove_directory(path: str | os.PathLike) -> None:
+    """Remove a directory in one step: a kill leaves it whole, or gone but for what the next removal clears away."""
+    path = Path(path)
+    with contextlib.suppress(OSError), _temporary_directory(path) as temporary:
+        os.rename(path, temporary / path.name)
+    if path.exists():  # no room for another directory: file by file
+        shutil.rmtree(path)
+
+
 @contextlib.contextmanager
 def _temporary_directory(path: Path) -> Iterator[Path]:
     """Yield a new directory beside ``path``, locked until the end of the block, then removed.

@@ -166,6 +166,23 @@ def test_replace_directory(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_directory_goes_in_one_step(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "run"
+    for patch in ((files.shutil, "rmtree", lambda *_, **__: None), None, (files.tempfile, "mkdtemp", full)):
+        (path / "stage-1").mkdir(parents=True)
+        (path / "stage-1" / "file").touch()
+        if patch:
+            monkeypatch.setattr(*patch)
+        files.remove_directory(path)
+        monkeypatch.undo()
+        left = [entry.name for entry in tmp_path.iterdir()]
+        # The first is as if it had been killed when it began to remove files; the next removes what that left.
+        assert not path.exists() and (left == [] if patch is None or patch[1] == "mkdtemp" else len(left) == 1)
+
+
 def test_replace_directory_never_deletes_something_else(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("x")
