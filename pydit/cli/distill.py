@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydit import files
 from pydit.cli.options import (
     add_batches,
     add_device,
@@ -23,7 +24,6 @@ from pydit.cli.options import (
     warnings_as_lines,
     whole,
 )
-from pydit import files
 from pydit.errors import UserError
 
 
