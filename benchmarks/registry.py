@@ -12,17 +12,26 @@ import benchmarks.cases
 from benchmarks.cases import DTYPES, Case, Work
 from pydit.errors import UserError
 
-__all__ = ["DTYPES", "SIZES", "Case", "Work", "cases", "find"]
+__all__ = ["DTYPES", "SIZES", "Case", "Work", "cases", "families", "find"]
 SIZES = ("full", "small")  # shapes of real models; shapes for a CPU
 
 
 def cases(size: str = "full") -> list[Case]:
     """All cases of a size, module by module in alphabetical order; names are unique."""
-    modules = sorted(info.name for info in pkgutil.iter_modules(benchmarks.cases.__path__))
-    found = [case for name in modules for case in importlib.import_module(f"benchmarks.cases.{name}").cases(size)]
+    found = [case for name in _modules() for case in importlib.import_module(f"benchmarks.cases.{name}").cases(size)]
     if len({case.name for case in found}) != len(found):
         raise RuntimeError("benchmarks/cases: expected unique case names, got a repeated one")
     return found
+
+
+def families() -> dict[str, str]:
+    """By op, the module of its cases."""
+    return {case.op: name for name in _modules() for size in SIZES
+            for case in importlib.import_module(f"benchmarks.cases.{name}").cases(size)}
+
+
+def _modules() -> list[str]:
+    return sorted(info.name for info in pkgutil.iter_modules(benchmarks.cases.__path__))
 
 
 def find(text: str, size: str = "full") -> list[Case]:

@@ -10,15 +10,13 @@ each GPU), ``demo`` (the newest demo run) or ``work`` (what the cases of the reg
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from benchmarks import compare, machine, registry, table
 from pydit.errors import UserError
-from pydit.files import read_json
+from pydit.files import read_json, write_text
 from pydit.plan import H200_FLOPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             old = page.read_text(encoding="utf-8")
             new = render(old, args.results)
             if args.write and new != old:
-                _write(page, new)
+                write_text(page, new)
         except (UserError, OSError) as error:
             print(f"tables: error: {error}", file=sys.stderr)
             return 2
@@ -125,15 +123,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"tables: {page} differs from its sources; run python -m benchmarks.tables --write", file=sys.stderr)
             differ = True
     return int(differ)
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, path.stat().st_mode & 0o777)
-    os.replace(name, path)
-
 
 if __name__ == "__main__":
     sys.exit(main())

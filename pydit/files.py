@@ -1,7 +1,8 @@
 """Files the package reads and writes: JSON and safetensors, written atomically, read with care.
 
-A write goes to a temporary sibling, is flushed to disk and renamed over the target, so that a kill or a full disk
-leaves the previous file. Pickles are refused: loading one runs code chosen by whoever wrote it.
+A write goes to a temporary directory beside its target, is flushed to disk and renamed over the target, so that a kill
+or a full disk leaves what was there before. The directory is locked as long as its process lives; what a killed one
+left, the next write of the same target removes. Pickles are refused: loading one runs code chosen by whoever wrote it.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def refuse_pickle(path: str | os.PathLike, *, what: str) -> None:
 def write_json(path: str | os.PathLike, obj: Any) -> None:
     """Write ``obj`` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _replace_file(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text, atomically."""
-    with _replace_file(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -78,7 +79,7 @@ def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str,
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _replace_file(path) as temporary:
+    with replace_file(path) as temporary:
         try:
             save_file(tensors, str(temporary), metadata=metadata)
         except SafetensorError as error:
@@ -303,6 +304,20 @@ class SafetensorsWriter:
 
 
 @contextlib.contextmanager
+def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path for a new file that takes the place of ``path`` on success and vanishes on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_directory(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors keeps its files from others
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+
+
+@contextlib.contextmanager
 def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``path`` that takes its place on success and vanishes on failure.
 
@@ -318,8 +333,7 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
             (path / name).is_file() for name in ("model_index.json", "config.json")):
         raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = _temporary_directory(path)
-    try:
+    with _temporary_directory(path) as temporary:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         _fsync_files(temporary)
@@ -328,32 +342,74 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
         else:
             os.rename(temporary, path)
         _fsync(path.parent)
+
+
+def remove_directory(path: str | os.PathLike) -> None:
+    """Remove a directory in one step: a kill leaves it whole, or gone but for what the next removal clears away."""
+    path = Path(path)
+    with contextlib.suppress(OSError), _temporary_directory(path) as temporary:
+        os.rename(path, temporary / path.name)
+    if path.exists():  # no room for another directory: file by file
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _temporary_directory(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside ``path``, locked until the end of the block, then removed.
+
+    An error that names something in it, or nothing, as that of a write does, names ``path`` instead.
+    """
+    remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.part")
+    temporary, lock = _locked_directory(path)
+    try:
+        yield temporary
+    except OSError as error:
+        named = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
+        if error.errno is None or (named and not any(Path(name).is_relative_to(temporary) for name in named)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
-def _temporary_directory(path: Path) -> tuple[Path, int]:
-    """A new sibling of ``path`` and a handle that locks it; those that a killed process left are removed.
-
-    The lock ends with its process, whatever ends that: a sibling that can be locked belongs to nobody.
-    """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(handle)
+def _locked_directory(path: Path) -> tuple[Path, int]:
+    """A new directory beside ``path`` and the handle that locks it."""
     while True:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        except OSError as error:
+            error.filename = str(path)
+            raise
         lock = os.open(temporary, os.O_RDONLY)
         with contextlib.suppress(OSError):  # a file system without locks: nothing can be told apart there
             fcntl.flock(lock, fcntl.LOCK_EX)
         if temporary.exists():
             return temporary, lock
         os.close(lock)  # another process locked it first, and removed it
+
+
+def remove_leftovers(directory: Path, pattern: str) -> None:
+    """Remove temporary directories of killed writes, by a glob pattern that ends in ``.part``.
+
+    A lock ends with its process, whatever ends that, on whatever machine: a directory that can be locked belongs to
+    nobody. Where a file system has no locks nothing is removed.
+    """
+    for left in directory.glob(pattern):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def is_unused(directory: str | os.PathLike) -> bool:
+    """Whether a directory does not exist, or holds at most what killed writes left."""
+    directory = Path(directory)
+    return not directory.exists() or (directory.is_dir() and all(
+        name.startswith(".") and name.endswith(".part") for name in os.listdir(directory)))
 
 
 def _exchange(new: Path, path: Path) -> None:
@@ -376,23 +432,6 @@ def put_directory(temporary: Path, path: Path) -> None:
     _fsync_files(temporary)
     os.rename(temporary, path)
     _fsync(path.parent)
-
-
-@contextlib.contextmanager
-def _replace_file(path: str | os.PathLike) -> Iterator[Path]:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # after it was written: a writer may have put a file of its own there
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from pydit import files
 from pydit.cli.options import (
     add_batches,
     add_device,
@@ -183,7 +183,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
             student.transformer.load_state_dict(weights, strict=False)
     if distributed.is_main():
         save_pipeline(student, arguments.out)
-        shutil.rmtree(kept)
+        files.remove_directory(kept)
     distributed.barrier()
     if arguments.json:
         print_json({"out": str(arguments.out), "history": result.history})

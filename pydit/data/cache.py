@@ -71,7 +71,7 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
             for name in ("shards", "samples", "skipped"):
                 index[name] += part[name]
             index["read"] = part["read"]
-    elif out.exists() and any(out.iterdir()):
+    elif not files.is_unused(out):
         raise UserError(f"out: expected a new directory or a cache, got {out} with other files in it")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).exists():

@@ -10,11 +10,11 @@ import functools
 import os
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pydit import files
 from pydit.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,19 +72,12 @@ def new_figure(width: float, height: float, **kwargs: Any) -> tuple[Figure, Any]
     return figure, figure.subplots(**kwargs)
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure as PNG: under a temporary name first, so that no half picture is left behind."""
+def save(figure: Figure, path: str | os.PathLike, *, description: str | None = None) -> None:
+    """Write a figure as PNG, atomically. ``description`` goes into the file, unseen."""
     from matplotlib import rc_context
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with rc_context(_STYLE):
-            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replace_file(path) as temporary, rc_context(_STYLE):
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None, "Description": description})
 
 
 @styled

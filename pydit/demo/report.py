@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pydit import files
 from pydit.demo import console, figures
 
 MODELS = tuple(figures.COLOURS)
@@ -90,12 +91,7 @@ def write(out: Path, metrics: dict[str, Any], *, cka: dict[str, np.ndarray], r2:
     for name, figure in charts.items():
         figures.save(figure, out / f"{name}.png")
     page = _page(out, metrics, intervals, depth, gallery).replace(" %", "\N{NO-BREAK SPACE}%")
-    temporary = out / ".report.html.part"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out / "report.html")
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_text(out / "report.html", page)
     return out / "report.html"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from pydit.demo import choose, console, data, parallel, report, story, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.distill import DistillConfig
 from pydit.errors import UserError
-from pydit.files import read_json, write_json
+from pydit.files import read_json, remove_directory, write_json
 from pydit.inference.pipeline import check_pipeline, content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 
@@ -131,7 +130,7 @@ class _Work:
             if isinstance(state, dict) and state.get("fingerprint") == self.fingerprint:
                 self.stages = state["stages"]
             else:
-                shutil.rmtree(path)  # of another teacher, of other settings, or not wanted
+                remove_directory(path)  # of another teacher, of other settings, or not wanted
         path.mkdir(parents=True, exist_ok=True)
         self._save()
 

@@ -1,7 +1,8 @@
 """The teacher's activations on disk: a safetensors file per batch and process, and an index that says what they are of.
 
 ``activations.json`` names the teacher (its fingerprint) and the boundaries; every file, the batch: a checksum of all
-that the teacher was given, data, timestep and noise. What does not belong to a run is refused, never read. Files are
+that the teacher was given, data, timestep and noise. What does not belong to a run is refused, never read, and so is
+what a disk has damaged: each tensor has a checksum, looked at when a process reads it for the first time. Files are
 written atomically, so a kill or a full disk costs the batch at hand. Activations keep their dtype: a run that reads
 them takes the steps of one that computed them, bit for bit on the device that they were computed on.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ class DiskStore:
         # Processes observe together (a sharded teacher runs on all of them), so they agree on what they have.
         self.held = min(distributed.gather(held))
         self._cleared = False
+        self._checked: set[int] = set()
 
     def require_same(self, number: int, batch: Batch) -> None:
         _, metadata = self._read(number, [])
@@ -76,10 +79,12 @@ class DiskStore:
         arguments = _pack(kwargs, tensors)
         # A stream that a block left alone is the same memory at two boundaries.
         places = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
-        tensors = {name: tensor.clone() if places.count(place) > 1 else tensor
+        tensors = {name: (tensor.clone() if places.count(place) > 1 else tensor).detach().cpu()
                    for (name, tensor), place in zip(tensors.items(), places, strict=True)}
         metadata = {"format": FORMAT, "version": str(VERSION), "batch": fingerprint(batch),
                     "arguments": json.dumps(arguments), "weights": json.dumps(observation.weights)}
+        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        metadata["crc32"] = json.dumps([_checksum_of_text(metadata), checksums])
         try:
             if not self._cleared:
                 self._clear()
@@ -105,8 +110,7 @@ class DiskStore:
         """Found the directory or look whether it is of this run; the boundaries that it is for."""
         directory = self._directory
         if not (directory / INDEX).exists():
-            if directory.exists() and (not directory.is_dir() or any(
-                    not path.name.endswith(".part") for path in directory.iterdir())):
+            if not files.is_unused(directory):
                 raise UserError(f"cache_dir: expected a new directory or one with {INDEX}, got {directory} with other "
                                 "files in it")
             files.write_json(directory / INDEX, {"format": FORMAT, "version": VERSION, "made_of": made_of})
@@ -133,16 +137,22 @@ class DiskStore:
         def wanted(name: str) -> bool:
             return bool(names) and (name in names or name.startswith("argument."))
 
-        path = self._path(number)
-        tensors, metadata = files.load_safetensors(path, what="cache_dir", device=str(self._device), wanted=wanted)
+        path, is_new = self._path(number), bool(names) and number not in self._checked
+        tensors, metadata = files.load_safetensors(path, what="cache_dir", wanted=wanted,
+                                                   device="cpu" if is_new else str(self._device))
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)) or "batch" not in metadata:
             raise FormatError(f"cache_dir: expected {FORMAT} version {VERSION} in {path}, got something else")
+        if not _is_whole(metadata, tensors if is_new else {}):
+            raise FormatError(f"cache_dir: expected the activations that were written, got a damaged file ({path}: its "
+                              "checksum is another); delete it, and the next run makes it again")
+        if is_new:
+            tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+            self._checked.add(number)
         return tensors, metadata
 
     def _clear(self) -> None:
         """Remove what a killed write left."""
-        for part in self._directory.glob(f".batch-{'?' * 8}{self._suffix}.*.part"):
-            part.unlink(missing_ok=True)
+        files.remove_leftovers(self._directory, f".batch-{'?' * 8}{self._suffix}.*.part")
         self._cleared = True
 
 
@@ -158,8 +168,33 @@ def fingerprint(batch: Batch) -> str:
     digest = hashlib.sha256(json.dumps(_pack(batch.inputs, tensors), sort_keys=True).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _is_whole(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the metadata of a file, and these of its tensors, are what was written."""
+    try:
+        of_metadata, checksums = json.loads(metadata["crc32"])
+        return of_metadata == _checksum_of_text(metadata) and all(
+            checksums.get(name) == _checksum(tensor) for name, tensor in tensors.items())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of dtype, shape and bytes."""
+    return zlib.crc32(_bytes(tensor), zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode()))
+
+
+def _checksum_of_text(metadata: Mapping[str, str]) -> int:
+    """Of all metadata but the checksums."""
+    return zlib.crc32(json.dumps(sorted(item for item in metadata.items() if item[0] != "crc32")).encode())
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """Those of a tensor, as an array."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -140,11 +140,11 @@ def _remove_old(directory: Path, name: str) -> None:
     with contextlib.suppress(FormatError):
         before = files.read_json(directory / PREVIOUS, what="checkpoint_dir", strict=True)
         kept.add(before.get("tensors") if isinstance(before, dict) else None)
-    for old in [*directory.glob("state-*"), *directory.glob(".state-*.part")]:
-        if old.name in kept:
-            continue
-        with contextlib.suppress(OSError):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for old in directory.glob("state-*"):
+        if old.name not in kept:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    files.remove_leftovers(directory, ".state-*.part")
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pydit import files
 from pydit.errors import FormatError, UserError
 
 
@@ -124,11 +125,7 @@ def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[i
     for image, number, prompt, seed in zip(images, numbers, prompts, seeds, strict=True):
         path = out / image_name(number, prompt, seed)
         if captions:
-            path.with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
-        temporary = path.with_name(f".{path.name}.part")
-        try:
+            files.write_text(path.with_suffix(".txt"), prompt + "\n")
+        with files.replace_file(path) as temporary:
             image.save(temporary, format="PNG")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         yield path

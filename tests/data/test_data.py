@@ -140,6 +140,7 @@ def test_what_is_no_image():
 def test_latents_and_embeddings_are_those_of_the_pipeline(tmp_path, pipe):
     from pydit.demo import data
 
+    (tmp_path / "out" / ".index.json.abcdefgh.part").mkdir(parents=True)  # of a build that was killed at its first write
     index = build_cache(pipe, folder(tmp_path / "in", 3), tmp_path / "out", resolution=48, progress=False)
     assert index["complete"] and [s["key"] for s in index["samples"]] == ["000", "001", "002"]
     tensors, _ = files.load_safetensors(tmp_path / "out" / "shard-00000.safetensors", what="shard")

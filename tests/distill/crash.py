@@ -1,6 +1,5 @@
 """A run that a parent process kills: forked from a server that has imported everything, so that a life costs little."""
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -59,9 +58,8 @@ def _hang(directory, point):
 
     def tensor_writer(path, tensors, metadata=None):
         if saves[0] == 2 and point == "tensors":
-            with checkpoint.files._replace_file(path) as temporary:  # half a file under its temporary name
-                with contextlib.suppress(FileExistsError):
-                    Path(temporary).write_bytes(b"\x10" * 5000)
+            with checkpoint.files.replace_file(path) as temporary:  # half a file under its temporary name
+                temporary.write_bytes(b"\x10" * 5000)
                 wait()
         save_file(path, tensors, metadata)
 

@@ -63,7 +63,7 @@ def one_is_killed(rank, out):
 
     def waiting(path, *rest):
         if rank == 1 and path.name == "batch-00000003.1-of-2.safetensors":
-            with files._replace_file(path) as temporary:
+            with files.replace_file(path) as temporary:
                 temporary.write_bytes(b"\x10" * 1000)
                 hang(out, rank)
         write(path, *rest)

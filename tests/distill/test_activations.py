@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import types
 import weakref
 
 import pytest
@@ -12,7 +13,11 @@ import torch
 
 from pydit import FormatError, PruningPlan, UserError, files, prune
 from pydit.distill import DistillConfig, Stage, activations, distill, trainer
+from pydit.distill.activations import DiskStore
 from pydit.distill.cost import estimate
+from pydit.distill.phases import Seen
+from pydit.distill.stream import Batch
+from pydit.models.adapter import Capture
 from tests.distill import tiny
 from tests.distill.test_resume import Stop, assert_no_leftovers, resumed
 
@@ -132,6 +137,59 @@ def test_what_is_stale_is_refused(tmp_path):
         trained(config)
 
 
+def test_a_flipped_bit_is_refused_and_deleting_the_file_mends_it(tmp_path):
+    config = dataclasses.replace(CONFIG, cache_dir=tmp_path)
+    expected, path = trained(config), tmp_path / "batch-00000001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="cache_dir: expected the activations that were written, got a damaged file "
+                                          ".*batch-00000001.safetensors.*; delete it, and the next run makes it again"):
+        trained(config)
+    path.unlink()
+    require_same(trained(config), expected)
+    teacher, student = pair()
+    require_same(trained(config, (blind(teacher), student)), expected)
+
+
+def test_no_flipped_bit_is_taken_for_what_was_written(tmp_path):
+    """One in every third byte of the header, where it may be in the name of a tensor that is not read; and in the tensors that are."""
+    needed, more = (types.SimpleNamespace(boundaries=boundaries, observe_at=list) for boundaries in ([1], [1, 2]))
+    batch = Batch({"x": torch.ones(3), "scale": 2.0}, None)
+    states = {b: (torch.arange(6.0).reshape(2, 3) + b, torch.ones(1, 4, dtype=torch.bfloat16) * b) for b in (1, 2)}
+    arguments = {"mask": torch.tensor([True, False]), "phase": torch.tensor([1 + 2j]), "names": ("a", [None, 3])}
+
+    def store(phase=needed):
+        return DiskStore(tmp_path, "teacher", phase, torch.device("cpu"))
+
+    store(more).put(0, batch, Seen(Capture(states, arguments), {"image": 0.5}))
+
+    def read():
+        found = store()
+        found.require_same(0, batch)
+        seen = found.get(0)
+        assert repr(found.get(0)) == repr(seen)
+        return repr(seen)
+
+    path, good = tmp_path / "batch-00000000.safetensors", read()
+    data = path.read_bytes()
+    header, end = files.read_header(path, what="test")
+    ranges = [entry["data_offsets"] for name, entry in header.items() if not name.startswith("2.")]
+    payload = [end + place for start, stop in ranges for place in {start, (start + stop) // 2, stop - 1}]
+    for number, place in enumerate([*payload, *range(0, end, 3)]):
+        broken = bytearray(data)
+        broken[place] ^= 1 << number % 8
+        path.write_bytes(broken)
+        try:
+            found = read()
+        except FormatError as error:
+            assert "expected" in str(error)
+        else:
+            assert found == good and place not in payload
+    path.write_bytes(data)
+    assert read() == good
+
+
 @pytest.mark.parametrize("at", [2, 5])  # while the cache fills, and in the second pass
 def test_a_killed_run_goes_on_from_the_disk(tmp_path, at):
     """The teacher runs on nothing that is there; lost batches are observed again; of the stream, one batch is drawn."""
@@ -147,7 +205,7 @@ def test_a_killed_run_goes_on_from_the_disk(tmp_path, at):
     # Killed in step at + 1, which has kept its batch if it was a new one: the disk is ahead of the checkpoint.
     assert len(list((tmp_path / "kept").glob("batch-*"))) == 3
     leftover = tmp_path / "kept" / ".batch-00000001.safetensors.abc.part"
-    leftover.write_bytes(b"\x10" * 100)
+    leftover.mkdir()
     (tmp_path / "kept" / "batch-00000002.safetensors").unlink()
     starts = []
 

@@ -1,8 +1,8 @@
 """Runs one command over and over in forked processes; each meets a full disk or a kill at another change of the disk.
 
-Started with ``disk.c`` preloaded: ``python -m tests.fuzz.disk_driver FOLDER COMMAND:STEP ...``; STEP: every so many changes.
-One JSON line per run tells how it ended and what lay in the output then: what was there before, what the command writes, or
-something else.
+Started with ``disk.c`` preloaded: ``python -m tests.fuzz.disk_driver FOLDER COMMAND:SHARE ...``; SHARE: one in so many
+changes, and one of every kind; 1: all. One JSON line per run tells how it ended and what lay in the output then: what was
+there before, what the command writes, or something else. What did not end well is run once more, to see that it then does.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from pydit.errors import FormatError
 from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 
-MODES = {"count": 1, "full": 2, "kill": 3}
+MODES = {"count": 1, "again": 1, "full": 2, "kill": 3}
 TRAIN = ("--prompts", "demo", "--batch-size", "1")
 
 
@@ -82,10 +82,14 @@ def run(command):
 
 
 def state(path):
-    """A hash of a file or directory, None if there is none."""
-    if not path.exists():
-        return None
-    return content_hash(path) if path.is_dir() else hash(path.read_bytes())
+    """A hash of what a file or directory holds, None if there is none."""
+    if not path.exists() or path.is_dir():
+        return content_hash(path) if path.exists() else None
+    try:
+        tensors, metadata = files.load_safetensors(path, what="output")  # whose order in the file is left to chance
+    except FormatError:
+        return hash(path.read_bytes())
+    return hash((*sorted(metadata.items()), *((name, tensors[name].numpy().tobytes()) for name in sorted(tensors))))
 
 
 def checkpoint_problem(directory):
@@ -101,8 +105,8 @@ def checkpoint_problem(directory):
     return problems[0] if problems else None
 
 
-def attempt(shim, command, work, mode, at):
-    """Run the command in a forked process; a dict of what came of it."""
+def attempt(shim, command, work, mode, at=0):
+    """Run the command in a forked process; a dict of what came of it, with the changes it made if it ended."""
     told = work.parent / "told.json"
     told.unlink(missing_ok=True)
     process = os.fork()
@@ -110,20 +114,31 @@ def attempt(shim, command, work, mode, at):
         try:
             shim.disk_arm(os.fsencode(f"{work}/"), MODES[mode], at)
             code, err = run(command)
-            changes = shim.disk_changes()
+            found = {"code": code, "err": err, "bytes": shim.disk_bytes(), "changes": [
+                shim.disk_name(number).decode() for number in range(1, shim.disk_changes() + 1)]}
             shim.disk_arm(b"", 0, 0)
-            told.write_text(json.dumps({"code": code, "err": err, "changes": changes}))
+            told.write_text(json.dumps(found))
         except BaseException:
             shim.disk_arm(b"", 0, 0)
-            told.write_text(json.dumps({"code": -1, "err": traceback.format_exc()}))
+            told.write_text(json.dumps({"code": -1, "err": traceback.format_exc(), "changes": []}))
         finally:
             os._exit(0)
     _, status = os.waitpid(process, 0)
-    found = {"code": None, "err": ""} if os.WIFSIGNALED(status) else json.loads(told.read_text())
-    return found | {"at": at, "killed": os.WIFSIGNALED(status)}
+    found = {"code": None, "err": "", "changes": []} if os.WIFSIGNALED(status) else json.loads(told.read_text())
+    return found | {"at": at, "mode": mode, "killed": os.WIFSIGNALED(status)}
 
 
-def drive(shim, folder, name, step):
+def sample(changes, share):
+    """(mode, number of a change), one in ``share`` of all that there are, the middle one of every kind among them."""
+    places = {number for number in range(1 + share // 2, len(changes) + 1, share)}
+    for kind in set(changes) if share > 1 else ():
+        numbers = [number for number, name in enumerate(changes, 1) if name == kind]
+        places.add(numbers[len(numbers) // 2])
+    return [(mode, number) for i, number in enumerate(sorted(places)) for mode in ("full", "kill")
+            if share == 1 or i % 2 == (mode == "kill")]
+
+
+def drive(shim, folder, name, share):
     work, kept = folder / "work", folder / "kept"
     command, earlier = commands(folder)[name]
     for path in (work, kept):
@@ -132,21 +147,27 @@ def drive(shim, folder, name, step):
     earlier() if callable(earlier) else run(earlier)
     shutil.copytree(work, kept, dirs_exist_ok=True)
     before = state(work / "out")
-    whole = attempt(shim, command, work, "count", 0)
-    assert whole["code"] == 0, whole
+    whole = attempt(shim, command, work, "count")
     after = state(work / "out")
-    for mode, first in (("full", 1), ("kill", 1 + step // 2)):
-        for at in range(first, whole["changes"] + 1, step):
-            shutil.rmtree(work)
-            shutil.copytree(kept, work)
-            found = attempt(shim, command, work, mode, at)
-            found["state"] = {before: "before", after: "after", None: "none"}.get(state(work / "out"), "other")
-            found["left"] = sorted(path.name for path in work.iterdir() if path.name != "out")
-            found["checkpoint"] = checkpoint_problem(work / "out.checkpoint")
-            if found["left"] and name == "prune":  # the next run removes what a killed one left
-                found["code after"] = attempt(shim, command, work, "count", 0)["code"]
-                found["left after"] = sorted(path.name for path in work.iterdir() if path.name != "out")
-            print(json.dumps(found | {"command": name, "mode": mode, "changes": whole["changes"]}), flush=True)
+    states = {before: "before", after: "after", None: "none"}
+
+    def tell(found):
+        found["state"] = states.get(state(work / "out"), "other")
+        found["left"] = sorted(path.name for path in work.iterdir() if path.name != "out")
+        print(json.dumps(found | {"command": name}), flush=True)
+
+    size = sum(path.stat().st_size for path in [work / "out", *work.rglob("out/**/*")] if path.is_file())
+    tell(whole | {"size": size})
+    for mode, at in sample(whole["changes"], share):
+        shutil.rmtree(work)
+        shutil.copytree(kept, work)
+        found = attempt(shim, command, work, mode, at)
+        tell(found | {"checkpoint": checkpoint_problem(work / "out.checkpoint")})
+        if found["code"] != 0:  # with room, and nobody who kills it
+            again = attempt(shim, command, work, "again")
+            if "--resume" in again["err"] and again["code"] == 2:
+                again = attempt(shim, [*command, "--resume"], work, "again")
+            tell(again | {"after": mode, "at": at})
 
 
 def load(path, arguments, transformer=True, shard=False):
@@ -158,7 +179,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     shim = ctypes.CDLL(None)
     shim.disk_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long]
-    shim.disk_changes.restype = ctypes.c_long
+    shim.disk_changes.restype = shim.disk_bytes.restype = ctypes.c_long
+    shim.disk_name.restype, shim.disk_name.argtypes = ctypes.c_char_p, [ctypes.c_long]
     folder = Path(sys.argv[1])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(folder)
@@ -167,5 +189,5 @@ if __name__ == "__main__":
     for module in (pydit.cli.options, pydit.cli.model, pydit.cli.distill):
         module.load = load
     for job in sys.argv[2:]:
-        name, _, step = job.partition(":")
-        drive(shim, folder, name, int(step))
+        name, _, share = job.partition(":")
+        drive(shim, folder, name, int(share))

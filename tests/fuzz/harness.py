@@ -20,7 +20,7 @@ def seeds(most=1000):
 
 
 @contextlib.contextmanager
-def bounded():
+def bounded(headroom=HEADROOM):
     """An allocation far beyond the files of a test raises, and so does a loop that does not end."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
@@ -30,7 +30,7 @@ def bounded():
         raise RuntimeError(f"no end after {SECONDS} s")
 
     handler = signal.signal(signal.SIGALRM, late)
-    resource.setrlimit(resource.RLIMIT_AS, (size + HEADROOM, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (size + headroom, limits[1]))
     signal.alarm(SECONDS)
     try:
         yield

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import types
 import warnings
 import zlib
 
@@ -21,9 +22,9 @@ from pydit.analysis.ablation import Ablation
 from pydit.analysis.criteria import base
 from pydit.data import CachedDataset, Sample, build_cache, read_samples
 from pydit.data.buckets import buckets, decode
-from pydit.distill import checkpoint, distill, trainer
+from pydit.distill import activations, checkpoint, distill, trainer
 from pydit.distill.trainer import NonFiniteLossError
-from pydit.inference import pluggable
+from pydit.inference import pluggable, sampling
 from pydit.inference.pipeline import load_pipeline
 from pydit.plan import PruningPlan
 from tests.analysis import synthetic
@@ -244,6 +245,12 @@ def test_a_pickle_anywhere_is_refused(tmp_path, pipeline, content, monkeypatch):
     (tmp_path / "plan.json").write_bytes(content)
     code, _, err = harness.command("plan", "--show", tmp_path / "plan.json")
     assert code == 2 and "got a pickle" in err, err
+    for name in ("model_index.json", "transformer/config.json"):
+        good = (teacher / name).read_bytes()
+        (teacher / name).write_bytes(content)
+        code, _, err = harness.command("prune", teacher, "--plan", plan, "--out", tmp_path / "out")
+        assert code == 2 and "got a pickle" in err, err
+        (teacher / name).write_bytes(good)
     weights.write_bytes(content)
     code, _, err = harness.command("prune", teacher, "--plan", plan, "--out", tmp_path / "out")
     assert code == 2 and "got a pickle" in err, err
@@ -253,11 +260,45 @@ def test_a_pickle_anywhere_is_refused(tmp_path, pipeline, content, monkeypatch):
     assert code == 2 and "got a pickle" in err and not (tmp_path / "out").exists(), err
 
 
-def test_a_header_that_announces_more_than_the_file_holds(tmp_path):
-    """10^12 elements in a file of 100 bytes, in each loader: refused with less memory than the file has bytes to give."""
-    header = {"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
+@pytest.mark.parametrize("count", [2**24, 10**12])
+def test_a_header_that_announces_more_than_the_file_holds(tmp_path, count):
+    """64 MiB or 4 TB in a file of 100 bytes, in each loader: refused with 32 MiB of memory to take."""
+    header = {"x": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}
     (tmp_path / "x.safetensors").write_bytes(mutate.join(header, b"\0" * 16))
     for read in (lambda path: files.load_safetensors(path, what="x"), ActivationStats.load,
                  lambda path: files.SafetensorsReader(path.parent, "x", what="x")):
-        with harness.bounded(), pytest.raises(pydit.FormatError, match="16 bytes of tensors instead of 4000000000000"):
+        with harness.bounded(2**25), pytest.raises(pydit.FormatError, match=f"16 bytes of tensors instead of {4 * count}"):
             read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("content", mutate.pickles()[2:], ids=["2", "3", "4", "5", "torch.save", "old torch.save"])
+def test_a_pickle_among_what_training_reads_is_refused(tmp_path, content, monkeypatch):
+    """Indexes and tensors of checkpoints, caches and kept activations; images, captions, shards and prompts."""
+    def loads(*_args, **_options):
+        raise AssertionError("a pickle was loaded")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, loads)
+    phase = types.SimpleNamespace(boundaries=[1], observe_at=list)
+    for name, read in {
+            checkpoint.INDEX: lambda path: checkpoint.load(path, {}, {}), "index.json": CachedDataset,
+            activations.INDEX: lambda path: activations.DiskStore(path, "teacher", phase, torch.device("cpu"))}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(pydit.FormatError, match="got a pickle"):
+            read(tmp_path)
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps({
+        "format": checkpoint.FORMAT, "version": checkpoint.VERSION, "run": {}, "tensors": "t.safetensors",
+        "progress": dataclasses.asdict(checkpoint.Progress())}))
+    (tmp_path / "t.safetensors").write_bytes(content)
+    with pytest.raises(pydit.FormatError, match="got a pickle"):
+        checkpoint.load(tmp_path, {}, {})
+    (found,) = read_samples(shard(tmp_path / "s.tar", [("a.png", content), ("a.txt", b"a caption")]))
+    with pytest.raises(ValueError, match="no readable image"):
+        decode(found.image, buckets(48, 8))
+    (found,) = read_samples(shard(tmp_path / "c.tar", [("a.png", picture(0)), ("a.txt", content)]))
+    assert not isinstance(found, Sample) and "caption" in found.reason
+    (tmp_path / "p.tar").write_bytes(content)
+    assert not [found for found in read_samples(tmp_path / "p.tar") if isinstance(found, Sample)]
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match="prompts: expected"):
+        sampling.read_prompts(tmp_path / "prompts.txt")

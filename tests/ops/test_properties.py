@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pydit import ops
 from pydit.testing import assert_accurate
-from tests.ops import cases, properties, test_hsic_matrix, test_second_moments
+from tests.ops import properties, test_hsic_matrix, test_second_moments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -60,7 +60,6 @@ def test_any_arguments_values(device, name, data):
     assert_right(case, case.call())
 
 
-@cases.examples(30)
 @given(data=st.data())
 def test_any_statistics_values(device, data):
     draw = properties.Draw(data, data.draw(st.sampled_from(HALF), "dtype"), device)
@@ -112,7 +111,6 @@ def _spoil(data, x):
 # What is refused is refused before a backend is chosen.
 @pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("name", properties.NAMES)
-@cases.examples(40)
 @given(data=st.data())
 def test_mismatches_values(device, name, data):
     """One tensor that does not fit: a TypeError or ValueError of one sentence; whatever is taken all the same is right."""

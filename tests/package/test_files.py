@@ -1,8 +1,11 @@
 """pydit.files: what is written is whole or absent, what is read is checked, pickles are refused."""
 
+import contextlib
 import errno
 import os
 import pickle
+import signal
+import time
 
 import pytest
 import torch
@@ -60,6 +63,96 @@ def test_a_full_disk_keeps_the_previous_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def replace_text(path, text, *, whole=True):
+    """``text`` in a file, or in a directory if ``path`` says so; if not ``whole``, wait half through for the end."""
+    replace = files.replace_directory if path.name == "model" else files.replace_file
+    with replace(path) as new:
+        (new / "config.json" if path.name == "model" else new).write_text(text)
+        if not whole:
+            (path.parent / "half").touch()
+            time.sleep(60)
+
+
+@contextlib.contextmanager
+def half_written(path):
+    """A process of its own that is half through a write, then killed."""
+    process = os.fork()
+    if process == 0:
+        with contextlib.suppress(BaseException):
+            replace_text(path, "half", whole=False)
+        os._exit(1)
+    try:
+        while not (path.parent / "half").exists():
+            assert os.waitpid(process, os.WNOHANG) == (0, 0)
+            time.sleep(0.001)
+        (path.parent / "half").unlink()
+        yield
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+@pytest.mark.parametrize("name", ["file", "model", "with [glob] characters*"])
+def test_what_a_killed_write_left_goes_with_the_next(tmp_path, name):
+    """And never what another process is writing."""
+    def names():
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    path = tmp_path / name
+    with half_written(path), half_written(path):
+        for text in "12":
+            replace_text(path, text)
+        assert [entry for entry in names() if not entry.endswith(".part")] == [name] and len(names()) == 3
+    assert len(names()) == 3
+    replace_text(path, "3")
+    assert names() == [name]
+    assert (path / "config.json" if path.is_dir() else path).read_text() == "3"
+
+
+def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with half_written(tmp_path / "file"):
+        pass
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    files.write_text(tmp_path / "file", "1")
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    files.write_text(tmp_path / "file", "2")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_write_names_its_target(tmp_path):
+    def fails(path, action, **options):
+        with pytest.raises(OSError) as caught, files.replace_file(path) as new:
+            action(new, **options)
+        assert str(caught.value.filename) == str(path) and not path.exists()
+        return caught.value.errno
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copied(new):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a source", None, str(new))
+
+    assert fails(tmp_path / "a", full) == fails(tmp_path / "a", copied) == errno.ENOSPC
+    assert fails(tmp_path / "a", lambda new: (new / "x").mkdir()) == errno.ENOENT  # something in the temporary directory
+    assert fails(tmp_path / ("a" * 250), full) == errno.ENAMETOOLONG
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError) as caught, files.replace_file(tmp_path / "a"):
+        (tmp_path / "none").read_text()
+    assert caught.value.filename == str(tmp_path / "none")
+
+
+def test_a_directory_that_holds_leftovers_only_is_unused(tmp_path):
+    assert files.is_unused(tmp_path) and files.is_unused(tmp_path / "none")
+    with half_written(tmp_path / "file"):
+        assert files.is_unused(tmp_path)
+    (tmp_path / "x.part").touch()
+    assert not files.is_unused(tmp_path) and not files.is_unused(tmp_path / "x.part")
+
+
 def test_replace_directory(tmp_path):
     target = tmp_path / "model"
     for content in ("1", "2"):
@@ -71,6 +164,23 @@ def test_replace_directory(tmp_path):
         raise RuntimeError
     assert (target / "config.json").read_text() == "2"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_directory_goes_in_one_step(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "run"
+    for patch in ((files.shutil, "rmtree", lambda *_, **__: None), None, (files.tempfile, "mkdtemp", full)):
+        (path / "stage-1").mkdir(parents=True)
+        (path / "stage-1" / "file").touch()
+        if patch:
+            monkeypatch.setattr(*patch)
+        files.remove_directory(path)
+        monkeypatch.undo()
+        left = [entry.name for entry in tmp_path.iterdir()]
+        # The first is as if it had been killed when it began to remove files; the next removes what that left.
+        assert not path.exists() and (left == [] if patch is None or patch[1] == "mkdtemp" else len(left) == 1)
 
 
 def test_replace_directory_never_deletes_something_else(tmp_path):

@@ -42,7 +42,8 @@ def forbidden(source):
     for name, call in calls(tree):
         options = {keyword.arg: keyword.value for keyword in call.keywords}
         last = name.rpartition(".")[2]
-        if name in {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "pty.spawn"} or \
+        if name in {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pty.spawn", "subprocess.getoutput",
+                    "subprocess.getstatusoutput"} or name.startswith(("os.exec", "os.spawn", "os.posix_spawn")) or \
                 last in {"extractall", "urlopen", "urlretrieve", "hf_hub_download", "snapshot_download"}:
             found.append(f"{call.lineno}: {name}")
         if name in {"torch.load", "np.load", "numpy.load", "yaml.load"}:
@@ -59,7 +60,8 @@ def forbidden(source):
 def test_the_search_finds_what_it_looks_for():
     wrong = ("eval(x)", "exec(x)", "import pickle", "from pickle import loads", "torch.load(x)", "torch.load(x, weights_only=y)",
              "subprocess.run(x, shell=True)", "os.system(x)", "import yaml", "np.load(x, allow_pickle=True)", "tar.extractall()",
-             "Model.from_pretrained(x)", "huggingface_hub.hf_hub_download(x)")
+             "Model.from_pretrained(x)", "huggingface_hub.hf_hub_download(x)",
+             "os.execvp(x, y)", "os.spawnl(x)", "subprocess.getoutput(x)")
     assert [source for source in wrong if not forbidden(source)] == []
     assert not forbidden("model.eval()\ntorch.load(x, weights_only=True)\nre.compile(x)\nsubprocess.run(x, shell=False)")
 
