@@ -21,11 +21,31 @@ _implementations: dict[str, Callable] = {}
 def define(schema: str, implementation: Callable, fake: Callable) -> None:
     """Register ``pydit::<schema>`` with one implementation for CPU and CUDA and its fake."""
     name = schema.split("(", 1)[0]
+    arguments = torch._C.parse_schema(f"pydit::{schema}").arguments
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    if written:
+        implementation = _noted(implementation, written)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implementations[name] = implementation
     _library.impl(name, implementation, "CPU")
     _library.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"pydit::{name}", fake, lib=_library)
+
+
+def _noted(implementation: Callable, written: list[int]) -> Callable:
+    """The same, with the version counters of the arguments it writes moved on.
+
+    A kernel writes through a pointer, which autograd does not see: a backward that needs what was there would go on
+    with what is there now.
+    """
+    def run(*args: Any) -> Any:
+        found = implementation(*args)
+        for i in written:
+            if args[i] is not None and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return found
+
+    return run
 
 
 def define_backward(name: str, backward: Callable, setup_context: Callable) -> None:
