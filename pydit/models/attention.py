@@ -138,7 +138,7 @@ class FluxAttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        kit = kit or _ops_for(hidden_states, encoder_hidden_states)
+        kit = kit or ops_for(hidden_states, encoder_hidden_states)
         tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         tables = (None, None)
         if image_rotary_emb is not None and kit is direct:
@@ -172,14 +172,10 @@ class SD3AttnProcessor(Replacing):
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
-        kit = kit or _ops_for(hidden_states, encoder_hidden_states)
+        kit = kit or ops_for(hidden_states, encoder_hidden_states)
         return _attend(kit, attn, hidden_states, encoder_hidden_states, (None, None), self.context)
 
     __call__ = _projected(attend)
-
-
-def _ops_for(image, text):
-    return ops_for(image) if text is None else ops_for(image, text)
 
 
 def _attend(kit, attn, image, text, tables, context, mask=None):

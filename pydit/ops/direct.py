@@ -27,11 +27,11 @@ def ops_for(*streams) -> ModuleType:
 
     Parameters
     ----------
-    streams : torch.Tensor. The first's device and dtype stand for all.
+    streams : torch.Tensor, or None for a stream that is not there. The first's device and dtype stand for all.
     """
     first = streams[0]
     if (runs_straight(streams) and not torch.is_grad_enabled() and first.is_cpu
-            and all(stream.dtype == first.dtype for stream in streams)
+            and all(stream is None or stream.dtype == first.dtype for stream in streams)
             and env.get("PYDIT_BACKEND") != "sim" and env.get("PYDIT_GEMM") != "library"):
         return sys.modules[__name__]
     return ops
