@@ -1,11 +1,14 @@
-"""What pruning costs the demo world's teacher: criteria side by side, PPCL's ablation ladder, pluggable subsets.
+"""What pruning costs the demo world's teacher: criteria side by side, PPCL's ablation ladder, subsets, two goals.
 
     python -m benchmarks.quality --out DIR              # everything; says first how many cells and hours that is
     python -m benchmarks.quality --out DIR --only ladder --seeds 0 --hours 1
     python -m benchmarks.quality --out DIR --table      # the tables and curves of what is there
+    python -m benchmarks.quality --out DIR --summary benchmarks/results/quality-cpu-DATE.json
 
 Every cell (a way to prune, a share, a seed) is one JSON file, so the command can be stopped at any time and goes on
-where it stopped. All cells train for the same number of steps on the same data and are judged on the same prompts.
+where it stopped. All cells train for the same number of steps on the same data and are judged on the same prompts,
+but for those of the two goals, which ask how far a longer training gets: at half the parameters, and at 30 % of them
+with the hybrid stream.
 Quality here is that of a teacher of 16 blocks that was trained with stochastic depth; it says nothing about others.
 """
 
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import quality_table
 from pydit import doctor, files
 from pydit.analysis import ActivationStats, collect, detect, learn_mask, velocity_error
 from pydit.demo import data, world
@@ -40,6 +44,8 @@ SHARES = (0.3, 0.5, 0.7)
 LADDER = ("bi, sequential", "ppcl, sequential", "ppcl literal, sequential", "ppcl, least 1 - CKA, sequential",
           "ppcl", "+ text linear", "+ FFN linear", "+ fine-tuning")
 LADDER_SHARE = 0.5  # at 0.6 every row loses more than three prompts in four
+HALF, HYBRID = "half the parameters", "hybrid stream"
+NAMES = (*METHODS, *LADDER, HALF, HYBRID)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Settings:
     """The same for every cell.
 
     steps : optimiser steps; a fine-tuned row of the ladder has a sixth more. mask_steps : of the learned mask, whose
-    updates are thrown away.
+    updates are thrown away. goal_steps, goal_prompts : of the two goals. goal_batches : which they go through again
+    and again, so that the teacher need not run at every step.
     """
 
     steps: int = 300
@@ -58,11 +65,18 @@ class Settings:
     prompts: int = 420
     sampling_steps: int = data.STEPS
     guidance: float = data.GUIDANCE
+    goal_steps: int = 5000
+    goal_batches: int = 1000
+    goal_prompts: int = 2500
+
+
+QUICK = Settings(steps=6, batch_size=4, images=64, calibration=4, prompts=14, sampling_steps=2, mask_steps=4,
+                 goal_steps=8, goal_batches=4, goal_prompts=21)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table with one seed. table : "methods", "ladder" or "subsets"."""
+    """One row of a table with one seed. table : "methods", "ladder", "subsets" or "goals"."""
 
     table: str
     name: str
@@ -79,8 +93,11 @@ def cells(only: str | None, seeds: list[int]) -> Iterator[Cell]:
     """All of them, seed by seed, so that a run that is cut short has whole tables of fewer seeds."""
     for seed in seeds:
         for table, names, shares in (("methods", METHODS, SHARES), ("ladder", LADDER, (LADDER_SHARE,)),
-                                     ("subsets", ("ppcl",), (LADDER_SHARE,))):
-            for share in shares if only in (None, table) else ():
+                                     ("subsets", ("ppcl",), (LADDER_SHARE,)),
+                                     ("goals", (HALF, HYBRID), (LADDER_SHARE,))):
+            if only not in (None, table) or (table == "goals" and seed != seeds[0]):
+                continue  # a goal trains ten times as long: one seed, more prompts
+            for share in shares:
                 yield from (Cell(table, name, share, seed) for name in names)
 
 
@@ -98,7 +115,6 @@ class Bench:
             if found != stated:
                 raise UserError(f"out: expected cells made with {stated}, got some made with {found}")
         files.write_json(out / "settings.json", stated)
-        self.prompts = world.sample_prompts(settings.prompts, split="held_out", seed=0)
 
     def batches(self, seed: int, count: int) -> list[dict[str, Any]]:
         stream = data.make_batches(self.pipe, batch_size=self.settings.batch_size, seed=1000 + seed)
@@ -136,6 +152,10 @@ class Bench:
                     raise
                 plan = detect(stats, method=method, target=cell.share, **{**options, "selection": "optimal"})
         extra: dict[str, Any] = {}
+        if cell.name == HALF:
+            extra["dead_tensors"] = False  # lossless, and what brings half the blocks to less than half the parameters
+        if cell.name == HYBRID:
+            extra["single_stream"] = plan.source[1][0]
         if cell.name.startswith("+"):
             extra["text_linear"] = [self._region(plan)]
             if cell.name != "+ text linear":
@@ -177,9 +197,14 @@ class Bench:
         elif cell.table == "ladder":
             config = DistillConfig(layers_steps=settings.steps, linear_weight=1.0, **common)
         else:
+            steps, more = settings.steps, {}
+            if cell.table == "goals":
+                steps = settings.goal_steps
+                more = {"checkpoint_dir": self._work(cell), "save_every_seconds": 60.0, "resume": "auto",
+                        "output_cache_batches": settings.goal_batches}
             first = settings.steps // 10
-            config = DistillConfig(layers_steps=first, output_steps=settings.steps - first, output_trainable="all",
-                                   muon_lr=0.0015, **common)
+            config = DistillConfig(layers_steps=first, output_steps=steps - first, output_trainable="all",
+                                   muon_lr=0.0015, **common, **more)
         distill(self.teacher, student, lambda start: self.training_batches(cell, start), config, progress=False)
         return time.monotonic() - started
 
@@ -188,22 +213,29 @@ class Bench:
         return data.make_batches(self.pipe, start_step=start, batch_size=settings.batch_size, seed=cell.seed,
                                  images=settings.images, prompt_dropout=0.1)
 
-    def judge(self, transformer, label: str) -> Result:
+    def _work(self, cell: Cell) -> Path:
+        """Checkpoints of a cell that trains for long; gone when it is done."""
+        return self.out / f"work-{Path(cell.file).stem}"
+
+    def judge(self, transformer, label: str, count: int) -> Result:
         self.pipe.register_modules(transformer=transformer)
+        prompts = world.sample_prompts(count, split="held_out", seed=0)
         try:
-            return evaluate(self.pipe, self.prompts, list(range(len(self.prompts))), steps=self.settings.sampling_steps,
+            return evaluate(self.pipe, prompts, list(range(count)), steps=self.settings.sampling_steps,
                             guidance=self.settings.guidance, label=label)
         finally:
             self.pipe.register_modules(transformer=self.teacher)
 
-    def teacher_result(self) -> Result:
-        file = self.out / "teacher.json"
+    def teacher_result(self, count: int) -> Result:
+        """That of the teacher on ``count`` prompts, drawn once."""
+        file = self.out / ("teacher.json" if count == self.settings.prompts else f"teacher-{count}.json")
         if not file.exists():
-            files.write_json(file, self.judge(self.teacher, "teacher").to_json())
+            files.write_json(file, self.judge(self.teacher, "teacher", count).to_json())
         return Result.from_json(files.read_json(file, what="teacher"), what="teacher")
 
     def run(self, cell: Cell) -> None:
-        started, teacher = time.monotonic(), self.teacher_result()
+        count = self.settings.goal_prompts if cell.table == "goals" else self.settings.prompts
+        started, teacher = time.monotonic(), self.teacher_result(count)
         plan = self.plan(cell)
         calibration = self.batches(cell.seed + 1, self.settings.calibration)
         student = prune(self.teacher, plan, batches=None if plan.is_stock else calibration)
@@ -217,102 +249,33 @@ class Bench:
             row["subsets"] = []
             for subset in fallback_order(student, judged[:2]):
                 student.set_active(subset.active)
-                result = self.judge(student, f"{len(subset.active)} active")
+                result = self.judge(student, f"{len(subset.active)} active", count)
                 row["subsets"].append({**asdict(subset), "result": result.to_json(),
                                        "loss": asdict(relative_loss(teacher, result))})
         else:
-            result = self.judge(student, cell.name)
+            result = self.judge(student, cell.name, count)
             row |= {"result": result.to_json(), "loss": asdict(relative_loss(teacher, result))}
         files.write_json(self.out / "cells" / cell.file, {**row, "seconds": time.monotonic() - started})
-
-
-def table(out: Path) -> str:
-    """Markdown of every cell that is there: mean over seeds, and its 95 % interval where there are several."""
-    rows: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for file in sorted((out / "cells").glob("*.json")):
-        row = files.read_json(file, what="cell")
-        rows.setdefault((row["cell"]["table"], row["cell"]["name"], row["cell"]["share"]), []).append(row)
-    lines: list[str] = []
-    for title in ("methods", "ladder"):
-        found = {key: value for key, value in rows.items() if key[0] == title}
-        if found:
-            lines += [f"**{title}**", "", "| | layers removed | parameters | prompts met | relative loss (95 %) | "
-                      "velocity error | seeds |", "|---|---|---|---|---|---|---|"]
-        order = list(METHODS) if title == "methods" else list(LADDER)
-        for (_, name, share), group in sorted(found.items(), key=lambda item: (item[0][2], order.index(item[0][1]))):
-            met = [row["result"]["overall"] for row in group]
-            lines.append(f"| {name} | {100 * share:.0f} % | {group[0]['parameters']:,} | {100 * np.mean(met):.1f} % | "
-                         f"{_loss(group)} | {np.mean([row['velocity_error'] for row in group]):.4f} | {len(group)} |")
-        lines.append("")
-    for (title, name, _), group in rows.items():
-        if title == "subsets":
-            lines += [f"**pluggable subsets, {name}, seed {group[0]['cell']['seed']}**", "",
-                      "| intervals pruned | parameters | prompts met | output error |", "|---|---|---|---|"]
-            lines += [f"| {len(s['active'])} | {s['parameters']:,} | {100 * s['result']['overall']:.1f} % | "
-                      f"{s['error']:.4f} |" for s in group[0]["subsets"]]
-    return "\n".join(lines)
-
-
-def _loss(group: list[dict[str, Any]]) -> str:
-    """Over seeds the spread of the seeds, with one seed that of the prompts."""
-    losses = [row["loss"]["value"] for row in group]
-    if None in losses or group[0]["loss"]["low"] is None:
-        return "undefined"  # the teacher meets nothing
-    if len(group) == 1:
-        low, high = group[0]["loss"]["low"], group[0]["loss"]["high"]
-    else:
-        half = 1.96 * np.std(losses, ddof=1) / len(losses) ** 0.5
-        low, high = np.mean(losses) - half, np.mean(losses) + half
-    return f"{100 * np.mean(losses):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def curves(out: Path, path: Path) -> None:
-    """Prompts met against parameters: one line a method, and the subsets."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    found = [files.read_json(file, what="cell") for file in sorted((out / "cells").glob("*.json"))]
-    for method in METHODS:
-        points: dict[int, list[float]] = {}
-        for row in found:
-            if row["cell"]["table"] == "methods" and row["cell"]["name"] == method:
-                points.setdefault(row["parameters"], []).append(100 * row["result"]["overall"])
-        if points:
-            axes.plot([size / 1e6 for size in sorted(points)], [np.mean(points[size]) for size in sorted(points)],
-                      marker="o", label=method)
-    for row in found:
-        if row["cell"]["table"] == "subsets":
-            axes.plot([s["parameters"] / 1e6 for s in row["subsets"]],
-                      [100 * s["result"]["overall"] for s in row["subsets"]], "k--", marker="s", label="ppcl, subsets")
-    axes.set_xlabel("transformer parameters, millions")
-    axes.set_ylabel("prompts met, % (mean over categories)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        files.remove_directory(self._work(cell))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the cells, made or continued")
-    parser.add_argument("--only", choices=("methods", "ladder", "subsets"))
+    parser.add_argument("--only", choices=tuple(quality_table.TITLES))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
     parser.add_argument("--hours", type=float, help="start no cell after this time")
     parser.add_argument("--shard", default="0/1", help="I/N: only every Nth cell from the Ith on (default: 0/1)")
     parser.add_argument("--quick", action="store_true", help="a few steps and prompts: whether it runs, no quality")
     parser.add_argument("--table", action="store_true", help="print what is there, write curves.png, run nothing")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="the same, and write the figures to FILE")
     parser.add_argument("--teacher", type=Path, default=ASSETS, help="a demo pipeline (default: the committed one)")
     args = parser.parse_args(argv)
     started = time.monotonic()
     try:
-        if not args.table:
-            settings = Settings(steps=6, batch_size=4, images=64, calibration=4, prompts=14, sampling_steps=2,
-                                mask_steps=4) \
-                if args.quick else Settings()
+        if not args.table and args.summary is None:
+            settings = QUICK if args.quick else Settings()
             bench = Bench(args.out, settings, args.teacher)
             shard, of = (int(part) for part in args.shard.split("/"))
             wanted = list(cells(args.only, [int(seed) for seed in args.seeds.split(",")]))[shard::of]
@@ -325,8 +288,11 @@ def main(argv: list[str] | None = None) -> int:
                     break
                 bench.run(cell)
                 print(f"{number + 1}/{len(todo)}  {cell.file}", flush=True)
-        print(table(args.out))
-        curves(args.out, args.out / "curves.png")
+        found = quality_table.summarise(args.out)
+        if args.summary is not None:
+            files.write_json(args.summary, found)
+        print(quality_table.markdown(found, NAMES))
+        quality_table.curves(found, args.out / "curves.png", METHODS)
     except (UserError, ValueError, OSError) as error:
         parser.exit(2, f"quality: error: {error}\n")
     return 0
