@@ -7,6 +7,7 @@ In between every shard has a JSON file of its own, so a build that was stopped g
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
         if index["made_of"] != made_of:
             raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out})")
         if index["complete"]:
+            _remove_parts(out)
             return index
         for part in _parts(out):
             for name in ("shards", "samples", "skipped"):
@@ -116,8 +118,7 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
     flush(read)
     index["complete"] = True
     files.write_json(out / INDEX, index)
-    for file in out.glob("shard-*.json"):
-        file.unlink()
+    _remove_parts(out)
     if not index["samples"]:
         raise UserError(f"data: expected at least one captioned image that can be read, got none of {read} (the first: "
                         f"{index['skipped'][0]['key']}: {index['skipped'][0]['reason']})")
@@ -135,6 +136,13 @@ def _parts(out: Path) -> Iterator[dict[str, Any]]:
             raise FormatError(f"data: expected the entries of a shard in {file}, got something else")
         _require_entries(part, file)
         yield part
+
+
+def _remove_parts(out: Path) -> None:
+    """The shards' own files, which nobody reads once the index is complete; a build that was killed has left some."""
+    for file in out.glob("shard-*.json"):
+        with contextlib.suppress(OSError):  # a cache may lie where nothing can be written
+            file.unlink()
 
 
 def read_index(path: str | os.PathLike) -> dict[str, Any]:

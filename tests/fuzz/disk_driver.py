@@ -17,12 +17,15 @@ import traceback
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import pydit.cli.distill
 import pydit.cli.model
 import pydit.cli.options
 from pydit import files
 from pydit.cli import main
+from pydit.data import build_cache
+from pydit.data.cache import read_index
 from pydit.distill import checkpoint
 from pydit.errors import FormatError
 from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
@@ -43,7 +46,8 @@ def pipeline(path, name):
 def commands(folder):
     """command -> (what runs it, what prepares an earlier output); the output is ``folder/work/out``."""
     teacher, work = folder / "teacher", folder / "work"
-    before, after, stats = folder / "before.json", folder / "after.json", folder / "stats.safetensors"
+    before, after, further = folder / "before.json", folder / "after.json", folder / "further.json"
+    stats = folder / "stats.safetensors"
     out = str(work / "out")
     return {
         "plan": (["plan", "--show", after, "--out", out], ["plan", "--show", before, "--out", out]),
@@ -52,7 +56,11 @@ def commands(folder):
         "analyze": (["analyze", teacher, *TRAIN, "--batches", 4, "--save-every", 2, "--tokens", 4, "--out", out],
                     lambda: shutil.copy(stats, out)),
         "distill": (["distill", teacher, folder / "student", *TRAIN, "--steps", 2, "--save-every", 1, "--out", out],
-                    ["prune", teacher, "--plan", before, "--out", out])}
+                    ["prune", teacher, "--plan", before, "--out", out]),
+        "then": (["distill", teacher, folder / "student", *TRAIN, "--steps", 1, "--then", f"{further}:1:1", "--save-every", 1,
+                  "--out", out], ["prune", teacher, "--plan", before, "--out", out]),
+        "images": (lambda: build_cache(pipeline(teacher, "teacher"), folder / "images", out, resolution=48, shard_size=2,
+                                       progress=False), lambda: None)}
 
 
 def prepare(folder):
@@ -62,6 +70,11 @@ def prepare(folder):
     build_untrained(folder / "teacher", num_layers=3)
     PruningPlan.from_intervals(3, [(0, 1)]).save(folder / "before.json")
     PruningPlan.from_intervals(3, [(1, 2)]).save(folder / "after.json")
+    PruningPlan.from_intervals(3, [(0, 2)]).save(folder / "further.json")
+    (folder / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (48, 48), (80 * number, 0, 0)).save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text("a red circle")
     (folder / "stats.safetensors").write_bytes(b"an earlier file of statistics")
     main(["prune", str(folder / "teacher"), "--plan", str(folder / "after.json"), "--out", str(folder / "student")])
 
@@ -149,10 +162,13 @@ def drive(shim, folder, name, share):
     before = state(work / "out")
     whole = attempt(shim, command, work, "count")
     after = state(work / "out")
-    states = {before: "before", after: "after", None: "none"}
+    states = {after: "after", before: "before"}
 
     def tell(found):
         found["state"] = states.get(state(work / "out"), "other")
+        if name == "images" and found["state"] == "other" and (not read_index(work / "out")["complete"]
+                                                               or list(work.glob("out/shard-*.json"))):
+            found["state"] = "unfinished"  # a cache is built in its place, a shard at a time
         found["left"] = sorted(path.name for path in work.iterdir() if path.name != "out")
         print(json.dumps(found | {"command": name}), flush=True)
 
