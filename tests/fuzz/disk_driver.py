@@ -105,6 +105,13 @@ def state(path):
     return hash((*sorted(metadata.items()), *((name, tensors[name].numpy().tobytes()) for name in sorted(tensors))))
 
 
+def unfinished(cache):
+    """Whether it is one that the next build finishes: it is built in its place, a shard at a time."""
+    if not (cache / "index.json").exists():
+        return files.is_unused(cache)
+    return not read_index(cache)["complete"] or bool(list(cache.glob("shard-*.json")))
+
+
 def checkpoint_problem(directory):
     """None, or why no checkpoint can be read although an index is there."""
     problems = []
@@ -166,9 +173,8 @@ def drive(shim, folder, name, share):
 
     def tell(found):
         found["state"] = states.get(state(work / "out"), "other")
-        if name == "images" and found["state"] == "other" and (not read_index(work / "out")["complete"]
-                                                               or list(work.glob("out/shard-*.json"))):
-            found["state"] = "unfinished"  # a cache is built in its place, a shard at a time
+        if name == "images" and found["state"] == "other" and unfinished(work / "out"):
+            found["state"] = "unfinished"
         found["left"] = sorted(path.name for path in work.iterdir() if path.name != "out")
         print(json.dumps(found | {"command": name}), flush=True)
 
