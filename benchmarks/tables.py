@@ -4,7 +4,8 @@
     python -m benchmarks.tables --write      brings the tables up to date
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table: NAME -->``; NAME is ``gpu`` (the newest run of
-each GPU), ``demo`` (the newest demo run) or ``work`` (what the cases of the registry move and compute).
+each GPU), ``demo`` (the newest demo run), ``quality`` (the same of benchmarks.quality) or ``work`` (what the cases of
+the registry move and compute).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import compare, machine, registry, table
+from benchmarks import compare, machine, quality, quality_table, registry, table
 from pydit.errors import UserError
 from pydit.files import read_json, write_text
 from pydit.plan import H200_FLOPS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "quality.md")
 H200_BYTES = 4.8e12  # per second, NVIDIA H200 SXM data sheet
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table: \2 -->)", re.S)
 
@@ -75,6 +76,14 @@ def demo_table(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def quality_tables(results: Path) -> str:
+    """Criteria side by side, PPCL's ladder, goals and subsets of the newest ``quality-*.json``."""
+    files = sorted(results.glob("quality-*.json"), key=lambda path: path.stem[-10:])
+    if not files:
+        return "Not measured yet.\n"
+    return quality_table.markdown(quality_table.load(files[-1]), quality.NAMES)
+
+
 def work_table(_results: Path) -> str:
     """Bytes, FLOPs and the floor by the data sheet of Qwen-Image's cases at batch 1."""
     lines = ["| op | shape | dtype | MB | GFLOP | FLOP per byte | floor, us |", "|---|---|---|---|---|---|---|"]
@@ -88,7 +97,7 @@ def work_table(_results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"gpu": gpu_table, "demo": demo_table, "work": work_table}
+TABLES = {"gpu": gpu_table, "demo": demo_table, "quality": quality_tables, "work": work_table}
 
 
 def render(text: str, results: Path) -> str:
@@ -106,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true", help="fail when a table differs from the results files")
     action.add_argument("--write", action="store_true", help="bring the tables up to date")
-    parser.add_argument("--readme", type=Path, help="one page alone (default: README.md and docs/kernels.md)")
+    parser.add_argument("--readme", type=Path, help="one page alone (default: all pages that have tables)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     differ = False

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import steps, tables
 from pydit.files import read_json
+from pydit.plan import PruningPlan
 
 README = "# x\n<!-- table: gpu -->\nold\n<!-- end of table: gpu -->\nbetween\n<!-- table: demo -->\n<!-- end of table: demo -->\n"
 
@@ -34,6 +35,23 @@ def place(tmp_path):
 
     call.path = tmp_path
     return call
+
+
+def test_the_newest_quality_run_is_shown(place):
+    """And a file of another format is refused by name."""
+    page, results = place.path / "README.md", place.path / "results"
+    page.write_text("<!-- table: quality -->\n<!-- end of table: quality -->\n")
+    assert place("--write") == 0 and "Not measured yet." in page.read_text()
+    for date, met in (("2026-11-26", 0.5), ("2026-11-25", 0.25)):
+        row = {"cell": {"table": "methods", "name": "ppcl", "share": 0.5, "seed": 0}, "parameters": 1000, "overall": met,
+               "plan": PruningPlan.from_intervals(16, [[2, 9]]).to_dict(), "velocity_error": 0.25,
+               "loss": {"value": 1 - met, "low": 0.25, "high": 0.75}}
+        (results / f"quality-cpu-{date}.json").write_text(json.dumps(
+            {"format": "pydit-quality", "version": 1, "rows": [row]}))
+    assert place("--write") == 0 and place("--check") == 0
+    assert "| ppcl | 7 (50 %) | 1,000 | 50.0 % | 50.0 % [25.0, 75.0] | 0.2500 | 1 |" in page.read_text()
+    (results / "quality-cpu-2026-11-27.json").write_text("{}")
+    assert place("--check") == 2
 
 
 def test_without_a_gpu_run_the_table_says_so(place):
