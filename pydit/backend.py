@@ -109,7 +109,36 @@ def default(device_type: str) -> str:
         return "sim" if mode == "sim" else "reference"
     module, _ = extension()
     built = device_type == "cuda" and module is not None and module.cuda_archs.strip(",")
-    return "cuda" if built and mode != "reference" else "reference"
+    if not built or mode == "reference":
+        return "reference"
+    # a process that has not begun to use its GPUs is left so: it may mean to fork
+    return "reference" if torch.cuda.is_initialized() and unusable(torch.cuda.current_device()) else "cuda"
+
+
+@functools.cache
+def unusable(device: int) -> str:
+    """Why the kernels that were built cannot run on the GPU of this index with its driver; "" where they can.
+
+    Machine code runs on GPUs of its major compute capability from its own minor on; any newer GPU takes the PTX of the
+    lowest one, which the driver compiles if it knows that version of PTX. The CUDA runtime inside the module needs a
+    driver of its own major version (CUDA compatibility guide). Where torch does not tell the driver's version, that
+    part is left to the launch.
+    """
+    module, _ = extension()
+    built, versions = sorted(map(int, module.cuda_archs.split(","))), module.cuda_version.split(".")
+    major, minor = torch.cuda.get_device_capability(device)
+    toolkit = 1000 * int(versions[0]) + 10 * int(versions[1])
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # 12040 is 12.4; private to torch
+    if 10 * major + minor < built[0]:
+        return f"the kernels are built for compute capability {built[0] / 10} and newer, this GPU has {major}.{minor}"
+    made, knows = f"CUDA {'.'.join(versions[:2])}", f"the driver knows CUDA {driver // 1000}.{driver % 1000 // 10}"
+    if driver and driver // 1000 < toolkit // 1000:
+        return (f"the kernels are built with {made}, {knows}: update it, or build with a toolkit of CUDA "
+                f"{driver // 1000}")
+    if not any(arch // 10 == major and arch % 10 <= minor for arch in built) and 0 < driver < toolkit:
+        return (f"the kernels are built without machine code for compute capability {major}.{minor} and as PTX of "
+                f"{made}, {knows}: update it, or build with PYDIT_CUDA_ARCHS={major}{minor}")
+    return ""
 
 
 def choose(op: str, tensor: torch.Tensor) -> Path:
@@ -131,6 +160,8 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
         elif kernels is None:
             path = Path(None, "reference",
                         f"pydit._C could not be imported: {error}" if module is None else "built without nvcc")
+        elif problem := unusable(tensor.get_device()):
+            path = Path(None, "reference", problem)
         else:
             path = Path(kernels, "cuda", NOT_MEASURED)
     elif mode == "sim":

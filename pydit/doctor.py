@@ -147,11 +147,32 @@ def _extension() -> Check:
 
 
 def _cuda_kernels() -> Check:
-    archs = _backend_info().get("cuda_archs") or []
+    info = _backend_info()
+    archs = info.get("cuda_archs") or []
     if archs:
-        return Check("Speed", "CUDA kernels", "ok", "built for compute capability " + ", ".join(archs))
+        found = f"built for compute capability {', '.join(archs)} with CUDA {info['cuda_version']}"
+        problems = _unusable()
+        if problems:
+            return Check("Speed", "CUDA kernels", "problem", found, "; ".join(problems)
+                         + "; until then every op runs plain torch there")
+        return Check("Speed", "CUDA kernels", "ok", found)
     return Check("Speed", "CUDA kernels", "missing", "not built",
                  "on a GPU every op runs plain torch; to build them install the CUDA toolkit (nvcc), then pydit again")
+
+
+def _unusable() -> list[str]:
+    """Of every GPU on which the kernels cannot run: which, and why."""
+    try:
+        import torch
+
+        from pydit import backend
+
+        if not torch.cuda.is_available():
+            return []
+        reasons = {index: backend.unusable(index) for index in range(torch.cuda.device_count())}
+    except Exception:  # torch missing or broken: another line says so
+        return []
+    return [f"GPU {index}: {reason}" for index, reason in reasons.items() if reason]
 
 
 def _gpu() -> list[Check]:
