@@ -24,7 +24,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     out = capsys.readouterr().out
     assert "8 cells of 6 steps and 14 prompts, 7 to do; about" in out
     assert "| ppcl, sequential | 8 (50 %) | 2,743,456 |" in out and "| random | 8 (50 %) | 2,743,456 |" in out
-    assert f"| {quality.HALF} | 8 (50 %) | 2,613,344 |" in out and f"| {quality.HYBRID} | 8 (50 %) | 1,571,712 |" in out
+    assert f"| {quality.HALF} | 8 (50 %) | 2,613,344 |" in out and f"| {quality.HYBRID} | 10 (62 %) | 1,571,712 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {p.name: json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()}
     tuned = PruningPlan.from_dict(rows["ladder---fine-tuning-0.5-0.json"]["plan"])
