@@ -83,8 +83,12 @@ class ActivationStats:
         """Add to the moments: per stream, L + 1 tensors [n, C], the same tokens at every boundary."""
         for stream, states in rows.items():
             self._check(stream, states)
-            for moments, x, y in zip(self.moments[stream], states[:-1], states[1:], strict=True):
-                moments.update(x, y)
+            for layer in range(self.num_layers):
+                self.add_probe_layer(layer, stream, states[layer], states[layer + 1])
+
+    def add_probe_layer(self, layer: int, stream: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The same of one block alone: its input x and its output y [n, C]. A batch counts when all blocks have it."""
+        self.moments[stream][layer].update(x, y)
 
     def add_sample(self, rows: Mapping[str, torch.Tensor], ids: Mapping[str, torch.Tensor]) -> None:
         """Add one sample batch: per stream [L + 1, n, C] features and [n] image numbers within this batch's images."""

@@ -13,7 +13,8 @@ from pydit.analysis.ablation import ablate
 from pydit.analysis.activations import ActivationStats
 from pydit.errors import UserError
 from pydit.families import FAMILIES
-from pydit.models import get_adapter
+from pydit.models import ModelAdapter, get_adapter
+from pydit.models.adapter import STREAMS
 
 
 def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
@@ -74,29 +75,18 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
     first = stats.batches_seen
     rest = itertools.islice(batches, None if max_batches is None else max(max_batches - first, 0))
     for index, batch in enumerate(_bar(rest, max_batches, progress, first), first):
-        capture = adapter.capture(transformer, batch, range(layers + 1))
-        states = [capture.states[k] for k in range(layers + 1)]
-        images, mask = states[0][0].shape[0], adapter.text_mask(capture.kwargs)
-        tokens = {"image": _tokens(states[0][0], None), "text": _tokens(states[0][1], mask)}
-        is_sample = _samples(index + 1, sample_fraction) > _samples(index, sample_fraction)
-        if is_sample:
+        if _samples(index + 1, sample_fraction) > _samples(index, sample_fraction):
             # One generator per batch: the choice does not depend on how many batches came before on this machine.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            tokens = {stream: kept[torch.randperm(len(kept), generator=generator)[:tokens_per_batch]].sort().values
-                      for stream, kept in tokens.items()}
-        rows = {stream: [state[which].flatten(0, 1)[tokens[stream].to(state[which].device)] for state in states]
-                for which, stream in enumerate(("image", "text"))}
-        if directions is not None:
-            rows = {stream: [state.float() @ directions for state in states] for stream, states in rows.items()}
-        if is_sample:
-            stats.add_sample({stream: torch.stack(states) for stream, states in rows.items()},
-                             {"image": tokens["image"] // states[0][0].shape[1],
-                              "text": tokens["text"] // max(states[0][1].shape[1], 1)})
+            seen = _Batch(adapter, stats, directions, keep=tokens_per_batch, generator=generator)
+        else:
+            seen = _Batch(adapter, stats, directions)
+        adapter.capture(transformer, batch, range(layers + 1), seen.visit)
+        if seen.keep is not None:
+            stats.add_sample({stream: torch.stack(states) for stream, states in seen.rows.items()}, seen.owners)
             if with_ablation:
                 stats.add_ablation(ablate(transformer, [batch]))
-        else:
-            stats.add_probe_rows(rows)
-        stats.images_seen += images
+        stats.images_seen += seen.images
         stats.batches_seen = index + 1
         if on_batch is not None:
             on_batch(stats)
@@ -105,6 +95,43 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         raise UserError("batches: expected enough for both probes and samples, "
                         f"got {stats.batches_seen - samples} probe and {samples} sample batches")
     return stats
+
+
+class _Batch:
+    """One forward, boundary by boundary: a sample keeps ``keep`` tokens of each, a probe batch (None) all of two.
+
+    So a batch takes the memory of its samples or of two boundaries, not of L + 1.
+    """
+
+    def __init__(self, adapter: ModelAdapter, stats: ActivationStats, directions: torch.Tensor | None, *,
+                 keep: int | None = None, generator: torch.Generator | None = None) -> None:
+        self.adapter, self.stats, self.directions = adapter, stats, directions
+        self.keep, self.generator = keep, generator
+        self.images = 0
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.owners: dict[str, torch.Tensor] = {}  # which image of the batch a kept token belongs to
+        self.rows: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
+
+    def visit(self, boundary: int, streams: tuple[torch.Tensor, torch.Tensor], kwargs: dict[str, Any]) -> None:
+        if boundary == 0:
+            self._choose(dict(zip(STREAMS, streams, strict=True)), self.adapter.text_mask(kwargs))
+        for stream, state in zip(STREAMS, streams, strict=True):
+            rows = state.flatten(0, 1)[self.tokens[stream].to(state.device)]
+            if self.directions is not None:
+                rows = rows.float() @ self.directions
+            seen = self.rows[stream]
+            seen.append(rows)
+            if self.keep is None and boundary > 0:
+                self.stats.add_probe_layer(boundary - 1, stream, *seen)
+                del seen[0]
+
+    def _choose(self, streams: dict[str, torch.Tensor], mask: torch.Tensor | None) -> None:
+        self.images = streams["image"].shape[0]
+        for stream, state in streams.items():
+            tokens = _tokens(state, mask if stream == "text" else None)
+            if self.keep is not None:
+                tokens = tokens[torch.randperm(len(tokens), generator=self.generator)[:self.keep]].sort().values
+            self.tokens[stream], self.owners[stream] = tokens, tokens // max(state.shape[1], 1)
 
 
 def _samples(batches: int, fraction: float) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,9 @@ class Capture(NamedTuple):
 
     states: dict[int, tuple[torch.Tensor, torch.Tensor]]
     kwargs: dict[str, Any]
+
+
+Visit = Callable[[int, tuple[torch.Tensor, torch.Tensor], dict[str, Any]], None]
 
 
 class _Stop(Exception):
@@ -195,7 +198,8 @@ class ModelAdapter(ABC):
         """
         return self._streams(block(**{self.block_io.image: image, self.block_io.text: text}, **kwargs), text)
 
-    def capture(self, transformer: nn.Module, batch: Mapping[str, Any], boundaries: Iterable[int]) -> Capture:
+    def capture(self, transformer: nn.Module, batch: Mapping[str, Any], boundaries: Iterable[int],
+                visit: Visit | None = None) -> Capture:
         """Run ``transformer`` on a batch under no_grad and return its streams at the requested boundaries.
 
         Parameters
@@ -203,6 +207,8 @@ class ModelAdapter(ABC):
         transformer : the model; its weights, mode and hooks are left as they are.
         batch : keyword arguments of ``transformer.forward``.
         boundaries : numbers in 0..L. The forward ends after the last of them.
+        visit : called with each boundary, its (image, text) and the other arguments of a block as the forward gets
+            there, instead of keeping all of them until its end.
 
         Returns
         -------
@@ -223,17 +229,25 @@ class ModelAdapter(ABC):
         states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         kwargs: dict[str, Any] = {}
 
+        def see(k: int, image: torch.Tensor, text: torch.Tensor) -> None:
+            if visit is None:
+                states[k] = image, text
+            else:
+                visit(k, (image, text), kwargs)
+
         def enter(k: int, args: tuple, given: dict[str, Any]) -> None:
             named = {**dict(zip(self.block_io.inputs, args, strict=False)), **given}
-            states[k] = named.pop(self.block_io.image), named.pop(self.block_io.text)
+            streams = named.pop(self.block_io.image), named.pop(self.block_io.text)
             if not kwargs:
                 kwargs.update(named)
+            if k in wanted:
+                see(k, *streams)
             if k == wanted[-1]:
                 raise _Stop
 
         def leave(args: tuple, given: dict[str, Any], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
             named = {**dict(zip(self.block_io.inputs, args, strict=False)), **given}
-            states[len(blocks)] = self._streams(outputs, named[self.block_io.text])
+            see(len(blocks), *self._streams(outputs, named[self.block_io.text]))
             raise _Stop
 
         handles = []
@@ -254,7 +268,7 @@ class ModelAdapter(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        return Capture({k: states[k] for k in wanted}, kwargs)
+        return Capture(states, kwargs)
 
     def _streams(self, outputs: tuple[torch.Tensor, torch.Tensor | None], text: torch.Tensor
                  ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Collected statistics against states captured by hand; saving, merging, padding, seeds."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def test_moments_see_every_real_token_of_the_probe_batches(model):
             assert torch.allclose(got.m_xy, expected.m_xy)
     assert stats.moments["image"][0].count == 3 * 4 * 16
     assert stats.images_seen == 24 and not stats.last_text_used
+
+
+def test_a_batch_holds_two_boundaries_at_a_time():
+    """Not those of all blocks: for Qwen-Image at 1328 x 1328 they would be 2.8 GB."""
+    model, alive, most = tiny.transformer(8), [], []
+
+    def left(_block, _inputs, outputs):
+        alive.append(weakref.ref(outputs[1]))
+        most.append(sum(reference() is not None for reference in alive))
+
+    handles = [block.register_forward_hook(left) for block in model.transformer_blocks]
+    stats = collect(model, batches(4), tokens_per_batch=4, progress=False)
+    for handle in handles:
+        handle.remove()
+    assert len(most) == 4 * 8 and max(most) <= 3  # the block's input and output, and the one just moved on
+    assert all(len(sample) == 9 for sample in stats.samples["image"])
 
 
 def test_samples_are_the_same_real_tokens_at_every_boundary(model):
