@@ -7,6 +7,7 @@
 //   ptx_tma.cuh     bulk copies between global and shared memory through a tensor map (tensor_map.h makes one)
 //   ptx_wgmma.cuh   wgmma and its shared-memory descriptors
 //   ptx_math.cuh    exponentials of the special function units
+//   ptx_global.cuh  wide stores to global memory
 //   ptx_atomic.cuh  acquire and release accesses for semaphores between blocks, vector atomics
 //
 // sm_80 has cp.async, named barriers, ldmatrix, mma.sync and the scalar accesses of ptx_atomic.cuh; the rest needs
@@ -16,6 +17,7 @@
 #include "device/ptx_async.cuh"
 #include "device/ptx_atomic.cuh"
 #include "device/ptx_cluster.cuh"
+#include "device/ptx_global.cuh"
 #include "device/ptx_math.cuh"
 #include "device/ptx_mma.cuh"
 #include "device/ptx_tma.cuh"

@@ -1,7 +1,10 @@
 // Vector I/O: kWidth neighbouring elements move as one access and are worked on as fp32.
 #pragma once
 
+#include <cstring>
+
 #include "device/platform.cuh"
+#include "device/ptx_global.cuh"
 
 namespace pydit::PYDIT_BACKEND {
 
@@ -50,7 +53,17 @@ struct alignas(sizeof(T) * kWidth) Pack {
   __device__ __forceinline__ void set(int i, float x) { value[i] = from_float<T>(x); }
 
   static __device__ __forceinline__ Pack load(const T* pointer) { return *reinterpret_cast<const Pack*>(pointer); }
-  __device__ __forceinline__ void store(T* pointer) const { *reinterpret_cast<Pack*>(pointer) = *this; }
+
+  // To global memory.
+  __device__ __forceinline__ void store(T* pointer) const {
+    if constexpr (sizeof(T) * kWidth == 16) {
+      uint4 whole;
+      memcpy(&whole, value, sizeof whole);
+      store_global_16(pointer, whole);
+    } else {
+      *reinterpret_cast<Pack*>(pointer) = *this;
+    }
+  }
 };
 
 }  // namespace pydit::PYDIT_BACKEND

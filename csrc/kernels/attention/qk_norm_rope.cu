@@ -5,9 +5,12 @@
 //   out[2i + 1] = n[2i] * sin[s, i] + n[2i + 1] * cos[s, i]
 //
 // Bound by memory: q and k are read and written once. A head vector is held by a group of kLanes lanes (D = 128 in
-// bf16: 16 lanes of 16 bytes), so its sum of squares is a few shuffles. A block takes one or more tokens; the groups
-// of a token walk over its 2H head vectors (q heads, then k heads), so the token's cos and sin are read once per
-// thread. Every thread keeps taking part in the shuffles, with or without a vector of its own.
+// bf16: 16 lanes of 16 bytes), so its sum of squares is a few shuffles. The groups of a token walk over its 2H head
+// vectors (q heads, then k heads), so the token's cos and sin are read once per thread. Every thread keeps taking part
+// in the shuffles, with or without a vector of its own.
+//
+// Arithmetic is not free here. At 4.8 TB/s the 7401 tokens of Qwen-Image in bf16 take 39 us, 68,000 to 77,000 cycles. A
+// step of a walk is 116 instructions, its beginning 190: 50,000 cycles if every scheduler issues in each.
 //
 // joint_qk_norm_rope does both streams of a block in one launch: the first blocks take the image's tokens, the rest the
 // text's, which alone would not fill the GPU.
@@ -24,6 +27,7 @@ namespace pydit::PYDIT_BACKEND {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kTokens = 2;  // of a block: fewer and longer walks, as a thread's beginning costs as much as two vectors
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kMaxGridY = 65535;
 
@@ -32,8 +36,6 @@ __device__ __forceinline__ T* head_vector(const pydit_heads& t, int64_t b, int64
   return static_cast<T*>(t.data) + b * t.stride_b + s * t.stride_s + h * t.stride_h;
 }
 
-// Lane l of a group holds the kWidth elements from (i * kLanes + l) * kWidth for i < kVectors; kWidth is even, so a
-// pair never crosses lanes. kWide: whole 16-byte accesses; otherwise element by element.
 // One or two streams that share all but tensors and tokens; the first has `first_blocks` blocks.
 template <int kStreams>
 struct Streams {
@@ -41,98 +43,142 @@ struct Streams {
   unsigned first_blocks;
 };
 
-template <typename T, int kWidth, int kLanes, int kVectors, bool kWide, int kStreams>
-__global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(const __grid_constant__ Streams<kStreams> streams) {
-  const bool second = kStreams == 2 && blockIdx.x >= streams.first_blocks;
-  const pydit_qk_norm_rope_params& p = streams.stream[second ? kStreams - 1 : 0];
-  using Vec = Pack<T, kWide ? kWidth : 1>;
-  constexpr int kGroups = kThreads / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const int group = threadIdx.x / kLanes;
-  const int vectors_per_token = 2 * p.heads;
-  const int groups_per_token = vectors_per_token < kGroups ? vectors_per_token : kGroups;
-  const int tokens_per_block = kGroups / groups_per_token;
-  const int token_in_block = group / groups_per_token;
-  const unsigned block = second ? blockIdx.x - streams.first_blocks : blockIdx.x;
-  const int64_t s = static_cast<int64_t>(block) * tokens_per_block + token_in_block;
-  const int64_t b = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  const bool has_token = token_in_block < tokens_per_block && s < p.tokens && b < p.batch;
+__device__ __forceinline__ uint32_t word_of(float, float x) { return __float_as_uint(x); }
+template <typename T>
+__device__ __forceinline__ uint32_t word_of(T, float x) {
+  return pack<T>(x, x);
+}
 
-  float cosine[kVectors][kWidth / 2], sine[kVectors][kWidth / 2];
+// kWidth elements on their way, as words: halves kept one by one would be taken apart and put together all the time.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Words {
+  static constexpr int kCount = sizeof(T) * kWidth / 4;
+  uint32_t word[kCount];
+
+  // Those at `source`, where `inside`; else all are `other`.
+  template <bool kWide>
+  __device__ __forceinline__ void load(const T* source, bool inside, float other) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
+    for (int j = 0; j < kCount; ++j) word[j] = word_of(T{}, other);
+    if (!inside) return;
+    if constexpr (kWide) {
+      *this = *reinterpret_cast<const Words*>(source);
+    } else {
+      Pack<T, kWidth> part;
 #pragma unroll
-    for (int j = 0; j < kWidth / 2; ++j) {
-      const int pair = ((i * kLanes + lane) * kWidth) / 2 + j;
-      const bool rotate = p.cos != nullptr && has_token && 2 * pair < p.head_dim;
-      cosine[i][j] = rotate ? p.cos[s * (p.head_dim / 2) + pair] : 1.f;
-      sine[i][j] = rotate ? p.sin[s * (p.head_dim / 2) + pair] : 0.f;
+      for (int j = 0; j < kWidth; ++j) part.value[j] = source[j];
+      memcpy(this, &part, sizeof part);
     }
   }
 
-  // The trip count is the same for all threads, so that all meet in the shuffles.
-  for (int first = 0; first < vectors_per_token; first += groups_per_token) {
-    const int vector = first + group % groups_per_token;
-    const bool active = has_token && vector < vectors_per_token;
-    const bool is_q = vector < p.heads;
-    const int head = is_q ? vector : vector - p.heads;
+  __device__ __forceinline__ Pack<T, kWidth> unpack() const {
+    Pack<T, kWidth> part;
+    memcpy(&part, this, sizeof part);
+    return part;
+  }
+};
 
-    float value[kVectors][kWidth];
+// Lane l of a group holds the kWidth elements from (i * kLanes + l) * kWidth for i < kVectors; kWidth is even, so a
+// pair never crosses lanes. kWide: whole 16-byte accesses and all lanes in use; otherwise element by element.
+//
+// A group has the next head vector on its way while it works on one: with one load at a time in flight per thread the
+// memory would wait for the arithmetic.
+template <typename T, int kWidth, int kLanes, int kVectors, bool kWide, int kStreams>
+__global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
+    qk_norm_rope_kernel(const __grid_constant__ Streams<kStreams> streams) {
+  const bool second = kStreams == 2 && blockIdx.x >= streams.first_blocks;
+  const pydit_qk_norm_rope_params& p = streams.stream[second ? kStreams - 1 : 0];
+  using Vec = Pack<T, kWidth>;
+  constexpr int kGroups = kThreads / kLanes / kTokens;  // of a token
+  const int head_dim = kWide ? kLanes * kWidth * kVectors : p.head_dim;
+  const int lane = threadIdx.x % kLanes;
+  const int group = threadIdx.x / kLanes;
+  const int vectors_per_token = 2 * p.heads;
+  const unsigned block = second ? blockIdx.x - streams.first_blocks : blockIdx.x;
+  const int64_t s = static_cast<int64_t>(block) * kTokens + group / kGroups;
+  const int64_t b = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  static_assert(kGroups * kLanes % 32 == 0, "a warp has one token");
+  if (s >= p.tokens || b >= p.batch) return;
+
+  Words<float, kWidth / 2> cosine[kVectors], sine[kVectors];
+  bool exists[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int d = (i * kLanes + lane) * kWidth;
+    exists[i] = kWide || d < head_dim;
+    const bool rotate = p.cos != nullptr && exists[i];
+    const int64_t angle = s * (head_dim / 2) + d / 2;
+    cosine[i].template load<kWide>(p.cos + angle, rotate, 1.f);
+    sine[i].template load<kWide>(p.sin + angle, rotate, 0.f);
+  }
+
+  int vector = group % kGroups;  // heads of q, then heads of k
+  const T* source;
+  T* out;
+  int64_t in_step, out_step;
+  Words<T, kWidth> next[kVectors], weight[kVectors];
+  const auto enter = [&](bool is_q) {
+    const pydit_heads &in = is_q ? p.q : p.k, &to = is_q ? p.q_out : p.k_out;
+    const int head = is_q ? vector : vector - p.heads;
+    source = head_vector<T>(in, b, s, head) + lane * kWidth, in_step = kGroups * in.stride_h;
+    out = head_vector<T>(to, b, s, head) + lane * kWidth, out_step = kGroups * to.stride_h;
+    const T* of_side = static_cast<const T*>(is_q ? p.q_weight : p.k_weight) + lane * kWidth;
+    const bool given = (is_q ? p.q_weight : p.k_weight) != nullptr;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      weight[i].template load<kWide>(of_side + i * kLanes * kWidth, exists[i] && given, 1.f);
+  };
+  const auto fetch = [&] {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      next[i].template load<kWide>(source + i * kLanes * kWidth, exists[i] && vector < vectors_per_token, 0.f);
+  };
+
+  enter(vector < p.heads);
+  fetch();
+  // The trip count is the same for all threads, so that all meet in the shuffles.
+  for (int first = 0; first < vectors_per_token; first += kGroups) {
+    float value[kVectors][kWidth], factor[kVectors][kWidth];
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int d = (i * kLanes + lane) * kWidth;
-      const bool inside = active && d < p.head_dim;
-      const T* source = inside ? head_vector<T>(is_q ? p.q : p.k, b, s, head) + d : nullptr;
-      if constexpr (kWide) {
-        Vec packed = {};
-        if (inside) packed = Vec::load(source);
+      const Vec arrived = next[i].unpack(), of_head = weight[i].unpack();
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) value[i][j] = inside ? packed[j] : 0.f;
-      } else {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) value[i][j] = inside ? to_float(source[j]) : 0.f;
+      for (int j = 0; j < kWidth; ++j) {
+        value[i][j] = arrived[j], factor[i][j] = of_head[j];
+        squares = fmaf(value[i][j], value[i][j], squares);
       }
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) squares = fmaf(value[i][j], value[i][j], squares);
     }
-    const float mean_square = lane_group_sum<kLanes>(squares) / static_cast<float>(p.head_dim);
+    T* const place = out;
+    const bool active = vector < vectors_per_token;
+    if (first + kGroups < vectors_per_token) {
+      const bool leaves_q = vector < p.heads && vector + kGroups >= p.heads;
+      vector += kGroups;
+      if (leaves_q)
+        enter(false);
+      else
+        source += in_step, out += out_step;
+      fetch();
+    }
+    const float mean_square = lane_group_sum<kLanes>(squares) / static_cast<float>(head_dim);
     const float rrms = rsqrtf(mean_square + p.eps);
-
     if (!active) continue;
-    const T* weight = static_cast<const T*>(is_q ? p.q_weight : p.k_weight);
-    T* out = head_vector<T>(is_q ? p.q_out : p.k_out, b, s, head);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int d = (i * kLanes + lane) * kWidth;
-      if (d >= p.head_dim) continue;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) value[i][j] *= rrms;
-      if (weight != nullptr) {
-        if constexpr (kWide) {
-          const Vec w = Vec::load(weight + d);
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) value[i][j] *= w[j];
-        } else {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) value[i][j] *= to_float(weight[d + j]);
-        }
-      }
-      float rotated[kWidth];
+      if (!exists[i]) continue;
+      const auto c = cosine[i].unpack(), s = sine[i].unpack();
+      Vec rotated;
 #pragma unroll
       for (int j = 0; j < kWidth; j += 2) {
-        const float even = value[i][j], odd = value[i][j + 1];
-        rotated[j] = even * cosine[i][j / 2] - odd * sine[i][j / 2];
-        rotated[j + 1] = even * sine[i][j / 2] + odd * cosine[i][j / 2];
+        const float even = value[i][j] * rrms * factor[i][j], odd = value[i][j + 1] * rrms * factor[i][j + 1];
+        rotated.set(j, even * c[j / 2] - odd * s[j / 2]);
+        rotated.set(j + 1, even * s[j / 2] + odd * c[j / 2]);
       }
       if constexpr (kWide) {
-        Vec packed;
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) packed.set(j, rotated[j]);
-        packed.store(out + d);
+        rotated.store(place + i * kLanes * kWidth);
       } else {
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) out[d + j] = from_float<T>(rotated[j]);
+        for (int j = 0; j < kWidth; ++j) place[i * kLanes * kWidth + j] = rotated.value[j];
       }
     }
   }
@@ -153,14 +199,11 @@ void name_tensors(const pydit_qk_norm_rope_params& p) {
 
 template <typename T, int kWidth, int kLanes, int kVectors, bool kWide, int kStreams>
 int launch_groups(const char* op, Streams<kStreams> streams) {
-  constexpr int kGroups = kThreads / kLanes;
   const pydit_qk_norm_rope_params& first = streams.stream[0];
-  const int groups_per_token = 2 * first.heads < kGroups ? 2 * first.heads : kGroups;
-  const int tokens_per_block = kGroups / groups_per_token;
   unsigned blocks = 0;
   for (const pydit_qk_norm_rope_params& p : streams.stream) {
     if (&p == &first + 1) streams.first_blocks = blocks;
-    blocks += static_cast<unsigned>((p.tokens + tokens_per_block - 1) / tokens_per_block);
+    blocks += static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens);
     if (p.tokens > 0) name_tensors<T>(p);
   }
   const int64_t depth = (first.batch + kMaxGridY - 1) / kMaxGridY;
@@ -181,7 +224,8 @@ int launch(const char* op, const Streams<kStreams>& streams) {
   bool wide = true;
   for (const pydit_qk_norm_rope_params& p : streams.stream) {
     wide = wide && vectorizable<T>(p.q) && vectorizable<T>(p.k) && vectorizable<T>(p.q_out) &&
-           vectorizable<T>(p.k_out) && aligned16(p.q_weight) && aligned16(p.k_weight);
+           vectorizable<T>(p.k_out) && aligned16(p.q_weight) && aligned16(p.k_weight) && aligned16(p.cos) &&
+           aligned16(p.sin);
   }
   const int head_dim = streams.stream[0].head_dim;
   if (wide && head_dim == 32) return launch_groups<T, kWidth, 32 / kWidth, 1, true>(op, streams);
