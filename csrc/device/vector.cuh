@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "device/platform.cuh"
 #include "device/ptx_global.cuh"
@@ -43,6 +44,44 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
 
 template <typename T>
 constexpr int kElementsIn16Bytes = 16 / sizeof(T);
+
+// One half of a word as fp32.
+template <typename T, bool kHigh>
+__device__ __forceinline__ float half_of_word(uint32_t word) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __uint_as_float(kHigh ? word & 0xffff0000u : word << 16);
+  } else {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof word);
+    return kHigh ? __high2float(pair) : __low2float(pair);
+  }
+}
+
+// kWidth elements on their way, as words: kept one by one, halves of words would take a register each.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Words {
+  static constexpr int kCount = sizeof(T) * kWidth / 4;
+  uint32_t word[kCount];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(word[i]);
+    return i % 2 == 0 ? half_of_word<T, false>(word[i / 2]) : half_of_word<T, true>(word[i / 2]);
+  }
+
+  static __device__ __forceinline__ Words load(const T* pointer) { return *reinterpret_cast<const Words*>(pointer); }
+
+  static __device__ __forceinline__ Words all(float x) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (sizeof(T) == 4)
+        words.word[i] = __float_as_uint(x);
+      else
+        words.word[i] = pack<T>(x, x);
+    }
+    return words;
+  }
+};
 
 // kWidth elements in registers, loaded and stored as one access of up to 16 bytes.
 template <typename T, int kWidth>

@@ -43,40 +43,20 @@ struct Streams {
   unsigned first_blocks;
 };
 
-__device__ __forceinline__ uint32_t word_of(float, float x) { return __float_as_uint(x); }
-template <typename T>
-__device__ __forceinline__ uint32_t word_of(T, float x) {
-  return pack<T>(x, x);
-}
-
-// kWidth elements on their way, as words: halves kept one by one would be taken apart and put together all the time.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Words {
-  static constexpr int kCount = sizeof(T) * kWidth / 4;
-  uint32_t word[kCount];
-
-  // Those at `source`, where `inside`; else all are `other`.
-  template <bool kWide>
-  __device__ __forceinline__ void load(const T* source, bool inside, float other) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) word[j] = word_of(T{}, other);
-    if (!inside) return;
-    if constexpr (kWide) {
-      *this = *reinterpret_cast<const Words*>(source);
-    } else {
-      Pack<T, kWidth> part;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) part.value[j] = source[j];
-      memcpy(this, &part, sizeof part);
-    }
-  }
-
-  __device__ __forceinline__ Pack<T, kWidth> unpack() const {
+// Elements at `source`, where `inside`; else all are `other`.
+template <bool kWide, typename T, int kWidth>
+__device__ __forceinline__ void load_part(Words<T, kWidth>& to, const T* source, bool inside, float other) {
+  to = Words<T, kWidth>::all(other);
+  if (!inside) return;
+  if constexpr (kWide) {
+    to = Words<T, kWidth>::load(source);
+  } else {
     Pack<T, kWidth> part;
-    memcpy(&part, this, sizeof part);
-    return part;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) part.value[j] = source[j];
+    memcpy(&to, &part, sizeof part);
   }
-};
+}
 
 // Lane l of a group holds the kWidth elements from (i * kLanes + l) * kWidth for i < kVectors; kWidth is even, so a
 // pair never crosses lanes. kWide: whole 16-byte accesses and all lanes in use; otherwise element by element.
@@ -108,8 +88,8 @@ __global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
     exists[i] = kWide || d < head_dim;
     const bool rotate = p.cos != nullptr && exists[i];
     const int64_t angle = s * (head_dim / 2) + d / 2;
-    cosine[i].template load<kWide>(p.cos + angle, rotate, 1.f);
-    sine[i].template load<kWide>(p.sin + angle, rotate, 0.f);
+    load_part<kWide>(cosine[i], p.cos + angle, rotate, 1.f);
+    load_part<kWide>(sine[i], p.sin + angle, rotate, 0.f);
   }
 
   int vector = group % kGroups;  // heads of q, then heads of k
@@ -126,12 +106,12 @@ __global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
     const bool given = (is_q ? p.q_weight : p.k_weight) != nullptr;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      weight[i].template load<kWide>(of_side + i * kLanes * kWidth, exists[i] && given, 1.f);
+      load_part<kWide>(weight[i], of_side + i * kLanes * kWidth, exists[i] && given, 1.f);
   };
   const auto fetch = [&] {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      next[i].template load<kWide>(source + i * kLanes * kWidth, exists[i] && vector < vectors_per_token, 0.f);
+      load_part<kWide>(next[i], source + i * kLanes * kWidth, exists[i] && vector < vectors_per_token, 0.f);
   };
 
   enter(vector < p.heads);
@@ -142,10 +122,9 @@ __global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const Vec arrived = next[i].unpack(), of_head = weight[i].unpack();
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        value[i][j] = arrived[j], factor[i][j] = of_head[j];
+        value[i][j] = next[i][j], factor[i][j] = weight[i][j];
         squares = fmaf(value[i][j], value[i][j], squares);
       }
     }
@@ -166,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!exists[i]) continue;
-      const auto c = cosine[i].unpack(), s = sine[i].unpack();
+      const auto &c = cosine[i], &s = sine[i];
       Vec rotated;
 #pragma unroll
       for (int j = 0; j < kWidth; j += 2) {

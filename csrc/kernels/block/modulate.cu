@@ -25,6 +25,12 @@ namespace {
 constexpr int64_t kMaxChannels = 8192;
 constexpr int kWarpsPerBlock = 4;  // rows per block while a warp owns a row
 
+// Blocks of a multiprocessor that registers must allow: rows on their way are what keeps memory busy.
+template <int kThreads, bool kNorm>
+constexpr int kBlocks = kThreads > 32 ? 1
+                        : kNorm       ? 3
+                                      : 4;
+
 struct ModulateParams {
   pydit_tokens x, y;
   pydit_modulation gate, scale, shift;
@@ -51,9 +57,10 @@ __device__ __forceinline__ const T* modulation_row(const pydit_modulation& m, in
 
 // kThreads threads own a row; thread t holds the kWidth channels from (i * kThreads + t) * kWidth for i < kVectors.
 template <typename T, int kWidth, int kThreads, int kVectors, bool kGate, bool kNorm>
-__global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThreads)
+__global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThreads, kBlocks<kThreads, kNorm>)
     modulate_kernel(const ModulateParams p) {
   using Vec = Pack<T, kWidth>;
+  using Loaded = std::conditional_t<kWidth == 1, Vec, Words<T, kWidth>>;
   constexpr int kWarps = kThreads / 32;
   __shared__ float2 scratch[2][kWarps];
   const int thread = threadIdx.x % kThreads;
@@ -67,26 +74,26 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
   float value[kVectors][kWidth];
   {
     const T* x = token_row<T>(p.x, b, s);
-    Vec xs[kVectors];
+    Loaded xs[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int c = (i * kThreads + thread) * kWidth;
-      if (c < channels) xs[i] = Vec::load(x + c);
+      if (c < channels) xs[i] = Loaded::load(x + c);
     }
     if constexpr (kGate) {
       const T* y = token_row<T>(p.y, b, s);
       const T* gate = modulation_row<T>(p.gate, b, r);
-      Vec ys[kVectors];
+      Loaded ys[kVectors];
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int c = (i * kThreads + thread) * kWidth;
-        if (c < channels) ys[i] = Vec::load(y + c);
+        if (c < channels) ys[i] = Loaded::load(y + c);
       }
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int c = (i * kThreads + thread) * kWidth;
         if (c < channels) {
-          const Vec g = Vec::load(gate + c);
+          const auto g = Loaded::load(gate + c);
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
             if (!kNorm && p.exact)
@@ -156,8 +163,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
     for (int i = 0; i < kVectors; ++i) {
       const int c = (i * kThreads + thread) * kWidth;
       if (c < channels) {
-        const Vec scales = Vec::load(scale + c);
-        const Vec shifts = Vec::load(shift + c);
+        const auto scales = Loaded::load(scale + c);
+        const auto shifts = Loaded::load(shift + c);
         Vec packed;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) packed.set(j, fmaf((value[i][j] - mean) * rstd, 1.f + scales[j], shifts[j]));
