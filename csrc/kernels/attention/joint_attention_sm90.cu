@@ -253,6 +253,7 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
       const int existing = keys_in<kN>(work, image_tokens, tile);
       if (existing < kN) mask_keys(scores, existing);
       state.step(scores, scale, factor, false);
+      if (tile + 1 < tiles) mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
       wgmma_wait_group<0>();
       if (lane == 0) mbarrier_arrive(&barriers->v_empty[values.slot]);
       values.next();
