@@ -13,10 +13,12 @@
 //
 // Overlap. Inside a warpgroup S_j = Q K_j^T is issued together with O += P_{j-1} V_{j-1}, and the softmax of S_j runs
 // while the second product does. Between warpgroups a ring of named barriers lets one issue its products while the
-// other is in its softmax (ping-pong): exponentials take about as long as half a product at D = 128.
+// other is in its softmax (ping-pong): exponentials take about as long as half a product at D = 128. Between tiles the
+// first K and V are loaded while the outputs are finished and stored; Q, whose place these take, only then.
 //
-// Text padding. Tiles of keys past the sample's length are not loaded. In the one tile that the length cuts, scores of
-// padded keys become -inf; padded rows of V, which may hold NaN, are zeroed in shared memory before they are used.
+// Text padding. Tiles of queries past the sample's length are given out last, tiles of keys past it are not loaded. In
+// the one tile that the length cuts, scores of padded keys become -inf; padded rows of V, which may hold NaN, are
+// zeroed in shared memory before they are used.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -71,19 +73,18 @@ __device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64
 
 // Schedule -------------------------------------------------------------------------------------------------------
 
-// The tiles of a block: every gridDim.x-th of all, those without a query after all others. In the order of the tensors
-// the empty ones would fall to some blocks more than to others, which would run a whole tile longer.
+// The tiles of a block: every gridDim.x-th of all, in the order of the tensors, but those without a query after all
+// others. Between them the empty ones would fall to some blocks more than to others, which would run a tile longer.
 template <int kM, int kN>
 struct Schedule {
-  unsigned sample = 0;  // of two rounds: what has queries, what has none
-  unsigned tile =
-      blockIdx.x;  // from the first of that sample on; below 2^32, as all tiles and all blocks are below 2^31
+  // `tile` counts from the first of `sample` on. All tiles and all blocks are below 2^31: the sum does not overflow.
+  unsigned sample = 0, tile = blockIdx.x;
 
   __device__ __forceinline__ bool next(const pydit_joint_attention_params& p, Work& work) {
     const auto batch = static_cast<unsigned>(p.batch);
     const auto tiles = [](int tokens) { return (tokens + kM - 1) / kM; };
     const int image = tiles(static_cast<int>(p.img_tokens)), text = tiles(static_cast<int>(p.txt_tokens));
-    for (; sample < 2 * batch; ++sample) {
+    for (; sample < 2 * batch; ++sample) {  // once for what has queries, once for what has none
       const bool empty = sample >= batch;
       const int at = static_cast<int>(empty ? sample - batch : sample);
       const int existing = image + (p.q_txt.data == nullptr ? 0 : tiles(text_length(p, at)));
@@ -115,9 +116,7 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
   uint32_t q_parity = 1, landed_parity = 0;
   Schedule<Shape::kM, kN> schedule;
   Work work;
-  while (schedule.next(p, work)) {
-    const int tiles = work.tiles();
-    if (tiles == 0) continue;
+  const auto load_queries = [&] {
     mbarrier_wait(&barriers->q_empty, q_parity);
     q_parity ^= 1;
     if (issuer) {
@@ -125,6 +124,11 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
       load_rows<kD>(shared, work.image ? maps.q_img : maps.q_txt, &barriers->q_full, Shape::kM, work.first_query,
                     work.head, work.batch);
     }
+  };
+  for (bool first_tile = true; schedule.next(p, work);) {
+    const int tiles = work.tiles();
+    if (tiles == 0) continue;
+    if (first_tile) load_queries();
     // K is one step ahead of V, as its consumers are.
     for (int step = 0; step <= tiles; ++step) {
       __syncwarp();  // a lane that fell behind by a round of a ring would wait for a phase that is over
@@ -168,7 +172,10 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
         }
         values.next();
       }
+      // Their place holds the outputs of the tile before, for which the first two K and the first V need not wait.
+      if (step == 1 && !first_tile) load_queries();
     }
+    first_tile = false;
   }
 }
 
@@ -253,6 +260,8 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
       const int existing = keys_in<kN>(work, image_tokens, tile);
       if (existing < kN) mask_keys(scores, existing);
       state.step(scores, scale, factor, false);
+      // Here, and not at the top of the loop alone, for its branch: in one block of code ptxas moves the wait for P V
+      // above the softmax, which touches none of its registers. The next K hangs on nothing that is still to come.
       if (tile + 1 < tiles) mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
       wgmma_wait_group<0>();
       if (lane == 0) mbarrier_arrive(&barriers->v_empty[values.slot]);
