@@ -70,20 +70,28 @@ def parse_ptxas(log: str) -> list[Kernel]:
 def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
     """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot.
 
-    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``.
+    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``; an exponential between a product of a warpgroup
+    and the wait for all of them, in the order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``.
     """
     arch = ""
+    running = False  # a product of a warpgroup
     found: dict[tuple[str, str], Counter[str]] = {}
     current: Counter[str] = Counter()
     for line in listing.splitlines():
         if match := re.search(r"code for (sm_\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
-            current = found.setdefault((match[1], arch), Counter())
+            current, running = found.setdefault((match[1], arch), Counter()), False
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)", line):
             current[match[1]] += 1
             if ".MULTICAST" in match[2]:
                 current[f"{match[1]}.MULTICAST"] += 1
+            if match[1] == "HGMMA":
+                running = True
+            elif match[1] == "WARPGROUP" and match[2].startswith(".DEPBAR"):
+                running = not line.split(";")[0].rstrip().endswith("0x0")
+            elif match[1] == "MUFU" and match[2] == ".EX2" and running:
+                current["MUFU under HGMMA"] += 1
     return found
 
 

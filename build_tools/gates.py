@@ -2,7 +2,8 @@
 
 All kernels are compiled for sm_80 and sm_90a with the flags of CMakeLists.txt and linked with ``-z defs``. The log of
 ptxas must show no spills, no stack frame and no remark about wgmma; the SASS no local memory, and in Hopper kernels
-the instructions they were written for. Exceptions are the rules of kernel_limits.py.
+the instructions they were written for, in attention with exponentials where a product runs. Exceptions are the rules of
+kernel_limits.py.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def problems(kernel: Kernel, sass: Sass | None, rules: Sequence[Rule] = RULES) -
     for rule in named:
         if missing := sorted(name for name in rule.requires if not instructions[name]):
             found.append(f"SASS: expected {' and '.join(missing)} ({rule.reason}), got none")
+        if (count := instructions["MUFU under HGMMA"]) < rule.overlapped:
+            found.append(f"SASS: expected {rule.overlapped} exponentials under HGMMA ({rule.reason}), got {count}")
     return found
 
 

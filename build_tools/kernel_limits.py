@@ -19,6 +19,7 @@ class Rule:
     spill: int = 0  # bytes of spill stores, and of spill loads
     stack: int = 0  # bytes of stack frame; above 0 local memory may be accessed
     requires: frozenset[str] = frozenset()  # SASS instructions that must occur
+    overlapped: int = 0  # exponentials that must run while a product of the warpgroup does
 
     def covers(self, name: str, arch: str) -> bool:
         return self.arch in ("", arch) and re.search(self.kernel, name) is not None
@@ -29,4 +30,9 @@ RULES: tuple[Rule, ...] = (
          "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
     Rule("(second_moments|grouped_linear)_sm90_kernel<.*, 2>", "blocks of a cluster share what they load",
          arch="sm_90a", requires=frozenset({"UTMALDG.MULTICAST", "UCGABAR_WAIT"})),
+    # One per score of a thread: half the keys of a tile, and of the backward, in the last step and in all others, half
+    # the queries.
+    Rule("joint_attention_sm90_kernel<.*, 128>", "the softmax runs under P V", arch="sm_90a", overlapped=88),
+    Rule("joint_attention_sm90_kernel<.*, (32|64)>", "the softmax runs under P V", arch="sm_90a", overlapped=64),
+    Rule("joint_attention_backward_sm90_kernel", "P is made under dP", arch="sm_90a", overlapped=64),
 )

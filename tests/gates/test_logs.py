@@ -105,6 +105,22 @@ def test_a_multicast_load_counts_by_itself_too():
     assert parse_sass(listing) == {("k", "sm_90a"): Counter({"UTMALDG": 2, "UTMALDG.MULTICAST": 1})}
 
 
+@pytest.mark.parametrize(("order", "count"), [
+    ("HGMMA HGMMA 1 EX2 EX2 0 EX2", 2), ("HGMMA EX2 0 EX2", 1), ("EX2 HGMMA HGMMA 1 0 EX2 EX2", 0)])
+def test_exponentials_under_a_product(order, count):
+    """A wait that ptxas moves above the softmax is no note and no spill: only the order of the listing tells."""
+    words = {"HGMMA": "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8].tnspB, R24, gsb0", "EX2": "MUFU.EX2 R2, R3",
+             "1": "WARPGROUP.DEPBAR.LE gsb0, 0x1", "0": "WARPGROUP.DEPBAR.LE gsb0, 0x0"}
+    listing = "".join(f"        /*{i:04x}*/    {words[word]} ;  /* 0x1 */\n" for i, word in enumerate(order.split()))
+    sass = parse_sass(f"\t\tcode for sm_90a\n\t\tFunction : k\n{listing}\t\tFunction : after\n"
+                      "        /*0000*/    MUFU.EX2 R2, R3 ;\n")
+    assert sass["k", "sm_90a"]["MUFU under HGMMA"] == count and not sass["after", "sm_90a"]["MUFU under HGMMA"]
+    kernel = Kernel("k", "sm_90a", "k")
+    assert problems(kernel, sass, [Rule("k", "softmax", overlapped=count)]) == []
+    assert problems(kernel, sass, [Rule("k", "softmax", overlapped=count + 1)]) == [
+        f"SASS: expected {count + 1} exponentials under HGMMA (softmax), got {count}"]
+
+
 def test_a_kernel_without_a_listing_fails(kernels, sass):
     assert problems(Kernel("_Z5otherv", "sm_90a"), sass) == ["SASS: expected a listing, got none"]
     assert problems(Kernel(EARLY, "sm_80"), sass) == ["SASS: expected a listing, got none"]

@@ -55,7 +55,11 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
   using Shape = Tile<kD>;
   constexpr int kN = Shape::kN;
   PYDIT_DYNAMIC_SHARED(char, shared);
-  const Work work = decode<kM, kN>(p, static_cast<int>(blockIdx.x));
+  // Tiles that are neighbours share their keys.
+  const auto query_tiles = [](int64_t tokens) { return (static_cast<int>(tokens) + kM - 1) / kM; };
+  const int all = query_tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : query_tiles(p.txt_tokens));
+  const int index = static_cast<int>(blockIdx.x), rest = index / all;
+  const Work work = find_work<kM, kN>(p, rest / p.heads, rest % p.heads, index % all);
   const int tiles = work.tiles(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int image_tokens = static_cast<int>(p.img_tokens);
   if (tiles == 0) return store_nothing<T, kD>(p, work, kM, static_cast<int>(threadIdx.x), kThreads);

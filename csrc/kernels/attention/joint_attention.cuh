@@ -13,7 +13,7 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Tiles ----------------------------------------------------------------------------------------------------------
 
 // A tile of queries of one stream, head and sample, and the tiles of keys it needs: first those of the image, then
-// those of the text. Tiles that are neighbours in `index` share their keys.
+// those of the text.
 struct Work {
   int batch, head, first_query;
   int queries;    // that exist from first_query on, which may be more than the tile holds, or none
@@ -23,18 +23,21 @@ struct Work {
   __device__ __forceinline__ int tiles() const { return image_tiles + text_tiles; }
 };
 
+__device__ __forceinline__ int text_length(const pydit_joint_attention_params& p, int batch) {
+  const int tokens = static_cast<int>(p.txt_tokens);
+  return p.txt_lens == nullptr ? tokens : min(max(p.txt_lens[batch], 0), tokens);
+}
+
+// `tile` counts those of one head and sample: first those of the image, then those of the text.
 template <int kM, int kN>
-__device__ __forceinline__ Work decode(const pydit_joint_attention_params& p, int index) {
-  const int image_tokens = static_cast<int>(p.img_tokens), text_tokens = static_cast<int>(p.txt_tokens);
-  const int image_queries = (image_tokens + kM - 1) / kM;
-  const int text_queries = p.q_txt.data == nullptr ? 0 : (text_tokens + kM - 1) / kM;
+__device__ __forceinline__ Work find_work(const pydit_joint_attention_params& p, int batch, int head, int tile) {
+  const int image_tokens = static_cast<int>(p.img_tokens), image_queries = (image_tokens + kM - 1) / kM;
   Work work;
-  const int tile = index % (image_queries + text_queries), rest = index / (image_queries + text_queries);
-  work.head = rest % p.heads;
-  work.batch = rest / p.heads;
+  work.batch = batch;
+  work.head = head;
   work.image = tile < image_queries;
   work.first_query = (work.image ? tile : tile - image_queries) * kM;
-  work.text_keys = p.txt_lens == nullptr ? text_tokens : min(max(p.txt_lens[work.batch], 0), text_tokens);
+  work.text_keys = text_length(p, batch);
   work.queries = (work.image ? image_tokens : work.text_keys) - work.first_query;
   work.image_tiles = work.queries > 0 ? (image_tokens + kN - 1) / kN : 0;
   work.text_tiles = work.queries > 0 ? (work.text_keys + kN - 1) / kN : 0;

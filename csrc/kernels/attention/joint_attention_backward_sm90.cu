@@ -15,7 +15,8 @@
 //
 // Roles. One warp loads, one adds dQ to memory; two warpgroups of 64 keys each multiply. A thread holds dK and dV (128
 // registers at D = 128), S and dP, later the next S and dQ (64), and P (16). The exponentials run under dP = V dO^T, dS
-// is made under dV += P^T dO, and while dQ is written out, dK += dS^T Q and the next step's S are under way.
+// is made under dV += P^T dO, and while dQ is written out, the next step's S and dK += dS^T Q are under way. dK runs on
+// into the next step, so that the tensor cores have a product left from one step to the next.
 //
 // Deterministic mode. Additions to dQ are made in the order of the key tiles: the adding warp waits for the tile before
 // its own. Blocks take tiles by a ticket, so that one waits only for blocks that have begun.
@@ -37,7 +38,7 @@ constexpr int kWarpgroup = 128, kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kN = 64 * kConsumers;  // keys of a block
 constexpr int kM = kQueriesOfBackwardTile;
-constexpr int kQStages = 3;  // Q is held longest: from S = Q K^T, issued a step early, to dK
+constexpr int kQStages = 3;  // Q is held longest: from S = Q K^T, issued a step early, to dK, which ends a step late
 constexpr int kStages = 2;   // of dO, and of dS
 constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 static_assert(kM == 64, "dQ has kM rows, those of one wgmma");
@@ -56,6 +57,7 @@ struct Tile {
   static constexpr int kBarriers = kDelta + kStages * kM * 4;
   static constexpr int kSharedBytes = kBarriers + 128;
   static constexpr int kSumRows = kM * kD / kConsumers / kSumColumns;  // of the fp32 buffer, from one warpgroup
+  static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
   static_assert(kM * kSpan % 1024 == 0, "a box begins at a multiple of the swizzle's period");
 };
 
@@ -316,6 +318,7 @@ struct Consumer {
     multiply_queries<T, kD>(scores, my_rows(Shape::kK), shared + Shape::kQ + queries.slot * Shape::kQueryBytes);
   }
 
+  // With S^T in `scores`; dK of the step before may still run.
   template <bool kLast>
   __device__ __forceinline__ void step(int index) {
     const int slot = queries.slot, d_out_slot = d_outs.slot;
@@ -325,10 +328,8 @@ struct Consumer {
     const auto* deltas = reinterpret_cast<const float*>(shared + Shape::kDelta) + d_out_slot * kM + lane % 4 * 2;
     float inner[kM / 2];
     mbarrier_wait(&barriers->d_out_full[d_out_slot], d_outs.parity);
-    wgmma_wait_group<0>();  // S^T, and dK of the step before
     wgmma_fence();
     multiply_queries<T, kD>(inner, my_rows(Shape::kV), d_out);
-    if (index > 0 && lane == 0) mbarrier_arrive(&barriers->q_empty[(slot + kQStages - 1) % kQStages]);
     if (rows < 64) {
 #pragma unroll
       for (int i = 0; i < kM / 2; ++i) {
@@ -349,7 +350,8 @@ struct Consumer {
     for (int k = 0; k < kM / 16; ++k) pack_left<T>(weights[k], scores + 8 * k);
     wgmma_fence();
     add_weighted<T, kD>(d_v, weights, d_out, index > 0);
-    wgmma_wait_group<1>();  // dP^T
+    wgmma_wait_group<1>();  // dK of the step before, and dP^T
+    if (index > 0 && lane == 0) mbarrier_arrive(&barriers->q_empty[(slot + kQStages - 1) % kQStages]);
 #pragma unroll
     for (int i = 0; i < kM / 8; ++i) {
       const float2 delta = *reinterpret_cast<const float2*>(deltas + i * 8);
@@ -374,10 +376,10 @@ struct Consumer {
     float d_q[kD / 4];
     wgmma_fence();
     multiply_scores<T, kD>(d_q, all_scores, shared + Shape::kK + group * kN * Shape::kSpan);
-    add_scored<T, kD>(d_k, my_scores, q, index > 0);
     queries.next();
     d_outs.next();
     if constexpr (!kLast) begin();
+    add_scored<T, kD>(d_k, my_scores, q, index > 0);
     wgmma_wait_group<kLast ? 2 : 3>();  // dV
     if (lane == 0) mbarrier_arrive(&barriers->d_out_empty[d_out_slot]);
     wgmma_wait_group<kLast ? 1 : 2>();  // dQ
@@ -391,7 +393,7 @@ struct Consumer {
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&barriers->sums_full[group]);
-    if constexpr (kLast) wgmma_wait_group<0>();
+    wgmma_wait_group<kLast ? 0 : 1>();  // the next S^T; dK may run on, but in the last step
   }
 };
 
@@ -420,6 +422,7 @@ __device__ __forceinline__ void consume(const BackwardParams& p, const Maps& map
   own.scale = p.scale * kLog2E;
   mbarrier_wait(&barriers->keys_full, 0);
   own.begin();
+  wgmma_wait_group<0>();  // S^T, as at the end of a step
   for (int step = 0; step + 1 < keys.steps; ++step) own.template step<false>(step);
   own.template step<true>(keys.steps - 1);
   barrier_sync(1, kConsumers * kWarpgroup);  // nobody reads K for dQ any more

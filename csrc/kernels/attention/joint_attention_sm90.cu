@@ -13,10 +13,12 @@
 //
 // Overlap. Inside a warpgroup S_j = Q K_j^T is issued together with O += P_{j-1} V_{j-1}, and the softmax of S_j runs
 // while the second product does. Between warpgroups a ring of named barriers lets one issue its products while the
-// other is in its softmax (ping-pong): exponentials take about as long as half a product at D = 128.
+// other is in its softmax (ping-pong): exponentials take about as long as half a product at D = 128. Between tiles the
+// first K and V are loaded while the outputs are finished and stored; Q, whose place these take, only then.
 //
-// Text padding. Tiles of keys past the sample's length are not loaded. In the one tile that the length cuts, scores of
-// padded keys become -inf; padded rows of V, which may hold NaN, are zeroed in shared memory before they are used.
+// Text padding. Tiles of queries past the sample's length are given out last, tiles of keys past it are not loaded. In
+// the one tile that the length cuts, scores of padded keys become -inf; padded rows of V, which may hold NaN, are
+// zeroed in shared memory before they are used.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -47,6 +49,7 @@ struct Tile {
   static constexpr int kQBytes = kM * kD * 2, kKeyBytes = kN * kD * 2;
   static constexpr int kK = kQBytes, kV = kK + kStages * kKeyBytes, kBarriers = kV + kStages * kKeyBytes;
   static constexpr int kSharedBytes = kBarriers + 128;
+  static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
   static_assert(kQBytes % 1024 == 0 && kN * kSpan % 1024 == 0, "a box begins at a multiple of the swizzle's period");
 };
 
@@ -68,22 +71,52 @@ __device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64
     tma_load_4d(to + box * rows * Shape::kSpan, map, barrier, box * Shape::kBoxColumns, first, head, batch);
 }
 
+// Schedule -------------------------------------------------------------------------------------------------------
+
+// The tiles of a block: every gridDim.x-th of all, in the order of the tensors, but those without a query after all
+// others. Between them the empty ones would fall to some blocks more than to others, which would run a tile longer.
+template <int kM, int kN>
+struct Schedule {
+  // `tile` counts from the first of `sample` on. All tiles and all blocks are below 2^31: the sum does not overflow.
+  unsigned sample = 0, tile = blockIdx.x;
+
+  __device__ __forceinline__ bool next(const pydit_joint_attention_params& p, Work& work) {
+    const auto batch = static_cast<unsigned>(p.batch);
+    const auto tiles = [](int tokens) { return (tokens + kM - 1) / kM; };
+    const int image = tiles(static_cast<int>(p.img_tokens)), text = tiles(static_cast<int>(p.txt_tokens));
+    for (; sample < 2 * batch; ++sample) {  // once for what has queries, once for what has none
+      const bool empty = sample >= batch;
+      const int at = static_cast<int>(empty ? sample - batch : sample);
+      const int existing = image + (p.q_txt.data == nullptr ? 0 : tiles(text_length(p, at)));
+      const int here = empty ? (p.q_txt.data == nullptr ? 0 : image + text - existing) : existing;
+      const unsigned all = static_cast<unsigned>(p.heads) * static_cast<unsigned>(here);
+      if (tile < all) {
+        const int index = static_cast<int>(tile);
+        work = find_work<kM, kN>(p, at, index / here, (empty ? existing : 0) + index % here);
+        tile += gridDim.x;
+        return true;
+      }
+      tile -= all;
+    }
+    return false;
+  }
+};
+
 // Producer -------------------------------------------------------------------------------------------------------
 
 // One warp; all lanes keep count, one issues.
 template <typename T, int kD>
 __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, const Maps& maps, char* shared,
-                                        Barriers* barriers, int total) {
+                                        Barriers* barriers) {
   using Shape = Tile<kD>;
   constexpr int kN = Shape::kN;
   const int lane = threadIdx.x % 32;
   const bool issuer = elect_one();
   Ring<kStages> keys, values;
   uint32_t q_parity = 1, landed_parity = 0;
-  for (int index = blockIdx.x; index < total; index += gridDim.x) {
-    const Work work = decode<Shape::kM, kN>(p, index);
-    const int tiles = work.tiles();
-    if (tiles == 0) continue;
+  Schedule<Shape::kM, kN> schedule;
+  Work work;
+  const auto load_queries = [&] {
     mbarrier_wait(&barriers->q_empty, q_parity);
     q_parity ^= 1;
     if (issuer) {
@@ -91,6 +124,11 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
       load_rows<kD>(shared, work.image ? maps.q_img : maps.q_txt, &barriers->q_full, Shape::kM, work.first_query,
                     work.head, work.batch);
     }
+  };
+  for (bool first_tile = true; schedule.next(p, work);) {
+    const int tiles = work.tiles();
+    if (tiles == 0) continue;
+    if (first_tile) load_queries();
     // K is one step ahead of V, as its consumers are.
     for (int step = 0; step <= tiles; ++step) {
       __syncwarp();  // a lane that fell behind by a round of a ring would wait for a phase that is over
@@ -134,7 +172,10 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
         }
         values.next();
       }
+      // Their place holds the outputs of the tile before, for which the first two K and the first V need not wait.
+      if (step == 1 && !first_tile) load_queries();
     }
+    first_tile = false;
   }
 }
 
@@ -171,7 +212,7 @@ __device__ __forceinline__ void multiply_values(Softmax<T, Tile<kD>::kN, kD>& st
 // One warpgroup of 64 queries; `group` counts the consumers from 0.
 template <typename T, int kD>
 __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, const Maps& maps, char* shared,
-                                        Barriers* barriers, int total, int group) {
+                                        Barriers* barriers, int group) {
   using Shape = Tile<kD>;
   constexpr int kN = Shape::kN;
   const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
@@ -183,8 +224,9 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
   uint32_t q_parity = 0;
   if (group == Shape::kConsumers - 1) barrier_arrive(1, 2 * kWarpgroup);  // the first warpgroup begins
   Softmax<T, Tile<kD>::kN, kD> state;
-  for (int index = blockIdx.x; index < total; index += gridDim.x) {
-    const Work work = decode<Shape::kM, kN>(p, index);
+  Schedule<Shape::kM, kN> schedule;
+  Work work;
+  while (schedule.next(p, work)) {
     const int tiles = work.tiles();
     if (tiles == 0) {
       store_nothing<T, kD>(p, work, Shape::kM, group * kWarpgroup + thread, Shape::kConsumers * kWarpgroup);
@@ -218,6 +260,9 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
       const int existing = keys_in<kN>(work, image_tokens, tile);
       if (existing < kN) mask_keys(scores, existing);
       state.step(scores, scale, factor, false);
+      // Here, and not at the top of the loop alone, for its branch: in one block of code ptxas moves the wait for P V
+      // above the softmax, which touches none of its registers. The next K hangs on nothing that is still to come.
+      if (tile + 1 < tiles) mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
       wgmma_wait_group<0>();
       if (lane == 0) mbarrier_arrive(&barriers->v_empty[values.slot]);
       values.next();
@@ -260,7 +305,7 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
 template <typename T, int kD>
 __global__ void __launch_bounds__(Tile<kD>::kThreads, 1)
     joint_attention_sm90_kernel(const __grid_constant__ pydit_joint_attention_params p,
-                                const __grid_constant__ Maps maps, int total) {
+                                const __grid_constant__ Maps maps) {
   using Shape = Tile<kD>;
   PYDIT_DYNAMIC_SHARED(char, shared);
   auto* barriers = reinterpret_cast<Barriers*>(shared + Shape::kBarriers);
@@ -279,10 +324,10 @@ __global__ void __launch_bounds__(Tile<kD>::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<Shape::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<T, kD>(p, maps, shared, barriers, total);
+    if (threadIdx.x < 32) produce<T, kD>(p, maps, shared, barriers);
   } else {
     set_max_registers_up<Shape::kConsumerRegisters>();
-    consume<T, kD>(p, maps, shared, barriers, total, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+    consume<T, kD>(p, maps, shared, barriers, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
 }
 
@@ -314,10 +359,9 @@ int launch(const pydit_joint_attention_params& p) {
   if (error != cudaSuccess) return launch_status("joint_attention", error);
   const auto blocks = static_cast<unsigned>(total < processors ? total : processors);
   name_joint_attention_tensors<T>(p);
-  return launch_status(
-      "joint_attention",
-      PYDIT_LAUNCH((joint_attention_sm90_kernel<T, kD>), dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes,
-                   static_cast<cudaStream_t>(p.stream), p, maps, static_cast<int>(total)));
+  return launch_status("joint_attention",
+                       PYDIT_LAUNCH((joint_attention_sm90_kernel<T, kD>), dim3(blocks), dim3(Shape::kThreads),
+                                    Shape::kSharedBytes, static_cast<cudaStream_t>(p.stream), p, maps));
 }
 
 template <typename T>
