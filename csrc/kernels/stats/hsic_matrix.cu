@@ -41,7 +41,7 @@ constexpr int kSharedBytes = kStages * kStageBytes;
 static_assert(kChunk % kStep == 0 && kSharedBytes <= 99 * 1024, "whole steps; what sm_86 gives a block");
 
 // contract: one set of layers by another, kColumns columns of one row at a time, kSliceRows rows of a tile.
-constexpr int kColumns = 64, kSliceRows = 16;
+constexpr int kColumns = 64, kSliceRows = 4;  // of 16 rows, 512 would be 160 slices: a second one for some SMs
 constexpr int kSlicesOfTile = kTile / kColumns * (kTile / kSliceRows);
 constexpr int kMaxContractors = 264;
 

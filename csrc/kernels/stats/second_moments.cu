@@ -123,17 +123,15 @@ __global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit
     }
     const int64_t rows = p.dim_x, width = right_columns;
     bool turn = from == 0;
-    const auto add_to_memory = [&](float (&sums)[4][4][4]) {
+    const auto flush = [&](float (&sums)[4][4][4]) {
       if (!turn) wait_for_earlier(done + index, from);
       turn = true;
       double* target = tile.cross ? p.xy : p.xx;
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        const int64_t row = tile.row * kTile + my_row + i / 16 * 16 + lane / 4 + i / 2 % 2 * 8;
-        const int64_t column = tile.column * kTile + my_column + i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
-        if (row < rows && column < width) target[row * width + column] += sums[i / 16][i / 4 % 4][i % 4];
-        sums[i / 16][i / 4 % 4][i % 4] = 0;
-      }
+      const int64_t row = tile.row * kTile + my_row + lane / 4;
+      const int64_t column = tile.column * kTile + my_column + lane % 4 * 2;
+      add_to_memory<64, 16>(
+          target, rows, width, [&](int i) -> float& { return sums[i / 16][i / 4 % 4][i % 4]; },
+          [&](int i) { return make_longlong2(row + i / 16 * 16 + i / 2 % 2 * 8, column + i / 4 % 4 * 8 + i % 2); });
     };
     double columns[2] = {0, 0};
     float sums[4][4][4], partial[4][4][4], partial_columns[2] = {0, 0};
@@ -160,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] += partial[i / 16][i / 4 % 4][i % 4];
         columns[0] += partial_columns[0], columns[1] += partial_columns[1];
-        if ((step + 1) % (kChunkTokens / kStep * kChunksOfSum) == 0 || step + 1 == steps) add_to_memory(sums);
+        if ((step + 1) % (kChunkTokens / kStep * kChunksOfSum) == 0 || step + 1 == steps) flush(sums);
       }
     }
     __syncthreads();  // stages are free: for the next tile's copies, and for the column sums of the upper half
@@ -201,10 +199,11 @@ int launch(const pydit_second_moments_params& p) {
                                                     kSharedBytes, stream, p));
 }
 
-// Whether 16-byte accesses are legal, which is also what the copy engine asks for.
+// Whether 16-byte accesses are legal, which is also what the copy engine asks for. Of a tensor map whose rows are all
+// the same one (an expanded tensor) its documentation says nothing.
 bool aligned(const pydit_second_moments_params& p) {
   const auto legal = [&](const void* data, int64_t stride) {
-    return aligned16(data) && (p.tokens <= 1 || stride % 8 == 0);
+    return aligned16(data) && (p.tokens <= 1 || (stride % 8 == 0 && stride != 0));
   };
   return legal(p.x, p.stride_x) && (p.dim_y == 0 || legal(p.y, p.stride_y));
 }

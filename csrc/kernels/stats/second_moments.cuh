@@ -67,6 +67,29 @@ __device__ __forceinline__ void tell_later(unsigned* done, int chunk, int chunks
   if (threadIdx.x == 0) store_release(done, static_cast<unsigned>(chunk));
 }
 
+// Adds kCount sums of a thread to `target` [rows, width] and clears them. sum(i) is one of them, place(i) where it
+// belongs. Loads of a batch are on their way together: one by one each would wait for the store before it, which as far
+// as the compiler knows may have written to it.
+template <int kCount, int kBatch, typename Sum, typename Place>
+__device__ __forceinline__ void add_to_memory(double* target, int64_t rows, int64_t width, Sum sum, Place place) {
+  static_assert(kCount % kBatch == 0, "whole batches");
+#pragma unroll
+  for (int first = 0; first < kCount; first += kBatch) {
+    double before[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const longlong2 at = place(first + i);  // row, column
+      before[i] = at.x < rows && at.y < width ? target[at.x * width + at.y] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const longlong2 at = place(first + i);
+      if (at.x < rows && at.y < width) target[at.x * width + at.y] = before[i] + sum(first + i);
+      sum(first + i) = 0;
+    }
+  }
+}
+
 // Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
 int launch_second_moments_sm90(const pydit_second_moments_params& p);
 // How many blocks of it are a cluster, and share what they load: 1 or 2.

@@ -135,17 +135,22 @@ __device__ __forceinline__ void load(const Tiles<kCluster>& tiles, const Maps& m
   }
 }
 
-// Sums of one column over a stage's tokens: the column's own, and that of squares.
+// Sums of one column over a stage's tokens: the column's own, and that of squares. The swizzle exchanges the 16-byte
+// vectors of a token's row by the token's last three bits: eight addresses, one for each token of eight.
 template <typename T>
 __device__ __forceinline__ float2 sum_stage(const char* right, int column) {
   float2 sums = make_float2(0.f, 0.f);
-  const char* box = right + column / kBoxColumns * kBoxBytes;
+  const char* box = right + column / kBoxColumns * kBoxBytes + column % 8 * 2;
+  const int vector = column % kBoxColumns / 8;
 #pragma unroll 4
-  for (int token = 0; token < kStep; ++token) {
-    const int offset = token * kBoxColumns * 2 + column % kBoxColumns * 2;
-    const float value = to_float(*reinterpret_cast<const T*>(box + (offset ^ (offset >> 7 & 7) << 4)));
-    sums.x += value;
-    sums.y = fmaf(value, value, sums.y);
+  for (int eight = 0; eight < kStep; eight += 8) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const char* at = box + (vector ^ i) * 16 + (eight + i) * kBoxColumns * 2;
+      const float value = to_float(*reinterpret_cast<const T*>(at));
+      sums.x += value;
+      sums.y = fmaf(value, value, sums.y);
+    }
   }
   return sums;
 }
@@ -216,13 +221,11 @@ __device__ __forceinline__ void consume(const pydit_second_moments_params& p, co
         barrier_sync(1, kAll);
         turn = true;
       }
-#pragma unroll
-      for (int i = 0; i < kN / 2; ++i) {
-        const int64_t row = tile.row * tiles.kRows + rank * kM + group * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
-        const int64_t column = tile.column * kN + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (row < p.dim_x && column < width) target[row * width + column] += sums[i];
-        sums[i] = 0;
-      }
+      const int64_t row = tile.row * tiles.kRows + rank * kM + group * 64 + warp * 16 + lane / 4;
+      const int64_t column = tile.column * kN + lane % 4 * 2;
+      add_to_memory<kN / 2, 24>(
+          target, p.dim_x, width, [&](int i) -> float& { return sums[i]; },
+          [&](int i) { return make_longlong2(row + i / 2 % 2 * 8, column + i / 4 * 8 + i % 2); });
     }
     const int64_t place = static_cast<int64_t>(tile.column) * kN + thread;
     if (counts && place < width) {
@@ -290,7 +293,9 @@ Reads reads_of(const pydit_second_moments_params& p, int processors) {
 template <typename T>
 const char* encode(TensorMap* map, const void* data, int64_t stride, int64_t tokens, int64_t columns, int box_tokens) {
   const uint64_t size[2] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens)};
-  const uint64_t bytes[1] = {tokens > 1 ? static_cast<uint64_t>(stride) * sizeof(T) : 16};
+  // of a single token what a contiguous tensor would have: a stride counts the whole row
+  const uint64_t bytes[1] = {tokens > 1 ? static_cast<uint64_t>(stride) * sizeof(T)
+                                        : static_cast<uint64_t>(ceil_div(columns, 8)) * 16};
   const uint32_t box[2] = {kBoxColumns, static_cast<uint32_t>(box_tokens)};
   return encode_tensor_map(map, static_cast<const T*>(data), 2, size, bytes, box, Swizzle::k128);
 }
