@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, registry
+from benchmarks import compare, registry, runner
 from pydit.files import read_json
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
@@ -93,3 +94,11 @@ def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run(["bash", str(SCRIPT)], env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "expected a GPU, got none" in done.stderr
+
+
+def test_its_defaults_are_of_the_registry():
+    """Every file of cases, and peers that there are."""
+    modules, without = (re.search(rf"{name}=\$\{{{name}-([^}}]+)\}}", SCRIPT.read_text())[1]
+                        for name in ("MODULES", "WITHOUT"))
+    assert sorted(modules.split()) == sorted(set(registry.families().values()))
+    assert runner._unwanted_peers(without) == tuple(without.split(","))
