@@ -1,53 +1,103 @@
 #!/usr/bin/env bash
-# Everything worth knowing from one visit to a GPU machine, most important first, in at most ten minutes: import, an op
-# on a side stream, the cuda tests, compute-sanitizer over our kernels, then ceilings and the benchmark registry.
-#   [OUT=FILE.json|DIRECTORY] benchmarks/gpu_check.sh [--no-bench] [--no-sanitizer]
-# Needs a GPU, pytest, and pydit importable: installed, or a plain checkout with a built pydit/_C*.so. OUT defaults to
-# benchmarks/results/<gpu>-<date>.json; each step's log lies in a directory beside it. A step that exceeds its budget
-# is ended and the next one starts. Exit code 1 when a step failed or ran out of time.
+# Everything worth knowing from one visit to a GPU machine in at most ten minutes: import, an op on a side stream, the
+# cuda tests and compute-sanitizer over our kernels side by side, then ceilings and the benchmark registry.
+#   [VARIABLE=VALUE ...] benchmarks/gpu_check.sh [--no-bench] [--no-sanitizer]
+# OUT      results file or its directory (default: benchmarks/results); beside FILE.json lie all logs, FILE.logs.tar.gz
+# MODULES  which files of benchmarks/cases, in this order, one process each: what hangs or faults in one spares the rest
+# WITHOUT  peers left out (parts of their names); by default those that take long to build, to run or much memory
+# FILTER   only cases whose name contains this text
+# T        seconds for a module (70); the one with most cases gets 40 more
+# LIMIT    seconds for everything (570)
+# Needs a GPU, pytest, and pydit importable: installed, or a plain checkout with a module, pydit/_C*.so or the one that
+# PYDIT_EXTENSION names. pytest-xdist and pytest-timeout are used where they are installed, and worth it: with them a
+# kernel that hangs or faults costs one test. A step that exceeds its budget is ended and the next one starts. Exit code 1
+# when a step failed or ran out of time.
+#
+# A machine without compiler takes a module built elsewhere for its Python; -lineinfo names lines in sanitizer reports:
+#   cmake -S . -B build/gpu -G Ninja -DPYDIT_SIM=off -DPYDIT_CUDA=on -DCMAKE_CUDA_FLAGS=-lineinfo \
+#     -DPython_EXECUTABLE=PYTHON -Dpybind11_DIR=$(PYTHON -m pybind11 --cmakedir)
+#   cmake --build build/gpu && export PYDIT_EXTENSION=$(echo $PWD/build/gpu/_C*.so)
+# A second visit races the compiled peers too, on one model's shapes:
+#   OUT=compiled.json WITHOUT=math,pairwise,max-autotune FILTER=/qwen-image/1x T=110 benchmarks/gpu_check.sh --no-sanitizer
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer
 PYTHON=${PYTHON:-python3}
+MODULES=${MODULES-modulate attention linear qk_norm_rope second_moments attention_backward hsic_matrix whole_block collect}
+WITHOUT=${WITHOUT-compile,flex,math,pairwise} FILTER=${FILTER-} T=${T:-70} LIMIT=${LIMIT:-570}
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
 [ -n "$gpu" ] || { echo "gpu_check: expected a GPU, got none (nvidia-smi)" >&2; exit 2; }
 OUT=${OUT:-benchmarks/results}
 [[ $OUT == *.json ]] || OUT=$OUT/$gpu-$(date +%F).json
 LOGS=${OUT%.json}.logs
-mkdir -p "$LOGS" || exit 2
+mkdir -p "$LOGS" && rm -f "$LOGS"/* || exit 2
 STEPS=$LOGS/steps.tsv
 : >"$STEPS"
-status=0
 
-# step NAME BUDGET COMMAND...: runs it with its output in NAME.log; records state and seconds.
+record() { printf '%s\t%s\t%s\n' "$1" "$2" "${3:-0}" >>"$STEPS"; }
+
+# step NAME BUDGET COMMAND...: runs it with its output in NAME.log; records state and seconds. May run in the background.
 step() {
   local name=$1 budget=$2 begin=$SECONDS code state
   shift 2
-  printf '\n== %s (at %ss, budget %ss)\n' "$name" "$SECONDS" "$budget"
+  printf '== %s begins (at %ss, budget %ss)\n' "$name" "$begin" "$budget"
   timeout -k 5 "$budget" "$@" >"$LOGS/$name.log" 2>&1
   code=$?
   case $code in 0) state=passed ;; 124 | 137) state="out of time" ;; *) state="failed ($code)" ;; esac
-  [ $code = 0 ] || status=1
-  tail -n 12 "$LOGS/$name.log"
-  printf '%s\t%s\t%s\n' "$name" "$state" "$((SECONDS - begin))" >>"$STEPS"
+  printf '\n== %s: %s after %ss\n%s\n' "$name" "$state" "$((SECONDS - begin))" "$(tail -n 12 "$LOGS/$name.log")"
+  record "$name" "$state" "$((SECONDS - begin))"
 }
-skip() { printf '%s\tnot run: %s\t0\n' "$1" "$2" >>"$STEPS"; }
+
+# tests NAME PATH...: the quick tests of these paths that need a GPU, on all processes at once.
+tests() {
+  local name=$1
+  shift
+  step "$name" 170 "$PYTHON" -m pytest "$@" -m "cuda and not slow" -q -p no:cacheprovider \
+    --continue-on-collection-errors $parallel
+}
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+parallel=
+has xdist && parallel="-n 8"
+has pytest_timeout && parallel+=" --timeout 60 --timeout-method thread"
 
 step machine 15 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv,noheader
-step import 60 "$PYTHON" -c 'import pydit, torch; print(torch.__version__, pydit.backend_info())'
+step import 60 "$PYTHON" -c 'import sys, pydit, torch
+print(torch.__version__, pydit.backend_info())
+sys.exit(not pydit.backend_info()["cuda_archs"])  # without kernels every test below would be skipped, and pass'
 step side_stream 60 "$PYTHON" -m benchmarks.side_stream
-step tests 120 "$PYTHON" -m pytest tests/ops -q -m "not slow" -k "cuda" -p no:cacheprovider
+
+tests tests tests/ops &
+tests other_tests tests/stats tests/models tests/inference tests/package/test_processes.py &
+KINDS="values or layouts or in_place or strided or split or gradients or blocks_alone or more_"
 for tool in memcheck racecheck; do
-  if [[ " $* " == *" --no-sanitizer "* ]]; then skip $tool "--no-sanitizer"
-  elif ! command -v compute-sanitizer >/dev/null; then skip $tool "no compute-sanitizer on PATH"
-  else # only our kernels are instrumented; torch's would take the whole budget
-    step $tool 75 compute-sanitizer --tool $tool --kernel-name kns=pydit --error-exitcode 9 "$PYTHON" -m pytest tests/ops \
-      -q -x -p no:cacheprovider -k "cuda and (values or layouts or in_place or strided or split)"
+  if [[ " $* " == *" --no-sanitizer "* ]]; then record $tool "not run: --no-sanitizer"
+  elif ! command -v compute-sanitizer >/dev/null; then record $tool "not run: no compute-sanitizer on PATH"
+  else # only our kernels are instrumented, torch's would take the whole budget; torch's cache would hide what is out of
+    # bounds by less than its blocks; its probes of the driver are no errors
+    step $tool 170 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --kernel-name kns=pydit \
+      --error-exitcode 9 --report-api-errors no --launch-timeout 0 --target-processes all \
+      "$PYTHON" -m pytest tests/ops -q -p no:cacheprovider -m cuda -k "($KINDS) and not any_ and not mismatches" &
   fi
 done
-if [[ " $* " == *" --no-bench "* ]]; then skip bench "--no-bench"
-else step bench 180 "$PYTHON" -m benchmarks.runner --size full --seconds 140 --json "$OUT"
-fi
+wait # nothing is timed beside the tests
 
-"$PYTHON" -m benchmarks.steps "$STEPS" "$OUT" || status=1
+parts=()
+[[ " $* " == *" --no-bench "* ]] && record bench "not run: --no-bench" && MODULES=
+for module in $MODULES; do
+  budget=$T left=$((LIMIT - SECONDS))
+  [ "$module" = linear ] && budget=$((T + 40))
+  ((budget <= left)) || budget=$left
+  ((budget >= 30)) || { record "bench_$module" "out of time"; continue; }
+  part=$LOGS/$module.json
+  step "bench_$module" "$budget" "$PYTHON" -m benchmarks.runner --size full --module "$module" \
+    --seconds $((budget - 15)) --without "$WITHOUT" --filter "$FILTER" --json "$part"
+  [ -e "$part" ] && parts+=("$part")
+done
+
+"$PYTHON" -m benchmarks.steps "$STEPS" "$OUT" ${parts[@]+"${parts[@]}"}
+status=$?
+awk -F'\t' '$2 !~ /^(passed|not run: )/ { bad = 1 } END { exit bad }' "$STEPS" || status=1
+# One file of logs, as few files come back from some machines.
+tar -czf "${OUT%.json}.logs.tar.gz" -C "$(dirname "$LOGS")" "$(basename "$LOGS")" && rm -r "$LOGS"
 exit $status

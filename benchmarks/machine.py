@@ -132,6 +132,24 @@ def summarise(rows: list[dict]) -> dict:
     return seen | {"throttled": {name: n / len(masks) for name, n in counts.items() if n}, "samples": len(rows)}
 
 
+def together(machines: list[dict]) -> dict:
+    """What several processes sampled on one machine, as one: of medians the median, of shares the mean by samples."""
+    seen = [machine["sampled"] for machine in machines if machine.get("sampled")]
+    total = sum(one["samples"] for one in seen)
+    if not total:
+        return {}
+    merged = {}
+    for name in UNITS:
+        each = [one[name] for one in seen if name in one]
+        if each:
+            merged[name] = {"min": min(one["min"] for one in each), "median": median(one["median"] for one in each),
+                            "max": max(one["max"] for one in each)}
+    shares = {name: sum(one["throttled"].get(name, 0.0) * one["samples"] for one in seen) / total
+              for name in THROTTLE_BITS.values()}
+    return {"sampled": merged | {"throttled": {name: share for name, share in shares.items() if share},
+                                 "samples": total}}
+
+
 def _handle(nvml):
     """The current torch device as NVML sees it: by UUID, as CUDA_VISIBLE_DEVICES renumbers."""
     index = torch.cuda.current_device()

@@ -16,9 +16,10 @@ __all__ = ["DTYPES", "SIZES", "Case", "Work", "cases", "families", "find"]
 SIZES = ("full", "small")  # shapes of real models; shapes for a CPU
 
 
-def cases(size: str = "full") -> list[Case]:
-    """All cases of a size, module by module in alphabetical order; names are unique."""
-    found = [case for name in _modules() for case in importlib.import_module(f"benchmarks.cases.{name}").cases(size)]
+def cases(size: str = "full", module: str | None = None) -> list[Case]:
+    """All cases of a size, module by module in alphabetical order, or those of one module; names are unique."""
+    names = _modules() if module is None else [module]
+    found = [case for name in names for case in importlib.import_module(f"benchmarks.cases.{name}").cases(size)]
     if len({case.name for case in found}) != len(found):
         raise RuntimeError("benchmarks/cases: expected unique case names, got a repeated one")
     return found
@@ -34,9 +35,11 @@ def _modules() -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(benchmarks.cases.__path__))
 
 
-def find(text: str, size: str = "full") -> list[Case]:
-    """The cases whose name contains ``text``; UserError when there is none."""
-    found = [case for case in cases(size) if text in case.name]
+def find(text: str, size: str = "full", module: str | None = None) -> list[Case]:
+    """The cases, of all modules or of one, whose name contains ``text``; UserError when there is none."""
+    if module is not None and module not in _modules():
+        raise UserError(f"module: expected one of {', '.join(_modules())}, got {module!r}")
+    found = [case for case in cases(size, module) if text in case.name]
     if not found:
         raise UserError(f"filter: expected part of a case name (`--list` shows them), got {text!r}")
     return found

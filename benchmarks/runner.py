@@ -2,9 +2,9 @@
 
     python -m benchmarks.runner [--size full|small] [--filter TEXT] [--json FILE] ...      (or: pydit bench)
 
-A case that computes something wrong gets no figure. ratio is the peer's time over pydit's: above 1, pydit is faster.
-% of limit is the floor (the slower of bytes over copy bandwidth and FLOPs over GEMM rate) over the time; both rates
-are measured in the same run, or the column stays empty.
+A case that computes something wrong, or raises, gets no figure and stops no other. ratio is the peer's time over
+pydit's: above 1, pydit is faster. % of limit is the floor (the slower of bytes over copy bandwidth and FLOPs over GEMM
+rate) over the time; both rates are measured in the same run, or the column stays empty.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import compare, machine, registry, roofline, table, timing
 from benchmarks.cases import Case
+from benchmarks.peers import Peer
 from benchmarks.registry import SIZES, find
 from pydit import backend
 from pydit.cli.options import Parser, count, positive
@@ -40,9 +41,12 @@ def _parse(argv):
     parser.add_argument("--size", choices=SIZES, default="full" if torch.cuda.is_available() else "small",
                         help="shapes of real models, or ones for a CPU (default: what this machine suits)")
     parser.add_argument("--filter", default="", help="only cases whose name contains this text")
+    parser.add_argument("--module", help="only cases of this file of benchmarks/cases, such as linear")
     parser.add_argument("--list", action="store_true", help="name the cases and their peers, time nothing")
     parser.add_argument("--rounds", type=count, default=15, help="samples per provider, at least 3 (default: 15)")
     parser.add_argument("--peers", metavar="NAMES", help="only these peers, separated by commas; none for no peer")
+    parser.add_argument("--without", metavar="PARTS", default="",
+                        help="no peer whose name contains one of these, separated by commas")
     parser.add_argument("--no-limits", action="store_true", help="skip the ceilings, and with them %% of limit")
     parser.add_argument("--seconds", type=positive, help="start no case after this time")
     parser.add_argument("--json", type=Path, help="write all figures to this file, after every case")
@@ -63,8 +67,8 @@ def _parse(argv):
 def _main(args) -> int:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = find(args.filter, args.size)
-    peers = _chosen_peers(args.peers)
+    cases = find(args.filter, args.size, args.module)
+    peers, without = _chosen_peers(args.peers), _unwanted_peers(args.without)
     if args.list:
         print("\n".join(f"{case.name:60} {case.work.bytes:>13,} B {case.work.flops:>15,} FLOP   "
                         + ", ".join(peer.name for peer in case.peers) for case in cases))
@@ -79,13 +83,17 @@ def _main(args) -> int:
             if args.seconds is not None and time.monotonic() - started > args.seconds:
                 break
             print(f"{case.name} ...", file=sys.stderr, flush=True)
-            data["rows"].append(run_case(case, device, data["limits"], rounds=args.rounds, peers=peers))
+            data["rows"].append(run_case(case, device, data["limits"], rounds=args.rounds, peers=peers,
+                                         without=without))
             data["not_run"].remove(case.name)
             data["machine"] |= sampler.result()
             data["paths"] = backend.report()
             if args.json:
                 write_json(args.json, data)
-    data["complete"] = not data["not_run"]
+            if not _settle(device):
+                print(f"the GPU has faulted in {case.name}: no case after it is run", file=sys.stderr)
+                break
+    data["complete"] = not data["not_run"] and not args.filter and args.module is None
     print(table.render(data))
     if old is not None:
         data["compared"] = compare.compare(old, data)
@@ -97,40 +105,21 @@ def _main(args) -> int:
     return 1 if any("wrong" in row for row in data["rows"]) else 0
 
 
-def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: set[str] | None = None) -> dict:
+def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: set[str] | None = None,
+             without: tuple[str, ...] = ()) -> dict:
     """Verify a case, time it and its peers, and return its row.
 
-    A wrong case has "wrong" instead of "providers". Peers that took no part are in "not_raced" (absent, or left out by
-    ``peers``) or "failed" (raised, or wrong), each with the reason.
+    A case that is wrong, or that raises (no memory, a package that is missing), has "wrong" instead of "providers".
+    Peers that took no part are in "not_raced" (absent, or left out by ``peers`` or ``without``) or "failed" (raised, or
+    wrong), each with the reason.
     """
     row = {"case": case.name, "op": case.op, "model": case.model, "shape": case.shape, "dtype": case.dtype,
            "bytes": case.work.bytes, "flops": case.work.flops, "floor_us": case.floor_us(limits),
            "not_raced": {}, "failed": {}}
-    torch.manual_seed(0)
-    args = case.make(device)
     try:
-        verify(case.run, case, args)
-    except Exception as error:  # a wrong case, however it goes wrong, has no figure and stops no other one
+        row["providers"] = _race(case, device, row, rounds, peers, without)
+    except Exception as error:  # however a case goes wrong, it has no figure and stops no other one
         return row | {"wrong": _reason(error)}
-    inputs = timing.input_sets(case.make, case.work.bytes, device)
-    long = timing.is_long(case.run, inputs, device)
-    timers, methods = {}, {}
-    timers["pydit"], methods["pydit"] = timing.timer(case.run, inputs, device, long=long)
-    for peer in case.peers:
-        present, reason = peer.available()
-        if peers is not None and peer.name not in peers:
-            present, reason = False, "left out by --peers"
-        if not present:
-            row["not_raced"][peer.name] = reason
-            continue
-        try:
-            function = peer.build()
-            verify(function, case, args)
-            timers[peer.name], methods[peer.name] = timing.timer(function, inputs, device, long=long)
-        except Exception as error:
-            row["failed"][peer.name] = _reason(error)
-    samples = timing.interleave(timers, rounds)
-    row["providers"] = {name: timing.summary(values) | {"method": methods[name]} for name, values in samples.items()}
     ours = row["providers"]["pydit"]["us"]
     for entry in row["providers"].values():
         entry |= {"gb_s": case.work.bytes / entry["us"] / 1e3, "tflop_s": case.work.flops / entry["us"] / 1e6,
@@ -139,10 +128,51 @@ def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: 
     return row
 
 
-def verify(function, case: Case, args: tuple) -> None:
-    """Hold a provider of ``case`` against float64 under the tolerance policy; AssertionError when it is wrong."""
-    results, exact, eager = (r if isinstance(r, tuple) else (r,)
-                             for r in (case.call(f, args) for f in (function, case.exact, case.eager)))
+def _race(case, device, row, rounds, peers, without) -> dict:
+    """Times by provider; what takes no part goes into ``row``."""
+    torch.manual_seed(0)
+    args = case.make(device)
+    right = references(case, args)
+    verify(case.run, case, args, right)
+    inputs = timing.input_sets(case.make, case.work.bytes, device)
+    long = timing.is_long(case.run, inputs, device)
+    timers, methods = {}, {}
+    timers["pydit"], methods["pydit"] = timing.timer(case.run, inputs, device, long=long)
+    for peer in case.peers:
+        reason = _no_part(peer, peers, without)
+        if reason:
+            row["not_raced"][peer.name] = reason
+            continue
+        try:
+            function = peer.build()
+            verify(function, case, args, right)
+            timers[peer.name], methods[peer.name] = timing.timer(function, inputs, device, long=long)
+        except Exception as error:
+            row["failed"][peer.name] = _reason(error)
+    try:
+        samples = timing.interleave(timers, rounds)
+    except RuntimeError as error:
+        row["failed"] |= {name: f"while all were timed: {_reason(error)}" for name in timers if name != "pydit"}
+        samples = None
+    if samples is None:  # outside of the handler, whose error holds on to memory
+        timers = {"pydit": timers["pydit"]}
+        _settle(device)
+        samples = timing.interleave(timers, rounds)
+    return {name: timing.summary(values) | {"method": methods[name]} for name, values in samples.items()}
+
+
+def references(case: Case, args: tuple) -> tuple[tuple, tuple]:
+    """What :func:`verify` holds the providers of ``case`` against: the exact results and eager torch's."""
+    return _outputs(case, case.exact, args), _outputs(case, case.eager, args)
+
+
+def verify(function, case: Case, args: tuple, right: tuple[tuple, tuple] | None = None) -> None:
+    """Hold a provider of ``case`` against float64 under the tolerance policy; AssertionError when it is wrong.
+
+    ``right`` is what :func:`references` gives, for a caller that has several providers.
+    """
+    exact, eager = right or references(case, args)
+    results = _outputs(case, function, args)
     if not len(results) == len(exact) == len(eager):
         raise AssertionError(f"{case.name}: expected {len(exact)} outputs, got {len(results)}")
     for i, (a, b, c) in enumerate(zip(results, exact, eager, strict=True)):
@@ -151,16 +181,56 @@ def verify(function, case: Case, args: tuple) -> None:
         assert_accurate(a, b, c, name=f"{case.name} output {i}")
 
 
+def _outputs(case, function, args) -> tuple:
+    found = case.call(function, args)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _settle(device: str) -> bool:
+    """Give back the memory of what is over. False when the GPU has faulted: this process gets nothing more from it."""
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _no_part(peer: Peer, chosen: set[str] | None, without: tuple[str, ...]) -> str:
+    """Why a peer is not raced; "" if it is."""
+    if chosen is not None and peer.name not in chosen:
+        return "left out by --peers"
+    if any(part in peer.name for part in without):
+        return "left out by --without"
+    present, reason = peer.available()
+    return "" if present else reason
+
+
 def _chosen_peers(text: str | None) -> set[str] | None:
     """The peers named on the command line; None for all."""
     if text is None:
         return None
-    chosen = {name.strip() for name in text.split(",")} - {"none", ""}
-    known = {peer.name for size in SIZES for case in registry.cases(size) for peer in case.peers}
+    chosen, known = {name.strip() for name in text.split(",")} - {"none", ""}, _peer_names()
     if chosen - known:
         raise UserError(f"peers: expected none or names out of {', '.join(sorted(known))}, "
                         f"got {', '.join(sorted(chosen - known))}")
     return chosen
+
+
+def _unwanted_peers(text: str) -> tuple[str, ...]:
+    """The parts of peers' names given on the command line."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    known = _peer_names() if parts else set()
+    for part in parts:
+        if not any(part in name for name in known):
+            raise UserError(f"without: expected parts of {', '.join(sorted(known))}, got {part}")
+    return parts
+
+
+def _peer_names() -> set[str]:
+    return {peer.name for size in SIZES for case in registry.cases(size) for peer in case.peers}
 
 
 def _reason(error: Exception) -> str:

@@ -3,9 +3,9 @@
     python -m benchmarks.tables --check      fails when a table differs from the files
     python -m benchmarks.tables --write      brings the tables up to date
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table: NAME -->``; NAME is ``gpu`` (the newest run of
-each GPU), ``demo`` (the newest demo run), ``quality`` (the same of benchmarks.quality) or ``work`` (what the cases of
-the registry move and compute).
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table: NAME -->``; NAME is ``gpu`` (the newest
+complete run of each GPU), ``demo`` (the newest demo run), ``quality`` (the same of benchmarks.quality) or ``work``
+(what the cases of the registry move and compute).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table: \2 -->)"
 
 
 def gpu_table(results: Path) -> str:
-    """Per GPU the newest complete results file: each case against its fastest peer."""
+    """Per GPU the newest results file, a complete one before all others: each case against its fastest peer."""
     newest: dict[str, tuple[Path, dict]] = {}
     for path in sorted(results.glob("*.json")):
         raw = read_json(path, what="results")
@@ -36,11 +36,15 @@ def gpu_table(results: Path) -> str:
             continue
         data = compare.load(path, what="results")
         known = newest.get(data["machine"]["device"])
-        if known is None or data["machine"].get("date", "") >= known[1]["machine"].get("date", ""):
+        if known is None or _rank(data) >= _rank(known[1]):
             newest[data["machine"]["device"]] = path, data
     if not newest:
         return "Not measured yet.\n"
     return "\n".join(_gpu(path, data) for path, data in newest.values())
+
+
+def _rank(data: dict) -> tuple[bool, str]:
+    return bool(data.get("complete")), data["machine"].get("date", "")
 
 
 def _gpu(path: Path, data: dict) -> str:

@@ -16,6 +16,7 @@ import torch
 ROTATED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # several times the last-level cache (60 MB of L2 on an H200)
 MOST_SETS = {"cuda": 64, "cpu": 256}
 LONG_US = 300.0  # from here the host keeps ahead of the GPU, and a graph only costs memory
+HEAD_START_CYCLES = 1_000_000  # about half a millisecond, many times what a launch costs the host
 WARM_UP_ROUNDS = 2
 GPU_COPIES_MB, CPU_COPIES_MB = (91, 182, 364, 2048), (64,)  # bytes read plus written
 
@@ -95,9 +96,12 @@ def _graph_timer(function, inputs):
             function(*args)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [function(*args) for args in inputs]  # all outputs live: none is written twice in a walk
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            kept = [function(*args) for args in inputs]  # all outputs live: none is written twice in a walk
+    finally:  # where a capture fails, torch stays on its stream
+        torch.cuda.set_stream(stream)
     graph.replay()
     torch.cuda.synchronize()
 
@@ -117,6 +121,7 @@ def _stream_timer(function, inputs):
 
 def _between_events(call, repeats):
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HEAD_START_CYCLES)  # else the GPU passes the start at once, and waits for the first launch
     start.record()
     for _ in range(repeats):
         call()

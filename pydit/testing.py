@@ -45,8 +45,10 @@ def assert_accurate(actual: torch.Tensor, reference: torch.Tensor, same_dtype: t
                              f"(same-dtype torch: {list(same_dtype.shape)})")
     if actual.numel() == 0:
         return
-    reference, same_dtype_wide = reference.detach().cpu(), same_dtype.detach().cpu().double()
-    wide = actual.detach().cpu().double()
+    # Where all three lie, if that is one place: a GPU compares the outputs of a real model sooner than it copies them.
+    place = actual.device if actual.device == reference.device == same_dtype.device else torch.device("cpu")
+    reference, same_dtype_wide = reference.detach().to(place), same_dtype.detach().to(place).double()
+    wide = actual.detach().to(place).double()
     bad = ~torch.isfinite(wide) & (wide != reference)
     if bad.any():
         where = tuple(int(i) for i in bad.nonzero()[0])

@@ -48,7 +48,7 @@ def joint_attention_backward(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
     kernels = attention_peers() if lens is None else masked_attention_peers()
     peers = (*(never(peer.name, "it has no backward") if peer.name == "sageattention" else _differentiated(peer)
                for peer in kernels),
-             eager_peer(gradients(eager)), _compiled(), Peer("deterministic", lambda: _in_order))
+             eager_peer(gradients(eager)), _differentiated(compiled(eager)), Peer("deterministic", lambda: _in_order))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     return Case("joint_attention_backward", model, shape, dtype,
                 joint_attention_backward_work(s_img, s_txt, lens or (s_txt,) * b, h, d), make, _run, _exact,
@@ -72,16 +72,10 @@ def gradients(forward: Callable) -> Callable:
 
 
 def _differentiated(peer):
-    return replace(peer, build=lambda: gradients(peer.build()))
-
-
-def _compiled():
-    peer = compiled(eager)
-
     def build():
         import torch._functorch.config as functorch
 
-        functorch.donated_buffer = False  # a kept graph runs its backward more than once
+        functorch.donated_buffer = False  # a kept graph runs its backward more than once, flex_attention's too
         return gradients(peer.build())
 
     return replace(peer, build=build)

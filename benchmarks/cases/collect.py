@@ -59,7 +59,7 @@ def _add_eager(x, y, sums):
     """By torch: float32 sums of 16-bit products, then float64; on a CPU, which lacks that product, in float32."""
     for target, other in ((sums[0], x), (sums[1], y)):
         if other is not None:
-            target += x.T.mm(other, out_dtype=torch.float32) if x.is_cuda else x.float().T @ other.float()
+            target += torch.mm(x.T, other, out_dtype=torch.float32) if x.is_cuda else x.float().T @ other.float()
     sums[2].add_(x.sum(0))
     if y is not None:
         sums[3].add_(y.sum(0))

@@ -93,7 +93,7 @@ def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
     both = of_both(FORMULAS[op])
     peers = linear_peers(op, search)
     if op == "joint_qkv":
-        peers += (Peer("products, then norm and rotation", lambda: _qkv_by_two),)
+        peers += (Peer("products then norm and rotation", lambda: _qkv_by_two),)
     else:
         peers += (Peer("two launches", lambda: own_kernel(of_both(_single(op)))),)
     work = linear_work(op, b, (img, txt), k, n, dim, kind.itemsize)

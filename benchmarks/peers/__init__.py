@@ -19,7 +19,8 @@ def always() -> tuple[bool, str]:
 class Peer:
     """``build()`` returns a function of the case's inputs; it is called only where ``available()`` says (True, "").
 
-    An absent peer gives (False, why). A peer that raises or computes a wrong result is reported by the runner.
+    An absent peer gives (False, why). A peer that raises or computes a wrong result is reported by the runner. Commas
+    separate names on the command line, so that a name has none.
     """
 
     name: str

@@ -39,9 +39,9 @@ def attention_peers() -> tuple[Peer, ...]:
 def masked_attention_peers() -> tuple[Peer, ...]:
     """Those for texts of several lengths: the kernels that take a mask, and why the others do not run."""
     return (
-        *(Peer(f"sdpa {name}, masked", lambda name=name: joint(sdpa(name)), always if name == "math" else needs_gpu())
+        *(Peer(f"sdpa {name} masked", lambda name=name: joint(sdpa(name)), always if name == "math" else needs_gpu())
           for name in _SDPA if name != "flash"),
-        Peer("flex_attention, masked", lambda: joint(_flex(), blocks=True), needs_gpu("triton")),
+        Peer("flex_attention masked", lambda: joint(_flex(), blocks=True), needs_gpu("triton")),
         never("sdpa flash", "it takes no mask"), never("sageattention", "it takes no mask"),
         never("flash-attention varlen", "packs the batch, which waits for the GPU"),
     )

@@ -129,9 +129,12 @@ class CudaRecorder:
 
     def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = run()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = run()
+        finally:  # where a capture fails, torch stays on its stream: what follows would not wait for what came before
+            torch.cuda.set_stream(stream)
         return out, graph.replay
 
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import registry, runner
-from benchmarks.cases import Work
+from benchmarks.cases import Work, attention_backward, collect
+from benchmarks.peers import Peer
 from pydit.errors import UserError
 
 SMALL = registry.cases("small")
@@ -66,6 +68,7 @@ def test_every_op_is_raced_against_eager_and_the_compiler():
         for case in registry.cases(size):
             assert {"eager", "torch.compile"} <= {peer.name for peer in case.peers}, case.name
             assert len({peer.name for peer in case.peers}) == len(case.peers)
+            assert not any("," in peer.name for peer in case.peers), "--peers and --without separate names by commas"
 
 
 @pytest.mark.parametrize("flops, expected", [(1, 100.0), (10**12, 500.0)])
@@ -85,6 +88,12 @@ def test_unknown_filter_is_refused():
         registry.find("nothing", "small")
 
 
+def test_cases_of_one_module():
+    by_module = [registry.find("", "small", name) for name in registry.families().values()]
+    assert {case.name for found in by_module for case in found} == {case.name for case in SMALL}
+    assert {case.op for case in registry.find("", "full", "second_moments")} == {"second_moments"}
+
+
 def test_inputs_are_random_and_not_zero():
     for case in SMALL:
         first, second = case.make("cpu"), case.make("cpu")
@@ -102,5 +111,23 @@ def test_peers_of_a_padded_batch_are_right(op):
         if peer.available()[0] and peer.name not in ("eager", "torch.compile"):
             runner.verify(peer.build(), case, args)
             names.append(peer.name)
-    assert names == ["sdpa math, masked", "samples alone" if op == "joint_attention" else "deterministic"]
+    assert names == ["sdpa math masked", "samples alone" if op == "joint_attention" else "deterministic"]
     assert [mode() for mode in modes] == before
+
+
+def test_torch_has_the_product_that_collecting_is_raced_against_on_a_gpu():
+    """Tensors without data stand for a GPU's, whose branch no CPU takes."""
+    with FakeTensorMode():
+        x = torch.empty(4, 8, device="cuda", dtype=torch.bfloat16)
+        sums = [torch.empty(shape, device="cuda", dtype=torch.float64) for shape in ((8, 8), (8, 8), (8,), (8,), (8,))]
+        collect._add_eager(x, x, sums)
+
+
+def test_graphs_of_a_compiler_may_run_backward_again(monkeypatch):
+    """Whatever peer is built first: each keeps the graph of its forward."""
+    import torch._functorch.config as functorch
+
+    monkeypatch.setattr(functorch, "donated_buffer", True)
+    found = []
+    attention_backward._differentiated(Peer("x", lambda: found.append(functorch.donated_buffer))).build()
+    assert found == [False]

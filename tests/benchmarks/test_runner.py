@@ -1,8 +1,10 @@
 """The runner: refuses wrong kernels, names every peer, and what it prints and writes can be read back. Times nothing."""
 
+import contextlib
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +86,82 @@ def test_an_unraced_peer_is_not_built():
     assert row["not_raced"] == {"x": "left out by --peers"} and row["failed"] == {}
 
 
+def test_peers_are_left_out_by_parts_of_their_names():
+    peers = tuple(Peer(name, lambda: case().eager) for name in ("eager", "sdpa math", "sdpa math masked", "torch.compile"))
+    row = runner.run_case(case(peers=peers), "cpu", LIMITS, rounds=3, without=("compile", "math"))
+    assert set(row["providers"]) == {"pydit", "eager"}
+    assert row["not_raced"] == dict.fromkeys(("sdpa math", "sdpa math masked", "torch.compile"), "left out by --without")
+
+
+def test_the_right_results_are_computed_once():
+    calls = []
+    right = case()
+    row = run(exact=lambda *args: calls.append("exact") or right.exact(*args),
+              eager=lambda *args: calls.append("eager") or right.eager(*args),
+              peers=tuple(Peer(name, lambda: right.eager) for name in "abc"))
+    assert set(row["providers"]) == {"pydit", "a", "b", "c"} and calls == ["exact", "eager"]
+
+
+def test_what_raises_while_all_are_timed_spares_pydit():
+    """As a peer does that has no memory left beside the others: right when it was verified and warmed up."""
+    calls, right = [], case().eager
+
+    def late(*args):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("out of memory")
+        return right(*args)
+
+    row = run(peers=(Peer("late", lambda: late),))
+    assert set(row["providers"]) == {"pydit"} and "wrong" not in row
+    assert row["failed"] == {"late": "while all were timed: RuntimeError: out of memory"}
+
+
+def test_a_case_that_raises_stops_no_other(tmp_path, capsys, monkeypatch):
+    def make(device):
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    cases = [case(make=make), case(model="other")]
+    monkeypatch.setattr(runner, "find", lambda text, size, module: cases)
+    assert pydit(["bench", "--json", str(tmp_path / "r.json"), "--rounds", "3"]) == 1
+    first, second = compare.load(tmp_path / "r.json")["rows"]
+    assert first["wrong"] == "ModuleNotFoundError: No module named 'diffusers'" and "providers" in second
+    assert "WRONG, not timed: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_a_gpu_that_faulted_is_asked_nothing_more(tmp_path, capsys, monkeypatch):
+    cases = [case(model=name) for name in "abc"]
+    monkeypatch.setattr(runner, "find", lambda text, size, module: cases)
+    monkeypatch.setattr(runner, "_settle", lambda device: False)
+    assert pydit(["bench", "--json", str(tmp_path / "r.json"), "--rounds", "3"]) == 0
+    data = compare.load(tmp_path / "r.json")
+    assert [row["model"] for row in data["rows"]] == ["a"] and data["not_run"] == [c.name for c in cases[1:]]
+    assert not data["complete"] and f"the GPU has faulted in {cases[0].name}" in capsys.readouterr().err
+
+
+def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+    """Stand-ins for CUDA: ``torch.cuda.graph`` changes the stream, and its exit raises before it changes it back."""
+    now = ["default"]
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            now[0] = "capture"
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "Stream": lambda: stream, "synchronize": lambda: None,
+                        "stream": lambda stream: contextlib.nullcontext(),
+                        "current_stream": lambda: stream if now[0] == "default" else None,
+                        "set_stream": lambda to: now.__setitem__(0, "default" if to is stream else "wrong")}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert timing.timer(lambda x: x, [(1,), (2,)], "cuda")[1] == "stream" and now == ["default"]
+
+
 def test_percent_of_limit_needs_both_ceilings():
     entry = run()["providers"]["pydit"]
     assert entry["percent_of_limit"] == pytest.approx(100 * case().floor_us(LIMITS) / entry["us"])
@@ -141,7 +219,7 @@ def test_command_line_writes_what_it_prints(tmp_path, capsys):
 
 
 def test_a_wrong_case_fails_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "find", lambda text, size: [case(run=lambda x, scale, shift: x)])
+    monkeypatch.setattr(runner, "find", lambda text, size, module: [case(run=lambda x, scale, shift: x)])
     assert pydit(["bench", "--json", str(tmp_path / "r.json")]) == 1
     assert "WRONG" in capsys.readouterr().out and "wrong" in compare.load(tmp_path / "r.json")["rows"][0]
 
@@ -151,11 +229,23 @@ def test_list_and_time_limit(capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) == len(registry.cases("full"))
     assert pydit(["bench", "--size", "small", "--seconds", "1e-9", "--json", str(tmp_path / "r.json")]) == 0
     assert capsys.readouterr().out.count("not run, out of time") == len(registry.cases("small"))
+    assert pydit(["bench", "--list", "--size", "small", "--module", "linear"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(registry.cases("small", "linear"))
+
+
+def test_a_part_of_the_registry_is_no_complete_run(tmp_path):
+    arguments = ["bench", "--size", "small", "--rounds", "3", "--peers", "none", "--json", str(tmp_path / "r.json")]
+    for part in (["--module", "second_moments"], ["--filter", "second_moments"]):
+        assert pydit([*arguments, *part]) == 0
+        data = compare.load(tmp_path / "r.json")
+        assert not data["not_run"] and not data["complete"]
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--filter", "nothing"], "filter: expected part of a case name"),
     (["--peers", "eager,magic"], "peers: expected none or names out of .*, got magic$"),
+    (["--without", "eager,magic"], "without: expected parts of .*, got magic$"),
+    (["--module", "nothing"], "module: expected one of attention, .*, got 'nothing'$"),
     (["--rounds", "2"], "rounds: expected at least 3, got 2"),
     (["--rounds", "many"], "expected a whole number"),
     (["--size", "huge"], "invalid choice: 'huge'"),

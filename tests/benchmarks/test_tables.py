@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import steps, tables
+from benchmarks import compare, machine, registry, steps, tables
 from pydit.files import read_json
 from pydit.plan import PruningPlan
 
@@ -75,6 +75,14 @@ def test_newest_run_of_each_gpu_against_its_fastest_peer(place):
     assert place("--check") == 1
 
 
+def test_a_partial_run_takes_no_complete_ones_place(place):
+    results = place.path / "results"
+    (results / "later.json").write_text(json.dumps({**run(date="2026-11-22 10:00:00", us=99.0), "complete": False}))
+    assert place("--write") == 0 and "99.0" in (place.path / "README.md").read_text()  # better than none
+    (results / "before.json").write_text(json.dumps(run()))
+    assert place("--write") == 0 and "99.0" not in (place.path / "README.md").read_text()
+
+
 def test_demo_table_of_the_committed_run():
     text = tables.demo_table(tables.RESULTS)
     path = max(tables.RESULTS.glob("demo-*.json"), key=lambda path: path.stem[-10:])
@@ -99,3 +107,35 @@ def test_steps_join_the_results_file(tmp_path, capsys):
     assert read_json(out, what="out")["steps"][1] == {"step": "memcheck", "seconds": 0,
                                                       "state": "not run: no compute-sanitizer on PATH"}
     assert "1 cases timed, 1 wrong, 0 not run" in capsys.readouterr().out
+
+
+def test_parts_become_one_file(tmp_path, capsys):
+    """Of two processes, the second of which ended before its last case; a third left nothing behind."""
+    names = [case.name for case in registry.cases("full")]
+    out, lines = tmp_path / "h200.json", tmp_path / "steps.tsv"
+    lines.write_text("bench_a\tpassed\t9\nbench_b\tout of time\t70\nbench_c\tfailed (1)\t2\n")
+    parts = []
+    for part, mine, copy in (("a", names[:2], 4000.0), ("b", names[2:3], 4100.0)):
+        data = run()
+        data["rows"] = [{**data["rows"][0], "case": name} for name in mine]
+        data |= {"limits": {"copy_gb_s": copy}, "paths": {part: {"path": "cuda", "reason": ""}},
+                 "not_run": names[3:4] if part == "b" else [], "complete": False}
+        parts.append(tmp_path / f"{part}.json")
+        parts[-1].write_text(json.dumps(data))
+    assert steps.main([str(path) for path in (lines, out, *parts)]) == 0
+    data = compare.load(out)
+    assert [row["case"] for row in data["rows"]] == names[:3] and data["not_run"] == names[3:] and not data["complete"]
+    assert data["limits"] == {"copy_gb_s": 4000.0} and set(data["paths"]) == {"a", "b"}
+    assert data["parts"]["b"] == {"limits": {"copy_gb_s": 4100.0}, "not_run": names[3:4]}
+    assert f"3 cases timed, 0 wrong, {len(names) - 3} not run" in capsys.readouterr().out
+    whole = {**run(), "rows": [{**run()["rows"][0], "case": name} for name in names]}
+    assert steps.merge({"all": whole})["complete"]
+
+
+def test_samples_of_several_processes_are_one_machines():
+    seen = [machine.summarise([{"power_w": watts, "throttle": bits} for watts in (100.0, 200.0, 300.0 + bits)])
+            for bits in (0, 4)]
+    sampled = machine.together([{"sampled": seen[0]}, {}, {"sampled": seen[1]}])["sampled"]
+    assert sampled["power_w"] == {"min": 100.0, "median": 200.0, "max": 304.0} and sampled["samples"] == 6
+    assert sampled["throttled"] == {"software power cap": 0.5}
+    assert machine.together([{}, {"sampling_error": "no driver"}]) == {}

@@ -187,12 +187,35 @@ def test_memory_that_only_a_cache_of_the_model_keeps_stays_alive():
     assert any(isinstance(x, torch.Tensor) and x.is_complex() for x in kept)  # rotary tables, of an lru_cache
 
 
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """A stand-in for ``torch.cuda.graph``: it changes the stream, and its exit raises before it changes it back."""
+    now = ["default"]
+
+    class Graph:
+        def __init__(self, graph, pool):
+            now[0] = "capture"
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "graph_pool_handle": lambda: 1,
+                        "current_stream": lambda: now[0], "set_stream": lambda to: now.__setitem__(0, to)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="during capture"):
+        graphs.CudaRecorder().capture(lambda: None)
+    assert now == ["default"]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(family):
     """Not run yet: no GPU was at hand."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    torch.use_deterministic_algorithms(False)  # torch's scatter in that mode copies from the host, which no capture may
     make, batch = FAMILIES[family]
     model = make().to("cuda", torch.bfloat16).requires_grad_(False)
     plain = pydit.accelerate(copy.deepcopy(model))
