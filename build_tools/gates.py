@@ -84,6 +84,9 @@ def problems(kernel: Kernel, sass: Sass | None, rules: Sequence[Rule] = RULES) -
     for rule in named:
         if missing := sorted(name for name in rule.requires if not instructions[name]):
             found.append(f"SASS: expected {' and '.join(missing)} ({rule.reason}), got none")
+        if present := sorted(name for name in rule.forbids if instructions[name]):
+            found.append(f"SASS: expected no {' or '.join(present)} ({rule.reason}), got "
+                         f"{', '.join(str(instructions[name]) for name in present)}")
         if (count := instructions["MUFU under HGMMA"]) < rule.overlapped:
             found.append(f"SASS: expected {rule.overlapped} exponentials under HGMMA ({rule.reason}), got {count}")
     return found

@@ -19,6 +19,7 @@ class Rule:
     spill: int = 0  # bytes of spill stores, and of spill loads
     stack: int = 0  # bytes of stack frame; above 0 local memory may be accessed
     requires: frozenset[str] = frozenset()  # SASS instructions that must occur
+    forbids: frozenset[str] = frozenset()  # SASS instructions that must not occur
     overlapped: int = 0  # exponentials that must run while a product of the warpgroup does
 
     def covers(self, name: str, arch: str) -> bool:
@@ -35,4 +36,7 @@ RULES: tuple[Rule, ...] = (
     Rule("joint_attention_sm90_kernel<.*, 128>", "the softmax runs under P V", arch="sm_90a", overlapped=88),
     Rule("joint_attention_sm90_kernel<.*, (32|64)>", "the softmax runs under P V", arch="sm_90a", overlapped=64),
     Rule("joint_attention_backward_sm90_kernel", "P is made under dP", arch="sm_90a", overlapped=64),
+    # nvcc splits the copy of a struct into stores of the members that it has just made
+    Rule(r"(qk_norm_rope_kernel<.*, true, [12]|modulate_kernel<\w+, [48], .*)>", "16 bytes are stored as one",
+         requires=frozenset({"STG"}), forbids=frozenset({"narrow STG"})),
 )

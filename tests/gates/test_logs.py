@@ -140,3 +140,16 @@ def test_the_command_says_what_is_missing(tmp_path):
     result = subprocess.run(["/usr/bin/env", f"PATH={tmp_path}", sys.executable, "-m", "build_tools.gates"],
                             cwd=RECORDED.parents[2], capture_output=True, text=True)
     assert result.returncode == 2 and "gates: nvcc: expected it on PATH" in result.stderr
+
+
+def test_a_store_that_was_split():
+    """Sixteen bytes in one access pass; a rule that asks for them names how many smaller ones there are."""
+    head = "code for sm_90\n  Function : k\n"
+    wide, narrow = (f"        /*{at:04x}*/                   STG.E{kind} desc[UR4][R8.64], R4 ;\n"
+                    for at, kind in ((16, ".128"), (32, "")))
+    rule = Rule("k", "stored as one", requires=frozenset({"STG"}), forbids=frozenset({"narrow STG"}))
+    kernel = Kernel("k", "sm_90", "k")
+    assert problems(kernel, parse_sass(head + wide), [rule]) == []
+    assert problems(kernel, parse_sass(head + wide + narrow + narrow), [rule]) == [
+        "SASS: expected no narrow STG (stored as one), got 2"]
+    assert problems(kernel, parse_sass(head), [rule]) == ["SASS: expected STG (stored as one), got none"]

@@ -1,0 +1,20 @@
+// Wide stores to global memory.
+#pragma once
+
+#include "device/platform.cuh"
+
+namespace pydit::PYDIT_BACKEND {
+
+// 16 bytes at an address that is a multiple of 16. Assigning a uint4, nvcc splits into stores of the members that it
+// has just made; each of those would touch a part of every sector.
+__device__ __forceinline__ void store_global_16(void* pointer, uint4 value) {
+#ifdef PYDIT_SIM
+  *static_cast<uint4*>(pointer) = value;
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+#endif
+}
+
+}  // namespace pydit::PYDIT_BACKEND
