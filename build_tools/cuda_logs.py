@@ -71,8 +71,8 @@ def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
     """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot.
 
     A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``; an exponential between a product of a warpgroup
-    and the wait for all of them, in the order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``; a store to global
-    memory of less than 16 bytes as ``STG`` and as ``narrow STG``.
+    and the wait for all of them, in the order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``; a store of less
+    than 16 bytes to global memory as ``STG`` and as ``narrow STG``.
     """
     arch = ""
     running = False  # a product of a warpgroup
