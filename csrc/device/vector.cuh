@@ -38,6 +38,19 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// The inverse of pack, exactly. In a loop that keeps pairs in registers, of more use than Pack<T, 2>: what the compiler
+// sees as two elements of 16 bits may take two registers.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 template <typename T>
 constexpr int kElementsIn16Bytes = 16 / sizeof(T);
 

@@ -86,7 +86,7 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kN / 2], const Op
       const int left = l.columns - column - 8 * group;
       float2 value = make_float2(sums[4 * group + 2 * half], sums[4 * group + 2 * half + 1]);
       if (l.residual) {
-        const float2 before = load_pair<T, kAligned>(residual + 8 * group, left);
+        const float2 before = unpack<T>(load_pair<T, kAligned>(residual + 8 * group, left));
         value.x += before.x, value.y += before.y;
       }
       T* to = out + 8 * group;
@@ -130,11 +130,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     const char* stage = shared + step % kStages * kStageBytes;
     multiply_step<T>(sums, stage, stage + kOperandBytes, warp * 32);
   }
+  uint32_t bias[kN / 8];
+  load_pairs<T, kAligned>(bias, l.bias, tile.column, l.columns);
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int row = tile.row + warp * 32 + m * 16 + lane / 4;
-    apply_epilogue<T, kAligned, kHeads>(sums[m], all, l, row, tile.column);
-    if constexpr (!kHeads) apply_gate<T, kAligned, kN / 8>(sums[m], l, tile.batch, row, tile.column);
+    apply_epilogue<T, kAligned, kHeads>(sums[m], bias, all, l, row);
+    if (!kHeads && l.gate != nullptr) {
+      uint32_t gate[2][kN / 8];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_pairs<T, kAligned>(gate[half], gate_of_row<T>(l, tile.batch, row + 8 * half), tile.column, l.columns);
+      apply_gate<T, kN / 8>(sums[m], gate[0], gate[1]);
+    }
     store_rows<T, kAligned>(sums[m], o, l, tile.batch, row, tile.column);
   }
 }

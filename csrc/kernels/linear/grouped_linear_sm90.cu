@@ -17,10 +17,12 @@
 // the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
 //
 // Roles. One thread loads x and the weight, four stages ahead. Two warpgroups multiply 64 x 256 each, 128 registers of
-// sums, and drift apart as they like: one's epilogue runs while the other multiplies, as far as the stages last. A
-// warpgroup whose rows do not exist gives its stages back at once.
+// sums, and drift apart as they like: one's epilogue runs while the other multiplies, as far as the stages last: four,
+// of 512 clocks of the one that multiplies. A warpgroup whose rows do not exist gives its stages back at once.
 //
-// Epilogue. Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies
+// Epilogue. What takes longer than those 2048 clocks stops both warpgroups, and each trip to L2 takes hundreds. So a
+// lane asks for its bias and for the gate of two slabs before the product, for the gate of the others as soon as those
+// are used. Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies
 // outside the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs
 // before the product, each other one when its buffer has been stored.
 #include "device/arch.h"
@@ -139,6 +141,18 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
                         tile.column + slab * kSlab);
     }
+    const int row = tile.row + group * 64 + warp * 16 + lane / 4;
+    uint32_t bias[kN / 8], gate[2][2][kSlab / 8];  // of the gate two slabs, for which there are registers; both rows
+    load_pairs<T, true>(bias, l.bias, tile.column, l.columns);
+    const T* const gates[2] = {gate_of_row<T>(l, tile.batch, row), gate_of_row<T>(l, tile.batch, row + 8)};
+    const auto load_gate = [&](int slab) {
+      if constexpr (!kHeads) {
+#pragma unroll
+        for (int half = 0; half < 2 && slab < kN / kSlab; ++half)
+          load_pairs<T, true>(gate[slab % 2][half], gates[half], tile.column + slab * kSlab, l.columns);
+      }
+    };
+    load_gate(0), load_gate(1);
     for (int first = 0; first < l.depth; first += kStep) {
       const char* stage = shared + ring.slot * kStageBytes;
       mbarrier_wait(&barriers->full[ring.slot], ring.parity);
@@ -158,8 +172,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     wgmma_wait_group<0>();
     release((ring.slot + kStages - 1) % kStages);
 
-    const int row = tile.row + group * 64 + warp * 16 + lane / 4;
-    apply_epilogue<T, true, kHeads>(sums, all, l, row, tile.column);
+    apply_epilogue<T, true, kHeads>(sums, bias, all, l, row);
 #pragma unroll
     for (int slab = 0; slab < kN / kSlab; ++slab) {
       if (!exists(slab)) break;
@@ -168,8 +181,8 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
 #pragma unroll
       for (int column = 0; column < kSlab; column += 16) {
         float* s = sums + (slab * kSlab + column) / 2;
-        // here, because there are no registers for all of a tile's gate at once
-        if constexpr (!kHeads) apply_gate<T, true, 2>(s, l, tile.batch, row, tile.column + slab * kSlab + column);
+        if (!kHeads && l.gate != nullptr)
+          apply_gate<T, 2>(s, &gate[slab % 2][0][column / 8], &gate[slab % 2][1][column / 8]);
         const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
         char* place = buffer + (offset ^ (offset >> 7 & 7) << 4);
         uint32_t matrices[4];
@@ -186,6 +199,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         }
         stmatrix(place, matrices);
       }
+      load_gate(slab + 2);
       fence_proxy_async();
       barrier_sync(1 + group, kWarpgroup);
       if (thread == 0) {
