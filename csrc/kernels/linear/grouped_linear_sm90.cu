@@ -275,14 +275,17 @@ Reads reads_of(const Layers& all, int processors) {
   return reads;
 }
 
+// Of elements of 16 bits, up to where the copy engine could find the next row.
+uint64_t bytes_of_row(int64_t columns) { return static_cast<uint64_t>(ceil_div(columns, 8)) * 16; }
+
 // Boxes of `rows` tokens by 64 columns of [B, S, columns].
 template <typename T>
 const char* encode(TensorMap* map, const pydit_tokens& t, int64_t batch, int64_t tokens, int64_t columns, int rows) {
   const uint64_t size[3] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens),
                             static_cast<uint64_t>(batch)};
-  // A stride of a dimension of one element is never used, but must be valid.
-  const uint64_t stride[2] = {tokens > 1 ? static_cast<uint64_t>(t.stride_s) * sizeof(T) : 16,
-                              batch > 1 ? static_cast<uint64_t>(t.stride_b) * sizeof(T) : 16};
+  // The stride of a dimension of one element is never used; it is that of a contiguous tensor.
+  const uint64_t row = tokens > 1 ? static_cast<uint64_t>(t.stride_s) * sizeof(T) : bytes_of_row(columns);
+  const uint64_t stride[2] = {row, batch > 1 ? static_cast<uint64_t>(t.stride_b) * sizeof(T) : row * size[1]};
   const uint32_t box[3] = {64, static_cast<uint32_t>(rows), 1};
   return encode_tensor_map(map, static_cast<const T*>(t.data), 3, size, stride, box, Swizzle::k128);
 }
@@ -295,7 +298,8 @@ int launch(const pydit_grouped_linear_params& p) {
     const pydit_linear& l = p.linear[i];
     if (l.tokens == 0) continue;
     const uint64_t size[2] = {static_cast<uint64_t>(l.in_features), static_cast<uint64_t>(l.out_features)};
-    const uint64_t bytes[1] = {l.out_features > 1 ? static_cast<uint64_t>(l.weight_stride) * sizeof(T) : 16};
+    const uint64_t bytes[1] = {l.out_features > 1 ? static_cast<uint64_t>(l.weight_stride) * sizeof(T)
+                                                  : bytes_of_row(l.in_features)};
     const uint32_t box[2] = {kStep, kN / kCluster};
     const char* reason = encode<T>(&maps.x[i], l.x, p.batch, l.tokens, l.in_features, kM);
     if (reason == nullptr)
