@@ -70,7 +70,8 @@ def parse_ptxas(log: str) -> list[Kernel]:
 def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
     """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot.
 
-    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``.
+    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``, a load above every HGMMA as ``LDG`` and as
+    ``LDG before HGMMA``.
     """
     arch = ""
     found: dict[tuple[str, str], Counter[str]] = {}
@@ -84,6 +85,8 @@ def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
             current[match[1]] += 1
             if ".MULTICAST" in match[2]:
                 current[f"{match[1]}.MULTICAST"] += 1
+            if match[1] == "LDG" and not current["HGMMA"]:
+                current["LDG before HGMMA"] += 1
     return found
 
 

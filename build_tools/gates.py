@@ -83,6 +83,8 @@ def problems(kernel: Kernel, sass: Sass | None, rules: Sequence[Rule] = RULES) -
     for rule in named:
         if missing := sorted(name for name in rule.requires if not instructions[name]):
             found.append(f"SASS: expected {' and '.join(missing)} ({rule.reason}), got none")
+        if (early := instructions["LDG before HGMMA"]) < rule.early:
+            found.append(f"SASS: expected {rule.early} loads before the first wgmma ({rule.reason}), got {early}")
     return found
 
 

@@ -19,6 +19,7 @@ class Rule:
     spill: int = 0  # bytes of spill stores, and of spill loads
     stack: int = 0  # bytes of stack frame; above 0 local memory may be accessed
     requires: frozenset[str] = frozenset()  # SASS instructions that must occur
+    early: int = 0  # loads that must stand before the first wgmma
 
     def covers(self, name: str, arch: str) -> bool:
         return self.arch in ("", arch) and re.search(self.kernel, name) is not None
@@ -29,4 +30,7 @@ RULES: tuple[Rule, ...] = (
          "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
     Rule("(second_moments|grouped_linear)_sm90_kernel<.*, 2>", "blocks of a cluster share what they load",
          arch="sm_90a", requires=frozenset({"UTMALDG.MULTICAST", "UCGABAR_WAIT"})),
+    Rule("grouped_linear_sm90_kernel<.*, true, .>", "the bias comes during the product", arch="sm_90a", early=32),
+    Rule("grouped_linear_sm90_kernel<.*, false, .>", "the bias and the gate of two slabs come during the product",
+         arch="sm_90a", early=64),
 )

@@ -5,8 +5,13 @@
 // x, weights and outputs once, 45 + 113 + 136 MB, 61 us at 4.8 TB/s. L2: a tile of 128 x 256 reads 48 KB for a step of
 // 64 along K, 1024 clocks of the tensor cores: 48 bytes per clock and SM, 11.6 TB/s at the floor. What L2 gives has not
 // been measured here; at 7 TB/s it decides: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs, 15.8 waves, of which 16 are
-// paid: 99 %. Of a projection to 3072 columns 58 x 12 tiles are 5.3 waves, of which 6 are paid: 88 %. Nothing splits
-// the last.
+// paid: 99 %. Of a projection to 3072 columns (attention's out, the MLP's second) 58 x 12 = 696 tiles are 5.27 waves,
+// of which 6 are paid: 88 %.
+//
+// Not done: cutting the 36 tiles of the last wave along K. In three parts each, 108 blocks work a third as long: 5.33
+// waves for 6, 11 % less. To be paid from it: two of three parts write 128 KB of sums to L2 and the third reads them, 9
+// MB each way, and its epilogue begins when the last of them has come. In two parts it is 5.5 for 6, 8 % less. At B = 2
+// (10.5 waves of 11) and at 12288 columns (21.1 of 22) at most 4 % are to be had.
 //
 // A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows that they
 // share, for both, and 32 KB a step and not 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
@@ -21,10 +26,10 @@
 // of 512 clocks of the one that multiplies. A warpgroup whose rows do not exist gives its stages back at once.
 //
 // Epilogue. What takes longer than those 2048 clocks stops both warpgroups, and each trip to L2 takes hundreds. So a
-// lane asks for its bias and for the gate of two slabs before the product, for the gate of the others as soon as those
-// are used. Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies
-// outside the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs
-// before the product, each other one when its buffer has been stored.
+// lane asks for its bias and for the gate of two slabs before the product, for that of the others when it has done the
+// first slab and its sums leave registers free. Slabs of 64 columns go through two buffers of each warpgroup to the
+// copy engine, which leaves out what lies outside the tensor. The residual comes the same way, into the buffer where
+// its sum will lie: the first two slabs before the product, each other one when its buffer has been stored.
 #include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
@@ -142,14 +147,14 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
                         tile.column + slab * kSlab);
     }
     const int row = tile.row + group * 64 + warp * 16 + lane / 4;
-    uint32_t bias[kN / 8], gate[2][2][kSlab / 8];  // of the gate two slabs, for which there are registers; both rows
+    uint32_t bias[kN / 8], gate[kN / kSlab][2][kSlab / 8];  // gate: of both rows
     load_pairs<T, true>(bias, l.bias, tile.column, l.columns);
     const T* const gates[2] = {gate_of_row<T>(l, tile.batch, row), gate_of_row<T>(l, tile.batch, row + 8)};
     const auto load_gate = [&](int slab) {
       if constexpr (!kHeads) {
 #pragma unroll
-        for (int half = 0; half < 2 && slab < kN / kSlab; ++half)
-          load_pairs<T, true>(gate[slab % 2][half], gates[half], tile.column + slab * kSlab, l.columns);
+        for (int half = 0; half < 2; ++half)
+          load_pairs<T, true>(gate[slab][half], gates[half], tile.column + slab * kSlab, l.columns);
       }
     };
     load_gate(0), load_gate(1);
@@ -181,8 +186,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
 #pragma unroll
       for (int column = 0; column < kSlab; column += 16) {
         float* s = sums + (slab * kSlab + column) / 2;
-        if (!kHeads && l.gate != nullptr)
-          apply_gate<T, 2>(s, &gate[slab % 2][0][column / 8], &gate[slab % 2][1][column / 8]);
+        if (!kHeads && l.gate != nullptr) apply_gate<T, 2>(s, &gate[slab][0][column / 8], &gate[slab][1][column / 8]);
         const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
         char* place = buffer + (offset ^ (offset >> 7 & 7) << 4);
         uint32_t matrices[4];
@@ -199,7 +203,6 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         }
         stmatrix(place, matrices);
       }
-      load_gate(slab + 2);
       fence_proxy_async();
       barrier_sync(1 + group, kWarpgroup);
       if (thread == 0) {
@@ -211,6 +214,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
                           tile.column + (slab + kBuffers) * kSlab);
         }
       }
+      if (slab == 0) load_gate(2), load_gate(3);
       ++done;
     }
   }
