@@ -71,8 +71,9 @@ def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
     """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot.
 
     A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``; an exponential between a product of a warpgroup
-    and the wait for all of them, in the order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``; a store of less
-    than 16 bytes to global memory as ``STG`` and as ``narrow STG``.
+    and the wait for all of them, in the order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``; a load above
+    every HGMMA as ``LDG`` and as ``LDG before HGMMA``; a store of less than 16 bytes to global memory as ``STG`` and as
+    ``narrow STG``.
     """
     arch = ""
     running = False  # a product of a warpgroup
@@ -87,6 +88,8 @@ def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
             current[match[1]] += 1
             if ".MULTICAST" in match[2]:
                 current[f"{match[1]}.MULTICAST"] += 1
+            if match[1] == "LDG" and not current["HGMMA"]:
+                current["LDG before HGMMA"] += 1
             if match[1] == "STG" and ".128" not in match[2]:
                 current["narrow STG"] += 1
             if match[1] == "HGMMA":

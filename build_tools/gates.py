@@ -89,6 +89,8 @@ def problems(kernel: Kernel, sass: Sass | None, rules: Sequence[Rule] = RULES) -
                          f"{', '.join(str(instructions[name]) for name in present)}")
         if (count := instructions["MUFU under HGMMA"]) < rule.overlapped:
             found.append(f"SASS: expected {rule.overlapped} exponentials under HGMMA ({rule.reason}), got {count}")
+        if (early := instructions["LDG before HGMMA"]) < rule.early:
+            found.append(f"SASS: expected {rule.early} loads before the first wgmma ({rule.reason}), got {early}")
     return found
 
 

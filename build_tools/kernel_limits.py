@@ -21,6 +21,7 @@ class Rule:
     requires: frozenset[str] = frozenset()  # SASS instructions that must occur
     forbids: frozenset[str] = frozenset()  # SASS instructions that must not occur
     overlapped: int = 0  # exponentials that must run while a product of the warpgroup does
+    early: int = 0  # loads that must stand before the first wgmma
 
     def covers(self, name: str, arch: str) -> bool:
         return self.arch in ("", arch) and re.search(self.kernel, name) is not None
@@ -39,4 +40,7 @@ RULES: tuple[Rule, ...] = (
     # nvcc splits the copy of a struct into stores of the members that it has just made
     Rule(r"(qk_norm_rope_kernel<.*, true, [12]|modulate_kernel<\w+, [48], .*)>", "16 bytes are stored as one",
          requires=frozenset({"STG"}), forbids=frozenset({"narrow STG"})),
+    Rule("grouped_linear_sm90_kernel<.*, true, .>", "the bias comes during the product", arch="sm_90a", early=32),
+    Rule("grouped_linear_sm90_kernel<.*, false, .>", "the bias and the gate of two slabs come during the product",
+         arch="sm_90a", early=64),
 )

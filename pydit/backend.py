@@ -21,7 +21,7 @@ from pydit.version import __version__
 
 # What a kernel with a Hopper version says it took, by number: PYDIT_PATH_* in pydit.h.
 KERNEL_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the device is not of compute capability 9.x",
-                "the portable kernel: a tensor's address or strides are not multiples of 16 bytes",
+                "the portable kernel: a tensor's address or strides are not multiples of 16 bytes, or a stride is 0",
                 "the portable kernel: built without sm_90a",
                 "the Hopper kernel (TMA, wgmma), clusters of two blocks that share what they load")
 # Until benchmarks/results holds a file of a GPU; tests/package/test_backend.py keeps the two together.

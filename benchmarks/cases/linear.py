@@ -50,7 +50,7 @@ def linear_work(op: str, b: int, streams: tuple[int, int], k: int, n: int, dim: 
 
 def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: int, n: int, itemsize: int) -> Work:
     """What tiles of 128 x 128 add: x is read once per column of tiles and the weight once per row of them; eight lanes
-    read the bias of every 16 rows, and twice as often the gate; products are of whole tiles and steps of 32."""
+    read the bias for every 32 rows, and four times as often the gate; products are of whole tiles and steps of 32."""
     def tiles(length, size=128):
         return -(-length // size)
 
@@ -58,7 +58,7 @@ def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: in
     again = flops = 0
     for tokens in streams:
         rows = b * tiles(tokens)
-        again += b * tokens * k * tiles(n) + rows * n * (k + 64 + (128 if gated else 0)) + b * tokens * n * (1 + adds)
+        again += b * tokens * k * tiles(n) + rows * n * (k + 32 + (128 if gated else 0)) + b * tokens * n * (1 + adds)
         flops += 2 * rows * tiles(n) * 128 * 128 * tiles(k, 32) * 32
     return Work(again * itemsize - work.bytes, flops - work.flops)
 

@@ -50,9 +50,9 @@ constexpr int kMaxTensorMapRank = 4;
 enum class Swizzle : int { kNone = 0, k32 = 32, k64 = 64, k128 = 128 };
 
 // Describes the tensor of `rank` (2 to 4) dimensions at `base`, dimension 0 innermost and contiguous: `size` elements
-// each, `stride` bytes from one index to the next for dimensions 1 and up (stride[0] belongs to dimension 1), copied in
-// boxes of `box` elements. T: float, __half or __nv_bfloat16. Returns null, or why it cannot be: text that lives until
-// the next call on this thread.
+// each, `stride` bytes from one index to the next for dimensions 1 and up (stride[0] belongs to dimension 1; of a
+// dimension of one element it may be anything), copied in boxes of `box` elements. T: float, __half or __nv_bfloat16.
+// Returns null, or why it cannot be: text that lives until the next call on this thread.
 template <typename T>
 const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uint64_t* size, const uint64_t* stride,
                               const uint32_t* box, Swizzle swizzle) {
@@ -67,13 +67,20 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
   const uint64_t row = box[0] * sizeof(T), address = reinterpret_cast<uintptr_t>(base);
   if (rank < 2 || rank > kMaxTensorMapRank) return refuse("rank", "2 to 4", static_cast<unsigned long long>(rank));
   if (address % 16 != 0) return refuse("base", "a multiple of 16 bytes", address);
+  // A stride counts the dimensions before it (CUDA's documentation), one that is never used too.
+  constexpr uint64_t kMost = (1ull << 40) - 16;
+  uint64_t step[kMaxTensorMapRank] = {sizeof(T)};
   for (int d = 0; d < rank; ++d) {
     if (size[d] < 1 || size[d] > 1ull << 32) return refuse("size", "1 to 2^32", size[d]);
     if (box[d] < 1 || box[d] > 256) return refuse("box", "1 to 256", box[d]);
     if (d == 0) continue;
-    if (stride[d - 1] % 16 != 0 || stride[d - 1] >= 1ull << 40) {
-      return refuse("stride", "a multiple of 16 bytes below 2^40", stride[d - 1]);
+    if (size[d] > 1) {
+      step[d] = stride[d - 1];
+    } else {
+      const uint64_t whole = step[d - 1] < kMost / size[d - 1] ? (step[d - 1] * size[d - 1] + 15) / 16 * 16 : kMost;
+      step[d] = whole < kMost ? whole : kMost;
     }
+    if (step[d] % 16 != 0 || step[d] > kMost) return refuse("stride", "a multiple of 16 bytes below 2^40", step[d]);
   }
   if (row % 16 != 0) return refuse("row of the box", "a multiple of 16 bytes", row);
   if (span != 0 && row != span) return refuse("row of the box", "the swizzle span", row);
@@ -81,26 +88,25 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
   *map = TensorMap();
   map->base = const_cast<T*>(base);
   map->rank = static_cast<uint32_t>(rank);
-  map->stride[0] = sizeof(T);
   for (int d = 0; d < rank; ++d) {
     map->size[d] = size[d];
     map->box[d] = box[d];
-    if (d > 0) map->stride[d] = stride[d - 1];
+    map->stride[d] = step[d];
   }
   map->swizzle = static_cast<uint32_t>(span);
   map->element = kFloat ? simt::Element::kFloat32 : kHalf ? simt::Element::kHalf : simt::Element::kBfloat16;
 #else
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return "tensor map: the driver has no cuTensorMapEncodeTiled; it needs CUDA 12.0 or newer";
-  const cuuint32_t steps[kMaxTensorMapRank] = {1, 1, 1, 1};
+  const cuuint32_t every[kMaxTensorMapRank] = {1, 1, 1, 1};
   cuuint64_t sizes[kMaxTensorMapRank], strides[kMaxTensorMapRank] = {};
   for (int d = 0; d < rank; ++d) sizes[d] = size[d];
-  for (int d = 0; d + 1 < rank; ++d) strides[d] = stride[d];
+  for (int d = 0; d + 1 < rank; ++d) strides[d] = step[d + 1];
   const CUresult result = encode(map,
                                  kFloat  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                  : kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                 static_cast<cuuint32_t>(rank), const_cast<T*>(base), sizes, strides, box, steps,
+                                 static_cast<cuuint32_t>(rank), const_cast<T*>(base), sizes, strides, box, every,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE,
                                  swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                  : swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 
 #include "device/platform.cuh"
 #include "device/ptx_global.cuh"
@@ -42,20 +41,21 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// The inverse of pack, exactly. In a loop that keeps pairs in registers, of more use than Pack<T, 2>: what the compiler
+// sees as two elements of 16 bits may take two registers.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 template <typename T>
 constexpr int kElementsIn16Bytes = 16 / sizeof(T);
-
-// One half of a word as fp32.
-template <typename T, bool kHigh>
-__device__ __forceinline__ float half_of_word(uint32_t word) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __uint_as_float(kHigh ? word & 0xffff0000u : word << 16);
-  } else {
-    __half2 pair;
-    memcpy(&pair, &word, sizeof word);
-    return kHigh ? __high2float(pair) : __low2float(pair);
-  }
-}
 
 // kWidth elements on their way, as words: kept one by one, halves of words would take a register each.
 template <typename T, int kWidth>
@@ -64,8 +64,12 @@ struct alignas(sizeof(T) * kWidth) Words {
   uint32_t word[kCount];
 
   __device__ __forceinline__ float operator[](int i) const {
-    if constexpr (sizeof(T) == 4) return __uint_as_float(word[i]);
-    return i % 2 == 0 ? half_of_word<T, false>(word[i / 2]) : half_of_word<T, true>(word[i / 2]);
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(word[i]);
+    } else {
+      const float2 pair = unpack<T>(word[i / 2]);
+      return i % 2 == 0 ? pair.x : pair.y;
+    }
   }
 
   static __device__ __forceinline__ Words load(const T* pointer) { return *reinterpret_cast<const Words*>(pointer); }

@@ -108,8 +108,6 @@ inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x),
 inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }
 inline float2 __half22float2(__half2 v) { return {static_cast<float>(v.x), static_cast<float>(v.y)}; }
 inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
-inline float __low2float(__half2 x) { return __half2float(x.x); }
-inline float __high2float(__half2 x) { return __half2float(x.y); }
 inline __half2 __hsub2(__half2 x, __half2 y) {
   return __floats2half2_rn(static_cast<float>(x.x) - static_cast<float>(y.x),
                            static_cast<float>(x.y) - static_cast<float>(y.y));

@@ -121,6 +121,18 @@ def test_exponentials_under_a_product(order, count):
         f"SASS: expected {count + 1} exponentials under HGMMA (softmax), got {count}"]
 
 
+def test_loads_that_have_sunk_below_the_first_wgmma_fail():
+    listing = ("\t\tcode for sm_90a\n\t\tFunction : k\n"
+               "        /*1690*/               @P4 LDG.E R201, desc[UR14][R2.64] ;\n"
+               "        /*2630*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24, UP0 ;\n"
+               "        /*9800*/               @P3 LDG.E R195, desc[UR14][R4.64+0x100] ;\n")
+    found, kernel, rule = parse_sass(listing), Kernel("k", "sm_90a", "k"), Rule("k", "planted", early=1)
+    assert found == {("k", "sm_90a"): Counter({"LDG": 2, "LDG before HGMMA": 1, "HGMMA": 1})}
+    assert problems(kernel, found, [rule]) == []
+    assert problems(kernel, found, [replace(rule, early=2)]) == [
+        "SASS: expected 2 loads before the first wgmma (planted), got 1"]
+
+
 def test_a_kernel_without_a_listing_fails(kernels, sass):
     assert problems(Kernel("_Z5otherv", "sm_90a"), sass) == ["SASS: expected a listing, got none"]
     assert problems(Kernel(EARLY, "sm_80"), sass) == ["SASS: expected a listing, got none"]

@@ -99,6 +99,24 @@ def test_layouts(layout, device):
 
 
 @every_kernel
+@pytest.mark.parametrize("expanded", ["batch of x", "tokens of x", "residual", "weight"])
+def test_expanded_inputs(expanded, device):
+    """Of expanded tensors, which the copy engine is not given."""
+    x, w, b, r, g = inputs("xwbrg", torch.bfloat16, device, tokens=20)
+    if expanded == "weight":
+        w = w[:1].expand_as(w)
+    elif expanded == "residual":
+        r = r[:1].expand_as(r)
+    else:
+        x = (x[:1] if expanded == "batch of x" else x[:, :1]).expand_as(x)
+    args = (x, w, b, r, g)
+    assert_accurate(ops.linear_gated_residual(*args), gated(*double(args)), gated(*args))
+    path, reason = path_of("linear_gated_residual")
+    if path == "sim" and os.environ["PYDIT_SIM_ARCH"] == "90a":
+        assert "portable kernel" in reason and "or a stride is 0" in reason
+
+
+@every_kernel
 def test_odd_features_and_a_strided_weight_values(device):
     """Neither K nor N a multiple of 8, and a weight that is a slice: the element-wise path."""
     x, w, b = inputs("xwb", torch.bfloat16, device, k=33, n=27)

@@ -236,7 +236,7 @@ typedef struct {
 enum {
   PYDIT_PATH_HOPPER = 0,      /* TMA and wgmma */
   PYDIT_PATH_NOT_HOPPER = 1,  /* portable: the device is not of compute capability 9.x */
-  PYDIT_PATH_UNALIGNED = 2,   /* portable: a pointer or stride is not a multiple of 16 bytes */
+  PYDIT_PATH_UNALIGNED = 2,   /* portable: a pointer or stride is not a multiple of 16 bytes, or a stride is 0 */
   PYDIT_PATH_NOT_BUILT = 3,   /* portable: built without sm_90a */
   PYDIT_PATH_HOPPER_PAIRS = 4 /* TMA and wgmma; blocks in clusters of two share what they load */
 };

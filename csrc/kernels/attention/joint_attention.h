@@ -20,9 +20,7 @@ const char* encode_heads(TensorMap* map, const pydit_heads& t, int64_t tokens, c
   const uint64_t size[4] = {static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(tokens),
                             static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.batch)};
   const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements) * sizeof(T); };
-  // A stride of a dimension of one element is never used, but must be valid.
-  const uint64_t stride[3] = {tokens > 1 ? bytes(t.stride_s) : 16, p.heads > 1 ? bytes(t.stride_h) : 16,
-                              p.batch > 1 ? bytes(t.stride_b) : 16};
+  const uint64_t stride[3] = {bytes(t.stride_s), bytes(t.stride_h), bytes(t.stride_b)};
   const uint32_t box[4] = {static_cast<uint32_t>(span / sizeof(T)), static_cast<uint32_t>(rows), 1, 1};
   return encode_tensor_map(map, static_cast<const T*>(t.data), 4, size, stride, box, static_cast<Swizzle>(span));
 }

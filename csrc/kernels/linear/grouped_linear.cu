@@ -86,7 +86,7 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kN / 2], const Op
       const int left = l.columns - column - 8 * group;
       float2 value = make_float2(sums[4 * group + 2 * half], sums[4 * group + 2 * half + 1]);
       if (l.residual) {
-        const float2 before = load_pair<T, kAligned>(residual + 8 * group, left);
+        const float2 before = unpack<T>(load_pair<T, kAligned>(residual + 8 * group, left));
         value.x += before.x, value.y += before.y;
       }
       T* to = out + 8 * group;
@@ -130,11 +130,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     const char* stage = shared + step % kStages * kStageBytes;
     multiply_step<T>(sums, stage, stage + kOperandBytes, warp * 32);
   }
+  uint32_t bias[kN / 8];
+  load_pairs<T, kAligned>(bias, l.bias, tile.column, l.columns);
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int row = tile.row + warp * 32 + m * 16 + lane / 4;
-    apply_epilogue<T, kAligned, kHeads>(sums[m], all, l, row, tile.column);
-    if constexpr (!kHeads) apply_gate<T, kAligned, kN / 8>(sums[m], l, tile.batch, row, tile.column);
+    apply_epilogue<T, kAligned, kHeads>(sums[m], bias, all, l, row);
+    if (!kHeads && l.gate != nullptr) {
+      uint32_t gate[2][kN / 8];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_pairs<T, kAligned>(gate[half], gate_of_row<T>(l, tile.batch, row + 8 * half), tile.column, l.columns);
+      apply_gate<T, kN / 8>(sums[m], gate[0], gate[1]);
+    }
     store_rows<T, kAligned>(sums[m], o, l, tile.batch, row, tile.column);
   }
 }
@@ -161,7 +169,7 @@ int launch(const pydit_grouped_linear_params& p) {
                                     kSharedBytes, static_cast<cudaStream_t>(p.stream), all, operands));
 }
 
-// Whether 16-byte accesses are legal, which is also what the copy engine asks for.
+// Whether 16-byte accesses are legal.
 bool aligned(const pydit_grouped_linear_params& p) {
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
@@ -176,6 +184,20 @@ bool aligned(const pydit_grouped_linear_params& p) {
       return false;
   }
   return true;
+}
+
+// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
+bool copyable(const pydit_grouped_linear_params& p) {
+  for (int i = 0; i < p.count; ++i) {
+    const pydit_linear& l = p.linear[i];
+    const auto expanded = [&](const pydit_tokens& t) {
+      return t.data != nullptr && ((p.batch > 1 && t.stride_b == 0) || (l.tokens > 1 && t.stride_s == 0));
+    };
+    if (l.tokens == 0) continue;
+    if (expanded(l.x) || expanded(l.residual) || expanded(l.out) || (l.out_features > 1 && l.weight_stride == 0))
+      return false;
+  }
+  return aligned(p);
 }
 
 template <typename T>
@@ -226,7 +248,7 @@ int check(const pydit_grouped_linear_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(grouped_linear_path)(const pydit_grouped_linear_params* p) {
-  const int path = hopper_path(aligned(*p));
+  const int path = hopper_path(copyable(*p));
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
   if (path == PYDIT_PATH_HOPPER && cluster_of_grouped_linear_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
 #endif
@@ -239,7 +261,7 @@ extern "C" int PYDIT_ENTRY(grouped_linear)(const pydit_grouped_linear_params* p)
   if (tiles == 0) return kOk;
   if (tiles > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kGroupedLinear);
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (hopper_path(aligned(*p)) == PYDIT_PATH_HOPPER) return launch_grouped_linear_sm90(*p);
+  if (hopper_path(copyable(*p)) == PYDIT_PATH_HOPPER) return launch_grouped_linear_sm90(*p);
 #endif
   return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
 }

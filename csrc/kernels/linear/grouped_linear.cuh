@@ -96,18 +96,32 @@ __device__ __forceinline__ TileOfLayer decode_tile(const Layers& all, int index)
 
 // Epilogue -------------------------------------------------------------------------------------------------------
 
-// Two neighbouring elements, `left` elements before the end of their row; what does not exist is 0. Offsets of a loop's
-// steps are to be constants in both arguments, or each step has an address of its own in registers. kAligned: left is
-// even.
+// Two neighbouring elements, as they lie in memory, `left` elements before the end of their row; what does not exist is
+// 0. kAligned: left is even.
 template <typename T, bool kAligned>
-__device__ __forceinline__ float2 load_pair(const T* from, int left) {
+__device__ __forceinline__ uint32_t load_pair(const T* from, int left) {
+  uint32_t pair = 0;
   if constexpr (kAligned) {
-    if (left <= 0) return make_float2(0.f, 0.f);
-    const auto pair = Pack<T, 2>::load(from);
-    return make_float2(pair[0], pair[1]);
+    if (left > 0) pair = *reinterpret_cast<const uint32_t*>(from);
   } else {
-    return make_float2(left > 0 ? to_float(from[0]) : 0.f, left > 1 ? to_float(from[1]) : 0.f);
+    if (left > 0) reinterpret_cast<T*>(&pair)[0] = from[0];
+    if (left > 1) reinterpret_cast<T*>(&pair)[1] = from[1];
   }
+  return pair;
+}
+
+// What a lane needs of a row (null: nothing) for its sums, a pair of each group of 8 columns from `column` on, all of
+// it asked for at once and long before its use: pairs that are loaded and used one after the other wait for L2 every
+// few.
+template <typename T, bool kAligned, int kGroups>
+__device__ __forceinline__ void load_pairs(uint32_t (&pairs)[kGroups], const void* row, int column, int columns) {
+  column += threadIdx.x % 4 * 2;
+  // offsets of the groups are constants in both, or each has an address of its own in registers
+  const T* from = static_cast<const T*>(row) + column;
+  const int left = row == nullptr ? 0 : columns - column;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group)
+    pairs[group] = load_pair<T, kAligned>(from + 8 * group, left - 8 * group);
 }
 
 // GELU by its tanh approximation: y / (1 + exp(-2 sqrt(2 / pi) (y + 0.044715 y^3))), which keeps the digits of small
@@ -122,14 +136,16 @@ __device__ __forceinline__ void gelu_pair(float& a, float& b) {
   b *= inverse * below_a;
 }
 
-// RMSNorm and RoPE of the heads among a warp's columns. `row` is this lane's first.
-template <typename T, bool kAligned, int kHeadDim, int kElements>
+// RMSNorm and RoPE of the heads among a warp's columns. `row` is this lane's first. Both rows of a group of columns
+// take their turn together, so that the loads of all groups are under way at once and each weight is loaded once.
+template <int kHeadDim, typename T, bool kAligned, int kElements>
 __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const Layer& l, float eps, int row) {
   constexpr int kGroups = kHeadDim / 8, kHeads = kElements / (4 * kGroups);
-  const int in_group = threadIdx.x % 4 * 2;
+  const bool weighted = l.norm_weight != nullptr, rotated = l.cos != nullptr;
+  const T* weights = static_cast<const T*>(l.norm_weight) + threadIdx.x % 4 * 2;
+  float scale[2][kHeads];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float scale[kHeads];
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
       float squares = 0;
@@ -138,23 +154,27 @@ __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const 
         const float* x = sums + 4 * (head * kGroups + group) + 2 * half;
         squares = fmaf(x[0], x[0], fmaf(x[1], x[1], squares));
       }
-      scale[head] = rsqrtf(lane_group_sum<4>(squares) / kHeadDim + eps);
+      scale[half][head] = rsqrtf(lane_group_sum<4>(squares) / kHeadDim + eps);
     }
-    // rows past the last take its angles: they are not stored
-    const int64_t angles = static_cast<int64_t>(min(row + 8 * half, l.tokens - 1)) * (kHeadDim / 2) + in_group / 2;
-    const T* weights = static_cast<const T*>(l.norm_weight) + in_group;
-    const float* cosines = l.cos + angles;
-    const int64_t to_sines = l.sin - l.cos;  // one pointer: there are no registers for two
+  }
+  const float *cosines[2], *sines[2];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const float2 weight =
-          l.norm_weight == nullptr ? make_float2(1.f, 1.f) : load_pair<T, kAligned>(weights + 8 * group, 8);
+  for (int half = 0; half < 2; ++half) {
+    // rows past the last take its angles: they are not stored
+    const int64_t first = static_cast<int64_t>(min(row + 8 * half, l.tokens - 1)) * (kHeadDim / 2) + threadIdx.x % 4;
+    cosines[half] = l.cos + first, sines[half] = l.sin + first;
+  }
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const float2 weight = weighted ? unpack<T>(load_pair<T, kAligned>(weights + 8 * group, 8)) : make_float2(1.f, 1.f);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       float c = 1.f, s = 0.f;
-      if (l.cos != nullptr) c = cosines[4 * group], s = cosines[4 * group + to_sines];
+      if (rotated) c = cosines[half][4 * group], s = sines[half][4 * group];
 #pragma unroll
       for (int head = 0; head < kHeads; ++head) {
         float* x = sums + 4 * (head * kGroups + group) + 2 * half;
-        const float even = x[0] * scale[head] * weight.x, odd = x[1] * scale[head] * weight.y;
+        const float even = x[0] * scale[half][head] * weight.x, odd = x[1] * scale[half][head] * weight.y;
         x[0] = fmaf(even, c, -odd * s);
         x[1] = fmaf(even, s, odd * c);
       }
@@ -163,45 +183,42 @@ __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const 
 }
 
 // All but gate and residual: sums become act(sums + bias), or their heads are normalised and rotated. 16 rows of a
-// warp, this lane's first is `row`; columns from `column` on.
+// warp, this lane's first is `row`; `bias` is what load_pairs found of the layer's.
 template <typename T, bool kAligned, bool kHeads, int kElements>
-__device__ __forceinline__ void apply_epilogue(float (&sums)[kElements], const Layers& all, const Layer& l, int row,
-                                               int column) {
-  column += threadIdx.x % 4 * 2;
-  const int left = l.columns - column;
+__device__ __forceinline__ void apply_epilogue(float (&sums)[kElements], const uint32_t (&bias)[kElements / 4],
+                                               const Layers& all, const Layer& l, int row) {
   if (l.bias != nullptr) {
-    const T* from = static_cast<const T*>(l.bias) + column;
 #pragma unroll
     for (int i = 0; i < kElements; i += 4) {
-      const float2 bias = load_pair<T, kAligned>(from + 2 * i, left - 2 * i);
-      sums[i] += bias.x, sums[i + 1] += bias.y, sums[i + 2] += bias.x, sums[i + 3] += bias.y;
+      const float2 pair = unpack<T>(bias[i / 4]);
+      sums[i] += pair.x, sums[i + 1] += pair.y, sums[i + 2] += pair.x, sums[i + 3] += pair.y;
     }
   }
   if constexpr (kHeads) {
-    if (l.head_dim == 128) norm_rope_heads<T, kAligned, 128>(sums, l, all.eps, row);
-    if (l.head_dim == 64) norm_rope_heads<T, kAligned, 64>(sums, l, all.eps, row);
-    if (l.head_dim == 32) norm_rope_heads<T, kAligned, 32>(sums, l, all.eps, row);
+    if (l.head_dim == 128) norm_rope_heads<128, T, kAligned>(sums, l, all.eps, row);
+    if (l.head_dim == 64) norm_rope_heads<64, T, kAligned>(sums, l, all.eps, row);
+    if (l.head_dim == 32) norm_rope_heads<32, T, kAligned>(sums, l, all.eps, row);
   } else if (all.gelu) {
 #pragma unroll
     for (int i = 0; i < kElements; i += 2) gelu_pair(sums[i], sums[i + 1]);
   }
 }
 
-// Multiplies 8 kGroups columns of both rows, `sums` and on, by the gate.
-template <typename T, bool kAligned, int kGroups>
-__device__ __forceinline__ void apply_gate(float* sums, const Layer& l, int batch, int row, int column) {
-  if (l.gate == nullptr) return;
-  column += threadIdx.x % 4 * 2;
-  const int left = l.columns - column;
-  const int64_t second_row = l.split < l.tokens ? l.gate_stride_r : 0;
-  const T* gate = static_cast<const T*>(l.gate) + batch * l.gate_stride_b + column;
-  const T* first = gate + (row < l.split ? 0 : second_row);
-  const T* second = gate + (row + 8 < l.split ? 0 : second_row);
+// The gate of a row; null: none.
+template <typename T>
+__device__ __forceinline__ const T* gate_of_row(const Layer& l, int batch, int row) {
+  if (l.gate == nullptr) return nullptr;
+  const int64_t second_row = row < l.split || l.split >= l.tokens ? 0 : l.gate_stride_r;
+  return static_cast<const T*>(l.gate) + batch * l.gate_stride_b + second_row;
+}
+
+// Multiplies kGroups groups of 8 columns, `sums` and on, by the gates of both rows, which load_pairs found.
+template <typename T, int kGroups>
+__device__ __forceinline__ void apply_gate(float* sums, const uint32_t* first, const uint32_t* second) {
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     float* x = sums + 4 * group;
-    const float2 factor = load_pair<T, kAligned>(first + 8 * group, left - 8 * group);
-    const float2 other = load_pair<T, kAligned>(second + 8 * group, left - 8 * group);
+    const float2 factor = unpack<T>(first[group]), other = unpack<T>(second[group]);
     x[0] *= factor.x, x[1] *= factor.y, x[2] *= other.x, x[3] *= other.y;
   }
 }

@@ -5,8 +5,13 @@
 // x, weights and outputs once, 45 + 113 + 136 MB, 61 us at 4.8 TB/s. L2: a tile of 128 x 256 reads 48 KB for a step of
 // 64 along K, 1024 clocks of the tensor cores: 48 bytes per clock and SM, 11.6 TB/s at the floor. What L2 gives has not
 // been measured here; at 7 TB/s it decides: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs, 15.8 waves, of which 16 are
-// paid: 99 %. Of a projection to 3072 columns 58 x 12 tiles are 5.3 waves, of which 6 are paid: 88 %. Nothing splits
-// the last.
+// paid: 99 %. Of a projection to 3072 columns (attention's out, the MLP's second) 58 x 12 = 696 tiles are 5.27 waves,
+// of which 6 are paid: 88 %.
+//
+// Not done: cutting the 36 tiles of the last wave along K. In three parts each, 108 blocks work a third as long: 5.33
+// waves for 6, 11 % less. To be paid from it: two of three parts write 128 KB of sums to L2 and the third reads them, 9
+// MB each way, and its epilogue begins when the last of them has come. In two parts it is 5.5 for 6, 8 % less. At B = 2
+// (10.5 waves of 11) and at 12288 columns (21.1 of 22) at most 4 % are to be had.
 //
 // A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows that they
 // share, for both, and 32 KB a step and not 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
@@ -17,12 +22,14 @@
 // the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
 //
 // Roles. One thread loads x and the weight, four stages ahead. Two warpgroups multiply 64 x 256 each, 128 registers of
-// sums, and drift apart as they like: one's epilogue runs while the other multiplies, as far as the stages last. A
-// warpgroup whose rows do not exist gives its stages back at once.
+// sums, and drift apart as they like: one's epilogue runs while the other multiplies, as far as the stages last: four,
+// of 512 clocks of the one that multiplies. A warpgroup whose rows do not exist gives its stages back at once.
 //
-// Epilogue. Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies
-// outside the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs
-// before the product, each other one when its buffer has been stored.
+// Epilogue. What takes longer than those 2048 clocks stops both warpgroups, and each trip to L2 takes hundreds. So a
+// lane asks for its bias and for the gate of two slabs before the product, for that of the others when it has done the
+// first slab and its sums leave registers free. Slabs of 64 columns go through two buffers of each warpgroup to the
+// copy engine, which leaves out what lies outside the tensor. The residual comes the same way, into the buffer where
+// its sum will lie: the first two slabs before the product, each other one when its buffer has been stored.
 #include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
@@ -139,6 +146,18 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
                         tile.column + slab * kSlab);
     }
+    const int row = tile.row + group * 64 + warp * 16 + lane / 4;
+    uint32_t bias[kN / 8], gate[kN / kSlab][2][kSlab / 8];  // gate: of both rows
+    load_pairs<T, true>(bias, l.bias, tile.column, l.columns);
+    const T* const gates[2] = {gate_of_row<T>(l, tile.batch, row), gate_of_row<T>(l, tile.batch, row + 8)};
+    const auto load_gate = [&](int slab) {
+      if constexpr (!kHeads) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          load_pairs<T, true>(gate[slab][half], gates[half], tile.column + slab * kSlab, l.columns);
+      }
+    };
+    load_gate(0), load_gate(1);
     for (int first = 0; first < l.depth; first += kStep) {
       const char* stage = shared + ring.slot * kStageBytes;
       mbarrier_wait(&barriers->full[ring.slot], ring.parity);
@@ -158,8 +177,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     wgmma_wait_group<0>();
     release((ring.slot + kStages - 1) % kStages);
 
-    const int row = tile.row + group * 64 + warp * 16 + lane / 4;
-    apply_epilogue<T, true, kHeads>(sums, all, l, row, tile.column);
+    apply_epilogue<T, true, kHeads>(sums, bias, all, l, row);
 #pragma unroll
     for (int slab = 0; slab < kN / kSlab; ++slab) {
       if (!exists(slab)) break;
@@ -168,8 +186,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
 #pragma unroll
       for (int column = 0; column < kSlab; column += 16) {
         float* s = sums + (slab * kSlab + column) / 2;
-        // here, because there are no registers for all of a tile's gate at once
-        if constexpr (!kHeads) apply_gate<T, true, 2>(s, l, tile.batch, row, tile.column + slab * kSlab + column);
+        if (!kHeads && l.gate != nullptr) apply_gate<T, 2>(s, &gate[slab][0][column / 8], &gate[slab][1][column / 8]);
         const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
         char* place = buffer + (offset ^ (offset >> 7 & 7) << 4);
         uint32_t matrices[4];
@@ -197,6 +214,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
                           tile.column + (slab + kBuffers) * kSlab);
         }
       }
+      if (slab == 0) load_gate(2), load_gate(3);
       ++done;
     }
   }
@@ -266,9 +284,8 @@ template <typename T>
 const char* encode(TensorMap* map, const pydit_tokens& t, int64_t batch, int64_t tokens, int64_t columns, int rows) {
   const uint64_t size[3] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens),
                             static_cast<uint64_t>(batch)};
-  // A stride of a dimension of one element is never used, but must be valid.
-  const uint64_t stride[2] = {tokens > 1 ? static_cast<uint64_t>(t.stride_s) * sizeof(T) : 16,
-                              batch > 1 ? static_cast<uint64_t>(t.stride_b) * sizeof(T) : 16};
+  const uint64_t stride[2] = {static_cast<uint64_t>(t.stride_s) * sizeof(T),
+                              static_cast<uint64_t>(t.stride_b) * sizeof(T)};
   const uint32_t box[3] = {64, static_cast<uint32_t>(rows), 1};
   return encode_tensor_map(map, static_cast<const T*>(t.data), 3, size, stride, box, Swizzle::k128);
 }
@@ -281,7 +298,7 @@ int launch(const pydit_grouped_linear_params& p) {
     const pydit_linear& l = p.linear[i];
     if (l.tokens == 0) continue;
     const uint64_t size[2] = {static_cast<uint64_t>(l.in_features), static_cast<uint64_t>(l.out_features)};
-    const uint64_t bytes[1] = {l.out_features > 1 ? static_cast<uint64_t>(l.weight_stride) * sizeof(T) : 16};
+    const uint64_t bytes[1] = {static_cast<uint64_t>(l.weight_stride) * sizeof(T)};
     const uint32_t box[2] = {kStep, kN / kCluster};
     const char* reason = encode<T>(&maps.x[i], l.x, p.batch, l.tokens, l.in_features, kM);
     if (reason == nullptr)

@@ -199,13 +199,18 @@ int launch(const pydit_second_moments_params& p) {
                                                     kSharedBytes, stream, p));
 }
 
-// Whether 16-byte accesses are legal, which is also what the copy engine asks for. Of a tensor map whose rows are all
-// the same one (an expanded tensor) its documentation says nothing.
+// Whether 16-byte accesses are legal.
 bool aligned(const pydit_second_moments_params& p) {
   const auto legal = [&](const void* data, int64_t stride) {
-    return aligned16(data) && (p.tokens <= 1 || (stride % 8 == 0 && stride != 0));
+    return aligned16(data) && (p.tokens <= 1 || stride % 8 == 0);
   };
   return legal(p.x, p.stride_x) && (p.dim_y == 0 || legal(p.y, p.stride_y));
+}
+
+// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
+bool copyable(const pydit_second_moments_params& p) {
+  const bool expanded = p.tokens > 1 && (p.stride_x == 0 || (p.dim_y > 0 && p.stride_y == 0));
+  return !expanded && aligned(p);
 }
 
 template <typename T>
@@ -223,7 +228,7 @@ extern "C" int64_t PYDIT_ENTRY(second_moments_workspace)(const pydit_second_mome
 }
 
 extern "C" int PYDIT_ENTRY(second_moments_path)(const pydit_second_moments_params* p) {
-  const int path = hopper_path(aligned(*p));
+  const int path = hopper_path(copyable(*p));
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
   if (path == PYDIT_PATH_HOPPER && cluster_of_second_moments_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
 #endif
@@ -247,7 +252,7 @@ extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p)
   if (p->workspace == nullptr)
     return bad_argument("%s: workspace: expected memory, got a null pointer", kSecondMoments);
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (hopper_path(aligned(*p)) == PYDIT_PATH_HOPPER) return launch_second_moments_sm90(*p);
+  if (hopper_path(copyable(*p)) == PYDIT_PATH_HOPPER) return launch_second_moments_sm90(*p);
 #endif
   return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
 }

@@ -293,9 +293,7 @@ Reads reads_of(const pydit_second_moments_params& p, int processors) {
 template <typename T>
 const char* encode(TensorMap* map, const void* data, int64_t stride, int64_t tokens, int64_t columns, int box_tokens) {
   const uint64_t size[2] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(tokens)};
-  // of a single token what a contiguous tensor would have: a stride counts the whole row
-  const uint64_t bytes[1] = {tokens > 1 ? static_cast<uint64_t>(stride) * sizeof(T)
-                                        : static_cast<uint64_t>(ceil_div(columns, 8)) * 16};
+  const uint64_t bytes[1] = {static_cast<uint64_t>(stride) * sizeof(T)};
   const uint32_t box[2] = {kBoxColumns, static_cast<uint32_t>(box_tokens)};
   return encode_tensor_map(map, static_cast<const T*>(data), 2, size, bytes, box, Swizzle::k128);
 }
