@@ -26,6 +26,8 @@ def make(shape, dtype, device, *, layout="contiguous", mean=0.0, seed=0):
     else:
         rows = wide.to(device, dtype)
     x, y = rows[:, :d], rows[:, d + 8 - d % 8:][:, :e]
+    if layout == "expanded":
+        return rows[:1, :d].expand(n, d), (rows[:, d:d + e] if e else None)
     if layout == "contiguous":
         x, y = x.contiguous(), y.contiguous()
     return x, (y if e else None)
@@ -95,7 +97,7 @@ def test_a_cluster_of_another_size_is_refused(device):
 
 
 @every_kernel
-@pytest.mark.parametrize("layout", ["strided", "unaligned"])
+@pytest.mark.parametrize("layout", ["strided", "unaligned", "expanded"])
 def test_layouts(layout, device):
     check(*make((270, 136, 24), torch.bfloat16, device, layout=layout), device)
 
@@ -193,7 +195,7 @@ def test_any_shape(device, data):
 
 @pytest.mark.parametrize(("device", "layout", "words"), [
     ("sim", "contiguous", "not of compute capability 9.x"), ("sim-90a", "contiguous", "the Hopper kernel"),
-    ("sim-90a", "unaligned", "not multiples of 16 bytes"), ("reference", "contiguous", "the tensors are on the CPU")],
+    ("sim-90a", "unaligned", "not multiples of 16 bytes"), ("sim-90a", "expanded", "or a stride is 0"), ("reference", "contiguous", "the tensors are on the CPU")],
     indirect=["device"])
 def test_report_names_the_kernel(device, layout, words):
     ops.second_moments(*make((20, 16, 8), torch.bfloat16, device, layout=layout))
