@@ -159,16 +159,28 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
     const T* scale = modulation_row<T>(p.scale, b, r);
     const T* shift = modulation_row<T>(p.shift, b, r);
     T* out = token_row_out<T>(p.out, b, s);
+    // Loads cannot pass a store, which as far as the compiler knows may write what they read: a batch of them goes
+    // first.
+    constexpr int kBatch = 4;
+    static_assert(kVectors % kBatch == 0, "whole batches");
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int c = (i * kThreads + thread) * kWidth;
-      if (c < channels) {
-        const auto scales = Loaded::load(scale + c);
-        const auto shifts = Loaded::load(shift + c);
-        Vec packed;
+    for (int first = 0; first < kVectors; first += kBatch) {
+      Loaded scales[kBatch], shifts[kBatch];
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) packed.set(j, fmaf((value[i][j] - mean) * rstd, 1.f + scales[j], shifts[j]));
-        packed.store(out + c);
+      for (int i = 0; i < kBatch; ++i) {
+        const int c = ((first + i) * kThreads + thread) * kWidth;
+        if (c < channels) scales[i] = Loaded::load(scale + c), shifts[i] = Loaded::load(shift + c);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int c = ((first + i) * kThreads + thread) * kWidth;
+        if (c < channels) {
+          Vec packed;
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j)
+            packed.set(j, fmaf((value[first + i][j] - mean) * rstd, 1.f + scales[i][j], shifts[i][j]));
+          packed.store(out + c);
+        }
       }
     }
   }
