@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ class Settings:
     """The same for every cell.
 
     steps : optimiser steps; a fine-tuned row of the ladder has a sixth more. mask_steps : of the learned mask, whose
-    updates are thrown away. goal_steps : of each of the two goals. goal_batches : which they go through again and
-    again, so that the teacher need not run at every step. goal_prompts : on which they are judged.
+    updates are thrown away. goal_steps : of each of the two goals. goal_batches : which each goes through again and
+    again, so that the teacher need not run at every step; 0: new ones all the time, as near the teacher repeated ones
+    are learned by heart. goal_prompts : on which they are judged.
     """
 
     steps: int = 300
@@ -66,13 +68,13 @@ class Settings:
     prompts: int = 420
     sampling_steps: int = data.STEPS
     guidance: float = data.GUIDANCE
-    goal_steps: tuple[int, int] = (5000, 8000)
-    goal_batches: int = 1000
+    goal_steps: tuple[int, int] = (3200, 8000)
+    goal_batches: tuple[int, int] = (0, 1000)
     goal_prompts: int = 2500
 
 
 QUICK = Settings(steps=6, batch_size=4, images=64, calibration=4, prompts=14, sampling_steps=2, mask_steps=4,
-                 goal_steps=(8, 9), goal_batches=4, goal_prompts=21)
+                 goal_steps=(8, 9), goal_batches=(0, 4), goal_prompts=21)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Bench:
         self.pipe = load_pipeline(teacher, dtype=torch.float32)
         self.teacher = self.pipe.transformer
         (out / "cells").mkdir(parents=True, exist_ok=True)
-        stated = {"settings": {**asdict(settings), "goal_steps": list(settings.goal_steps)}, "teacher": teacher.name}
+        stated = {"settings": json.loads(json.dumps(asdict(settings))), "teacher": teacher.name}
         if (out / "settings.json").exists():
             found = files.read_json(out / "settings.json", what="out")
             if found != stated:
@@ -200,9 +202,10 @@ class Bench:
         else:
             steps, more = settings.steps, {}
             if cell.table == "goals":
-                steps = settings.goal_steps[cell.name == HYBRID]
+                which = (HALF, HYBRID).index(cell.name)
+                steps = settings.goal_steps[which]
                 more = {"checkpoint_dir": self._work(cell), "save_every_seconds": 60.0, "resume": "auto",
-                        "output_cache_batches": settings.goal_batches}
+                        "output_cache_batches": settings.goal_batches[which]}
             first = settings.steps // 10
             config = DistillConfig(layers_steps=first, output_steps=steps - first, output_trainable="all",
                                    muon_lr=0.0015, **common, **more)
