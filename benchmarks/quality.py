@@ -47,7 +47,7 @@ LADDER = ("bi, sequential", "ppcl, sequential", "ppcl literal, sequential", "ppc
 LADDER_SHARE = 0.5  # at 0.6 every row loses more than three prompts in four
 HALF, HYBRID = "half the parameters", "hybrid stream"
 HYBRID_SHARE, HYBRID_DUAL = 0.62, 3  # of the six blocks that are left so many stay dual; 2 and 5, 1 and 7 learn slower
-NAMES = (*METHODS, *LADDER, HALF, HYBRID)
+NAMES = {"methods": METHODS, "ladder": LADDER, "goals": (HALF, HYBRID)}  # rows of the tables, in order
 
 
 @dataclass(frozen=True)

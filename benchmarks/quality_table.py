@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,10 @@ def load(path: Path) -> dict[str, Any]:
     return data
 
 
-def markdown(data: dict[str, Any], names: Sequence[str]) -> str:
-    """Every table there are rows for; rows by share and then in the order of ``names``."""
+def markdown(data: dict[str, Any], names: Mapping[str, Sequence[str]]) -> str:
+    """Every table there are rows for; rows by share and then in the order of the table's ``names``."""
     lines = []
-    for title in ("methods", "ladder", "goals"):
+    for title in names:
         groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
         for row in data["rows"]:
             if row["cell"]["table"] == title:
@@ -75,13 +75,13 @@ def markdown(data: dict[str, Any], names: Sequence[str]) -> str:
         if not groups:
             continue
         lines += [_HEAD.format(TITLES[title])]
-        for (share, name), group in sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1]))):
+        for (_, name), group in sorted(groups.items(), key=lambda item: (item[0][0], names[title].index(item[0][1]))):
             met = 100 * np.mean([row["overall"] for row in group])
-            removed = PruningPlan.from_dict(group[0]["plan"]).removed
+            plan = PruningPlan.from_dict(group[0]["plan"])
             sizes = sorted({row["parameters"] for row in group})
             size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
             error = np.mean([row["velocity_error"] for row in group])
-            lines.append(f"| {name} | {removed} ({100 * share:.0f} %) | {size} | {met:.1f} % | "
+            lines.append(f"| {name} | {plan.removed} of {plan.num_layers} | {size} | {met:.1f} % | "
                          f"{interval([row['loss'] for row in group])} | {error:.4f} | {len(group)} |")
         lines.append("")
     for row in data["rows"]:
@@ -136,7 +136,7 @@ def curves(data: dict[str, Any], path: Path, methods: Sequence[str]) -> None:
         if row["cell"]["table"] == "goals":
             axes.plot(row["parameters"] / 1e6, 100 * row["overall"], "k*", markersize=12)
             axes.annotate(f"{row['cell']['name']}, trained longer", (row["parameters"] / 1e6, 100 * row["overall"]),
-                          xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+                          xytext=(8, -3), textcoords="offset points", fontsize=8)
     axes.axhline(100 * data["teacher_result"]["overall"], color="grey", linewidth=1, linestyle=":")
     axes.annotate("teacher", (axes.get_xlim()[0], 100 * data["teacher_result"]["overall"]), xytext=(4, 3),
                   textcoords="offset points", fontsize=8, color="grey")

@@ -23,8 +23,8 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     assert quality.main(command) == 0
     out = capsys.readouterr().out
     assert "8 cells of 6 steps and 14 prompts, 7 to do; about" in out
-    assert "| ppcl, sequential | 8 (50 %) | 2,743,456 |" in out and "| random | 8 (50 %) | 2,743,456 |" in out
-    assert f"| {quality.HALF} | 8 (50 %) | 2,613,344 |" in out and f"| {quality.HYBRID} | 10 (62 %) | 1,571,712 |" in out
+    assert "| ppcl, sequential | 8 of 16 | 2,743,456 |" in out and "| random | 8 of 16 | 2,743,456 |" in out
+    assert f"| {quality.HALF} | 8 of 16 | 2,613,344 |" in out and f"| {quality.HYBRID} | 10 of 16 | 1,571,712 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {p.name: json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()}
     tuned = PruningPlan.from_dict(rows["ladder---fine-tuning-0.5-0.json"]["plan"])
@@ -77,9 +77,9 @@ def test_a_summary_without_verdicts_gives_the_same_tables(tmp_path, capsys):
     (tmp_path / "teacher.json").write_text('{"overall": 1.0, "per_category": {}, "images_per_category": {}}')
     assert quality.main(["--out", str(tmp_path), "--summary", str(tmp_path / "sum.json")]) == 0
     out = capsys.readouterr().out
-    assert "| ppcl | 7 (50 %) | 1,000 | 60.0 % | 40.0 % (50.0 and 30.0) | 0.2500 | 2 |" in out
-    assert "| bi, sequential | 7 (50 %) | 1,000 | 25.0 % | 75.0 % [0.0, 100.0] | 0.2500 | 1 |" in out
-    assert f"| {quality.HYBRID} | 7 (50 %) |" in out and "| 1 | 1,000 | 50.0 % | 50.0 % [0.0, 100.0] | 0.1000 |" in out
+    assert "| ppcl | 7 of 16 | 1,000 | 60.0 % | 40.0 % (50.0 and 30.0) | 0.2500 | 2 |" in out
+    assert "| bi, sequential | 7 of 16 | 1,000 | 25.0 % | 75.0 % [0.0, 100.0] | 0.2500 | 1 |" in out
+    assert f"| {quality.HYBRID} | 7 of 16 |" in out and "| 1 | 1,000 | 50.0 % | 50.0 % [0.0, 100.0] | 0.1000 |" in out
     assert "samples" not in (tmp_path / "sum.json").read_text()
     picture = tmp_path / "curves.png"
     first = picture.read_bytes()

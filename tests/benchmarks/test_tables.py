@@ -49,7 +49,7 @@ def test_the_newest_quality_run_is_shown(place):
         (results / f"quality-cpu-{date}.json").write_text(json.dumps(
             {"format": "pydit-quality", "version": 1, "rows": [row]}))
     assert place("--write") == 0 and place("--check") == 0
-    assert "| ppcl | 7 (50 %) | 1,000 | 50.0 % | 50.0 % [25.0, 75.0] | 0.2500 | 1 |" in page.read_text()
+    assert "| ppcl | 7 of 16 | 1,000 | 50.0 % | 50.0 % [25.0, 75.0] | 0.2500 | 1 |" in page.read_text()
     (results / "quality-cpu-2026-11-27.json").write_text("{}")
     assert place("--check") == 2
 
