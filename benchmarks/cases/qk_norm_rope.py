@@ -33,6 +33,16 @@ def qk_norm_rope_work(b: int, s: int, h: int, d: int, itemsize: int) -> Work:
     return Work(bytes=(4 * b * s * h * d + 2 * d) * itemsize + 2 * s * (d // 2) * 4, flops=2 * 7 * b * s * h * d)
 
 
+def walks(h: int, d: int, itemsize: int) -> tuple[int, int]:
+    """How often a token's weights and its angles are read: by each walk over its heads when it enters q or k, and when
+    it begins."""
+    walking = 256 // (d * itemsize // 16) // 2  # 256 threads, 16 bytes each, two tokens
+    steps = -(-2 * h // walking)
+    begun = min(walking, 2 * h)
+    into_k = sum(first < h <= first + (steps - 1) * walking for first in range(begun))
+    return begun + into_k, begun
+
+
 def qk_norm_rope(model, b, s, h, d, dtype) -> Case:
     torch_dtype = DTYPES[dtype]
 
@@ -46,8 +56,8 @@ def qk_norm_rope(model, b, s, h, d, dtype) -> Case:
     peers = (compiled(_real), eager_peer(_eager),
              never("sglang", "fused_inplace_qknorm_rope runs inside the SGLang server only"),
              never("quack", "its RMSNorm and its rotary embedding are separate kernels without this layout"))
-    # every head of every token reads its weight and the angles of its token
-    reread = 2 * d * torch_dtype.itemsize * (b * s * h - 1) + 2 * (d // 2) * 4 * s * (2 * b * h - 1)
+    weights, angles = walks(h, d, torch_dtype.itemsize)
+    reread = d * torch_dtype.itemsize * (b * s * weights - 2) + 2 * (d // 2) * 4 * s * (b * angles - 1)
     return Case("qk_norm_rope", model, f"{b}x{s}x{h}x{d}", dtype, qk_norm_rope_work(b, s, h, d, torch_dtype.itemsize),
                 make, _run, lambda *args: _eager(*(a.double() for a in args)), _eager, peers,
                 Work(reread, 0))

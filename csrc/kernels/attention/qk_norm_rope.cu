@@ -10,7 +10,7 @@
 // in the shuffles, with or without a vector of its own.
 //
 // Arithmetic is not free here. At 4.8 TB/s the 7401 tokens of Qwen-Image in bf16 take 39 us, 68,000 to 77,000 cycles. A
-// step of a walk is 116 instructions, its beginning 190: 50,000 cycles if every scheduler issues in each.
+// step of a walk is about 120 instructions, its beginning 190: 52,000 cycles if every scheduler issues in each.
 //
 // joint_qk_norm_rope does both streams of a block in one launch: the first blocks take the image's tokens, the rest the
 // text's, which alone would not fill the GPU.
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int d = (i * kLanes + lane) * kWidth;
-    exists[i] = kWide || d < head_dim;
+    exists[i] = group % kGroups < vectors_per_token && (kWide || d < head_dim);
     const bool rotate = p.cos != nullptr && exists[i];
     const int64_t angle = s * (head_dim / 2) + d / 2;
     load_part<kWide>(cosine[i], p.cos + angle, rotate, 1.f);
