@@ -132,11 +132,10 @@ def curves(data: dict[str, Any], path: Path, methods: Sequence[str]) -> None:
     for number, rows in enumerate(subsets):
         axes.plot([s["parameters"] / 1e6 for s in rows], [100 * s["overall"] for s in rows], "k--", linewidth=1,
                   label="ppcl, subsets of one model" if number == 0 else None)
-    for row in data["rows"]:
-        if row["cell"]["table"] == "goals":
-            axes.plot(row["parameters"] / 1e6, 100 * row["overall"], "k*", markersize=12)
-            axes.annotate(f"{row['cell']['name']}, trained longer", (row["parameters"] / 1e6, 100 * row["overall"]),
-                          xytext=(8, -3), textcoords="offset points", fontsize=8)
+    goals = [row for row in data["rows"] if row["cell"]["table"] == "goals"]
+    for row, face in zip(goals, ("black", "white"), strict=False):
+        axes.plot(row["parameters"] / 1e6, 100 * row["overall"], "k*", markersize=12, markerfacecolor=face,
+                  linestyle="none", label=f"{row['cell']['name']}, trained longer")
     axes.axhline(100 * data["teacher_result"]["overall"], color="grey", linewidth=1, linestyle=":")
     axes.annotate("teacher", (axes.get_xlim()[0], 100 * data["teacher_result"]["overall"]), xytext=(4, 3),
                   textcoords="offset points", fontsize=8, color="grey")
