@@ -65,7 +65,7 @@ struct alignas(sizeof(T) * kWidth) Words {
 
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (sizeof(T) == 4) {
-      return __uint_as_float(word[i]);
+      return to_float(__uint_as_float(word[i]));
     } else {
       const float2 pair = unpack<T>(word[i / 2]);
       return i % 2 == 0 ? pair.x : pair.y;
@@ -76,7 +76,6 @@ struct alignas(sizeof(T) * kWidth) Words {
 
   static __device__ __forceinline__ Words all(float x) {
     Words words;
-#pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if constexpr (sizeof(T) == 4)
         words.word[i] = __float_as_uint(x);

@@ -123,11 +123,11 @@ def test_torch_has_the_product_that_collecting_is_raced_against_on_a_gpu():
         collect._add_eager(x, x, sums)
 
 
-def test_graphs_of_a_compiler_may_run_backward_again(monkeypatch):
+def test_graphs_of_a_compiler_may_run_backward_again():
     """Whatever peer is built first: each keeps the graph of its forward."""
     import torch._functorch.config as functorch
 
-    monkeypatch.setattr(functorch, "donated_buffer", True)
     found = []
-    attention_backward._differentiated(Peer("x", lambda: found.append(functorch.donated_buffer))).build()
+    with functorch.patch(donated_buffer=True):
+        attention_backward._differentiated(Peer("x", lambda: found.append(functorch.donated_buffer))).build()
     assert found == [False]
