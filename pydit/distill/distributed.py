@@ -55,7 +55,7 @@ def broadcast(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def agree(value: float, device: torch.device) -> float:
-    """The main process's value, so that all processes end a timed phase at the same step."""
+    """The main process's value, so that all processes end a timed phase, or save, at the same step."""
     if world_size() == 1:
         return value
     shared = torch.tensor([value], dtype=torch.float64, device=device)

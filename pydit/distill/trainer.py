@@ -356,8 +356,10 @@ class _Run:
         if config.checkpoint_dir is None or state.step == budget.steps:  # the end of a phase is saved anyway
             return False
         by_steps = config.save_every is not None and state.step % config.save_every == 0
-        return by_steps or (config.save_every_seconds is not None
-                            and self._now() - self.saved_at >= config.save_every_seconds)
+        if by_steps or config.save_every_seconds is None:
+            return by_steps
+        # By one clock: a process that saves a step before the others would wait for them for ever.
+        return distributed.agree(self._now() - self.saved_at, self.device) >= config.save_every_seconds
 
     def _save(self, tensors: dict[str, torch.Tensor]) -> None:
         self.progress.seconds = self._now()

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pydit import UserError
-from pydit.distill import DistillConfig
+from pydit.distill import DistillConfig, trainer
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -99,3 +100,14 @@ def test_only_bookkeeping_may_change_between_parts_of_a_run():
 def test_each_phase_has_its_cache(fields, layers, output):
     config = DistillConfig(**fields)
     assert (config.cache_size("layers"), config.cache_size("output")) == (layers, output)
+
+
+@pytest.mark.parametrize(("mine", "main", "due"), [(19.9, 20.1, True), (20.1, 19.9, False)])
+def test_the_main_process_says_when_a_checkpoint_is_due(monkeypatch, tmp_path, mine, main, due):
+    """By its own clock a process could save a step before the others, and wait for them for ever."""
+    config = SimpleNamespace(checkpoint_dir=tmp_path, save_every=None, save_every_seconds=20.0)
+    run = SimpleNamespace(config=config, progress=SimpleNamespace(step=3), saved_at=0.0, _now=lambda: mine, device="cpu")
+    monkeypatch.setattr(trainer.distributed, "agree", lambda value, device: main)
+    assert trainer._Run._save_is_due(run, SimpleNamespace(steps=10)) is due
+    config.save_every = 3
+    assert trainer._Run._save_is_due(run, SimpleNamespace(steps=10)) is True
