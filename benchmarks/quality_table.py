@@ -17,6 +17,11 @@ from pydit import files
 from pydit.errors import FormatError, UserError
 from pydit.plan import PruningPlan
 
+METHODS = ("ppcl", "amber", "laptop", "bi", "hierarchical", "learned mask", "uniform", "random")
+LADDER = ("bi, sequential", "ppcl, sequential", "ppcl literal, sequential", "ppcl, least 1 - CKA, sequential",
+          "ppcl", "+ text linear", "+ FFN linear", "+ fine-tuning")
+HALF, HYBRID = "half the parameters", "hybrid stream"
+NAMES = {"methods": METHODS, "ladder": LADDER, "goals": (HALF, HYBRID)}  # rows of the tables, in order
 FORMAT, VERSION = "pydit-quality", 1
 #: Student's t, two-sided 95 %, by number of seeds: a normal's 1.96 is far too narrow for three.
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
@@ -151,8 +156,6 @@ def curves(data: dict[str, Any], path: Path, methods: Sequence[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    from benchmarks.quality import METHODS, NAMES
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_table",
                                      description=__doc__.split("\n\n")[0])
     parser.add_argument("--from", dest="source", type=Path, required=True, help="a file that --summary wrote")

@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import compare, machine, quality, quality_table, registry, table
+from benchmarks import compare, machine, quality_table, registry, table
 from pydit.errors import UserError
 from pydit.files import read_json, write_text
 from pydit.plan import H200_FLOPS
@@ -85,7 +85,7 @@ def quality_tables(results: Path) -> str:
     files = sorted(results.glob("quality-*.json"), key=lambda path: path.stem[-10:])
     if not files:
         return "Not measured yet.\n"
-    return quality_table.markdown(quality_table.load(files[-1]), quality.NAMES)
+    return quality_table.markdown(quality_table.load(files[-1]), quality_table.NAMES)
 
 
 def work_table(_results: Path) -> str:

@@ -208,7 +208,7 @@ class ModelAdapter(ABC):
         batch : keyword arguments of ``transformer.forward``.
         boundaries : numbers in 0..L. The forward ends after the last of them.
         visit : called with each boundary, its (image, text) and the other arguments of a block as the forward gets
-            there, instead of keeping all of them until its end.
+            there, instead of keeping all of them until its end; the result then has no states.
 
         Returns
         -------

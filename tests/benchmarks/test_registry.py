@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import registry, runner
 from benchmarks.cases import Work, attention_backward, collect
@@ -117,10 +118,19 @@ def test_peers_of_a_padded_batch_are_right(op):
 
 def test_torch_has_the_product_that_collecting_is_raced_against_on_a_gpu():
     """Tensors without data stand for a GPU's, whose branch no CPU takes."""
-    with FakeTensorMode():
+    products = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name == "aten::mm":
+                products.append((args[0].dtype, args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Listening():
         x = torch.empty(4, 8, device="cuda", dtype=torch.bfloat16)
         sums = [torch.empty(shape, device="cuda", dtype=torch.float64) for shape in ((8, 8), (8, 8), (8,), (8,), (8,))]
         collect._add_eager(x, x, sums)
+    assert products == [(torch.bfloat16, torch.float32)] * 2
 
 
 def test_graphs_of_a_compiler_may_run_backward_again():
