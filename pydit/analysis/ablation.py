@@ -1,8 +1,9 @@
 """What leaving out one block, and only that, does to a transformer's output.
 
 The change of the output is global where CKA and cosines are local. Amber-Image and LAPTOP-Diff (arXiv 2404.11098) rank
-layers by it. Blocks before the one left out see what they always see, so their states are kept from one full forward:
-L (L + 1) / 2 block evaluations per batch, where running every ablation from the start takes L^2.
+layers by it. Blocks before the one left out see what they always see, so one forward goes on block by block, and at each
+the rest is run without it: L (L + 1) / 2 block evaluations per batch, where running every ablation from the start takes
+L^2, and one boundary in memory.
 """
 
 from __future__ import annotations
@@ -94,18 +95,18 @@ def ablate(transformer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Abla
     shell, blocks = shell_of(adapter, transformer), adapter.blocks(transformer)
     losses, norms, timesteps, numbers = [], [], [], []
     for number, batch in enumerate(batches):
-        capture = adapter.capture(transformer, batch, range(len(blocks) + 1))
+        states, kwargs = adapter.capture(transformer, batch, [0])
         if not isinstance(batch.get("timestep"), torch.Tensor):
             raise UserError(f"batch: expected timestep [B] as a tensor, got {type(batch.get('timestep')).__name__}")
-
-        def output(layer: int, batch: Mapping = batch, capture: Any = capture) -> torch.Tensor:
-            """[B, elements]: boundary ``layer`` enters the block after it."""
-            tail = [GivenStates(adapter, capture.states[layer]), *blocks[layer + 1:]]
-            return velocity(adapter.put_blocks(shell, tail), batch).flatten(1)
-
-        full = velocity(adapter.put_blocks(shell, [GivenStates(adapter, capture.states[len(blocks)])]),
-                        batch).flatten(1)
-        losses.append(torch.stack([(output(layer) - full).square().sum(1) for layer in range(len(blocks))], 1).cpu())
+        streams, outputs = states.pop(0), []
+        for layer in range(len(blocks) + 1):  # what enters a block enters the one after it; at last, the full output
+            tail = [GivenStates(adapter, streams), *blocks[layer + 1:]]
+            outputs.append(velocity(adapter.put_blocks(shell, tail), batch).flatten(1))
+            if layer < len(blocks):
+                with torch.no_grad():
+                    streams = adapter.call_block(blocks[layer], *streams, kwargs)
+        *without, full = outputs
+        losses.append(torch.stack([(output - full).square().sum(1) for output in without], 1).cpu())
         norms.append(full.square().sum(1).cpu())
         timesteps.append(batch["timestep"].detach().double().cpu().expand(len(full)).clone())
         numbers.append(torch.full((len(full),), number))

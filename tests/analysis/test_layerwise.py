@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_ablation_costs_a_triangle_of_blocks(model, batches):
     for hook in hooks:
         hook.remove()
     assert len(calls) == 6 * 7 // 2
+
+
+def test_ablation_keeps_one_boundary(model, batches):
+    seen, counts = [], []
+
+    def count(_block, _inputs, outputs):
+        seen.append(weakref.ref(outputs[1]))
+        counts.append(sum(state() is not None for state in seen))
+
+    hooks = [block.register_forward_hook(count) for block in model.transformer_blocks]
+    ablate(model, batches[:1])
+    for hook in hooks:
+        hook.remove()
+    assert max(counts) <= 3  # the boundary, and of the forward without a block what one block takes and gives
 
 
 @pytest.mark.parametrize("method", ["amber", "laptop", "hierarchical"])
