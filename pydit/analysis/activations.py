@@ -141,6 +141,11 @@ class ActivationStats:
         clip : see :func:`pydit.stats.clip_outliers`; None leaves features as they are.
         level : of the interval.
         """
+        cka = self.cka(stream, rows=rows, clip=clip, least=2)
+        return cka.matrix(), *cka.interval(level)
+
+    def cka(self, stream: str, *, rows: str = "token", clip: float | None = None, least: int = 1) -> CKA:
+        """What :meth:`cka_matrix` takes its values from; UserError where fewer than ``least`` batches can be used."""
         self._check_stream(stream)
         if rows not in ("token", "image"):
             raise UserError(f"rows: expected token or image, got {rows!r}")
@@ -153,13 +158,15 @@ class ActivationStats:
                 features = sums.index_add_(1, which, features.double()) / which.bincount()[:, None]
             if features.shape[1] >= 4:
                 cka.update(list(features))
-        if cka.batches < 2:
-            raise UserError(f"stats: expected at least 2 sample batches with 4 or more {stream} {rows}s, "
-                            f"got {cka.batches}")
-        return cka.matrix(), *cka.interval(level)
+        if cka.batches < least:
+            raise UserError(f"stats: expected at least {least} sample {'batch' if least == 1 else 'batches'} with 4 or "
+                            f"more {stream} {rows}s, got {cka.batches}")
+        return cka
 
     def merge(self, other: ActivationStats) -> ActivationStats:
         """Add what ``other`` has seen; ``other`` is unchanged. Returns self."""
+        if not isinstance(other, ActivationStats):
+            raise UserError(f"other: expected ActivationStats, got {type(other).__name__}")
         for name in ("family", "num_layers", "width", "projected_from", "last_text_used", "starts"):
             if getattr(self, name) != getattr(other, name):
                 raise UserError(f"other: expected {name} {getattr(self, name)!r}, got {getattr(other, name)!r}")

@@ -15,6 +15,7 @@ from pydit.plan import PruningPlan
 
 def score(stats: ActivationStats, method: str = "ppcl", **options: Any) -> Scores:
     """Evaluate a criterion; the matrices can be saved, plotted, and given to :func:`select` any number of times."""
+    _require_stats(stats)
     return get_criterion(method, **options).score(stats)
 
 
@@ -46,6 +47,7 @@ def detect(stats: ActivationStats, method: str = "ppcl", *, target: float | int 
     PruningPlan
         Its ``provenance`` holds the method, the options and the score of every interval; see also :func:`decide`.
     """
+    _require_stats(stats)
     criterion = get_criterion(method, **options)
     return decide(criterion, criterion.score(stats), stats, target)
 
@@ -71,3 +73,8 @@ def decide(criterion: Criterion, scores: Scores, stats: ActivationStats, target:
                           f"{found['predicted']:.3g} if effects add up, those that laptop and amber look for by "
                           f"{found['least']:.3g}", stacklevel=3)
     return dataclasses.replace(plan, provenance={**plan.provenance, **more})
+
+
+def _require_stats(stats: ActivationStats) -> None:
+    if not isinstance(stats, ActivationStats):
+        raise UserError(f"stats: expected ActivationStats, got {type(stats).__name__}")

@@ -18,7 +18,7 @@ STREAMS = ("image", "text")
 
 def cka_matrices(stats: ActivationStats) -> dict[str, np.ndarray]:
     """Per stream, debiased CKA between the outputs of all blocks, float64 [L, L]."""
-    return {stream: stats.cka_matrix(stream)[0][1:, 1:].numpy() for stream in STREAMS}
+    return {stream: stats.cka(stream).matrix()[1:, 1:].numpy() for stream in STREAMS}
 
 
 def linearity(stats: ActivationStats) -> dict[str, list[float]]:
@@ -48,7 +48,7 @@ def block_rows(stats: ActivationStats) -> list[dict[str, float]]:
     the condition number of the probe's matrix (None where it is singular)."""
     explained = linearity(stats)
     probes = {stream: stats.probes(stream) for stream in STREAMS}
-    neighbours = {stream: stats.cka_matrix(stream)[0].diagonal(1).tolist() for stream in STREAMS}
+    neighbours = {stream: stats.cka(stream).matrix().diagonal(1).tolist() for stream in STREAMS}
     return [{"block": layer,
              **{f"{name}_{stream}": value for stream in STREAMS for name, value in (
                  ("r2", probes[stream][layer].r2), ("explained", explained[stream][layer]),

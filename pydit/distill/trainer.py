@@ -106,6 +106,8 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
     NonFiniteLossError
         Training diverged; the last checkpoint is untouched.
     """
+    if not isinstance(config, DistillConfig):
+        raise UserError(f"config: expected a DistillConfig, got {type(config).__name__}")
     config.validate()
     results: list[DistillResult] = []
     for number in range(len(config.schedule) + 1):

@@ -29,6 +29,7 @@ _KEY = "_pydit_baked_schedule"
 _ADAPTER_METHODS = ("load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "set_adapters", "set_adapter",
                     "add_adapter", "delete_adapters", "disable_adapters", "enable_adapters", "disable_lora",
                     "enable_lora")
+_ROUTING_METHODS = ("set_active", "attach_teacher")  # of a pruned model, which change the blocks that run: likewise
 
 
 def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Tensor, *,
@@ -39,12 +40,12 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     Rows are computed one by one by the modules they replace, so a forward of batch 1 is equal to the last bit. The
     modules leave ``parameters()`` and the device; :func:`restore` brings them back. Baking again replaces the table.
     A LoRA that is loaded, scaled, fused or removed afterwards, also one on the modulation, and any other change of the
-    modules' weights makes the table anew.
+    modules' weights makes the table anew, and so does ``set_active`` of a pruned model.
 
     Parameters
     ----------
-    transformer : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one; blocks as they are
-        active now.
+    transformer : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one. Of a pruned one the
+        blocks that are active; layers of the teacher among them are its own, so it cannot run until :func:`restore`.
     timesteps : the values that ``forward(timestep=...)`` will receive (pipelines of Qwen-Image and FLUX.1 pass sigma,
         0 to 1, those of SD3 0 to 1000). They are looked up exactly, in the dtype in which the forward embeds them.
     pooled_projections : FLUX.1 and SD3: the prompts' pooled text, shape (P, C), as the forward will receive it; that of
@@ -85,9 +86,10 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
         restore(model)
         raise
     baked.hooks.append(model.register_forward_pre_hook(_at_step, with_kwargs=True))
-    for name in _ADAPTER_METHODS:
+    for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
         if hasattr(type(model), name):
-            model.__dict__[name] = MethodType(_then_refreshed(getattr(type(model), name)), model)
+            refreshed = _then_refreshed(getattr(type(model), name), on_device=name in _ROUTING_METHODS)
+            model.__dict__[name] = MethodType(refreshed, model)
     return transformer
 
 
@@ -100,7 +102,7 @@ def restore(transformer: nn.Module) -> nn.Module:
         _put_back(baked, device)
         for hook in baked.hooks:
             hook.remove()
-        for name in _ADAPTER_METHODS:
+        for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
             model.__dict__.pop(name, None)
         del model.__dict__[_KEY]
     return transformer
@@ -267,9 +269,9 @@ def _put_back(baked: _Baked, device: torch.device | None) -> None:
 
 
 @contextlib.contextmanager
-def _opened(model: nn.Module, baked: _Baked) -> Iterator[None]:
-    """The model with its modulation modules, on the CPU; afterwards the table is made anew."""
-    _put_back(baked, None)
+def _opened(model: nn.Module, baked: _Baked, *, on_device: bool = False) -> Iterator[None]:
+    """The model with its modulation modules, on the CPU or the model's device; afterwards the table is made anew."""
+    _put_back(baked, _place(model)[0] if on_device else None)
     try:
         yield
     finally:
@@ -277,12 +279,13 @@ def _opened(model: nn.Module, baked: _Baked) -> Iterator[None]:
         baked.refreshed += 1
 
 
-def _then_refreshed(method: Any) -> Any:
+def _then_refreshed(method: Any, *, on_device: bool) -> Any:
+    """The method, called on the opened model; ``on_device``: blocks that do not run after it stay as they are then."""
     @functools.wraps(method)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not model.__dict__[_KEY].originals:  # one such method called by another
             return method(model, *args, **kwargs)
-        with _opened(model, model.__dict__[_KEY]):
+        with _opened(model, model.__dict__[_KEY], on_device=on_device):
             return method(model, *args, **kwargs)
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -134,9 +135,9 @@ class PrunedModel:
             A pair that the plan does not have, or teacher layers that are needed and not attached.
         """
         try:
-            wanted = {(int(start), int(end)) for start, end in intervals}
+            wanted = {(operator.index(start), operator.index(end)) for start, end in intervals}
         except (TypeError, ValueError):
-            raise UserError(f"intervals: expected [start, end] pairs, got {intervals!r}") from None
+            raise UserError(f"intervals: expected [start, end] pairs of integers, got {intervals!r}") from None
         wanted = {self._unit_of(pair) for pair in wanted}
         unknown = wanted - set(self.plan.units)
         if unknown:

@@ -71,11 +71,11 @@ def linear_residual(x, weight, bias=None):
     return linear(x, weight, bias, x)
 
 
-def second_moments(x, y=None):
-    """x^T x, x^T y and the column sums of x, y and y^2 over the rows of x [N, d] and y [N, e], in float64."""
-    u = x.double()
-    v = u[:, :0] if y is None else y.double()
-    return u.T @ u, u.T @ v, u.sum(0), v.sum(0), v.square().sum(0)
+def second_moments(x, y=None, *, shift_x=None, shift_y=None):
+    """N, then sums over the rows of u = x - shift_x [N, d], v = y - shift_y [N, e], u^T u and u^T v, in float64."""
+    u = x.double() if shift_x is None else x.double() - shift_x.double()
+    v = u[:, :0] if y is None else y.double() if shift_y is None else y.double() - shift_y.double()
+    return len(u), u.sum(0), v.sum(0), u.T @ u, u.T @ v
 
 
 def hsic_matrix(features):

@@ -95,7 +95,10 @@ def _add(x, y, xx, xy, sum_x, sum_y, sum_yy):
                                             backend.cluster(), backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
             backend.explain(_OP, backend.KERNEL_PATHS[taken])
             return
-    for target, more in zip(sums, reference.second_moments(x, y), strict=True):
+    x = x.double()
+    y = x[:, :0] if y is None else y.double()
+    _, more_x, more_y, more_xx, more_xy = reference.second_moments(x, y)
+    for target, more in zip(sums, (more_xx, more_xy, more_x, more_y, y.square().sum(0)), strict=True):
         target.add_(more)
 
 

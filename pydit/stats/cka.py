@@ -92,6 +92,8 @@ class CKA:
         """
         if len(features) != self.num_layers:
             raise UserError(f"features: expected {self.num_layers} layers, got {len(features)}")
+        for x in features:
+            _require_tensor("features", x)
         shapes = [tuple(x.shape) for x in features]
         if any(x.ndim != 2 or not x.is_floating_point() or len(x) != len(features[0]) for x in features):
             raise UserError(f"features: expected float [n, d] tensors with one n, got {shapes}")
@@ -116,6 +118,8 @@ class CKA:
 
     def merge(self, other: CKA) -> CKA:
         """Add the batches that ``other`` has seen. Returns self."""
+        if not isinstance(other, CKA):
+            raise UserError(f"other: expected a CKA, got {type(other).__name__}")
         if other.num_layers != self.num_layers:
             raise UserError(f"other: expected {self.num_layers} layers, got {other.num_layers}")
         self._hsic.extend(other._hsic)
@@ -190,6 +194,7 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor, *, debiased: bool = True) -> fl
         Shapes that do not pair up, too few rows, or values that are not finite.
     """
     for name, tensor in (("x", x), ("y", y)):
+        _require_tensor(name, tensor)
         if tensor.ndim != 2 or not tensor.is_floating_point():
             raise UserError(f"{name}: expected a float [n, d] tensor, got {tensor.dtype} {list(tensor.shape)}")
     least = 4 if debiased else 2
@@ -212,6 +217,11 @@ def debiased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     n = len(x)
     a, b = x.square().sum(1), y.square().sum(1)
     return (y.T @ x).square().sum() - n / (n - 2) * (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
+
+
+def _require_tensor(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise UserError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
 def _biased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

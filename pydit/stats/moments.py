@@ -115,6 +115,8 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Add the rows that ``other`` has seen; ``other`` is unchanged. Returns self."""
+        if not isinstance(other, Moments):
+            raise UserError(f"other: expected Moments, got {type(other).__name__}")
         if (self.dim_x, self.dim_y) != (other.dim_x, other.dim_y):
             raise UserError(f"other: expected dimensions {(self.dim_x, self.dim_y)}, got {(other.dim_x, other.dim_y)}")
         if other.count:

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from pydit.analysis import ActivationStats, collect
+from pydit.analysis import ActivationStats, collect, detect, score
 from pydit.errors import FormatError, UserError
 from pydit.models import get_adapter
 from pydit.stats import CKA, Moments, linear_cka
@@ -154,6 +154,9 @@ def test_cka_matrix(model):
     one = collect(model, batches(2), progress=False)
     with pytest.raises(UserError, match="expected at least 2 sample batches with 4 or more text tokens, got 1"):
         one.cka_matrix("text")
+    assert torch.allclose(one.cka("text").matrix().diagonal(), torch.ones(4, dtype=torch.float64))  # without interval
+    with pytest.raises(UserError, match="expected at least 1 sample batch with 4 or more text tokens, got 0"):
+        ActivationStats("qwen-image", 3, 8).cka("text")
     assert abs(linear_cka(one.samples["image"][0][0], one.samples["image"][0][3]) - float(
         one.merge(one).cka_matrix("image")[0][0, 3])) < 1e-9
     with pytest.raises(UserError, match="stream: expected one of image, text, got 'both'"):
@@ -185,6 +188,14 @@ def test_merge_refuses_another_model(model):
     stats = collect(model, batches(2), progress=False)
     with pytest.raises(UserError, match="other: expected num_layers 3, got 2"):
         stats.merge(collect(tiny.transformer(2), batches(2), progress=False))
+    with pytest.raises(UserError, match="other: expected ActivationStats, got list"):
+        stats.merge([stats])
+
+
+def test_a_path_is_no_statistics():
+    for function in (detect, score):
+        with pytest.raises(UserError, match="stats: expected ActivationStats, got str"):
+            function("stats.safetensors")
 
 
 def test_bad_files(model, tmp_path):

@@ -268,6 +268,9 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     blocks = json.loads(out)["blocks"]
     assert len(blocks) == 6 and all(block["condition_text"] > 1 for block in blocks)
     assert (tmp_path / "cka.png").stat().st_size > 1000
+    few = json.loads(run("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--sampling-steps", 2, "--size",
+                         48, "--batches", 2, "--out", tmp_path / "few.safetensors", "--json"))
+    assert len(few["rows"]["image"]) == 1 and few["cka"]["image"][0][0] == pytest.approx(1)  # as few as collect takes
     made = json.loads(run("plan", stats, "--target", 0.4, "--selection", "optimal", "--out", plan, "--json"))
     assert made == json.loads(plan.read_text()) and "3 removed" in run("plan", "--show", plan)
     again = tmp_path / "again.safetensors"

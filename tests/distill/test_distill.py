@@ -286,6 +286,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
 
 def test_wrong_models_and_batches_are_named():
     teacher, student = tiny.make_pair()
+    with pytest.raises(UserError, match="config: expected a DistillConfig, got dict"):
+        distill(teacher, student, tiny.stream, {"layers_steps": 1})
     with pytest.raises(UserError, match="student: expected a model made by pydit.prune, got QwenImageT"):
         run(teacher, teacher)
     with pytest.raises(UserError, match="student: expected a plan that replaces at least one block"):

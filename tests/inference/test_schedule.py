@@ -46,6 +46,29 @@ def test_mixed_timesteps_and_a_pruned_model():
     torch.testing.assert_close(run(model, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_that_run_may_change_afterwards():
+    teacher = tiny.transformer(5)
+    model = pydit.prune(teacher, PruningPlan.from_intervals(5, [(1, 2)]))
+    before, count = tiny.fingerprint(teacher), sum(p.numel() for p in model.parameters())
+    batch = next(single())
+    expected = run(teacher, batch), run(model, batch)
+    pydit.bake_schedule(model, TIMES)
+    for _ in range(2):
+        model.set_active([])
+        assert torch.equal(run(model, batch), expected[0])
+        model.set_active([(1, 2)])
+        assert torch.equal(run(model, batch), expected[1])
+    with pytest.raises(UserError, match="expected intervals of the plan"):
+        model.set_active([(3, 4)])
+    assert torch.equal(run(model, batch), expected[1]) and torch.equal(run(teacher, batch), expected[0])
+    model.set_active([])
+    pydit.restore(model)
+    assert sum(p.numel() for p in model.parameters()) == count and tiny.same(before, tiny.fingerprint(teacher))
+    assert torch.equal(run(model, batch), expected[0]) and torch.equal(run(teacher, batch), expected[0])
+    model.set_active([(1, 2)])
+    assert torch.equal(run(model, batch), expected[1])
+
+
 def test_weights_leave_and_come_back():
     model = tiny.transformer(3)
     before, count = tiny.fingerprint(model), sum(p.numel() for p in model.parameters())

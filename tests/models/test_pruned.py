@@ -182,8 +182,10 @@ def test_gradient_checkpointing(student, active):
 def test_bad_set_active(student):
     with pytest.raises(UserError, match=r"expected intervals of the plan \[\(1, 3\), \(4, 5\)\], got \[\(1, 2\)\]"):
         student.set_active([[1, 2]])
-    with pytest.raises(UserError, match="expected .start, end. pairs, got"):
-        student.set_active([1, 3])
+    for wrong in ([1, 3], [(1, 3.0)], [("1", "3")]):
+        with pytest.raises(UserError, match="expected .start, end. pairs of integers, got"):
+            student.set_active(wrong)
+    assert student.active == [(1, 3), (4, 5)]
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])

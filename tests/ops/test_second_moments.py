@@ -53,6 +53,19 @@ def check(x, y, device, shift_x=None, shift_y=None):
         assert found.shape == exact.shape and (error <= limit).all(), (name, error.max().item())
 
 
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+def test_reference_takes_and_gives_what_the_op_does(dtype):
+    x, y = (t.double() for t in make((40, 6, 4), dtype, "cpu"))
+    shift_x, shift_y = torch.linspace(-1, 1, 6), torch.linspace(2, 3, 4)
+    u, v = x - shift_x.double(), y - shift_y.double()
+    n, *found = ops.reference.second_moments(x.to(dtype), y.to(dtype), shift_x=shift_x, shift_y=shift_y)
+    assert n == 40
+    for one, exact in zip(found, (u.sum(0), v.sum(0), u.T @ u, u.T @ v), strict=True):
+        assert one.dtype == torch.float64 and torch.equal(one, exact)
+    _, sum_x, sum_y, xx, xy = ops.reference.second_moments(x.to(dtype))
+    assert torch.equal(sum_x, x.sum(0)) and torch.equal(xx, x.T @ x) and sum_y.shape == (0,) and xy.shape == (6, 0)
+
+
 @every_kernel
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", SHAPES)

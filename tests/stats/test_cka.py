@@ -204,6 +204,12 @@ def test_errors():
         linear_cka(x[:3], y[:3])
     with pytest.raises(UserError, match="expected 3 layers, got 2"):
         CKA(3).merge(CKA(2))
+    with pytest.raises(UserError, match="other: expected a CKA, got list"):
+        CKA(2).merge([x, y])
+    with pytest.raises(UserError, match="features: expected a torch.Tensor, got list"):
+        CKA(2).update([x, y.tolist()])
+    with pytest.raises(UserError, match="y: expected a torch.Tensor, got ndarray"):
+        linear_cka(x, y.numpy())
     with pytest.raises(UserError, match=r"expected hsic \[batches, 2, 2\]"):
         CKA(2).load_state_dict({"hsic": torch.zeros(1, 3, 3)})
 

@@ -137,6 +137,11 @@ def test_bad_rows(x, y, message):
         Moments(6, 4).update(x, y)
 
 
+def test_merge_of_something_else():
+    with pytest.raises(UserError, match="other: expected Moments, got dict"):
+        Moments(6).merge(Moments(6).state_dict())
+
+
 def test_probe_is_ridge_regression():
     x, y = rows(dtype=torch.float64, offset=3)
     moments = accumulate(x, y, [200])
