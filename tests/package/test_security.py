@@ -233,6 +233,21 @@ def test_a_file_that_names_files_elsewhere(tmp_path, name):
             read()
 
 
+@pytest.mark.parametrize("entry", [
+    {"attn_implementation": "kernels-community/flash-attn"}, {"_attn_implementation": "flash_attention_2"},
+    {"text_config": {"_attn_implementation_internal": "a/b"}}, {"attn_implementation": {"": "sdpa", "text_config": "a/b"}}],
+    ids=str)
+def test_a_configuration_that_names_attention_on_the_hub(tmp_path, entry):
+    """transformers would fetch it and run it, once the package `kernels` is there."""
+    files.write_json(tmp_path / "model_index.json", {"text_encoder": ["transformers", "X"]})
+    (tmp_path / "text_encoder").mkdir()
+    files.write_json(tmp_path / "text_encoder" / "config.json", {"_attn_implementation": "sdpa"})
+    check_pipeline(tmp_path)
+    files.write_json(tmp_path / "text_encoder" / "config.json", entry)
+    with pytest.raises(FormatError, match="expected attention of the library itself in .*config.json, got '"):
+        check_pipeline(tmp_path)
+
+
 def test_a_component_elsewhere(tmp_path):
     (tmp_path / "p").mkdir()
     files.write_json(tmp_path / "p" / "model_index.json", {"../x": ["diffusers", "X"]})
