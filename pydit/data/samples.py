@@ -7,6 +7,8 @@ extracted: links and names that lead out of a shard are listed as skipped.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import lzma
 import os
@@ -15,11 +17,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pydit.errors import FormatError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_BYTES = 256 << 20  # of one file: a compressed shard can hold a thousand times its own size
+MAX_BYTES = 256 << 20  # of one sample: a compressed shard can hold a thousand times its own size
+MAX_TEXT = 1 << 20  # bytes of a caption, and of what a shard says of one member before its contents
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+CAPTIONS = (".txt", ".json")
 CAPTION_KEYS = ("caption", "text", "prompt", "caption_en", "prompt_en", "caption_zh", "prompt_zh")
 
 
@@ -63,12 +69,12 @@ def read_samples(path: str | os.PathLike) -> Iterator[Sample | Skipped]:
         yield from _shard(shard, shard.name if path.is_file() else shard.relative_to(path).as_posix())
     for image in images:
         key = image.relative_to(path).with_suffix("").as_posix()
-        files = {suffix: image.with_suffix(suffix) for suffix in (".txt", ".json")}
+        files = {suffix: image.with_suffix(suffix) for suffix in CAPTIONS}
         try:
             files = {image.suffix.lower(): image, **{s: file for s, file in files.items() if file.is_file()}}
-            large = [file.name for file in files.values() if file.stat().st_size > MAX_BYTES]
+            large = [suffix for suffix, file in files.items() if file.stat().st_size > _most(suffix)]
             if large:
-                yield Skipped(key, f"{large[0]} has more than {MAX_BYTES >> 20} MiB")
+                yield Skipped(key, f"{files[large[0]].name} has more than {_most(large[0]) >> 20} MiB")
                 continue
             yield _sample(key, {suffix: file.read_bytes() for suffix, file in files.items()})
         except OSError as error:
@@ -78,42 +84,79 @@ def read_samples(path: str | os.PathLike) -> Iterator[Sample | Skipped]:
 def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:
     key, parts = None, {}
     try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                problem = _problem(member)
+        with _open(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile keeps them all
+                tar.fileobj.left = MAX_TEXT
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                # WebDataset allows several dots ("1.0.jpg" holds the image of sample 1); the last part is the type.
+                this, suffix = f"{folder}/{stem}" if folder else stem, dot + suffix.rpartition(".")[2].lower()
+                problem = _problem(member, suffix, sum(map(len, parts.values())) if this == key else 0)
                 if problem:
                     yield Skipped(f"{name}:{member.name}", problem)
                 if problem or not member.isfile():
                     continue
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
                 if this != key:
                     if parts:
                         yield _sample(f"{name}:{key}", parts)
                     key, parts = this, {}
-                # WebDataset allows several dots ("1.0.jpg" holds the image of sample 1); the last part is the type.
-                content = tar.extractfile(member).read()
+                if suffix not in (*IMAGES, *CAPTIONS):
+                    if len(parts) < 16:
+                        parts[suffix] = b""  # named where there is no image
+                    continue
+                tar.fileobj.left += member.size
+                parts[suffix] = content = tar.extractfile(member).read()
                 if len(content) != member.size:
                     raise tarfile.ReadError("unexpected end of data")
-                parts[dot + suffix.rpartition(".")[2].lower()] = content
         if parts:
             yield _sample(f"{name}:{key}", parts)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
-        yield Skipped(name, f"no complete tar file, the rest is left out: {' '.join(str(error).split())[:100]}")
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError,
+            MemoryError) as error:
+        text = str(error) or type(error).__name__
+        yield Skipped(name, f"no complete tar file, the rest is left out: {' '.join(text.split())[:100]}")
 
 
-def _problem(member: tarfile.TarInfo) -> str | None:
-    """Why a member is left alone, or None."""
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a shard, unpacked as they are read."""
+    with path.open("rb") as file:
+        first = file.read(6)
+    return next((how for magic, how in _COMPRESSED.items() if first.startswith(magic)), open)(path, "rb")
+
+
+class _Bounded:
+    """A file to tarfile, which takes whatever a header announces to be a name or an attribute into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.left = file, MAX_TEXT
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """``size`` bytes; ReadError when they are more than ``left``, which they are taken from."""
+        if size > self.left:
+            raise tarfile.ReadError(f"a header of more than {MAX_TEXT >> 20} MiB")
+        self.left -= size
+        return self._file.read(size)
+
+
+def _problem(member: tarfile.TarInfo, suffix: str, held: int) -> str | None:
+    """Why a member is left alone, or None; ``held``: bytes that its sample has already."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "its name leads out of the shard"
     if member.issym() or member.islnk():
         return "a link"
     if member.isfile() and member.issparse():
         return "a sparse file, which announces more bytes than it holds"
-    if member.isfile() and not 0 <= member.size <= MAX_BYTES:
-        return f"more than {MAX_BYTES >> 20} MiB"
+    if member.isfile() and not 0 <= member.size <= (most := _most(suffix)):
+        return f"more than {most >> 20} MiB"
+    if member.isfile() and suffix in IMAGES and held + member.size > MAX_BYTES:
+        return f"a sample of more than {MAX_BYTES >> 20} MiB"
     return None
+
+
+def _most(suffix: str) -> int:
+    """Bytes that a file of a sample may have."""
+    return MAX_TEXT if suffix in CAPTIONS else MAX_BYTES
 
 
 def _sample(key: str, parts: dict[str, bytes]) -> Sample | Skipped:

@@ -215,8 +215,29 @@ def _check_component(folder: Path, name: str) -> None:
             data = read_json(file, what="pipeline")
             if file.name == "config.json" and not isinstance(data, dict):
                 raise FormatError(f"pipeline: expected an object in {file}, got {type(data).__name__}")
+            if found := _from_the_hub(data):
+                raise FormatError(f"pipeline: expected attention of the library itself in {file}, got {found!r}, which "
+                                  "may be fetched from the hub")
     for file in weights:
         read_header(file, what="pipeline")
+
+
+def _from_the_hub(data: Any) -> str | None:
+    """The attention that a configuration names, where transformers would look for it on the hub and run it.
+
+    Neither library writes such an entry.
+    """
+    if isinstance(data, list):
+        return next(filter(None, map(_from_the_hub, data)), None)
+    if not isinstance(data, dict):
+        return None
+    for key, value in data.items():
+        names = value.values() if isinstance(value, dict) else [value]
+        if key.lstrip("_").startswith("attn_implementation"):
+            found = [name for name in names if isinstance(name, str) and name not in ("eager", "sdpa")]
+            if found:
+                return found[0][:200]
+    return next(filter(None, map(_from_the_hub, data.values())), None)
 
 
 def _load_models(path: Path, index: dict[str, Any], dtype: torch.dtype | None, sharded_to: Any) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def pack_text(mask, *tensors):
 
 def unpack_text(order, x):
     """Put the tokens of x [B, S, ...], packed by :func:`pack_text` with this ``order``, back to their places."""
+    if not isinstance(order, torch.Tensor) or order.dtype != torch.int64 or order.ndim != 2:
+        got = f"{order.dtype} {list(order.shape)}" if isinstance(order, torch.Tensor) else type(order).__name__
+        raise TypeError(f"unpack_text: order: expected an int64 tensor [B, S], got {got}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"unpack_text: x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.device != order.device or x.shape[:2] != order.shape:
+        raise ValueError(f"unpack_text: x: expected a tensor [{order.shape[0]}, {order.shape[1]}, ...] on "
+                         f"{order.device} like order, got {list(x.shape)} on {x.device}")
     return torch.empty_like(x).scatter(1, _expand(order, x), x)
 
 

@@ -85,6 +85,18 @@ def test_packed_text_comes_back(data):
         assert torch.equal(packed[sample, :lens[sample]], x[sample][mask[sample]])
 
 
+@pytest.mark.parametrize(("order", "x", "error"), [
+    (None, torch.zeros(1, 2), TypeError), (torch.zeros(1, 2), torch.zeros(1, 2), TypeError),
+    (torch.zeros(2, dtype=torch.int64), torch.zeros(2), TypeError), (torch.zeros(1, 2, dtype=torch.int64), [1], TypeError),
+    (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2), ValueError),
+    (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3, 4), ValueError),
+    (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, device="meta"), ValueError)])
+def test_text_that_its_order_does_not_fit(order, x, error):
+    with pytest.raises(error) as caught:
+        ops.unpack_text(order, x)
+    assert re.fullmatch(SENTENCE, str(caught.value))
+
+
 def _spoil(data, x):
     """(what, x with that wrong)."""
     what = data.draw(st.sampled_from(("type", "integer", "dtype", "device", "fewer dimensions", "more dimensions",

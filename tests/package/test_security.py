@@ -1,6 +1,7 @@
 """What the package never does with data: evaluate it, unpickle it, hand it to a shell, follow it elsewhere, download for it."""
 
 import ast
+import gzip
 import io
 import re
 import socket
@@ -13,11 +14,12 @@ import pytest
 
 from pydit import FormatError, files
 from pydit.cli import main
-from pydit.data import CachedDataset, Sample, Skipped, read_samples
+from pydit.data import CachedDataset, Sample, Skipped, read_samples, samples
 from pydit.distill import checkpoint
 from pydit.inference.pipeline import check_pipeline
 from pydit.plan import PruningPlan
 from tests.data.test_data import picture
+from tests.fuzz import harness
 
 ROOT = Path(__file__).resolve().parents[2]
 if sys.version_info >= (3, 11):
@@ -165,6 +167,51 @@ def test_a_sparse_member_is_not_unfolded(tmp_path):
     assert "sparse" in found.reason
 
 
+def _compressed(path, header, block, count):
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header)
+        for _ in range(count):
+            file.write(block)
+
+
+def _header(name="a.png", kind=tarfile.REGTYPE, size=0, **pax):
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.pax_headers = kind, size, pax
+    return member.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "4", "GNU.sparse.name": "a.png"}
+
+
+@pytest.mark.parametrize(("header", "block", "reason"), [
+    (_header(kind=tarfile.GNUTYPE_LONGNAME, size=1 << 28), bytes(1 << 20), "a header of more than 1 MiB"),
+    (_header(kind=tarfile.XHDTYPE, size=1 << 28), bytes(1 << 20), "a header of more than 1 MiB"),
+    (_header(size=1 << 28, **SPARSE) + b"1000000000\n", b"0\n" * (1 << 19), "a header of more than 1 MiB"),
+    (_header("a.txt", size=1 << 28), bytes(1 << 20), "more than 1 MiB"),
+    (_header("a.x", size=1 << 28), bytes(1 << 20), "no image among .x"),
+], ids=["long name", "attributes", "sparse map", "caption", "another file"])
+def test_a_shard_that_unpacks_to_a_thousand_times_its_size(tmp_path, header, block, reason):
+    """A member or its header of 256 MiB in a shard of one: it is not taken into memory."""
+    _compressed(tmp_path / "s.tar", header, block, (1 << 28) // len(block))
+    assert (tmp_path / "s.tar").stat().st_size < 2 << 20
+    with harness.bounded(1 << 26):
+        (found,) = read_samples(tmp_path / "s.tar")
+    assert isinstance(found, Skipped) and found.reason.endswith(reason)
+
+
+def test_a_sample_of_many_images(tmp_path, monkeypatch):
+    """What one sample holds is bounded, not only its files; the next sample starts anew."""
+    monkeypatch.setattr(samples, "MAX_BYTES", 2 << 20)
+    with tarfile.open(tmp_path / "s.tar", "w:gz") as tar:
+        for name in ("a.png", "a.jpg", "a.webp", "b.png", "b.txt"):
+            data = b"a caption" if name == "b.txt" else bytes(1 << 20)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = list(read_samples(tmp_path / "s.tar"))
+    assert found[0] == Skipped("s.tar:a.webp", "a sample of more than 2 MiB") and found[-1].key == "s.tar:b"
+
+
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/x.safetensors", "..", "", "a/b.safetensors", 3, None, ["x"]])
 def test_a_file_that_names_files_elsewhere(tmp_path, name):
     """An index of shards, of a cache, of a checkpoint: what lies beside it is read, and nothing else."""
@@ -184,6 +231,21 @@ def test_a_file_that_names_files_elsewhere(tmp_path, name):
     for read in readers:
         with pytest.raises(FormatError, match="expected a file name beside"):
             read()
+
+
+@pytest.mark.parametrize("entry", [
+    {"attn_implementation": "kernels-community/flash-attn"}, {"_attn_implementation": "flash_attention_2"},
+    {"text_config": {"_attn_implementation_internal": "a/b"}}, {"attn_implementation": {"": "sdpa", "text_config": "a/b"}}],
+    ids=str)
+def test_a_configuration_that_names_attention_on_the_hub(tmp_path, entry):
+    """transformers would fetch it and run it, once the package `kernels` is there."""
+    files.write_json(tmp_path / "model_index.json", {"text_encoder": ["transformers", "X"]})
+    (tmp_path / "text_encoder").mkdir()
+    files.write_json(tmp_path / "text_encoder" / "config.json", {"_attn_implementation": "sdpa"})
+    check_pipeline(tmp_path)
+    files.write_json(tmp_path / "text_encoder" / "config.json", entry)
+    with pytest.raises(FormatError, match="expected attention of the library itself in .*config.json, got '"):
+        check_pipeline(tmp_path)
 
 
 def test_a_component_elsewhere(tmp_path):
