@@ -317,6 +317,21 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(path.parent)
 
 
+#: What to do about a full disk.
+MAKE_ROOM = "what was there before is as it was: make room and run it again"
+
+
+@contextlib.contextmanager
+def advised() -> Iterator[None]:
+    """Errors for want of room, in here, say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.strerror and "make room" not in error.strerror:
+            error.strerror += f"; {MAKE_ROOM}"
+        raise
+
+
 @contextlib.contextmanager
 def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``path`` that takes its place on success and vanishes on failure.
@@ -333,7 +348,7 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
             (path / name).is_file() for name in ("model_index.json", "config.json")):
         raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_directory(path) as temporary:
+    with advised(), _temporary_directory(path) as temporary:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         _fsync_files(temporary)

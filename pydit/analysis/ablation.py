@@ -1,9 +1,9 @@
 """What leaving out one block, and only that, does to a transformer's output.
 
 The change of the output is global where CKA and cosines are local. Amber-Image and LAPTOP-Diff (arXiv 2404.11098) rank
-layers by it. Blocks before the one left out see what they always see, so one forward goes on block by block, and at each
-the rest is run without it: L (L + 1) / 2 block evaluations per batch, where running every ablation from the start takes
-L^2, and one boundary in memory.
+layers by it. Blocks before the one left out see what they always see, so one forward goes on block by block, and at
+each the rest is run without it: L (L + 1) / 2 block evaluations per batch, where running every ablation from the start
+takes L^2, and one boundary in memory.
 """
 
 from __future__ import annotations

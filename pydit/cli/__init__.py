@@ -13,6 +13,7 @@ import errno
 import sys
 import traceback
 
+from pydit import files
 from pydit.cli import demo, distill, model, system
 from pydit.cli.options import Parser
 from pydit.version import __version__
@@ -68,7 +69,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and "make room" not in text:
-            text += "; what was there before is as it was: make room and run the command again"
+            text += f"; {files.MAKE_ROOM}"
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())

@@ -27,6 +27,7 @@ FORMAT, VERSION = "pydit-cached-dataset", 1
 INDEX, EMPTY = "index.json", "empty.safetensors"
 
 
+@files.advised()
 def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, resolution: int = 1328,
                 shard_size: int = 64, progress: bool = True) -> dict[str, Any]:
     """Encode every readable sample of ``source``; samples that cannot be used are listed in the index.

@@ -8,7 +8,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -113,6 +113,14 @@ def modulation_rows(op: str, name: str, row: torch.Tensor, x: torch.Tensor, spli
     return row
 
 
+def check_list(op: str, name: str, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """A sequence of tensors as a list."""
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(f"{op}: {name}: expected a sequence of tensors, got {type(tensors).__name__}") from None
+
+
 def check_split(op: str, split: int | None) -> None:
     """split is None or a token index >= 0."""
     if split is None or torch.compiler.is_compiling():
@@ -151,23 +159,36 @@ def check_out(op: str, outs: dict[str, torch.Tensor], inputs: dict[str, torch.Te
         for other, x in (*list(outs.items())[:number], *inputs.items()):
             if x is None or not _share_memory(out, x):
                 continue
-            same = (out.storage_offset(), out.stride(), out.shape) == (x.storage_offset(), x.stride(), x.shape)
+            same = _distance(out, x) == 0 and out.shape == x.shape and all(
+                s == t for s, t, n in zip(out.stride(), x.stride(), x.shape, strict=True) if n > 1)
             if other != own[name] or not same:
                 raise ValueError(f"{op}: {name}: expected memory of its own or exactly that of {own[name]}, got some "
                                  f"that {other} lies in")
 
 
+def _distance(a: torch.Tensor, b: torch.Tensor) -> int | None:
+    """Bytes from the first element of ``a`` to that of ``b``; None where they cannot lie in the same memory."""
+    if a.untyped_storage()._cdata == b.untyped_storage()._cdata:
+        return b.storage_offset() * b.element_size() - a.storage_offset() * a.element_size()
+    if a.device != b.device or a.device.type == "meta":
+        return None
+    try:  # two storages can be made of one memory, by torch.from_numpy or DLPack
+        return b.data_ptr() - a.data_ptr()
+    except RuntimeError:  # a tensor without memory, of FakeTensorMode say
+        return None
+
+
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have an element in common; views of one tensor that alternate in memory have none."""
-    if not a.numel() or not b.numel() or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    distance = _distance(a, b) if a.numel() and b.numel() else None
+    if distance is None:
         return False
     size = a.element_size()
-    if size != b.element_size() or a.ndim != b.ndim or any(
+    if size != b.element_size() or distance % size or a.ndim != b.ndim or any(
             s != t and max(n, m) > 1 for s, t, n, m in zip(a.stride(), b.stride(), a.shape, b.shape, strict=True)):
-        ends = [(x.storage_offset() * x.element_size(),
-                 (x.storage_offset() + 1 + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)))
-                 * x.element_size()) for x in (a, b)]
-        return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+        length, other = ((1 + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True))) * x.element_size()
+                         for x in (a, b))
+        return -other < distance < length
     # An element of a and one of b are the same where the differences d of their indices make up that of the offsets.
     steps = sorted(((s, m - 1, n - 1) for s, n, m in zip(a.stride(), a.shape, b.shape, strict=True)
                     if max(n, m) > 1 and s), reverse=True)
@@ -181,7 +202,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         first, last = max(-below, -((high - distance) // stride)), min(above, (distance - low) // stride)
         return any(reachable(distance - d * stride, place + 1) for d in range(first, last + 1))
 
-    return reachable(b.storage_offset() - a.storage_offset(), 0)
+    return reachable(distance // size, 0)
 
 
 def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None) -> None:
@@ -189,6 +210,8 @@ def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name}: expected a floating-point tensor, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{op}: {name}: expected a dense tensor, got one of layout {x.layout}")
     if like is not None and x.dtype != like.dtype:
         raise TypeError(f"{op}: {name}: expected {like.dtype} like the first argument, got {x.dtype}")
     if like is not None and x.device != like.device:

@@ -8,7 +8,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import reference
-from pydit.ops._library import _check_tensor, define
+from pydit.ops._library import _check_tensor, check_list, define
 from pydit.ops.second_moments import KERNEL_DTYPES
 
 _OP = "hsic_matrix"
@@ -42,7 +42,7 @@ def hsic_matrix(features: Sequence[torch.Tensor]) -> torch.Tensor:
     multiplied in float64 by torch. Channels with a large common offset are shifted first, in 16 bits: what lies
     between half and twice the offset exactly. No gradient.
     """
-    features = list(features)
+    features = check_list(_OP, "features", features)
     if not features:
         raise ValueError(f"{_OP}: features: expected at least one matrix, got none")
     for index, x in enumerate(features):

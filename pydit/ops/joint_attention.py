@@ -59,7 +59,8 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     if scale is None:
         scale = 1 / math.sqrt(q_img.shape[3])
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
-        raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {scale!r}")
+        what = type(scale).__name__ if isinstance(scale, torch.Tensor) else repr(scale)  # which would take many lines
+        raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {what}")
     inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
     lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
     out_img, out_txt, lse_img, lse_txt = call("joint_attention", q_img, k_img, v_img, q_txt, k_txt, v_txt,
@@ -84,12 +85,11 @@ def pack_text(mask, *tensors):
         tokens first and in their sequence. ``torch.empty_like(x).scatter_(1, index, x)`` with ``order`` expanded to the
         shape of x undoes it, as :func:`unpack_text` does.
     """
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
-        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"pack_text: mask: expected a bool tensor [B, S], got {got}")
+    if not _is_dense(mask) or mask.dtype != torch.bool or mask.ndim != 2:
+        raise TypeError(f"pack_text: mask: expected a bool tensor [B, S], got {_described(mask)}")
     for x in tensors:
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"pack_text: expected tensors behind mask, got {type(x).__name__}")
+        if not _is_dense(x):
+            raise TypeError(f"pack_text: expected tensors behind mask, got {_described(x)}")
         if x.device != mask.device:
             raise ValueError(f"pack_text: expected tensors on {mask.device} like mask, got {x.device}")
         if x.shape[:2] != mask.shape:
@@ -101,15 +101,24 @@ def pack_text(mask, *tensors):
 
 def unpack_text(order, x):
     """Put the tokens of x [B, S, ...], packed by :func:`pack_text` with this ``order``, back to their places."""
-    if not isinstance(order, torch.Tensor) or order.dtype != torch.int64 or order.ndim != 2:
-        got = f"{order.dtype} {list(order.shape)}" if isinstance(order, torch.Tensor) else type(order).__name__
-        raise TypeError(f"unpack_text: order: expected an int64 tensor [B, S], got {got}")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"unpack_text: x: expected a torch.Tensor, got {type(x).__name__}")
+    if not _is_dense(order) or order.dtype != torch.int64 or order.ndim != 2:
+        raise TypeError(f"unpack_text: order: expected an int64 tensor [B, S], got {_described(order)}")
+    if not _is_dense(x):
+        raise TypeError(f"unpack_text: x: expected a torch.Tensor, got {_described(x)}")
     if x.device != order.device or x.shape[:2] != order.shape:
         raise ValueError(f"unpack_text: x: expected a tensor [{order.shape[0]}, {order.shape[1]}, ...] on "
                          f"{order.device} like order, got {list(x.shape)} on {x.device}")
     return torch.empty_like(x).scatter(1, _expand(order, x), x)
+
+
+def _is_dense(x):
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided
+
+
+def _described(x):
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    return f"{x.dtype} {list(x.shape)}" if _is_dense(x) else f"one of layout {x.layout}"
 
 
 def _expand(order, x):

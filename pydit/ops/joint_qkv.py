@@ -60,7 +60,8 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
     """
     name = "joint_qkv"
     if not isinstance(head_dim, int) or head_dim % 2 or not 2 <= head_dim <= 256:
-        raise ValueError(f"{name}: head_dim: expected an even number from 2 to 256, got {head_dim!r}")
+        raise ValueError(f"{name}: head_dim: expected an even number from 2 to 256, got "
+                         f"{type(head_dim).__name__ if isinstance(head_dim, torch.Tensor) else repr(head_dim)}")
     check_eps(name, eps)
     streams = []
     for stream, x, weights, biases, norms, freqs in (("img", x_img, weights_img, biases_img, norms_img, freqs_img),

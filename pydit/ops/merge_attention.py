@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pydit.ops._library import _check_tensor
+from pydit.ops._library import _check_tensor, check_list
 from pydit.ops.reference import wide
 
 _OP = "merge_attention"
@@ -41,7 +41,7 @@ def merge_attention(outs, lses):
     by one call rather than one after the other. Plain torch, so differentiable in all tensors; the gradients of parts
     without a key are 0.
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = check_list(_OP, "outs", outs), check_list(_OP, "lses", lses)
     _check(outs, lses)
     parts = torch.stack(lses)
     top = parts.detach().amax(0)

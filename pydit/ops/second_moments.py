@@ -124,6 +124,8 @@ def _check(x, y, shift_x, shift_y):
         if not isinstance(shift, torch.Tensor) or not shift.is_floating_point():
             got = shift.dtype if isinstance(shift, torch.Tensor) else type(shift).__name__
             raise TypeError(f"{_OP}: shift_{name}: expected a floating-point tensor or None, got {got}")
+        if shift.layout != torch.strided:
+            raise ValueError(f"{_OP}: shift_{name}: expected a dense tensor, got one of layout {shift.layout}")
         if shift.device != x.device or tuple(shift.shape) != (rows.shape[1],):
             raise ValueError(f"{_OP}: shift_{name}: expected shape [{rows.shape[1]}] on {x.device}, "
                              f"got {list(shift.shape)} on {shift.device}")

@@ -112,7 +112,7 @@ def test_compiles_fullgraph(device):
         assert torch.equal(a, b)
 
 
-_X = torch.zeros(2, 3, 4, 8)
+_X, _Y = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 8)
 
 
 @pytest.mark.parametrize("change, error, message", [
@@ -125,6 +125,10 @@ _X = torch.zeros(2, 3, 4, 8)
     ({"freqs_txt": (torch.zeros(2, 4),) * 2}, ValueError, r"freqs_txt cos: expected shape \[3, 4\], got \[2, 4\]"),
     ({"out": _X}, TypeError, "out: expected four tensors, got Tensor"),
     ({"q_img": _X.clone().requires_grad_(), "out": (_X,) * 4}, ValueError, "out: expected tensors that need no gradient"),
+    ({"out": (_X, _Y, _Y.clone(), _Y.clone())}, ValueError,
+     "out q_img: expected memory of its own or exactly that of q_img, got some that k_img lies in"),
+    ({"out": (_Y, _Y.clone(), torch.from_dlpack(_Y), _Y.clone())}, ValueError,
+     "out q_txt: expected memory of its own or exactly that of q_txt, got some that out q_img lies in"),
     ({"eps": -1.0}, ValueError, "eps: expected a finite number")])
 def test_bad_arguments(change, error, message):
     arguments = {**dict.fromkeys(NAMES, _X), "weights": None, "freqs_img": None, "freqs_txt": None, **change}

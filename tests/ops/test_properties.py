@@ -99,7 +99,7 @@ def test_text_that_its_order_does_not_fit(order, x, error):
 
 def _spoil(data, x):
     """(what, x with that wrong)."""
-    what = data.draw(st.sampled_from(("type", "integer", "dtype", "device", "fewer dimensions", "more dimensions",
+    what = data.draw(st.sampled_from(("type", "integer", "dtype", "device", "layout", "fewer dimensions", "more dimensions",
                                       "another size", "another size", "last stride", "nothing left")), "what is wrong")
     if what == "type":
         return data.draw(st.sampled_from((1.5, "x", [1], object)))
@@ -109,6 +109,8 @@ def _spoil(data, x):
         return x.to(torch.float64 if x.dtype != torch.float64 else torch.float32)
     if what == "device":
         return x.to("meta")
+    if what == "layout":
+        return x.to_sparse()
     if what == "fewer dimensions":
         return x.flatten() if x.ndim > 1 else x.sum()
     if what == "more dimensions":
@@ -143,9 +145,43 @@ def test_mismatches_values(device, name, data):
     assert_right(case, found)
 
 
+OTHERS = {"second_moments": lambda x, y: ops.second_moments(x, y),
+          "second_moments, shifts": lambda x, y: ops.second_moments(x, shift_x=y),
+          "hsic_matrix": lambda x, y: ops.hsic_matrix((x, y)),
+          "hsic_matrix, features": lambda x, _y: ops.hsic_matrix(x),
+          "pack_text": lambda x, y: ops.pack_text(x, y), "unpack_text": lambda x, y: ops.unpack_text(x, y),
+          "merge_attention, outs": lambda x, y: ops.merge_attention(x, (y,)),
+          "merge_attention, lses": lambda x, y: ops.merge_attention((x,), y)}
+
+
+@pytest.mark.parametrize("device", ["reference"], indirect=True)
+@pytest.mark.parametrize("name", OTHERS)
+@given(data=st.data())
+def test_mismatches_of_the_others_values(device, name, data):
+    """As above, of ops whose values are not compared here: they are refused in one sentence, or run."""
+    x, y = (torch.ones(4, 3) for _ in range(2))
+    if "text" in name:
+        x, y = (torch.ones(4, 3, dtype=torch.bool) if name == "pack_text" else torch.zeros(4, 3, dtype=torch.int64)), x
+    if "shifts" in name:
+        y = torch.ones(3)
+    if "attention" in name:
+        x, y = torch.ones(1, 2, 1, 4), torch.ones(1, 1, 2)
+    if data.draw(st.booleans(), "the first"):
+        x = _spoil(data, x)
+    else:
+        y = _spoil(data, y)
+    try:
+        OTHERS[name](x, y)
+    except (TypeError, ValueError) as error:
+        assert re.fullmatch(SENTENCE, str(error)), str(error)
+
+
 @given(data=st.data())
 def test_outputs_in_any_memory_values(device, data):
-    """out= in place, in new memory, and where it may not be: on another input, on itself, shifted by an element."""
+    """out= in place, in new memory, and where it may not be: on another input, on itself, shifted by an element.
+
+    Memory is memory: whether it comes as a view or by DLPack, as a storage of its own.
+    """
     draw = properties.Draw(data, data.draw(st.sampled_from(DTYPES), "dtype"), device)
     b, s, h, d = draw.number(1, 2, "B"), draw.number(1, 4, "S"), draw.number(1, 2, "H"), 2 * draw.number(1, 8, "D/2")
     together = torch.randn(b, s, 3, h, d + 1, generator=draw.generator).to(device, draw.dtype)
@@ -153,11 +189,13 @@ def test_outputs_in_any_memory_values(device, data):
     places = {"q": q, "k": k, "v": together[:, :, 2, :, :d], "new": torch.empty_like(q).contiguous(),
               "shifted": together[:, :, 0, :, 1:], "expanded": torch.empty_like(q)[:1, :1].expand(b, s, h, d),
               "other strides": torch.empty(s, b, h, d, dtype=q.dtype, device=device).transpose(0, 1)}
+    places |= {f"{name} by DLPack": torch.from_dlpack(places[name]) for name in ("q", "k", "v", "shifted")}
     first, second = (data.draw(st.sampled_from(list(places)), name) for name in ("out[0]", "out[1]"))
     case = properties.Case(ops.qk_norm_rope, {"q": q.clone(), "k": k.clone(), "q_weight": None, "k_weight": None,
                                               "freqs": None}, None)
     expected = case.call()
-    legal = first in ("q", "v", "new", "other strides") and second in ("k", "v", "new", "other strides") and first != second
+    one, two = (name.removesuffix(" by DLPack") for name in (first, second))
+    legal = one in ("q", "v", "new", "other strides") and two in ("k", "v", "new", "other strides") and one != two
     alone = b * s == 1  # of one token nothing is repeated
     try:
         found = ops.qk_norm_rope(q, k, None, None, None, out=(places[first], places[second]))
