@@ -206,9 +206,10 @@ typedef struct {
  *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
  * nothing else. Layers may share x. cluster: as in pydit_second_moments_params.
  *   parts: into how many parts along K the Hopper kernel cuts the tiles that would not fill a wave of multiprocessors:
- *   1 to PYDIT_MAX_PARTS, 1 for none, or 0 for what it takes to be fastest. Parts are summed in fp32, in an order that
- * is the same run to run on one device. workspace: grouped_linear_workspace() bytes at a multiple of 16, of any
- * content; free again when the stream is past this call. It is 0 bytes where nothing is cut; NULL: nothing is cut.
+ *   1 to PYDIT_MAX_PARTS, 1 for none, or 0 for what it takes to be fastest; never more than the shallowest layer has
+ *   steps of 64 along K. Parts are summed in fp32, in an order that is the same run to run on one device.
+ *   workspace: grouped_linear_workspace() bytes, 0 where nothing is cut, at a multiple of 16, of any content; free
+ *   again when the stream is past this call. NULL: nothing is cut.
  *   FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
 #define PYDIT_MAX_LINEARS 6
 #define PYDIT_MAX_PARTS 8
