@@ -208,6 +208,12 @@ def cluster() -> int:
     return {"auto": 0, "1": 1, "2": 2}[env.get("PYDIT_CLUSTER")]
 
 
+def parts() -> int:
+    """``PYDIT_PARTS`` as pydit.h numbers it: 0 leaves the choice to the kernel."""
+    choice = env.get("PYDIT_PARTS")
+    return 0 if choice == "auto" else int(choice)
+
+
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """A context in which the tensor's GPU is the current one; free for a CPU tensor or the current GPU."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import Peer, cluster_peers, with_setting
+from benchmarks.peers import Peer, cluster_peers, needs_gpu, with_setting
 from benchmarks.peers.linear import FORMULAS, linear_peers, of_both
 from pydit import ops
 
@@ -63,13 +63,21 @@ def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: in
     return Work(again * itemsize - work.bytes, flops - work.flops)
 
 
-def hopper_bytes(b: int, streams: tuple[int, int], k: int, n: int, cluster: int, itemsize: int) -> int:
+def hopper_bytes(b: int, streams: tuple[int, int], k: int, n: int, cluster: int, itemsize: int, parts: int = 1,
+                 processors: int = 132) -> int:
     """What the Hopper kernel asks of memory, mostly of L2, for a product in clusters of so many blocks: x once per
-    column of tiles, the weight once per row of clusters, and out."""
+    column of tiles, the weight once per row of clusters, and out. In parts: also the sums, in and out, of each run of
+    parts that another cluster finishes, in fp32 and of tiles whose rows all exist."""
     def tiles(length, size):
         return -(-length // size)
 
-    return itemsize * sum(b * s * k * tiles(n, 256) + b * tiles(s, 128 * cluster) * n * k + b * s * n for s in streams)
+    rows = [b * tiles(s, 128 * cluster) for s in streams]
+    places = processors // cluster
+    units = sum(rows) * tiles(n, 256) % places * parts
+    sharers = min(units, places)
+    left = sum(units * (i + 1) // sharers % parts != 0 for i in range(sharers)) if parts > 1 else 0
+    operands = sum(b * s * k * tiles(n, 256) + row * n * k + b * s * n for s, row in zip(streams, rows, strict=True))
+    return itemsize * operands + 2 * left * cluster * 128 * 256 * 4
 
 
 def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
@@ -98,8 +106,9 @@ def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
         peers += (Peer("two launches", lambda: own_kernel(of_both(_single(op)))),)
     work = linear_work(op, b, (img, txt), k, n, dim, kind.itemsize)
     run = own_kernel(RUN.get(op, getattr(ops, op)))
-    if search:  # both forms of the Hopper kernel, whichever it would take
-        peers += cluster_peers(run)
+    if search:  # the forms of the Hopper kernel, whichever it would take
+        peers += (*cluster_peers(run), Peer("last wave whole", lambda: with_setting(run, "PYDIT_PARTS", "1"),
+                                            needs_gpu(capability=(9, 0))))
     return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, run,
                 lambda *args: both(*(a.double() for a in args)), both, peers,
                 None if op == "joint_qkv" else portable_kernel(op, work, b, (img, txt), k, n, kind.itemsize))

@@ -70,6 +70,7 @@ struct Backend {
   int64_t (*hsic_matrix_workspace)(const pydit_hsic_matrix_params*);
   int (*grouped_linear)(const pydit_grouped_linear_params*);
   int (*grouped_linear_path)(const pydit_grouped_linear_params*);
+  int64_t (*grouped_linear_workspace)(const pydit_grouped_linear_params*);
 };
 
 template <typename Params>
@@ -213,34 +214,37 @@ void define_ops(py::module_ m, const Backend& backend) {
     call(backend, backend.hsic_matrix, p);
   });
   // linears: (x, weight, bias, residual, gate, split, norm_weight, cos, sin, head_dim, out) each
-  m.def("grouped_linear",
-        [backend](py::list linears, int activation, double eps, int cluster, int dtype, uintptr_t stream) {
-          pydit_grouped_linear_params p = {};
-          p.count = static_cast<int32_t>(linears.size());
-          if (p.count > PYDIT_MAX_LINEARS) throw std::invalid_argument("grouped_linear: expected at most 6 layers");
-          for (int i = 0; i < p.count; ++i) {
-            const py::tuple given = linears[i];
-            const Tensor x = given[0], weight = given[1];
-            pydit_linear& l = p.linear[i];
-            const py::tuple shape = x.attr("shape"), features = weight.attr("shape"), strides = weight.attr("stride")();
-            l.x = tokens(x), l.weight = data(weight), l.weight_stride = stride(strides, 0);
-            l.bias = data_or_null(given[2]);
-            if (!given[3].is_none()) l.residual = tokens(given[3]);
-            if (!given[4].is_none()) l.gate = modulation(given[4]);
-            const auto split = given[5].cast<int64_t>();
-            l.split = split < 0 ? INT64_MAX : split;
-            l.norm_weight = data_or_null(given[6]);
-            l.cos = static_cast<const float*>(data_or_null(given[7]));
-            l.sin = static_cast<const float*>(data_or_null(given[8]));
-            l.head_dim = given[9].cast<int32_t>(), l.out = tokens(given[10]);
-            p.batch = stride(shape, 0), l.tokens = stride(shape, 1), l.in_features = stride(features, 1);
-            l.out_features = stride(features, 0);
-          }
-          p.activation = activation, p.eps = static_cast<float>(eps), p.cluster = cluster, p.dtype = dtype;
-          p.stream = reinterpret_cast<void*>(stream);
-          call(backend, backend.grouped_linear, p);
-          return backend.grouped_linear_path(&p);
-        });
+  m.def("grouped_linear", [backend](py::list linears, int activation, double eps, py::function allocate, int cluster,
+                                    int parts, int dtype, uintptr_t stream) {
+    pydit_grouped_linear_params p = {};
+    p.count = static_cast<int32_t>(linears.size());
+    if (p.count > PYDIT_MAX_LINEARS) throw std::invalid_argument("grouped_linear: expected at most 6 layers");
+    for (int i = 0; i < p.count; ++i) {
+      const py::tuple given = linears[i];
+      const Tensor x = given[0], weight = given[1];
+      pydit_linear& l = p.linear[i];
+      const py::tuple shape = x.attr("shape"), features = weight.attr("shape"), strides = weight.attr("stride")();
+      l.x = tokens(x), l.weight = data(weight), l.weight_stride = stride(strides, 0);
+      l.bias = data_or_null(given[2]);
+      if (!given[3].is_none()) l.residual = tokens(given[3]);
+      if (!given[4].is_none()) l.gate = modulation(given[4]);
+      const auto split = given[5].cast<int64_t>();
+      l.split = split < 0 ? INT64_MAX : split;
+      l.norm_weight = data_or_null(given[6]);
+      l.cos = static_cast<const float*>(data_or_null(given[7]));
+      l.sin = static_cast<const float*>(data_or_null(given[8]));
+      l.head_dim = given[9].cast<int32_t>(), l.out = tokens(given[10]);
+      p.batch = stride(shape, 0), l.tokens = stride(shape, 1), l.in_features = stride(features, 1);
+      l.out_features = stride(features, 0);
+    }
+    p.activation = activation, p.eps = static_cast<float>(eps), p.cluster = cluster, p.parts = parts;
+    p.dtype = dtype, p.stream = reinterpret_cast<void*>(stream);
+    py::object workspace = py::none();
+    if (const int64_t bytes = backend.grouped_linear_workspace(&p)) workspace = allocate(bytes);
+    p.workspace = data_or_null(workspace);
+    call(backend, backend.grouped_linear, p);
+    return backend.grouped_linear_path(&p);
+  });
 }
 
 #define PYDIT_BACKEND_TABLE(name)                                                                                     \
@@ -251,7 +255,7 @@ void define_ops(py::module_ m, const Backend& backend) {
         pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace,              \
         pydit_##name##_second_moments, pydit_##name##_second_moments_path, pydit_##name##_second_moments_workspace,   \
         pydit_##name##_hsic_matrix, pydit_##name##_hsic_matrix_workspace, pydit_##name##_grouped_linear,              \
-        pydit_##name##_grouped_linear_path                                                                            \
+        pydit_##name##_grouped_linear_path, pydit_##name##_grouped_linear_workspace                                   \
   }
 
 }  // namespace

@@ -269,8 +269,9 @@ def _kernels(op, x, *features):
 def _launch(op, kernels, layers, gelu, eps):
     x = layers[0][0]
     with backend.device_of(x):
-        taken = kernels.grouped_linear(layers, _GELU if gelu else 0, eps, backend.cluster(),
-                                       backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
+        taken = kernels.grouped_linear(layers, _GELU if gelu else 0, eps,
+                                       lambda size: x.new_empty(size, dtype=torch.uint8), backend.cluster(),
+                                       backend.parts(), backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
     backend.explain(op, backend.KERNEL_PATHS[taken])
 
 

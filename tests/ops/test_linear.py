@@ -46,6 +46,10 @@ def double(args):
     return [x.double().cpu() for x in args]
 
 
+def no_memory(size):
+    pytest.fail(f"a workspace of {size} bytes where none is needed")
+
+
 def path_of(op):
     return backend.report()[op]["path"], backend.report()[op]["reason"]
 
@@ -258,6 +262,89 @@ def test_qkv_values_bare(device):
         assert_accurate(a, b, c)
 
 
+HOPPER = pytest.mark.parametrize("device", ["sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+EVERY_CLUSTER = pytest.mark.parametrize("cluster", ["1", "2"])
+
+
+# Of the simulator's four multiprocessors: whole tiles first and none, runs of one part and of several, one that ends one
+# tile and begins the next, warpgroups without rows, a last step of 8.
+@HOPPER
+@EVERY_CLUSTER
+@pytest.mark.parametrize("parts", ["2", "3", "8"])
+@pytest.mark.parametrize(("batch", "tokens", "k", "n"), [(1, 641, 200, 136), (1, 333, 584, 24), (3, 71, 328, 264)])
+def test_values_of_cut_tiles(batch, tokens, k, n, parts, cluster, device, monkeypatch):
+    monkeypatch.setenv("PYDIT_CLUSTER", cluster)
+    monkeypatch.setenv("PYDIT_PARTS", parts)
+    args = inputs("xwbrg", torch.bfloat16, device, batch, tokens, k, n, gate_rows=2)
+    first, second = (ops.linear_gated_residual(*args, split=65) for _ in range(2))
+    assert_accurate(first, gated(*double(args), 65), gated(*args, 65))
+    assert torch.equal(first, second)
+
+
+@HOPPER
+@EVERY_CLUSTER
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", [*JOINT, "joint_qkv"])
+def test_values_of_cut_tiles_of_two_layers(name, dtype, cluster, device, monkeypatch):
+    monkeypatch.setenv("PYDIT_CLUSTER", cluster)
+    for image, parts in ((401, "2"), (151, "3")):
+        monkeypatch.setenv("PYDIT_PARTS", parts)
+        if name == "joint_qkv":
+            args = qkv_inputs(dtype, device, 32, tokens=(image, 9), k=200)
+            found = ops.joint_qkv(*args, head_dim=32)
+            exact, same = qkv_plain(args, 32, lambda x: x.double().cpu()), qkv_plain(args, 32)
+        else:
+            op, plain, names = JOINT[name]
+            streams = [inputs(names, dtype, device, 1, tokens, 200, 136, seed=tokens) for tokens in (image, 9)]
+            found = op(*(x for pair in zip(*streams, strict=True) for x in pair))
+            exact, same = [plain(*double(s)) for s in streams], [plain(*s) for s in streams]
+        for a, b, c in zip(found, exact, same, strict=True):
+            assert_accurate(a, b, c, name=f"{image} tokens")
+
+
+def cut(device, k, tokens=71, n=136, *, cluster=1, parts=0, allocate=None):
+    """out, and the sizes of the workspaces that were asked for."""
+    x, w = inputs("xw", torch.bfloat16, device, 1, tokens, k, n)
+    out, sizes = torch.empty(1, tokens, n, dtype=x.dtype, device=device), []
+
+    def memory(size):
+        sizes.append(size)
+        return torch.full((size,), 255, dtype=torch.uint8, device=device) if allocate is None else allocate(size)
+
+    with backend.device_of(x):
+        backend.choose("linear", x).kernels.grouped_linear(
+            [(x, w, None, None, None, -1, None, None, None, 0, out)], 0, 0.0, memory, cluster, parts,
+            backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
+    return out, sizes
+
+
+@pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
+@EVERY_CLUSTER
+def test_workspace_of_cut_tiles(cluster, device):
+    """64 KB and a counter for each warpgroup of the clusters that share parts, and a ticket, where something is cut."""
+    cluster = int(cluster)
+
+    def size(sharers):
+        return [sharers * cluster * 2 * (64 * 256 * 4 + 4) + 4]
+
+    whole, none = cut(device, 200, cluster=cluster, parts=1)
+    chosen, too = cut(device, 200, cluster=cluster)
+    assert none == too == [] and torch.equal(whole, chosen)  # too shallow to gain by it
+    assert cut(device, 200, cluster=cluster, parts=2)[1] == size(2)
+    assert cut(device, 200, cluster=cluster, parts=8)[1] == size(4 // cluster)  # in as many parts as it has steps
+    assert cut(device, 64, cluster=cluster, parts=8)[1] == []
+    assert cut(device, 200, tokens=512 - 9, cluster=cluster, parts=2)[1] == []  # whole waves
+    assert cut(device, 3072, n=8, cluster=cluster)[1] == size(4 // cluster)
+    half, _ = cut(device, 200, cluster=cluster, parts=2)
+    assert_accurate(half, whole.double(), whole)
+
+
+@pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
+def test_an_unaligned_workspace_is_refused(device):
+    with pytest.raises(RuntimeError, match="grouped_linear: workspace: expected a multiple of 16, got 0x"):
+        cut(device, 200, parts=2, allocate=lambda size: torch.empty(size + 4, dtype=torch.uint8)[4:])
+
+
 @every_kernel
 def test_out_may_be_the_residual(device, kernel_only):
     """The C API's aliasing rule, through the binding."""
@@ -265,7 +352,7 @@ def test_out_may_be_the_residual(device, kernel_only):
     expected = ops.linear_gated_residual(x, w, b, r, g)
     kernels = backend.choose("linear", x).kernels
     with backend.device_of(x):
-        kernels.grouped_linear([(x, w, b, r, g[:, None], -1, None, None, None, 0, r)], 0, 0.0, 0,
+        kernels.grouped_linear([(x, w, b, r, g[:, None], -1, None, None, None, 0, r)], 0, 0.0, no_memory, 0, 1,
                                backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
     assert torch.equal(r, expected)
 
@@ -274,6 +361,7 @@ def test_out_may_be_the_residual(device, kernel_only):
     ({"dtype": 0}, r"dtype: expected float16 \(1\) or bfloat16 \(2\), got 0"),
     ({"activation": 7}, r"activation: expected none \(0\) or GELU \(1\), got 7"),
     ({"cluster": 3}, "cluster: expected 0, 1 or 2, got 3"),
+    ({"parts": 9}, "parts: expected 0 to 8, got 9"),
     ({"head_dim": 48}, "head_dim of layer 0: expected 0, 32, 64 or 128, a divisor of 64, got 48"),
     ({"head_dim": 32, "activation": 1}, "expected no residual, gate or activation beside a layer with head_dim"),
     ({"head_dim": 32, "cos": True}, "cos, sin of layer 0: expected both or neither, got one"),
@@ -284,7 +372,8 @@ def test_bad_arguments_of_the_kernel(change, words, device, kernel_only):
     with pytest.raises(RuntimeError, match=words):
         backend.choose("linear", x).kernels.grouped_linear(
             [(x, w, None, None, None, -1, None, cos, None, change.get("head_dim", 0), torch.empty(2, 21, 64))],
-            change.get("activation", 0), 1e-6, change.get("cluster", 0), change.get("dtype", 2), backend.stream_of(x))
+            change.get("activation", 0), 1e-6, no_memory, change.get("cluster", 0), change.get("parts", 1),
+            change.get("dtype", 2), backend.stream_of(x))
 
 
 def fresh(args, dtype):

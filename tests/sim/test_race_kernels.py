@@ -98,6 +98,11 @@ weight = [torch.randn(264, 72).bfloat16() for _ in x]
 for os.environ["PYDIT_CLUSTER"] in ("1", "2"):
     ops.joint_linear(*x, *weight)
     print(json.dumps([backend.report()["joint_linear"]["reason"], module.sim.counters()]))
+x, weight = torch.randn(1, 768, 328).bfloat16(), torch.randn(264, 328).bfloat16()
+for cluster, parts in %s:
+    os.environ.update(PYDIT_CLUSTER=str(cluster), PYDIT_PARTS=str(parts))
+    ops.joint_linear(x, x[:, :256], weight, weight)
+    print(json.dumps(module.sim.counters()))
 for n, d in %s:
     for os.environ["PYDIT_CLUSTER"] in ("1", "2", "auto"):
         add_second_moments(torch.randn(n, d).bfloat16(), None, zeros(d, 0, torch.device("cpu")))
@@ -108,8 +113,8 @@ for n, d in %s:
 def test_clusters_read_as_their_models_say(environment):
     """Blocks alone and in clusters: bytes by the models that the kernels' heads scale up. One thread of the simulator:
     polling is counted too."""
-    shapes = [(520, 392), (40, 104)]
-    done = subprocess.run([sys.executable, "-c", CLUSTERS % shapes], cwd=ROOT, capture_output=True, text=True,
+    shapes, cut = [(520, 392), (40, 104)], [(cluster, parts) for cluster in (1, 2) for parts in (1, 2, 3, 5)]
+    done = subprocess.run([sys.executable, "-c", CLUSTERS % (cut, shapes)], cwd=ROOT, capture_output=True, text=True,
                           env={**environment, "PYDIT_SIM_ARCH": "90a", "PYDIT_SIM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -117,6 +122,11 @@ def test_clusters_read_as_their_models_say(environment):
         reason, counts = lines.pop(0)
         assert ("clusters of two" in reason) == (cluster == 2) and "the Hopper kernel" in reason
         assert counts["global_loaded"] + counts["global_stored"] == linear_bytes(1, (300, 9), 72, 264, cluster, 2)
+    for cluster, parts in cut:
+        counts = lines.pop(0)
+        model = linear_bytes(1, (768, 256), 328, 264, cluster, 2, parts, 4)
+        assert counts["global_loaded"] + counts["global_stored"] == pytest.approx(model, rel=0.001 if parts > 1 else 0)
+        assert counts["bank_conflicts"] == 0
     for i, (n, d) in enumerate(shapes):
         alone, pairs, auto = lines[3 * i:3 * i + 3]
         for cluster, (reason, counts) in ((1, alone), (2, pairs)):

@@ -204,9 +204,15 @@ typedef struct {
  *   bfloat16; cos, sin fp32 [S, head_dim / 2] contiguous. NULL data leaves out bias, residual, gate, norm_weight or
  *   (both or neither) cos and sin. K, N >= 1; S may be 0. head_dim: 0, or 32, 64 or 128, N a multiple of it; then no
  *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
- * nothing else. Layers may share x. cluster: as in pydit_second_moments_params. FLOPs: the sum of 2 B S N K. Bytes: x,
- * weight, residual and out of each once. */
+ * nothing else. Layers may share x. cluster: as in pydit_second_moments_params.
+ *   parts: into how many parts along K the Hopper kernel cuts the tiles that would not fill a wave of multiprocessors:
+ *   1 to PYDIT_MAX_PARTS, 1 for none, or 0 for what it takes to be fastest; never more than the shallowest layer has
+ *   steps of 64 along K. Parts are summed in fp32, in an order that is the same run to run on one device.
+ *   workspace: grouped_linear_workspace() bytes, 0 where nothing is cut, at a multiple of 16, of any content; free
+ *   again when the stream is past this call. NULL: nothing is cut.
+ *   FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
 #define PYDIT_MAX_LINEARS 6
+#define PYDIT_MAX_PARTS 8
 typedef enum { PYDIT_NO_ACTIVATION = 0, PYDIT_GELU_TANH = 1 } pydit_activation;
 typedef struct {
   pydit_tokens x;          /* [B, S, K] in */
@@ -227,7 +233,8 @@ typedef struct {
   int64_t batch;
   int32_t count, activation; /* linears; pydit_activation */
   float eps;                 /* of the RMSNorm */
-  int32_t dtype, cluster;
+  int32_t dtype, cluster, parts;
+  void* workspace; /* or NULL */
   void* stream;
 } pydit_grouped_linear_params;
 
@@ -259,7 +266,8 @@ enum {
   int pydit_##backend##_hsic_matrix(const pydit_hsic_matrix_params*);                                         \
   int64_t pydit_##backend##_hsic_matrix_workspace(const pydit_hsic_matrix_params*);                           \
   int pydit_##backend##_grouped_linear(const pydit_grouped_linear_params*);                                   \
-  int pydit_##backend##_grouped_linear_path(const pydit_grouped_linear_params*);
+  int pydit_##backend##_grouped_linear_path(const pydit_grouped_linear_params*);                              \
+  int64_t pydit_##backend##_grouped_linear_workspace(const pydit_grouped_linear_params*);
 
 PYDIT_DECLARE_BACKEND(cuda)
 PYDIT_DECLARE_BACKEND(sim)

@@ -217,6 +217,10 @@ int check(const pydit_grouped_linear_params& p) {
     return bad_argument("%s: activation: expected none (0) or GELU (1), got %d", kGroupedLinear, p.activation);
   if (p.cluster < 0 || p.cluster > 2)
     return bad_argument("%s: cluster: expected 0, 1 or 2, got %d", kGroupedLinear, p.cluster);
+  if (p.parts < 0 || p.parts > PYDIT_MAX_PARTS)
+    return bad_argument("%s: parts: expected 0 to %d, got %d", kGroupedLinear, PYDIT_MAX_PARTS, p.parts);
+  if (p.parts != 1 && !aligned16(p.workspace))
+    return bad_argument("%s: workspace: expected a multiple of 16, got %p", kGroupedLinear, p.workspace);
   bool heads = false, plain = p.activation == PYDIT_NO_ACTIVATION;
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
@@ -253,6 +257,13 @@ extern "C" int PYDIT_ENTRY(grouped_linear_path)(const pydit_grouped_linear_param
   if (path == PYDIT_PATH_HOPPER && cluster_of_grouped_linear_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
 #endif
   return path;
+}
+
+extern "C" int64_t PYDIT_ENTRY(grouped_linear_workspace)(const pydit_grouped_linear_params* p) {
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  if (check(*p) == kOk && hopper_path(copyable(*p)) == PYDIT_PATH_HOPPER) return workspace_of_grouped_linear_sm90(*p);
+#endif
+  return 0;
 }
 
 extern "C" int PYDIT_ENTRY(grouped_linear)(const pydit_grouped_linear_params* p) {

@@ -229,6 +229,8 @@ __device__ __forceinline__ void apply_gate(float* sums, const uint32_t* first, c
 int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p);
 // How many blocks of it are a cluster, and share what they load: 1 or 2.
 int cluster_of_grouped_linear_sm90(const pydit_grouped_linear_params& p);
+// Bytes of workspace with which it cuts tiles; 0: it cuts none.
+int64_t workspace_of_grouped_linear_sm90(const pydit_grouped_linear_params& p);
 
 // For the race detector of the simulator.
 template <typename T>

@@ -8,15 +8,30 @@
 // paid: 99 %. Of a projection to 3072 columns (attention's out, the MLP's second) 58 x 12 = 696 tiles are 5.27 waves,
 // of which 6 are paid: 88 %.
 //
-// Not done: cutting the 36 tiles of the last wave along K. In three parts each, 108 blocks work a third as long: 5.33
-// waves for 6, 11 % less. To be paid from it: two of three parts write 128 KB of sums to L2 and the third reads them, 9
-// MB each way, and its epilogue begins when the last of them has come. In two parts it is 5.5 for 6, 8 % less. At B = 2
-// (10.5 waves of 11) and at 12288 columns (21.1 of 22) at most 4 % are to be had.
+// Cut tiles. Those 36 tiles, which would be the last wave, are cut along K (stream-K: Osama et al. 2023). In three
+// parts each, 108 blocks work a third as long: 5.33 waves for 6, 11 % less. Blocks have equal runs of parts, as in
+// second_moments.cuh, and do them first, while they are in step and nobody waits long. A block leaves the sums of a
+// part that another finishes in L2, as they lie in registers, 128 KB; who has the last part of the tile adds them,
+// from the next lower ticket down, the same in every run, and goes on to the epilogue. It waits only for lower tickets,
+// and what it waits for they do before all else.
+//
+// What this costs, in steps of 64 along K: the slowest block writes 128 KB and reads as much of each other that has
+// parts of its tile, by the bytes that a step reads; 8 steps, a guess, to clear the counters and to wait. choose_parts
+// takes what is fewest. The layers of a Qwen-Image block, in clusters of two (below), in steps of the slowest:
+//
+//               K      N  waves  nothing cut                     cut  less
+//   B = 1    3072   3072   5.27          288  in 3:  240 +  16 + 20   4 %
+//           12288   3072   5.27         1152  in 3:  960 +  64 + 20   9 %
+//            3072  12288  21.09         1056  in 3: 1008 +  16 + 20   1 %
+//   B = 2    3072   3072  10.55          528                       -     -
+//           12288   3072  10.55         2112  in 7: 1920 + 110 + 20   3 %
+//
+// Of QKV nothing is cut. A step is 0.56 us at 989 TFLOP/s: the three at B = 1 are 74 us of a block.
 //
 // A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows that they
 // share, for both, and 32 KB a step and not 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
 // blocks have read it. Clusters are taken where they read fewer bytes in all and in the busiest block (Reads): not
-// where half of a pair would be rows that do not exist. None of this has been measured yet.
+// where half of a pair would be rows that do not exist. None of this, and nothing of cut tiles, has been measured yet.
 //
 // Three warpgroups on 192 x 256, 37 bytes per clock, are not to be had: with 512 threads ptxas has 128 registers where
 // the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
@@ -26,10 +41,11 @@
 // of 512 clocks of the one that multiplies. A warpgroup whose rows do not exist gives its stages back at once.
 //
 // Epilogue. What takes longer than those 2048 clocks stops both warpgroups, and each trip to L2 takes hundreds. So a
-// lane asks for its bias and for the gate of two slabs before the product, for that of the others when it has done the
-// first slab and its sums leave registers free. Slabs of 64 columns go through two buffers of each warpgroup to the
-// copy engine, which leaves out what lies outside the tensor. The residual comes the same way, into the buffer where
-// its sum will lie: the first two slabs before the product, each other one when its buffer has been stored.
+// lane asks for its bias and for the gate of two slabs before the product (of a cut tile, when others' sums have come,
+// which need the registers), for that of the others when it has done the first slab and its sums leave registers free.
+// Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies outside
+// the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs before the
+// product, each other one when its buffer has been stored.
 #include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
@@ -46,19 +62,61 @@ constexpr int kRowBytes = kStep * 2, kLeftBytes = kM * kRowBytes, kStageBytes = 
 constexpr int kSlab = 64, kSlabBytes = 64 * kSlab * 2, kBuffers = 2;  // columns of the output; per warpgroup
 constexpr int kOutput = kStages * kStageBytes, kBarriers = kOutput + kConsumers * kBuffers * kSlabBytes;
 constexpr int kSharedBytes = kBarriers + 128;
+constexpr int kSums = 64 * kN;    // of a warpgroup
+constexpr int kStepsOfWaits = 8;  // what it takes to clear the counters and to wait for other blocks, a guess
 constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
 
 struct Maps {
   TensorMap x[PYDIT_MAX_LINEARS], weight[PYDIT_MAX_LINEARS], residual[PYDIT_MAX_LINEARS], out[PYDIT_MAX_LINEARS];
 };
-static_assert(sizeof(Layers) + 4 * PYDIT_MAX_LINEARS * 128 <= 4096, "parameters of a kernel");
+
+// How the tiles of clusters are dealt out: the first `whole` one by one, the `cut` after them in `parts` along K. Parts
+// are numbered tile by tile; the first `sharers` clusters by their tickets have an equal run of them each, of one part
+// at least and of no more than a tile has. Where nothing is cut a cluster's ticket is its number.
+struct Plan {
+  int clusters, whole, cut, parts, sharers;
+  float* sums;  // [sharers, blocks, consumers, kSums], those of a cluster's last part where another finishes the tile
+  unsigned* written;  // [sharers, blocks, consumers], 1 when they are there; then the ticket to draw
+
+  __device__ int first_part(int ticket) const { return cut * parts * ticket / sharers; }
+  // Whether the run of `ticket` ends beyond the first part of the cut tile: first_part(ticket + 1) > tile * parts.
+  __device__ bool reaches(int ticket, int tile) const {
+    return cut * parts * (ticket + 1) >= (tile * parts + 1) * sharers;
+  }
+  __device__ int first_step(int depth, int part) const { return (depth + kStep - 1) / kStep * part / parts; }
+};
+static_assert(sizeof(Layers) + sizeof(Maps) + sizeof(Plan) <= 4096, "parameters of a kernel");
+
+// A cluster's tiles, of each parts [from, to): its run from the last tile to the first, then whole tiles. Runs are no
+// longer than tiles: only the first of a cluster's tiles can be one that another finishes.
+struct Walk {
+  const Plan& plan;
+  int first = 0, end = 0, whole;  // parts that are left; the next whole tile
+  int index = 0, from = 0, to = 0;
+
+  __device__ Walk(const Plan& plan, int ticket) : plan(plan), whole(ticket) {
+    if (ticket < plan.sharers) first = plan.first_part(ticket), end = plan.first_part(ticket + 1);
+  }
+
+  __device__ __forceinline__ bool next() {
+    if (end > first) {
+      const int tile = (end - 1) / plan.parts, base = tile * plan.parts;
+      index = plan.whole + tile, from = max(first - base, 0), to = end - base;
+      end = base + from;
+      return true;
+    }
+    index = whole, from = 0, to = plan.parts;
+    whole += plan.clusters;
+    return index < plan.whole;
+  }
+};
 
 struct Barriers {
   uint64_t full[kStages], empty[kStages];  // of the operands
   uint64_t ready[kConsumers][kBuffers];    // for sums
 };
-static_assert(sizeof(Barriers) <= kSharedBytes - kBarriers, "room for the barriers");
+static_assert(sizeof(Barriers) + sizeof(unsigned) <= kSharedBytes - kBarriers, "room for the barriers and a ticket");
 
 // The tile of block `rank` of a cluster, from the index of the cluster's.
 template <int kCluster>
@@ -70,15 +128,16 @@ __device__ __forceinline__ TileOfLayer tile_of_block(const Layers& all, int inde
 
 // One thread. Of the weight block `rank` of the cluster loads a share of the rows, for all.
 template <int kCluster>
-__device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* shared, Barriers* barriers, int tiles,
+__device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* shared, Barriers* barriers, Walk walk,
                                      int rank) {
   constexpr int kShare = kN / kCluster;
   Ring<kStages> ring;
-  for (int index = static_cast<int>(blockIdx.x) / kCluster; index < tiles;
-       index += static_cast<int>(gridDim.x) / kCluster) {
-    const TileOfLayer tile = tile_of_block<kCluster>(all, index, rank);
+  while (walk.next()) {
+    const TileOfLayer tile = tile_of_block<kCluster>(all, walk.index, rank);
     const TensorMap &x = maps.x[tile.layer], &weight = maps.weight[tile.layer];
-    for (int k = 0; k < all.layer[tile.layer].depth; k += kStep) {
+    const int depth = all.layer[tile.layer].depth, end = walk.plan.first_step(depth, walk.to);
+    for (int step = walk.plan.first_step(depth, walk.from); step < end; ++step) {
+      const int k = step * kStep;
       mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
       char* stage = shared + ring.slot * kStageBytes;
       uint64_t* full = &barriers->full[ring.slot];
@@ -112,11 +171,30 @@ __device__ __forceinline__ void prepare(const Layer& l, const TensorMap& residua
   }
 }
 
+// A warpgroup's sums in memory lie as in its registers, 16 bytes of each thread next to each other.
+__device__ __forceinline__ void write_sums(float* to, const float (&sums)[kN / 2], int thread) {
+#pragma unroll
+  for (int i = 0; i < kN / 2; i += 4)
+    store_global_16(to + i * kWarpgroup + 4 * thread,
+                    make_uint4(__float_as_uint(sums[i]), __float_as_uint(sums[i + 1]), __float_as_uint(sums[i + 2]),
+                               __float_as_uint(sums[i + 3])));
+}
+
+__device__ __forceinline__ void add_sums(float (&sums)[kN / 2], const float* from, int thread) {
+#pragma unroll
+  for (int i = 0; i < kN / 2; i += 4) {
+    const float4 more = *reinterpret_cast<const float4*>(from + i * kWarpgroup + 4 * thread);
+    sums[i] += more.x, sums[i + 1] += more.y, sums[i + 2] += more.z, sums[i + 3] += more.w;
+  }
+}
+
 // One warpgroup of 64 rows; `group` counts the consumers from 0.
 template <typename T, bool kHeads, int kCluster>
 __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, char* shared, Barriers* barriers,
-                                        int tiles, int rank, int group) {
+                                        Walk walk, int ticket, int rank, int group) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
+  const Plan& plan = walk.plan;
+  const auto place = [&](int ticket) { return (ticket * kCluster + rank) * kConsumers + group; };  // of sums
   const auto release = [&](int slot) {
     if (kCluster == 1) {
       if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
@@ -127,12 +205,13 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
   Ring<kStages> ring;
   unsigned done = 0;  // slabs
   float sums[kN / 2];
-  for (int index = static_cast<int>(blockIdx.x) / kCluster; index < tiles;
-       index += static_cast<int>(gridDim.x) / kCluster) {
-    const TileOfLayer tile = tile_of_block<kCluster>(all, index, rank);
+  while (walk.next()) {
+    const TileOfLayer tile = tile_of_block<kCluster>(all, walk.index, rank);
     const Layer& l = all.layer[tile.layer];
+    const int first = plan.first_step(l.depth, walk.from), end = plan.first_step(l.depth, walk.to);
+    const bool finishes = walk.to == plan.parts;
     if (tile.row + group * 64 >= l.tokens) {
-      for (int k = 0; k < l.depth; k += kStep, ring.next()) {
+      for (int step = first; step < end; ++step, ring.next()) {
         mbarrier_wait(&barriers->full[ring.slot], ring.parity);
         __syncwarp();  // a lane that has not seen the slot full must not find it filled anew
         release(ring.slot);
@@ -140,7 +219,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       continue;
     }
     const auto exists = [&](int slab) { return slab < kN / kSlab && tile.column + slab * kSlab < l.columns; };
-    if (thread == 0) {
+    if (thread == 0 && finishes) {
       bulk_wait_group_read<0>();
       for (int slab = 0; slab < kBuffers && exists(slab); ++slab)
         prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
@@ -148,35 +227,54 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     }
     const int row = tile.row + group * 64 + warp * 16 + lane / 4;
     uint32_t bias[kN / 8], gate[kN / kSlab][2][kSlab / 8];  // gate: of both rows
-    load_pairs<T, true>(bias, l.bias, tile.column, l.columns);
     const T* const gates[2] = {gate_of_row<T>(l, tile.batch, row), gate_of_row<T>(l, tile.batch, row + 8)};
-    const auto load_gate = [&](int slab) {
+    const auto load_gate = [&](int slab, int column) {
       if constexpr (!kHeads) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          load_pairs<T, true>(gate[slab][half], gates[half], tile.column + slab * kSlab, l.columns);
+          load_pairs<T, true>(gate[slab][half], gates[half], column + slab * kSlab, l.columns);
       }
     };
-    load_gate(0), load_gate(1);
-    for (int first = 0; first < l.depth; first += kStep) {
+    const auto load_early = [&](int column) {
+      load_pairs<T, true>(bias, l.bias, column, l.columns);
+      load_gate(0, column), load_gate(1, column);
+    };
+    load_early(finishes && walk.from == 0 ? tile.column : l.columns);  // or nothing, of a cut tile
+    int step = first;
+    do {  // as a loop that might do nothing ptxas would serialise the products (C7520), seen with the sums' way to
+          // memory
       const char* stage = shared + ring.slot * kStageBytes;
       mbarrier_wait(&barriers->full[ring.slot], ring.parity);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStep; k += 16) {
         wgmma<T, kN>(sums, matrix_descriptor<128>(stage + group * 64 * kRowBytes + k * 2, 16, 8 * kRowBytes),
-                     matrix_descriptor<128>(stage + kLeftBytes + k * 2, 16, 8 * kRowBytes), first > 0 || k > 0);
+                     matrix_descriptor<128>(stage + kLeftBytes + k * 2, 16, 8 * kRowBytes), step > first || k > 0);
       }
       wgmma_commit_group();
-      if (first > 0) {
+      if (step > first) {
         wgmma_wait_group<1>();  // the step before
         release((ring.slot + kStages - 1) % kStages);
       }
       ring.next();
-    }
+    } while (++step < end);
     wgmma_wait_group<0>();
     release((ring.slot + kStages - 1) % kStages);
 
+    if (!finishes) {
+      write_sums(plan.sums + int64_t{place(ticket)} * kSums, sums, thread);
+      barrier_sync(1 + group, kWarpgroup);
+      if (thread == 0) store_release(plan.written + place(ticket), 1);
+      continue;
+    }
+    if (walk.from > 0) {
+      for (int other = ticket - 1; plan.reaches(other, walk.index - plan.whole); --other) {
+        if (thread == 0) wait_at_least(plan.written + place(other), 1);
+        barrier_sync(1 + group, kWarpgroup);
+        add_sums(sums, plan.sums + int64_t{place(other)} * kSums, thread);
+      }
+      load_early(tile.column);
+    }
     apply_epilogue<T, true, kHeads>(sums, bias, all, l, row);
 #pragma unroll
     for (int slab = 0; slab < kN / kSlab; ++slab) {
@@ -214,7 +312,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
                           tile.column + (slab + kBuffers) * kSlab);
         }
       }
-      if (slab == 0) load_gate(2), load_gate(3);
+      if (slab == 0) load_gate(2, tile.column), load_gate(3, tile.column);
       ++done;
     }
   }
@@ -223,12 +321,13 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
 
 // Kernel ---------------------------------------------------------------------------------------------------------
 
-// `tiles` of clusters.
 template <typename T, bool kHeads, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
-    grouped_linear_sm90_kernel(const __grid_constant__ Layers all, const __grid_constant__ Maps maps, int tiles) {
+    grouped_linear_sm90_kernel(const __grid_constant__ Layers all, const __grid_constant__ Maps maps,
+                               const __grid_constant__ Plan plan) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriers);
+  auto* drawn = reinterpret_cast<unsigned*>(barriers + 1);
   const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -237,46 +336,101 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kConsumers * kBuffers; ++i) mbarrier_init(&barriers->ready[i / kBuffers][i % kBuffers], 1);
     fence_barrier_init();
+    if (plan.cut > 0 && rank == 0) *drawn = atomicAdd(plan.written + plan.sharers * kCluster * kConsumers, 1u);
   }
   if (kCluster == 1)
     __syncthreads();
   else
     cluster_sync();
+  int ticket = static_cast<int>(blockIdx.x) / kCluster;
+  if (plan.cut > 0) ticket = static_cast<int>(kCluster == 1 ? *drawn : *cluster_map(drawn, 0));
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
-    if (threadIdx.x == 0) load<kCluster>(all, maps, shared, barriers, tiles, rank);
+    if (threadIdx.x == 0) load<kCluster>(all, maps, shared, barriers, Walk(plan, ticket), rank);
     __syncwarp();  // a warp comes to the barrier below as one
   } else {
     set_max_registers_up<kConsumerRegisters>();
-    consume<T, kHeads, kCluster>(all, maps, shared, barriers, tiles, rank,
+    consume<T, kHeads, kCluster>(all, maps, shared, barriers, Walk(plan, ticket), ticket, rank,
                                  static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
-  if (kCluster > 1) cluster_sync();  // the other block arrives here for the last slots
+  if (kCluster > 1) cluster_sync();  // the other block arrives here for the last slots, and reads the ticket
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
 
+// How many clusters run at once.
+template <int kCluster>
+int64_t count_places(int processors) {
+  return processors < kCluster ? 1 : processors / kCluster;
+}
+
 // What L2 gives a launch of x and the weight on `processors` multiprocessors, by the arithmetic at the top of this
-// file.
+// file, were no tile cut.
 struct Reads {
-  int64_t tiles, clusters, all, busiest;  // bytes of all blocks, and of the one with the most tiles, were all as deep
+  int64_t all, busiest;  // bytes of all blocks, and of the one with the most tiles, were all as deep
 };
 
 template <int kCluster>
 Reads reads_of(const Layers& all, int processors) {
   constexpr int64_t kBytes = (kM + kN / kCluster) * 2;  // of a tile and one of its depth, per block
-  Reads reads = {count_tiles<kCluster * kM, kN>(all), 0, 0, 0};
-  if (reads.tiles == 0) return reads;
-  const int64_t places = processors < kCluster ? 1 : processors / kCluster;
-  reads.clusters = reads.tiles < places ? reads.tiles : places;
+  Reads reads = {};
   int64_t deepest = 0;
   for (int i = 0; i < all.count; ++i) {
     const Layer& l = all.layer[i];
     deepest = l.depth > deepest ? l.depth : deepest;
     reads.all += all.batch * ceil_div(l.tokens, kCluster * kM) * ceil_div(l.columns, kN) * kCluster * kBytes * l.depth;
   }
-  reads.busiest = ceil_div(reads.tiles, reads.clusters) * kBytes * deepest;
+  const int64_t tiles = count_tiles<kCluster * kM, kN>(all);
+  reads.busiest = ceil_div(tiles, count_places<kCluster>(processors)) * kBytes * deepest;
   return reads;
+}
+
+// Into how many parts `cut` tiles of so many steps are cut: where the slowest cluster takes the fewest steps, by the
+// arithmetic at the top of this file.
+template <int kCluster>
+int choose_parts(int64_t cut, int64_t places, int64_t steps) {
+  constexpr int64_t kStepBytes = (kM + kN / kCluster) * kRowBytes, kSumBytes = kConsumers * kSums * sizeof(float);
+  int best = 1;
+  int64_t fewest = steps;
+  for (int parts = 2; parts <= PYDIT_MAX_PARTS && parts <= steps; ++parts) {
+    const int64_t shortest = cut * parts < places ? 1 : cut * parts / places, longest = ceil_div(cut * parts, places);
+    const int64_t others = ceil_div(parts - 1, shortest);  // whose sums who finishes a tile adds
+    const int64_t total = ceil_div(steps * longest, parts) + kStepsOfWaits + (1 + others) * kSumBytes / kStepBytes;
+    if (total < fewest) best = parts, fewest = total;
+  }
+  return best;
+}
+
+// Without a workspace; nothing is cut with `parts` 1.
+template <int kCluster>
+Plan plan_of(const Layers& all, int processors, int parts) {
+  const int64_t tiles = count_tiles<kCluster * kM, kN>(all), places = count_places<kCluster>(processors);
+  const int64_t cut = tiles % places;
+  int64_t steps = INT32_MAX;  // of the shallowest layer: a part has a step at least
+  for (int i = 0; i < all.count; ++i) {
+    if (all.layer[i].tokens == 0) continue;
+    const int64_t its = ceil_div(all.layer[i].depth, kStep);
+    steps = its < steps ? its : steps;
+  }
+  if (parts == 0) parts = choose_parts<kCluster>(cut, places, steps);
+  if (parts > steps) parts = static_cast<int>(steps);
+  const auto all_tiles = static_cast<int>(tiles), clusters = static_cast<int>(tiles < places ? tiles : places);
+  if (cut == 0 || parts == 1) return {clusters, all_tiles, 0, 1, 0, nullptr, nullptr};
+  const auto sharers = static_cast<int>(cut * parts < places ? cut * parts : places);
+  return {clusters < sharers ? sharers : clusters,
+          static_cast<int>(tiles - cut),
+          static_cast<int>(cut),
+          parts,
+          sharers,
+          nullptr,
+          nullptr};
+}
+
+// Of the sums and of what is said about them; 0: nothing is cut.
+template <int kCluster>
+int64_t workspace_bytes(const Plan& plan) {
+  const int64_t warpgroups = int64_t{plan.sharers} * kCluster * kConsumers;
+  return plan.cut == 0 ? 0 : warpgroups * (kSums * sizeof(float) + sizeof(unsigned)) + sizeof(unsigned);
 }
 
 // Boxes of `rows` tokens by 64 columns of [B, S, columns].
@@ -314,14 +468,20 @@ int launch(const pydit_grouped_linear_params& p) {
     error = cudaFuncSetAttribute(grouped_linear_sm90_kernel<T, kHeads, kCluster>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
-  const Reads reads = reads_of<kCluster>(all, processors);
-  const auto tiles = static_cast<int>(reads.tiles);
-  const auto blocks = static_cast<unsigned>(reads.clusters * kCluster);
   const auto stream = static_cast<cudaStream_t>(p.stream);
+  Plan plan = plan_of<kCluster>(all, processors, p.workspace == nullptr ? 1 : p.parts);
   name_grouped_linear_tensors<T>(p);
-  return launch_status(kGroupedLinear,
-                       PYDIT_LAUNCH_CLUSTER((grouped_linear_sm90_kernel<T, kHeads, kCluster>), kCluster, dim3(blocks),
-                                            dim3(kThreads), kSharedBytes, stream, all, maps, tiles));
+  if (plan.cut > 0) {
+    const int warpgroups = plan.sharers * kCluster * kConsumers;
+    plan.sums = static_cast<float*>(p.workspace);
+    plan.written = reinterpret_cast<unsigned*>(plan.sums + int64_t{warpgroups} * kSums);
+    error = cudaMemsetAsync(plan.written, 0, (static_cast<size_t>(warpgroups) + 1) * sizeof(unsigned), stream);
+    if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
+    name_tensor("workspace", p.workspace, true, 1, workspace_bytes<kCluster>(plan), {1}, {0});
+  }
+  return launch_status(kGroupedLinear, PYDIT_LAUNCH_CLUSTER((grouped_linear_sm90_kernel<T, kHeads, kCluster>), kCluster,
+                                                            dim3(static_cast<unsigned>(plan.clusters * kCluster)),
+                                                            dim3(kThreads), kSharedBytes, stream, all, maps, plan));
 }
 
 template <typename T, bool kHeads>
@@ -343,6 +503,14 @@ int cluster_of_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
   if (count_multiprocessors(&processors) != cudaSuccess) return 1;  // the launch will say why
   const Reads alone = reads_of<1>(all, processors), pairs = reads_of<2>(all, processors);
   return pairs.all < alone.all && pairs.busiest < alone.busiest ? 2 : 1;
+}
+
+int64_t workspace_of_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
+  const Layers all = layers_of(p);
+  int processors = 0;
+  if (count_multiprocessors(&processors) != cudaSuccess) return 0;  // the launch will say why
+  return cluster_of_grouped_linear_sm90(p) == 1 ? workspace_bytes<1>(plan_of<1>(all, processors, p.parts))
+                                                : workspace_bytes<2>(plan_of<2>(all, processors, p.parts));
 }
 
 int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
