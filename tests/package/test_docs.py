@@ -128,7 +128,9 @@ def test_every_error_page_is_listed_and_every_name_in_the_list_is_raised():
     pages = {page.name for page in (ROOT / "docs" / "errors").glob("*.md")} - {"README.md"}
     assert pages == set(re.findall(r"\((\w+\.md)\)", index))
     source = "".join(path.read_text() for path in (ROOT / "pydit").rglob("*.py"))
-    names = re.findall(r"`(\w+):`", index)
+    names = re.findall(r"`([\w ]+):`", index)
+    files = {*re.findall(r'FormatError\(\s*f?"([\w ]+):', source), *re.findall(r'what="([\w ]+)"', source)}
+    assert sorted(files - set(names)) == []  # where a file is at fault, the list says which
     assert {"stats", "plan", "out", "cache_dir"} <= set(names)
     assert [name for name in names if f"{name}: " not in source and f'what="{name}"' not in source] == []
 

@@ -39,30 +39,52 @@ def both(work):
     return found
 
 
+def results(tensors):
+    """Of ops that ask for workspace, for shared memory beyond the default, and for neither, forward and backward."""
+    tensors = [x.clone().requires_grad_() for x in tensors]
+    out_img, out_txt = ops.joint_attention(*tensors)
+    grads = torch.autograd.grad((out_img.float().sum() + out_txt.float().sum()), tensors)
+    x = tensors[0].detach().flatten(2)
+    row = x[:, :1] * 0.1
+    return [out_img, out_txt, *grads, ops.ada_layer_norm(x, row, row), *ops.second_moments(x[0])[1:]]
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("device", ["reference", "sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)],
                          indirect=True)
 def test_two_threads_get_what_one_gets(device):
-    """Ops that ask for workspace, for shared memory beyond the default, and for neither, forward and backward."""
     inputs = [make((1, 40, 12, 2, 32), torch.bfloat16, device, seed=seed) for seed in (0, 1)]
-
-    def work(index):
-        tensors = [x.clone().requires_grad_() for x in inputs[index]]
-        out_img, out_txt = ops.joint_attention(*tensors)
-        grads = torch.autograd.grad((out_img.float().sum() + out_txt.float().sum()), tensors)
-        x = tensors[0].detach().flatten(2)
-        row = x[:, :1] * 0.1
-        return [out_img, out_txt, *grads, ops.ada_layer_norm(x, row, row), *ops.second_moments(x[0])[1:]]
-
-    alone = [work(0), work(1)]
+    alone = [results(tensors) for tensors in inputs]
     before = backend.report()["joint_attention"]["calls"]
     for _ in range(3):
-        for found, expected in zip(both(work), alone, strict=True):
-            for ours, theirs in zip(found, expected, strict=True):
-                if ours is not None:
-                    assert torch.equal(ours, theirs)
+        for found, expected in zip(both(lambda index: results(inputs[index])), alone, strict=True):
+            assert_same(found, expected)
     assert backend.report()["joint_attention"]["calls"] == before + 6
     reason = backend.report()["joint_attention"]["reason"]
     assert len(set(reason.split("; "))) == len(reason.split("; "))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+def test_two_streams_get_what_one_gets(device):
+    """A stream for each of two threads: workspaces and counters are of one launch each."""
+    inputs = [make((1, 1000, 300, 4, 64), torch.bfloat16, device, seed=seed) for seed in (0, 1)]
+    alone = [results(tensors) for tensors in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(device) for _ in inputs]
+
+    def work(index):
+        with torch.cuda.stream(streams[index]):
+            found = [results(inputs[index]) for _ in range(5)]
+        streams[index].synchronize()
+        return found
+
+    for found, expected in zip(both(work), alone, strict=True):
+        for once in found:
+            assert_same(once, expected)
 
 
 @pytest.fixture

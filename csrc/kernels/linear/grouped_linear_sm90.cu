@@ -17,16 +17,17 @@
 //
 // What this costs, in steps of 64 along K: the slowest block writes 128 KB and reads as much of each other that has
 // parts of its tile, by the bytes that a step reads; 8 steps, a guess, to clear the counters and to wait. choose_parts
-// takes what is fewest. The layers of a Qwen-Image block, in clusters of two (below), in steps of the slowest:
+// takes what is fewest, and nothing for less than 2 % of all. The layers of a Qwen-Image block, in clusters of two
+// (below), in steps of the slowest:
 //
 //               K      N  waves  nothing cut                     cut  less
 //   B = 1    3072   3072   5.27          288  in 3:  240 +  16 + 20   4 %
 //           12288   3072   5.27         1152  in 3:  960 +  64 + 20   9 %
-//            3072  12288  21.09         1056  in 3: 1008 +  16 + 20   1 %
+//            3072  12288  21.09         1056  in 3: 1008 +  16 + 20   1 %, not taken
 //   B = 2    3072   3072  10.55          528                       -     -
 //           12288   3072  10.55         2112  in 7: 1920 + 110 + 20   3 %
 //
-// Of QKV nothing is cut. A step is 0.56 us at 989 TFLOP/s: the three at B = 1 are 74 us of a block.
+// Of QKV nothing is cut. A step is 0.56 us at 989 TFLOP/s: the first two at B = 1 are 67 us of a block.
 //
 // A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows that they
 // share, for both, and 32 KB a step and not 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
@@ -64,6 +65,7 @@ constexpr int kOutput = kStages * kStageBytes, kBarriers = kOutput + kConsumers 
 constexpr int kSharedBytes = kBarriers + 128;
 constexpr int kSums = 64 * kN;    // of a warpgroup
 constexpr int kStepsOfWaits = 8;  // what it takes to clear the counters and to wait for other blocks, a guess
+constexpr int kLeastGain = 50;    // one step in so many: less may be none, by such guesses
 constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
 
@@ -388,7 +390,7 @@ Reads reads_of(const Layers& all, int processors) {
 // Into how many parts `cut` tiles of so many steps are cut: where the slowest cluster takes the fewest steps, by the
 // arithmetic at the top of this file.
 template <int kCluster>
-int choose_parts(int64_t cut, int64_t places, int64_t steps) {
+int choose_parts(int64_t whole_waves, int64_t cut, int64_t places, int64_t steps) {
   constexpr int64_t kStepBytes = (kM + kN / kCluster) * kRowBytes, kSumBytes = kConsumers * kSums * sizeof(float);
   int best = 1;
   int64_t fewest = steps;
@@ -398,7 +400,7 @@ int choose_parts(int64_t cut, int64_t places, int64_t steps) {
     const int64_t total = ceil_div(steps * longest, parts) + kStepsOfWaits + (1 + others) * kSumBytes / kStepBytes;
     if (total < fewest) best = parts, fewest = total;
   }
-  return best;
+  return (steps - fewest) * kLeastGain < (whole_waves + 1) * steps ? 1 : best;
 }
 
 // Without a workspace; nothing is cut with `parts` 1.
@@ -412,7 +414,7 @@ Plan plan_of(const Layers& all, int processors, int parts) {
     const int64_t its = ceil_div(all.layer[i].depth, kStep);
     steps = its < steps ? its : steps;
   }
-  if (parts == 0) parts = choose_parts<kCluster>(cut, places, steps);
+  if (parts == 0) parts = choose_parts<kCluster>(tiles / places, cut, places, steps);
   if (parts > steps) parts = static_cast<int>(steps);
   const auto all_tiles = static_cast<int>(tiles), clusters = static_cast<int>(tiles < places ? tiles : places);
   if (cut == 0 || parts == 1) return {clusters, all_tiles, 0, 1, 0, nullptr, nullptr};
