@@ -22,25 +22,34 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     assert [p.name for p in (tmp_path / "cells").iterdir()] == ["ladder---fine-tuning-0.5-0.json"]
     assert quality.main(command) == 0
     out = capsys.readouterr().out
-    assert "8 cells of 6 steps and 14 prompts, 7 to do; about" in out
+    assert "9 cells of 6 steps and 14 prompts, 8 to do; about" in out
     assert "| ppcl, sequential | 8 of 16 | 2,743,456 |" in out and "| random | 8 of 16 | 2,743,456 |" in out
-    assert f"| {quality.HALF} | 8 of 16 | 2,613,344 |" in out and f"| {quality.HYBRID} | 10 of 16 | 1,571,712 |" in out
+    assert f"| {quality.HYBRID_HALF} | 7 of 16 | 2,576,064 |" in out and f"| {quality.HYBRID} | 10 of 16 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {p.name: json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()}
     tuned = PruningPlan.from_dict(rows["ladder---fine-tuning-0.5-0.json"]["plan"])
+    half = rows["goals-half-the-parameters-0.43-0.json"]
+    assert half["parameters"] < 5_421_728 / 2 and len(half["plan"]["linear_ffn"]) == 2
     assert tuned.text_linear and len(tuned.linear_ffn) == 2 and tuned.removed == 8
     subsets = rows["subsets-ppcl-0.5-0.json"]["subsets"]
     assert [len(s["active"]) for s in subsets] == list(range(len(subsets) - 1, -1, -1)) and subsets[-1]["error"] < 1e-6
-    assert quality.main(command) == 0 and "0 to do" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        quality.main(["--out", str(tmp_path), "--seeds", "0"])
-    assert caught.value.code == 2 and "out: expected cells made with" in capsys.readouterr().err
+    assert quality.main([*command, "--summary", str(tmp_path / "sum.json")]) == 0
+    tables = capsys.readouterr().out
+    again = ["--out", str(tmp_path / "again"), "--quick", "--seeds", "0", "--start", str(tmp_path / "sum.json")]
+    assert quality.main(again) == 0  # a summary can be gone on from: all cells are there, the teacher is drawn once more
+    out = capsys.readouterr().out
+    assert "9 cells" in out and "0 to do" in out and out.endswith(tables)
+    for more, error in (["--out", str(tmp_path)], "out: expected cells made with"), (
+            ["--out", str(tmp_path / "other"), "--start", str(tmp_path / "sum.json")], "start: expected cells made with"):
+        with pytest.raises(SystemExit) as caught:
+            quality.main([*more, "--seeds", "0"])
+        assert caught.value.code == 2 and error in capsys.readouterr().err
 
 
 def test_all_cells_of_a_seed_come_before_the_next():
     listed = list(quality.cells(None, [0, 1]))
-    assert len(listed) == 2 * (8 * 3 + 8 + 1) + 2 and len({cell.file for cell in listed}) == len(listed)
-    assert [cell.seed for cell in listed] == [0] * 35 + [1] * 33
+    assert len(listed) == 2 * (8 * 3 + 8 + 1) + 3 and len({cell.file for cell in listed}) == len(listed)
+    assert [cell.seed for cell in listed] == [0] * 36 + [1] * 33
     assert {cell.table for cell in quality.cells("ladder", [0])} == {"ladder"}
 
 
