@@ -243,7 +243,7 @@ def test_interrupts_and_bugs(monkeypatch, capfd, tmp_path):
     assert raises(RuntimeError("two\nlines")) == (
         1, "pydit: error: RuntimeError: two lines (PYDIT_DEBUG=1 shows where)\n")
     assert raises(OSError(errno.ENOSPC, "No space left on device", "/x")) == (
-        2, "pydit: error: /x: No space left on device; what was there before is as it was: make room and run the command "
+        2, "pydit: error: /x: No space left on device; what was there before is as it was: make room and run it "
            "again\n")
     monkeypatch.setenv("PYDIT_DEBUG", "1")
     code, err = raises(RuntimeError("bug"))
