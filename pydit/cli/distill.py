@@ -102,6 +102,9 @@ def add_distill(commands: Any) -> None:
                         help="of the noise level, towards noise above 1 (default: 1)")
     images.add_argument("--prompt-dropout", type=not_negative, default=0.0,
                         help="share of samples with the empty prompt, for guidance (default: 0)")
+    images.add_argument("--guidance", type=positive, metavar="SCALE",
+                        help="the scale the student will be sampled with: every sample comes with its prompt and with\n"
+                             "the empty one, and the second phase learns the guided prediction too (default: off)")
     images.add_argument("--flow-weight", type=not_negative,
                         help="second phase, with --data: weight of the error against the images (default: 0)")
 
@@ -112,8 +115,8 @@ def _distill(arguments: argparse.Namespace) -> None:
     given = {"layers_lr": arguments.lr, "output_lr": arguments.output_lr}
     given |= {name: getattr(arguments, name) for name in (
         "max_minutes", "loss", "magnitude", "linear_weight", "flow_weight", "ema", "gradient_checkpointing",
-        "output_trainable", "velocity_weight", "boundary_weight", "muon_lr", "optimizer", "teacher_memory", "shard",
-        "cache_batches", "output_cache_batches", "cache_dir")}
+        "output_trainable", "velocity_weight", "boundary_weight", "guidance", "muon_lr", "optimizer", "teacher_memory",
+        "shard", "cache_batches", "output_cache_batches", "cache_dir")}
     if arguments.then:
         given["schedule"] = tuple(map(_stage, arguments.then))
     settings = {"layers_steps": arguments.steps, "output_steps": arguments.output_steps,
@@ -158,6 +161,8 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write (or --estimate), got none")
+    if arguments.guidance is not None and arguments.data is None:
+        raise UserError(f"guidance: expected --data to go with it, got {arguments.guidance:g} without")
     kept = arguments.out.with_name(arguments.out.name + ".checkpoint")
     if arguments.resume and not checkpoint.exists(kept):
         raise UserError(f"resume: expected the checkpoint of an earlier run in {kept}, got none")
@@ -210,7 +215,7 @@ def _image_batches(pipe, arguments: argparse.Namespace) -> Any:
               f"{first['key']}: {first['reason']}); all are listed in {folder / 'index.json'}", file=sys.stderr)
     return CachedDataset(folder, batch_size=arguments.batch_size, seed=arguments.data_seed,
                          timesteps=arguments.timesteps, shift=arguments.shift,
-                         prompt_dropout=arguments.prompt_dropout)
+                         prompt_dropout=arguments.prompt_dropout, pairs=arguments.guidance is not None)
 
 
 def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
@@ -231,8 +236,8 @@ def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
     else:
         plan = PruningPlan.preset(str(arguments.student))
     size = {"bfloat16": 2, "float16": 2}.get(arguments.dtype, 4)
-    found = estimate(plan, config, settings, batch_size=arguments.batch_size, element_bytes=size,
-                     processes=arguments.processes)
+    rows = arguments.batch_size * (1 if settings.guidance is None else 2)
+    found = estimate(plan, config, settings, batch_size=rows, element_bytes=size, processes=arguments.processes)
     if arguments.json:
         print_json({"memory_bytes": found.memory, "host_bytes": found.host, "disk_bytes": found.disk,
                     "flops_per_step": found.flops,

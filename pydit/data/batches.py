@@ -28,6 +28,8 @@ class CachedDataset:
         normal number (Esser et al. 2024), which prefers the middle.
     shift : sigma becomes shift sigma / (1 + (shift - 1) sigma), towards noise above 1 (Esser et al. 2024, Eq. 23).
     prompt_dropout : share of samples that get the empty prompt, for guidance.
+    pairs : every noised sample makes two rows, 2 i with its prompt and 2 i + 1 with the empty one, as
+        ``DistillConfig.guidance`` wants them. Goes without ``prompt_dropout``.
 
     Raises
     ------
@@ -38,7 +40,7 @@ class CachedDataset:
     """
 
     def __init__(self, path: str | os.PathLike, *, batch_size: int = 1, seed: int = 0, timesteps: str = "uniform",
-                 shift: float = 1.0, prompt_dropout: float = 0.0) -> None:
+                 shift: float = 1.0, prompt_dropout: float = 0.0, pairs: bool = False) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
         if timesteps not in TIMESTEPS:
@@ -47,8 +49,11 @@ class CachedDataset:
             raise UserError(f"shift: expected a number above 0, got {shift!r}")
         if not 0 <= prompt_dropout <= 1:
             raise UserError(f"prompt_dropout: expected a share from 0 to 1, got {prompt_dropout!r}")
+        if pairs and prompt_dropout:
+            raise UserError("prompt_dropout: expected 0, because in pairs every sample has the empty prompt once, "
+                            f"got {prompt_dropout!r}")
         self.path, self.batch_size, self.seed = Path(path), batch_size, seed
-        self.timesteps, self.shift, self.prompt_dropout = timesteps, shift, prompt_dropout
+        self.timesteps, self.shift, self.prompt_dropout, self.pairs = timesteps, shift, prompt_dropout, pairs
         index = read_index(self.path)
         if not index["complete"]:
             raise FormatError(f"data: expected a complete cache in {self.path}, got an unfinished one; "
@@ -97,17 +102,21 @@ class CachedDataset:
         clean = torch.stack([latents for latents, _ in loaded])
         dropped = (torch.rand(len(members), generator=generator) < self.prompt_dropout).tolist()
         embeds = [self._empty if drop else text for (_, text), drop in zip(loaded, dropped, strict=True)]
+        rows = 1
+        if self.pairs:
+            rows, embeds = 2, [text for prompted in embeds for text in (prompted, self._empty)]
         lengths = torch.tensor([len(text) for text in embeds])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         sigma = self._sigma(len(members), generator).to(clean.dtype)
         noise = torch.randn(clean.shape, generator=generator).to(clean.dtype)
+        clean, noise, sigma = (tensor.repeat_interleave(rows, dim=0) for tensor in (clean, noise, sigma))
         size = self.samples[members[0]]
         batch = {
             "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
             "timestep": sigma,
             "encoder_hidden_states": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
             "encoder_hidden_states_mask": None if bool(mask.all()) else mask,
-            "img_shapes": [[(1, size["height"], size["width"])]] * len(members),
+            "img_shapes": [[(1, size["height"], size["width"])]] * len(clean),
         }
         return batch, noise - clean
 

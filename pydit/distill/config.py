@@ -69,7 +69,14 @@ class DistillConfig:
         Output phase: weight of ``loss`` between student and teacher at the end of every interval, with the student
         fed by itself.
     flow_weight
-        Output phase: weight of the squared error against the true velocity, the second item of ``(batch, target)``.
+        Output phase: weight of the squared error against the second item of ``(batch, target)``: the true velocity, or
+        that of a teacher which was recorded with the batch. With the two weights before at 0 the teacher does not run.
+    guidance
+        Output phase: the scale g of classifier-free guidance that the student will be sampled with. Rows of a batch
+        are then pairs, 2 i and 2 i + 1: one state with its prompt and with the negative prompt. To each squared error
+        of a velocity, e, is added that of the guided one, g e_1 - (g - 1) e_2, divided by g^2 + (g - 1)^2. A sampler
+        adds up that error, not e: what the two have in common counts once in it, what they have not up to g times.
+        None leaves it out.
     warmup
         Fraction of a phase's budget during which its learning rate rises linearly.
     final_lr
@@ -139,6 +146,7 @@ class DistillConfig:
     velocity_weight: float = 1.0
     boundary_weight: float = 0.0
     flow_weight: float = 0.0
+    guidance: float | None = None
     warmup: float = 0.02
     final_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -170,7 +178,7 @@ class DistillConfig:
         for name in ("magnitude", "linear_weight", "velocity_weight", "boundary_weight", "flow_weight", "weight_decay",
                      "clip"):
             _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
-        for name in ("max_minutes", "save_every_seconds", "muon_lr"):
+        for name in ("max_minutes", "save_every_seconds", "muon_lr", "guidance"):
             _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or (_number(v) and v > 0))
         for name in ("output_share", "warmup"):
             _require(name, getattr(self, name), "a number from 0 up to, not including, 1",

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pydit.distill import distributed
@@ -185,22 +184,26 @@ class LayerPhase(Phase):
 
 
 class _Forward(NamedTuple):
-    """A batch and what the teacher made of it: its velocity and, by last layer of an interval, its streams."""
+    """A batch and what the teacher made of it: its velocity, if asked, and its streams by last layer of an interval."""
 
     batch: Batch
-    velocity: torch.Tensor
+    velocity: torch.Tensor | None
     boundaries: dict[int, Streams]
 
 
 class OutputPhase(Phase):
-    """Student-fed: the student matches the teacher's velocity; optionally its boundaries and the true velocity."""
+    """Student-fed: the student matches the teacher's velocity, its boundaries, and the velocity given with a batch.
+
+    Where only the last is asked for, the teacher does not run.
+    """
 
     name = "output"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         config = self.config
-        self.terms = [Term("output", "velocity", config.velocity_weight)]
+        self.asks_teacher = bool(config.velocity_weight or config.boundary_weight)
+        self.terms = [Term("output", "velocity", config.velocity_weight)] if self.asks_teacher else []
         if config.flow_weight:
             self.terms.append(Term("output", "flow", config.flow_weight))
         self.watched = self.intervals if config.boundary_weight else []
@@ -213,6 +216,8 @@ class OutputPhase(Phase):
         return {"output": {name: p for named in self.replaced_parameters().values() for name, p in named.items()}}
 
     def observe(self, batch: Batch) -> _Forward:
+        if not self.asks_teacher:
+            return _Forward(batch, None, {})
         layers = self.adapter.blocks(self.teacher)
         boundaries: dict[int, Streams] = {}
         with torch.no_grad(), self._outputs({end: layers[end] for _, _, end in self.watched}, boundaries):
@@ -224,9 +229,11 @@ class OutputPhase(Phase):
         boundaries: dict[int, Streams] = {}
         with self._outputs({end: self.blocks[index] for index, _, end in self.watched}, boundaries):
             velocity = self.student(**batch, return_dict=False)[0]
-        losses = [F.mse_loss(velocity.float(), observation.velocity.float())]
+        losses = []
+        if self.asks_teacher:
+            losses.append(self._velocity_loss(velocity, observation.velocity))
         if self.config.flow_weight:
-            losses.append(F.mse_loss(velocity.float(), _flow_target(target, velocity)))
+            losses.append(self._velocity_loss(velocity, _flow_target(target, velocity)))
         losses = [_weighted(loss, "image", weights) for loss in losses]
         mask = self.adapter.text_mask(batch)
         for index, _, end in self.watched:
@@ -234,6 +241,22 @@ class OutputPhase(Phase):
         values = torch.stack(losses)
         (values * values.new_tensor([term.weight for term in self.terms])).sum().backward()
         return values.detach()
+
+    def _velocity_loss(self, velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The mean square of the error e; with guidance g, of pairs, plus that of g e_1 - (g - 1) e_2.
+
+        This is the error of what a sampler makes of a pair, v_2 + g (v_1 - v_2). It is divided by g^2 + (g - 1)^2, what
+        it would be times that of e if the errors of a pair were independent: two terms of one size, then.
+        """
+        error, g = velocity.float() - target.float(), self.config.guidance
+        loss = error.square().mean()
+        if g is None:
+            return loss
+        if len(error) % 2:
+            raise UserError("batches: expected an even number of rows, pairs of one state with a prompt and with the "
+                            f"negative prompt, because guidance is set, got {len(error)} rows")
+        guided = g * error[0::2] - (g - 1) * error[1::2]
+        return loss + guided.square().mean() / (g**2 + (g - 1) ** 2)
 
     @contextmanager
     def _outputs(self, modules: Mapping[int, nn.Module], found: dict[int, Streams]) -> Iterator[None]:

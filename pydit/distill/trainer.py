@@ -92,8 +92,8 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
         restored.
     batches : an iterable of batches, or a function ``start -> iterator`` that begins at batch ``start``, which lets a
         resumed run continue the stream without replaying it. A batch is a dict of ``transformer.forward`` arguments,
-        or a pair of it and the true velocity, which only ``flow_weight`` reads. Text tokens that the mask leaves out
-        take no part, whatever they hold.
+        or a pair of it and a velocity, true or recorded, which only ``flow_weight`` reads. Text tokens that the mask
+        leaves out take no part, whatever they hold.
     config : DistillConfig
     progress : show a progress bar, if tqdm is installed.
 

@@ -415,6 +415,7 @@ def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
     for option, (field, value) in IMAGES.items():
         run(option)
         assert seen["given"] == given | {field: value} != given, option
+    assert run("--guidance 2.5") == plain | {"guidance": 2.5} and seen["given"] == given | {"pairs": True}
     run("--resolution 32")
     assert seen["built"]["resolution"] == 32
     run("--cache elsewhere")
@@ -425,7 +426,7 @@ def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
         main(["distill", "--help"])
     told = {option.split()[0] for option in (*OPTIONS, *IMAGES)} | {
         "--resolution", "--cache", "--out", "--estimate", "--json", "--help", "--device", "--dtype", "--prompts", "--data",
-        "--then", "--processes", "--sampling-steps", "--size"}
+        "--then", "--processes", "--sampling-steps", "--size", "--guidance"}
     assert set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M)) == told
 
 
@@ -502,5 +503,7 @@ def test_from_drawn_images_to_a_student(tmp_path, capfd, fails, plan_file):
         "empty.safetensors", "index.json", "shard-00000.safetensors"]
     assert "data: expected --data or --prompts, got both" in fails(*train[:3], *train[3:-1], tmp_path / "out2",
                                                                   "--prompts", "demo")
+    assert "guidance: expected --data to go with it, got 2.5 without" in fails(
+        *train[:3], "--prompts", "demo", "--guidance", "2.5", "--out", tmp_path / "out2")
     assert "prompts: expected prompts or --prompts-file, got both" in fails(*draw[:2], "a ring", *draw[2:])
     assert "out: expected a directory to write" in fails("distill", untrained(), tmp_path / "student", "--prompts", "demo")

@@ -271,6 +271,21 @@ def test_prompts_that_are_left_out(cached):
     assert 0.3 < dropped / sum(len(batch["timestep"]) for batch, _ in half) < 0.7
 
 
+def test_pairs_are_one_noised_sample_with_and_without_its_prompt(cached):
+    single, pairs = CachedDataset(cached, batch_size=2, seed=3), CachedDataset(cached, batch_size=2, seed=3, pairs=True)
+    for (batch, target), (both, wanted) in zip(take(single, 6), take(pairs, 6), strict=True):
+        for rows in (slice(0, None, 2), slice(1, None, 2)):
+            assert torch.equal(both["hidden_states"][rows], batch["hidden_states"]) and torch.equal(wanted[rows], target)
+            assert torch.equal(both["timestep"][rows], batch["timestep"])
+        assert len(both["img_shapes"]) == 2 * len(batch["img_shapes"])
+        width = batch["encoder_hidden_states"].shape[1]
+        assert torch.equal(both["encoder_hidden_states"][0::2, :width], batch["encoder_hidden_states"])
+        for row in both["encoder_hidden_states"][1::2]:
+            assert torch.equal(row[:len(pairs._empty)], pairs._empty) and not row[len(pairs._empty):].any()
+    with pytest.raises(UserError, match="prompt_dropout: expected 0, because in pairs .* got 0.1"):
+        CachedDataset(cached, pairs=True, prompt_dropout=0.1)
+
+
 @pytest.mark.parametrize("timesteps, shift, cdf", [
     ("uniform", 1.0, lambda s: s), ("uniform", 3.0, lambda s: s / (3 - 2 * s)),
     ("logit-normal", 1.0, lambda s: 0.5 * (1 + math.erf(math.log(s / (1 - s)) / math.sqrt(2)))),

@@ -28,6 +28,7 @@ from pydit.distill import DistillConfig, trainer
     ({"output_trainable": "some"}, "output_trainable: expected 'replaced' or 'all', got 'some'"),
     ({"boundary_weight": float("inf")}, "boundary_weight: expected a number >= 0, got inf"),
     ({"flow_weight": None}, "flow_weight: expected a number >= 0, got None"),
+    ({"guidance": 0}, "guidance: expected a number > 0, or None, got 0"),
     ({"warmup": 1}, "warmup: .* got 1"),
     ({"final_lr": 1.5}, "final_lr: expected a number from 0 to 1, got 1.5"),
     ({"betas": (0.9, 1.0)}, "betas: expected two numbers .* got \\(0.9, 1.0\\)"),

@@ -145,6 +145,44 @@ def test_the_output_loss_sums_velocity_flow_and_boundaries():
     assert row["loss"] == pytest.approx(row["output"]["velocity"] + 0.5 * row["output"]["flow"] + 0.25 * boundaries)
 
 
+def test_the_guided_error_is_that_of_what_a_sampler_makes_of_a_pair():
+    teacher, student = tiny.make_pair()
+    batch, _ = tiny.make_batch(0, size=4)
+    g = 2.5
+    with torch.no_grad():
+        wanted, ours = teacher(**batch, return_dict=False)[0], student(**batch, return_dict=False)[0]
+    guided = [v[1::2].double() + g * (v[0::2].double() - v[1::2].double()) for v in (ours, wanted)]
+    plain = (ours.double() - wanted.double()).square().mean()
+    expected = plain + (guided[0] - guided[1]).square().mean() / (g**2 + (g - 1) ** 2)
+    config = dataclasses.replace(FAST, layers_steps=0, output_steps=1, guidance=g)
+    row = run(teacher, student, config, [batch]).history[0]
+    assert row["output"]["velocity"] == pytest.approx(expected.item(), rel=1e-5)
+    assert expected > 1.2 * plain
+    with pytest.raises(UserError, match="batches: expected an even number of rows, .* because guidance is set, got 3"):
+        run(teacher, student, config, [tiny.make_batch(0, size=3)])
+
+
+def test_a_recorded_velocity_needs_no_teacher():
+    """What the teacher said, given with the batches, trains the same student as asking it, and it is not asked."""
+    teacher, student = tiny.make_pair()
+    other = copy.deepcopy(student)
+    batches = [tiny.make_batch(number, size=4)[0] for number in range(3)]
+    config = dataclasses.replace(FAST, layers_steps=0, output_steps=3, output_lr=1e-3, guidance=2.0)
+    run(teacher, student, config, batches)
+    with torch.no_grad():
+        recorded = [(batch, teacher(**batch, return_dict=False)[0]) for batch in batches]
+
+    def refuse(*_):
+        raise AssertionError("the teacher ran")
+
+    teacher.register_forward_pre_hook(refuse)
+    config = dataclasses.replace(config, velocity_weight=0.0, flow_weight=1.0)
+    row = run(teacher, other, config, recorded).history[-1]
+    assert set(row["output"]) == {"flow"}
+    for name, p in student.named_parameters():
+        assert torch.equal(p, other.get_parameter(name)), name
+
+
 def test_intervals_do_not_influence_each_other():
     """Training them together equals training one alone, clipping included."""
     teacher, student = tiny.make_pair()
