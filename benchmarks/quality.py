@@ -68,8 +68,8 @@ class Goal:
 GOALS = (
     # Without 8 blocks but with all FFNs, 3,200 steps ended at 7.5 % (one run): the teacher's redundancy is 7 blocks.
     Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.005, samples=3072),
-    Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),
-    Goal(HYBRID, share=0.62, dual=3, steps=8000, rate=0.01),
+    Goal(HYBRID_HALF, share=0.43, dual=6, steps=3200, rate=0.005, samples=3072),
+    Goal(HYBRID, share=0.62, dual=3, steps=8000, rate=0.01, samples=3072),
 )
 
 
