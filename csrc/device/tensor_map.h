@@ -80,7 +80,9 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
       const uint64_t whole = step[d - 1] < kMost / size[d - 1] ? (step[d - 1] * size[d - 1] + 15) / 16 * 16 : kMost;
       step[d] = whole < kMost ? whole : kMost;
     }
-    if (step[d] % 16 != 0 || step[d] > kMost) return refuse("stride", "a multiple of 16 bytes below 2^40", step[d]);
+    // Of a stride of 0, an expanded dimension's, the documentation says nothing but that strides grow.
+    if (step[d] == 0 || step[d] % 16 != 0 || step[d] > kMost)
+      return refuse("stride", "a multiple of 16 bytes, more than 0 and below 2^40", step[d]);
   }
   if (row % 16 != 0) return refuse("row of the box", "a multiple of 16 bytes", row);
   if (span != 0 && row != span) return refuse("row of the box", "the swizzle span", row);

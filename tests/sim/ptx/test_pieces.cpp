@@ -302,6 +302,9 @@ TEST(tensor_maps_that_cannot_be) {
   CHECK(reason(data + 1, stride, box, Swizzle::kNone).find("base: expected a multiple of 16 bytes") !=
         std::string::npos);
   CHECK(reason(data, odd_stride, box, Swizzle::kNone).find("stride") != std::string::npos);
+  const uint64_t expanded[1] = {0};
+  CHECK(reason(data, expanded, box, Swizzle::kNone).find("stride: expected a multiple of 16 bytes, more than 0") !=
+        std::string::npos);
   const uint64_t single[2] = {9, 1};  // whose stride is never used, but shall count the row before it
   CHECK(encode_tensor_map(&map, data, 2, single, odd_stride, box, Swizzle::kNone) == nullptr && map.stride[1] == 48);
   CHECK(reason(data, stride, narrow, Swizzle::kNone).find("a multiple of 16 bytes, got 12") != std::string::npos);
