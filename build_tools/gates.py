@@ -73,6 +73,8 @@ def problems(kernel: Kernel, sass: Sass | None, rules: Sequence[Rule] = RULES) -
         if size > limit:
             found.append(f"{what}: expected at most {limit} bytes, got {size}")
     found += kernel.notes
+    found += [f"registers: expected {rule.registers} ({rule.reason}), got {kernel.registers}"
+              for rule in named if rule.registers not in (0, kernel.registers)]
     if sass is None:
         return found
     if (kernel.symbol, kernel.arch) not in sass:

@@ -22,6 +22,7 @@ class Rule:
     forbids: frozenset[str] = frozenset()  # SASS instructions that must not occur
     overlapped: int = 0  # exponentials that must run while a product of the warpgroup does
     early: int = 0  # loads that must stand before the first wgmma
+    registers: int = 0  # of a thread at the launch; 0 is any number
 
     def covers(self, name: str, arch: str) -> bool:
         return self.arch in ("", arch) and re.search(self.kernel, name) is not None
@@ -30,6 +31,11 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     Rule("(joint_attention(_backward)?|second_moments|grouped_linear)_sm90",
          "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
+    # What setmaxnreg deals out is what the launch gave the block: 128 x 24 + 256 x 240 = 384 x 168 registers, or 128 x
+    # 32 + 384 x 160 = 512 x 128. With fewer the warpgroups that multiply would wait for theirs for good.
+    Rule("(joint_attention_backward|second_moments|grouped_linear)_sm90_kernel|joint_attention_sm90_kernel<.*, 128>",
+         "what three warpgroups deal out", arch="sm_90a", registers=168),
+    Rule("joint_attention_sm90_kernel<.*, (32|64)>", "what four warpgroups deal out", arch="sm_90a", registers=128),
     Rule("(second_moments|grouped_linear)_sm90_kernel<.*, 2>", "blocks of a cluster share what they load",
          arch="sm_90a", requires=frozenset({"UTMALDG.MULTICAST", "UCGABAR_WAIT"})),
     # One per score of a thread: half the keys of a tile, and of the backward, in the last step and in all others, half

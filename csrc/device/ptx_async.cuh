@@ -172,7 +172,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 }
 
 // Orders this thread's plain accesses of shared memory before those of the copy engine and of wgmma that come after a
-// barrier: every thread that wrote calls it, then all synchronise, then one issues.
+// barrier: every thread that wrote what they read, or read what they write, calls it, then all synchronise, then one
+// issues.
 __device__ __forceinline__ void fence_proxy_async() {
 #ifdef PYDIT_SIM
   simt::proxy_fence();

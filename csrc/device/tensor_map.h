@@ -42,6 +42,13 @@ inline EncodeTiled encode_tiled() {
   }();
   return function;
 }
+
+// A call of the driver needs a current context, which this host thread lacks when it has launched nothing yet: one that
+// autograd or a server has just begun, say. This gives it the current device's.
+inline bool make_context_current() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
 #endif
 
 constexpr int kMaxTensorMapRank = 4;
@@ -80,7 +87,9 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
       const uint64_t whole = step[d - 1] < kMost / size[d - 1] ? (step[d - 1] * size[d - 1] + 15) / 16 * 16 : kMost;
       step[d] = whole < kMost ? whole : kMost;
     }
-    if (step[d] % 16 != 0 || step[d] > kMost) return refuse("stride", "a multiple of 16 bytes below 2^40", step[d]);
+    // Of a stride of 0, an expanded dimension's, the documentation says nothing but that strides grow.
+    if (step[d] == 0 || step[d] % 16 != 0 || step[d] > kMost)
+      return refuse("stride", "a multiple of 16 bytes, more than 0 and below 2^40", step[d]);
   }
   if (row % 16 != 0) return refuse("row of the box", "a multiple of 16 bytes", row);
   if (span != 0 && row != span) return refuse("row of the box", "the swizzle span", row);
@@ -102,17 +111,20 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
   cuuint64_t sizes[kMaxTensorMapRank], strides[kMaxTensorMapRank] = {};
   for (int d = 0; d < rank; ++d) sizes[d] = size[d];
   for (int d = 0; d + 1 < rank; ++d) strides[d] = step[d + 1];
-  const CUresult result = encode(map,
-                                 kFloat  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                 : kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                 static_cast<cuuint32_t>(rank), const_cast<T*>(base), sizes, strides, box, every,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                 : swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                 : swizzle == Swizzle::k32 ? CU_TENSOR_MAP_SWIZZLE_32B
-                                                           : CU_TENSOR_MAP_SWIZZLE_NONE,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type = kFloat  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto mode = swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                    : swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                    : swizzle == Swizzle::k32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                              : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const auto call = [&] {
+    return encode(map, type, static_cast<cuuint32_t>(rank), const_cast<T*>(base), sizes, strides, box, every,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = call();
+  if (result == CUDA_ERROR_INVALID_CONTEXT && make_context_current()) result = call();
   if (result != CUDA_SUCCESS) return refuse("cuTensorMapEncodeTiled", "result 0", result);
 #endif
   return nullptr;

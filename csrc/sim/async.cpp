@@ -90,7 +90,7 @@ void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t valid) 
   require_aligned("cp.async", "source", global, bytes);
   if (valid > bytes) fail("cp.async: source size: expected at most %u bytes, got %u", bytes, valid);
   const Copy copy{shared, global, bytes, valid, engine().new_token()};
-  race::engine_write(shared, bytes, copy.token);
+  race::engine_write(shared, bytes, copy.token, false);
   if (valid > 0) race::engine_read(global, valid, copy.token);
   if (eager()) land(copy);
   engine().mine().copies.add(copy);

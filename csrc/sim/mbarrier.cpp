@@ -133,6 +133,7 @@ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   require_own(barrier, "mbarrier.try_wait");
+  current->block->fall_behind();
   for (;;) {
     if (read(barrier, "mbarrier.try_wait").parity != (parity & 1)) return race::acquire(barrier);
     if (land_one(barrier)) continue;

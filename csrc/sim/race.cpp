@@ -134,10 +134,10 @@ class Detector {
     banks_[warp_number(*fiber.block, fiber.warp)].access(fiber.lane, pc, static_cast<uint32_t>(first),
                                                          static_cast<uint32_t>(bytes));
     if (const int rank = rank_of(first); rank != rank_of_thread(me)) visit(rank, pc);
-    touch(first, bytes, write, name(pc, me, atomic, false, 0), me);
+    touch(first, bytes, write, name(pc, me, atomic, false, 0), me, false);
   }
 
-  void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, const void* pc) {
+  void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, bool async_proxy, const void* pc) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     const ptrdiff_t first = offset(address, bytes);
     if (first < 0) {
@@ -148,7 +148,7 @@ class Detector {
     const int me = self();
     if (const int rank = rank_of(first); rank != rank_of_thread(me))
       residents_[rank].operations.push_back(operation(token));
-    touch(first, bytes, write, name(pc, me, false, true, operation(token)), me);
+    touch(first, bytes, write, name(pc, me, false, true, operation(token)), me, async_proxy);
   }
 
   void release(const void* object) {
@@ -390,7 +390,7 @@ class Detector {
     return false;
   }
 
-  void touch(size_t first, size_t bytes, bool write, const Access& access, int me) {
+  void touch(size_t first, size_t bytes, bool write, const Access& access, int me, bool async_proxy) {
     Access known = {};  // the last write that this access was found to be ordered behind
     for (size_t at = first; at < first + bytes;) {
       const size_t begin = at % Line::kBytes, end = std::min(Line::kBytes, begin + (first + bytes - at));
@@ -400,10 +400,11 @@ class Detector {
         if (!(cell->write == known)) {
           if (!excused(cell->write, access) && !ordered(cell->write, me))
             report(at, cell->write, "write", access, write ? "write" : "read");
+          if (async_proxy) check_proxy(at, cell->write, "write", access, write ? "written" : "read", me);
           known = cell->write;
         }
         if (write)
-          note_write(*cell, at, access, me);
+          note_write(*cell, at, access, me, async_proxy);
         else
           note_read(*cell, at, access, me);
       }
@@ -416,16 +417,16 @@ class Detector {
     return a.epoch == 0 || (a.atomic && b.atomic) || (a.engine && b.engine && a.operation == b.operation);
   }
 
-  void note_write(Cell& cell, size_t byte, const Access& access, int me) {
+  void note_write(Cell& cell, size_t byte, const Access& access, int me, bool async_proxy) {
     for (const Access& read : cell.reads) {
       if (!excused(read, access) && !ordered(read, me)) report(byte, read, "read", access, "write");
+      if (async_proxy) check_proxy(byte, read, "read", access, "written", me);
     }
     cell.reads.clear();
     cell.write = access;
   }
 
   void note_read(Cell& cell, size_t byte, const Access& access, int me) {
-    if (access.engine) check_proxy(byte, cell.write, access, me);
     // Atomics that change a byte are writes; the first of them may find it as another block left it.
     if (cell.write.epoch == 0) stop(access.where(), "read of uninitialised %s", name(byte).c_str());
     for (Access& read : cell.reads) {
@@ -442,13 +443,15 @@ class Detector {
     cell.reads.push_back(access);
   }
 
-  void check_proxy(size_t byte, const Access& write, const Access& access, int me) {
-    if (write.epoch == 0 || write.engine) return;
+  void check_proxy(size_t byte, const Access& before, const char* first, const Access& now, const char* second,
+                   int me) {
+    if (before.epoch == 0 || before.engine) return;
     const auto fenced = [&](int thread) {
-      return !fences_.empty() && fences_[thread * width_ + write.thread] >= write.epoch;
+      return !fences_.empty() && fences_[thread * width_ + before.thread] >= before.epoch;
     };
-    if (fenced(write.thread) || fenced(me)) return;
-    report(byte, write, "write", access, "read by the async proxy without fence.proxy.async between");
+    if (fenced(before.thread) || fenced(me)) return;
+    const std::string how = std::string(second) + " by the async proxy without fence.proxy.async between";
+    report(byte, before, first, now, how.c_str());
   }
 
   std::string name(size_t byte) const {
@@ -544,8 +547,8 @@ namespace detail {
 void access(const void* pointer, size_t bytes, bool write, const void* pc) {
   if (current != nullptr) detector().access(*current, pointer, bytes, write, false, 1, pc);
 }
-void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, const void* pc) {
-  detector().engine_access(pointer, bytes, token, write, pc);
+void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, bool async_proxy, const void* pc) {
+  detector().engine_access(pointer, bytes, token, write, async_proxy, pc);
 }
 void release(const void* object) { detector().release(object); }
 void acquire(const void* object) { detector().acquire(object); }

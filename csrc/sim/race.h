@@ -17,8 +17,9 @@
 //
 // Asynchronous engines. An access of a copy, a TMA store or a product is named by a token. It is made in the name of
 // the issuing thread at its issue, and ordered before a thread only through engine_done(token) of that thread, or of
-// one that thread has been synchronised with. The async proxy (engine_read) sees a plain write only when the writer,
-// or the issuing thread after it was ordered behind the writer, has called generic_proxy_fence() since.
+// one that thread has been synchronised with. The async proxy (bulk copies, products) is ordered behind a plain access
+// that it conflicts with only when who made that access, or the issuing thread after it was ordered behind it, has
+// called generic_proxy_fence() since: its reads behind plain writes, its writes behind plain reads and writes.
 //
 // Clusters. The threads of all blocks of a cluster are one set of threads with one set of clocks, and each byte of each
 // block's dynamic shared memory has its history, whoever reaches for it. Besides, a block that is reached into (a
@@ -47,7 +48,7 @@ extern bool enabled;  // pydit_sim_set_race; true from the start in a race build
 
 namespace detail {
 void access(const void* pointer, size_t bytes, bool write, const void* pc);
-void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, const void* pc);
+void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, bool async_proxy, const void* pc);
 void release(const void* object);
 void acquire(const void* object);
 void engine_done(uint64_t token);
@@ -85,10 +86,12 @@ inline void acquire(const void* object) {
 // block does not use twice, whatever others of its cluster use; several accesses may share one.
 inline void engine_read(const void* pointer, size_t bytes, uint64_t token) {
   if (__builtin_expect(enabled, false))
-    detail::engine_access(pointer, bytes, token, false, __builtin_return_address(0));
+    detail::engine_access(pointer, bytes, token, false, true, __builtin_return_address(0));
 }
-inline void engine_write(const void* pointer, size_t bytes, uint64_t token) {
-  if (__builtin_expect(enabled, false)) detail::engine_access(pointer, bytes, token, true, __builtin_return_address(0));
+// async_proxy: not of cp.async, which is asynchronous but in the proxy of plain accesses.
+inline void engine_write(const void* pointer, size_t bytes, uint64_t token, bool async_proxy = true) {
+  if (__builtin_expect(enabled, false))
+    detail::engine_access(pointer, bytes, token, true, async_proxy, __builtin_return_address(0));
 }
 // The running thread has waited for `token`.
 inline void engine_done(uint64_t token) {

@@ -218,6 +218,13 @@ void Block::yield() {
   wait();
 }
 
+void Block::fall_behind() {
+  constexpr uint64_t kSeldom = 1 << 9;  // one call in so many
+  constexpr int kLong = 1 << 11;        // turns of other threads
+  if ((random() >> 40) % kSeldom != 0) return;
+  for (int i = 0; i < kLong; ++i) yield();
+}
+
 // Barriers -------------------------------------------------------------------------------------------------------
 
 Barrier& Block::come_to_barrier(int id, int needed, const char* name) {

@@ -118,6 +118,9 @@ class Block {
   void collective(Deposit& mine);
   // Lets others run; the caller stays able to run.
   void yield();
+  // Now and then the caller, which is to be outside of collectives, falls behind: others of its warp go on without it
+  // for as long as they can, as threads may between the points that the kernel brings them together at.
+  void fall_behind();
   // Waits until another thread calls wake() with this one's fiber.
   void park() { wait(); }
   void wake(const Fiber& fiber);

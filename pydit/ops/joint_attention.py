@@ -26,7 +26,7 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     ----------
     q_img, k_img, v_img : torch.Tensor, shape (B, S_img, H, D). float16 or bfloat16; also float32 and float64 on the
         reference backend. D is 32, 64 or 128. Any strides with a contiguous last dimension (views of packed QKV); an
-        address or stride that is not a multiple of 16 bytes costs the fast path.
+        address or stride that is not a multiple of 16 bytes, or a stride of 0, costs the fast path.
     q_txt, k_txt, v_txt : torch.Tensor, shape (B, S_txt, H, D). S_txt may be 0. ``q_txt=None``: the text gives keys and
         values only, and ``out_txt`` is None.
     txt_lens : torch.Tensor, int32, shape (B,), on the same device, or None. Text tokens from a sample's length on take

@@ -81,6 +81,12 @@ def test_a_rule_allows_so_much_and_no_more(kernels, sass):
         "spill loads: expected at most 367 bytes, got 368"]
 
 
+def test_a_launch_with_fewer_registers_than_are_dealt_out_fails():
+    kernel = Kernel("k", "sm_90a", "joint_attention_backward_sm90_kernel<__half, 128, true>", registers=160)
+    assert problems(kernel, None) == ["registers: expected 168 (what three warpgroups deal out), got 160"]
+    assert problems(replace(kernel, registers=168), None) == []
+
+
 def test_a_rule_that_names_no_kernel_is_reported(kernels):
     rules = [Rule("too_many_values", "here"), Rule("too_many_values", "elsewhere", arch="sm_80"), Rule("gone", "renamed")]
     assert unused(list(kernels.values()), rules) == ["rule 'too_many_values': expected a kernel of that name, got none",

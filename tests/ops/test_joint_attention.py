@@ -1,6 +1,7 @@
 """Joint attention against softmax in float64, on every backend and both simulated kernels."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def test_expanded_values(device):
     tensors[3:] = [x[:1].expand(2, -1, -1, -1) for x in tensors[3:]]
     tensors[1:3] = [x[:, :, :1].expand(-1, -1, 2, -1) for x in tensors[1:3]]
     check(tensors, device, lens=[40, 7])
+
+    def gradients(of):
+        leaves = [x.detach().requires_grad_() for x in of]
+        out_img, out_txt = ops.joint_attention(*leaves)
+        return torch.autograd.grad(out_img.float().sum() + out_txt.float().square().sum(), leaves)
+
+    dense = gradients([x.contiguous() for x in tensors])
+    for found, like in zip(gradients(tensors), dense, strict=True):
+        torch.testing.assert_close(found, like, rtol=2e-2, atol=2e-2)
+    for op in ("joint_attention", "joint_attention_backward"):  # the copy engine is not given them
+        entry = backend.report()[op]
+        if entry["path"] == "sim" and os.environ["PYDIT_SIM_ARCH"] == "90a":
+            assert "portable kernel" in entry["reason"] and "or a stride is 0" in entry["reason"]
 
 
 @every_kernel

@@ -87,6 +87,27 @@ def test_two_streams_get_what_one_gets(device):
             assert_same(once, expected)
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+@pytest.mark.parametrize("op", ["joint_attention", "linear_gelu", "second_moments"])
+def test_first_launch_of_a_thread(op, device, monkeypatch):
+    """A thread that has launched nothing has no current context, which the driver wants for a tensor map.
+
+    Nothing but the op runs there, and the allocator has memory for its results already.
+    """
+    monkeypatch.setenv("PYDIT_GEMM", "pydit")
+    tensors = make((1, 128, 64, 2, 64), torch.bfloat16, device)
+    rows = tensors[0].flatten(2)
+    weight = rows[0].clone()
+    call = {"joint_attention": lambda: ops.joint_attention(*tensors),
+            "linear_gelu": lambda: (ops.linear_gelu(rows, weight),),
+            "second_moments": lambda: ops.second_moments(rows[0])[1:]}[op]
+    expected = call()
+    call(), call()  # and free again
+    for found in both(lambda index: call()):
+        torch.cuda.synchronize()
+        assert_same(found, expected)
+
+
 @pytest.fixture
 def sim():
     module, error = backend.extension()

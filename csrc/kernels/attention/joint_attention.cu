@@ -125,7 +125,7 @@ int launch(const pydit_joint_attention_params& p) {
                                     dim3(kThreads), kBytes, static_cast<cudaStream_t>(p.stream), p));
 }
 
-// Whether 16-byte accesses are legal everywhere, which is also what the copy engine asks for.
+// Whether 16-byte accesses are legal everywhere.
 bool aligned(const pydit_joint_attention_params& p) {
   const auto legal = [&](const pydit_heads& t, int64_t tokens) {
     return aligned16(t.data) && (p.batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
@@ -135,6 +135,16 @@ bool aligned(const pydit_joint_attention_params& p) {
   for (const pydit_heads* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img}) all = all && legal(*t, p.img_tokens);
   for (const pydit_heads* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.out_txt}) all = all && legal(*t, p.txt_tokens);
   return all;
+}
+
+// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
+bool copyable(const pydit_joint_attention_params& p) {
+  const auto expanded = [&](const pydit_heads& t, int64_t tokens) { return is_expanded(t, p.batch, tokens, p.heads); };
+  for (const pydit_heads* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img})
+    if (expanded(*t, p.img_tokens)) return false;
+  for (const pydit_heads* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.out_txt})
+    if (expanded(*t, p.txt_tokens)) return false;
+  return aligned(p);
 }
 
 template <typename T, int kD>
@@ -155,7 +165,7 @@ int launch_head_dim(const pydit_joint_attention_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(joint_attention_path)(const pydit_joint_attention_params* p) {
-  return hopper_path(aligned(*p));
+  return hopper_path(copyable(*p));
 }
 
 extern "C" int PYDIT_ENTRY(joint_attention)(const pydit_joint_attention_params* p) {

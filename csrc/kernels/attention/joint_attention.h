@@ -9,8 +9,14 @@
 namespace pydit::PYDIT_BACKEND {
 
 // The Hopper kernel, for arguments that the entry point has checked. Tensors must suit the copy engine: bases and
-// strides that are multiples of 16 bytes; scale > 0.
+// strides that are multiples of 16 bytes, no stride of 0; scale > 0.
 int launch_joint_attention_sm90(const pydit_joint_attention_params& p);
+
+// Whether a tensor's elements share memory: those of a dimension with a stride of 0.
+inline bool is_expanded(const pydit_heads& t, int64_t batch, int64_t tokens, int64_t heads) {
+  return t.data != nullptr && tokens > 0 &&
+         ((batch > 1 && t.stride_b == 0) || (tokens > 1 && t.stride_s == 0) || (heads > 1 && t.stride_h == 0));
+}
 
 // How the copy engine sees a stream's tensor: boxes of `rows` tokens by `span` bytes of a head, swizzled over `span`.
 // Params has batch, heads and head_dim. Returns null or what is wrong; an absent tensor is never used.

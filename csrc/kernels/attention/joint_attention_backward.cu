@@ -280,7 +280,7 @@ int launch(const BackwardParams& p) {
                                                static_cast<cudaStream_t>(p.stream), p));
 }
 
-// Whether 16-byte accesses are legal everywhere, which is also what the copy engine asks for.
+// Whether 16-byte accesses are legal everywhere.
 bool aligned(const pydit_joint_attention_backward_params& p) {
   const auto legal = [&](const pydit_heads& t, int64_t tokens) {
     return aligned16(t.data) && (p.batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
@@ -292,6 +292,16 @@ bool aligned(const pydit_joint_attention_backward_params& p) {
   for (const auto* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.out_txt, &p.d_out_txt, &p.d_q_txt, &p.d_k_txt, &p.d_v_txt})
     all = all && legal(*t, p.txt_tokens);
   return all;
+}
+
+// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
+bool copyable(const pydit_joint_attention_backward_params& p) {
+  const auto expanded = [&](const pydit_heads& t, int64_t tokens) { return is_expanded(t, p.batch, tokens, p.heads); };
+  for (const auto* t : {&p.q_img, &p.k_img, &p.v_img, &p.d_out_img, &p.d_k_img, &p.d_v_img})
+    if (expanded(*t, p.img_tokens)) return false;
+  for (const auto* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.d_out_txt, &p.d_k_txt, &p.d_v_txt})
+    if (expanded(*t, p.txt_tokens)) return false;
+  return aligned(p);
 }
 
 template <typename T, int kD, bool kAligned>
@@ -340,7 +350,7 @@ int64_t divide(BackwardParams* p, bool hopper) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(joint_attention_backward_path)(const pydit_joint_attention_backward_params* p) {
-  return hopper_path(aligned(*p));
+  return hopper_path(copyable(*p));
 }
 
 extern "C" int64_t PYDIT_ENTRY(joint_attention_backward_workspace)(const pydit_joint_attention_backward_params* p) {

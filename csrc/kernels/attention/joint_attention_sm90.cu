@@ -104,7 +104,8 @@ struct Schedule {
 
 // Producer -------------------------------------------------------------------------------------------------------
 
-// One warp; all lanes keep count, one issues.
+// One warp; all lanes keep count, one issues, once all have seen the slot empty: what it issues lets the consumers
+// empty the slot again, and a lane behind by that round would wait for a phase that is over.
 template <typename T, int kD>
 __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, const Maps& maps, char* shared,
                                         Barriers* barriers) {
@@ -119,6 +120,7 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
   const auto load_queries = [&] {
     mbarrier_wait(&barriers->q_empty, q_parity);
     q_parity ^= 1;
+    __syncwarp();
     if (issuer) {
       mbarrier_arrive_expect_tx(&barriers->q_full, Shape::kQBytes);
       load_rows<kD>(shared, work.image ? maps.q_img : maps.q_txt, &barriers->q_full, Shape::kM, work.first_query,
@@ -131,11 +133,11 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
     if (first_tile) load_queries();
     // K is one step ahead of V, as its consumers are.
     for (int step = 0; step <= tiles; ++step) {
-      __syncwarp();  // a lane that fell behind by a round of a ring would wait for a phase that is over
       if (step < tiles) {
         const bool image = step < work.image_tiles;
         const int first = (image ? step : step - work.image_tiles) * kN;
         mbarrier_wait(&barriers->k_empty[keys.slot], keys.parity ^ 1);
+        __syncwarp();
         if (issuer) {
           mbarrier_arrive_expect_tx(&barriers->k_full[keys.slot], Shape::kKeyBytes);
           load_rows<kD>(shared + Shape::kK + keys.slot * Shape::kKeyBytes, image ? maps.k_img : maps.k_txt,
@@ -149,6 +151,7 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
         char* to = shared + Shape::kV + values.slot * Shape::kKeyBytes;
         uint64_t* full = &barriers->v_full[values.slot];
         mbarrier_wait(&barriers->v_empty[values.slot], values.parity ^ 1);
+        __syncwarp();
         const bool padded = !image && work.text_keys - first < kN && work.text_keys < p.txt_tokens;
         uint64_t* landed = padded ? &barriers->v_landed : full;
         if (issuer) {

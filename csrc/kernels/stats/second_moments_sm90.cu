@@ -205,6 +205,7 @@ __device__ __forceinline__ void consume(const pydit_second_moments_params& p, co
         if (counts) {
           const float2 more = sum_stage<T>(right, thread);
           partial.x += more.x, partial.y += more.y;
+          fence_proxy_async();  // the copy engine fills what was read
         }
         if (step + 1 == kStepsOfChunk) {
           wgmma_wait_group<0>();

@@ -13,6 +13,7 @@ enum class RingBug {
   kUnread,        // a block exits while the other still copies into it
   kOwnRelease,    // a slot counts as free when this block has read it, whatever the other does
   kEarlyRelease,  // a slot is given to the other block before it was read
+  kNoFence,       // a slot is given back without a fence between plain reads and the copy that fills it again
   kMask,          // a copy for a block that is not in the cluster
   kBytes,         // the bytes that come from the other block are not announced
   kUninitialised  // an arrival where the other block has no mbarrier
@@ -44,6 +45,7 @@ __global__ void shared_ring(const __grid_constant__ TensorMap map, float* sums, 
   else
     cluster_sync();
   const auto release = [&](int stage) {
+    if (kBug != RingBug::kNoFence) fence_proxy_async();
     __syncwarp();
     if (lane != 0) return;
     if (kBug == RingBug::kOwnRelease) return mbarrier_arrive(&empty[stage]);

@@ -302,6 +302,9 @@ TEST(tensor_maps_that_cannot_be) {
   CHECK(reason(data + 1, stride, box, Swizzle::kNone).find("base: expected a multiple of 16 bytes") !=
         std::string::npos);
   CHECK(reason(data, odd_stride, box, Swizzle::kNone).find("stride") != std::string::npos);
+  const uint64_t expanded[1] = {0};
+  CHECK(reason(data, expanded, box, Swizzle::kNone).find("stride: expected a multiple of 16 bytes, more than 0") !=
+        std::string::npos);
   const uint64_t single[2] = {9, 1};  // whose stride is never used, but shall count the row before it
   CHECK(encode_tensor_map(&map, data, 2, single, odd_stride, box, Swizzle::kNone) == nullptr && map.stride[1] == 48);
   CHECK(reason(data, stride, narrow, Swizzle::kNone).find("a multiple of 16 bytes, got 12") != std::string::npos);
@@ -358,6 +361,65 @@ __global__ void uses_shared(int* out) {
   PYDIT_DYNAMIC_SHARED(int, shared);
   shared[threadIdx.x] = threadIdx.x;
   out[threadIdx.x] = shared[threadIdx.x];
+}
+
+// A ring that a whole warp fills: all lanes keep count, one issues. Where lanes come together only after the issue, one
+// of them can fall behind by a round of the ring, and waits for a phase that is over.
+enum class FillBug { kNone, kTogetherTooLate };
+constexpr int kFillRounds = 8;
+template <FillBug kBug>
+__global__ void filled_by_a_warp(const float* in, float* out) {
+  PYDIT_DYNAMIC_SHARED(float, values);
+  auto* barriers = reinterpret_cast<uint64_t*>(values + 32);  // full, empty
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) mbarrier_init(&barriers[i], 1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    for (int round = 0; round < kFillRounds; ++round) {
+      mbarrier_wait(&barriers[1], round % 2 ^ 1);
+      if (kBug == FillBug::kNone) __syncwarp();
+      if (lane == 0) {
+        mbarrier_arrive_expect_tx(&barriers[0], 128);
+        bulk_load(values, in + round * 32, 128, &barriers[0]);
+      }
+      if (kBug == FillBug::kTogetherTooLate) __syncwarp();
+    }
+  } else {
+    float sum = 0;
+    for (int round = 0; round < kFillRounds; ++round) {
+      mbarrier_wait(&barriers[0], round % 2);
+      sum += values[lane];
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&barriers[1]);
+      __syncwarp();
+    }
+    out[lane] = sum;
+  }
+}
+template <FillBug kBug>
+int deadlocks() {
+  pydit_sim_set_arch(90);
+  std::vector<float> in(kFillRounds * 32, 1.f), out(32);
+  int found = 0;
+  for (int seed = 0; seed < 64; ++seed) {
+    pydit_sim_set_seed(seed);
+    const cudaError_t error = PYDIT_LAUNCH(filled_by_a_warp<kBug>, 1, 64, 160, nullptr, in.data(), out.data());
+    if (error == cudaSuccess)
+      CHECK_EQUAL(out[7], static_cast<float>(kFillRounds));
+    else
+      found += strstr(pydit_sim_last_report(), "deadlock") != nullptr;
+  }
+  pydit_sim_set_seed(0);
+  pydit_sim_set_arch(80);
+  return found;
+}
+TEST(bug_lane_behind_by_a_round_of_a_ring) {
+  CHECK_EQUAL(deadlocks<FillBug::kNone>(), 0);
+  CHECK(deadlocks<FillBug::kTogetherTooLate>() > 0);
 }
 
 TEST(register_budgets_and_shared_addresses) {

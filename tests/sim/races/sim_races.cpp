@@ -250,6 +250,26 @@ TEST(missing_proxy_fence) {
   PAIR(stored_tile, 32, 128, (Words{"without fence.proxy.async between"}), static_cast<int*>(nullptr));
 }
 
+// The same the other way round: a stage read by threads, then filled by the async proxy.
+template <bool kBug>
+__global__ void refilled_stage(int* out) {
+  PYDIT_DYNAMIC_SHARED(int, values);
+  if (threadIdx.x == 0) {
+    simt::race::engine_write(values, 128, 1);
+    simt::race::engine_done(1);
+  }
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x];
+  if (!kBug) simt::race::generic_proxy_fence();
+  __syncthreads();
+  if (threadIdx.x == 0) simt::race::engine_write(values, 128, 2);
+}
+TEST(missing_proxy_fence_before_a_stage_is_filled_again) {
+  std::vector<int> out(32);
+  PAIR(refilled_stage, 32, 128,
+       (Words{"read by thread", "then written by the async proxy without fence.proxy.async between"}), out.data());
+}
+
 // 17. Neighbouring halves of one word are no race; the same half is.
 template <bool kBug>
 __global__ void halves_of_a_word(int* out) {
@@ -364,6 +384,9 @@ TEST(slot_not_free_in_the_other_block) {
 }
 TEST(slot_released_to_the_other_block_before_it_is_read) {
   check_ring<pydit::sim::RingBug::kEarlyRelease>(__LINE__, {"race on byte", "the engine for thread (0, 0, 0)"});
+}
+TEST(slot_released_without_a_proxy_fence) {
+  check_ring<pydit::sim::RingBug::kNoFence>(__LINE__, {"race on byte", "then written by the async proxy without"});
 }
 TEST(multicast_outside_the_cluster) {
   check_ring<pydit::sim::RingBug::kMask>(__LINE__,
