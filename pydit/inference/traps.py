@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ def guard(model: nn.Module) -> list[str]:
     guards = {"fuse_qkv_projections": _fuse_qkv_projections, "compile_repeated_blocks": _compile_repeated_blocks}
     names = [name for name in guards if hasattr(type(model), name)]
     for name in names:
-        model.__dict__[name] = MethodType(guards[name], model)
+        guarded = functools.partial(guards[name], model)  # can be pickled, as a method in its place cannot
+        model.__dict__[name] = functools.update_wrapper(guarded, getattr(type(model), name).__get__(model))
     return names
 
 

@@ -155,6 +155,13 @@ class PrunedModel:
         for block, layers in zip(self.own_blocks, self.source, strict=True):
             if layers[0] in regions:
                 block.hand_on(regions[layers[0]] not in idle)
+        self._rerouted()
+
+    def _rerouted(self) -> None:
+        """Tell whoever swaps the modules that run, :func:`pydit.accelerate`, that others do now."""
+        swap = self.__dict__.get("_pydit_on_route")
+        if swap is not None:
+            swap(self)
 
     def _unit_of(self, pair: tuple[int, int]) -> tuple[int, int]:
         """The unit that an interval of the plan lies in; any other pair as it is."""
@@ -167,6 +174,7 @@ class PrunedModel:
         self.plan.require_match(teacher)
         layers = get_adapter(self.family).blocks(teacher)
         self._attach({k: layers[k] for start, end in self.plan.units for k in range(start, end + 1)})
+        self._rerouted()
 
     def _attach(self, layers: Mapping[int, nn.Module]) -> None:
         shared = TeacherLayers(layers)
@@ -200,6 +208,22 @@ class PrunedModel:
                 kwargs["network_alphas"] = self.follow_source(alphas)[0] | made
             pretrained_model_name_or_path_or_dict = renamed
         return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def enable_cache(self, config: Any) -> None:
+        """As in diffusers.
+
+        Raises
+        ------
+        UserError
+            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query.
+        """
+        if type(config).__name__ == "TaylorSeerCacheConfig" and not config.use_lite_mode:
+            without = [k for k, block in enumerate(self.own_blocks)
+                       if getattr(getattr(block, "attn", None), "pydit_text", ("", ""))[1] == "keys"]
+            if without:
+                raise UserError(f"enable_cache: expected a cache of whole blocks, because attention of the blocks "
+                                f"{without} gives no text, got TaylorSeerCacheConfig; use_lite_mode=True works")
+        super().enable_cache(config)
 
     def follow_source(self, state: Mapping[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
         """:func:`pydit.models.by_source.remap_lora` for this model."""
