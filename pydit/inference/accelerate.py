@@ -275,6 +275,7 @@ def _models_of(pipe_or_model: Any) -> list[nn.Module]:
     if models[0] is not pipe_or_model:
         controlnet = getattr(pipe_or_model, "controlnet", None)
         several = controlnet if isinstance(controlnet, (list, tuple)) else getattr(controlnet, "nets", [controlnet])
+        several = [getattr(net, "_orig_mod", net) for net in several]  # of torch.compile
         models += [net for net in several if is_a(net, _CONTROLNETS)]
     return models
 

@@ -18,6 +18,9 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models.caches import refuse_layer_skip
+
+__all__ = ["bucketed", "guard", "refuse_layer_skip", "refuse_local_attention"]
 
 
 def guard(model: nn.Module) -> list[str]:
@@ -28,21 +31,6 @@ def guard(model: nn.Module) -> list[str]:
         guarded = functools.partial(guards[name], model)  # can be pickled, as a method in its place cannot
         model.__dict__[name] = functools.update_wrapper(guarded, getattr(type(model), name).__get__(model))
     return names
-
-
-def refuse_layer_skip(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: UserError where a block of two streams would be skipped with its streams swapped."""
-    if torch.compiler.is_compiling():
-        return
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for index, block in enumerate(getattr(model, name, ())):
-            registry = block.__dict__.get("_diffusers_hook")
-            if registry is not None and any(type(hook).__name__ == "TransformerBlockSkipHook"
-                                            for hook in registry.hooks.values()):
-                raise UserError(f"apply_layer_skip: expected blocks that return the image first, got {name}.{index}, "
-                                "which returns the text first: diffusers would swap the two streams. Leave blocks out "
-                                "with pydit.PruningPlan and pydit.prune, or with skip_layers where the model's forward "
-                                "has it")
 
 
 def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
 
     @functools.wraps(FluxTransformer2DModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **self._with_residuals(kwargs))
+        return super().forward(**self._with_residuals(args, kwargs))
 
 
 for _form, _stock in ((PrunedFluxTransformerBlock, FluxTransformerBlock), (AffineBlock, FluxTransformerBlock),

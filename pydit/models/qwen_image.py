@@ -109,7 +109,7 @@ class PrunedQwenImageTransformer2DModel(PrunedModel, QwenImageTransformer2DModel
 
     @functools.wraps(QwenImageTransformer2DModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **self._with_residuals(kwargs))
+        return super().forward(**self._with_residuals(args, kwargs))
 
 
 for _form in (PrunedQwenImageTransformerBlock, AffineBlock):

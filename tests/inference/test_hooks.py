@@ -120,6 +120,14 @@ def test_layer_skip_is_refused():
     assert torch.equal(run(model, batch), expected)
 
 
+def test_layer_skip_on_a_pruned_model_is_refused_without_accelerate():
+    """With as many text tokens as image tokens it would swap the streams without a word."""
+    model = pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)]))
+    apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="transformer_blocks", skip_attention=True, skip_ff=True))
+    with pytest.raises(UserError, match=r"apply_layer_skip: .* got transformer_blocks.1, which returns the text first"):
+        run(model, tiny.batch(text=16, masked=False))
+
+
 def test_qkv_fusion_that_does_nothing_says_so():
     model, batch = pydit.accelerate(tiny.transformer(2)), tiny.batch()
     expected = run(model, batch)
