@@ -362,6 +362,9 @@ def _undo(model: nn.Module) -> None:
                     if hasattr(processor, name):
                         setattr(processor, name, getattr(module.processor, name))
                 module.processor = processor
+        kept = model.__dict__.get("original_attn_processors") or {}  # of fuse_qkv_projections, for unfusing
+        for name, kept_one in kept.items():
+            kept[name] = next((stock for _, stock, ours in state.processors if ours is kept_one), kept_one)
         for block, cls in state.blocks:
             change_class(block, cls)
             block.__dict__.pop("_pydit_target", None)

@@ -1,9 +1,9 @@
 """Calls of diffusers that do nothing, or the wrong thing, on these models, answered by a sentence.
 
 What is guarded, in diffusers 0.42: ``apply_layer_skip`` lets a skipped block return its streams in the wrong order;
-``fuse_qkv_projections`` does nothing to Qwen-Image and says nothing; ``compile_repeated_blocks`` gives up in the middle
-of a run when blocks have more shapes than torch keeps graphs for; attention processors that know of no context
-parallelism attend to their own process's tokens and say nothing.
+``fuse_qkv_projections`` does nothing to Qwen-Image and leaves SD3.5 without its norms, and says nothing;
+``compile_repeated_blocks`` gives up in the middle of a run when blocks have more shapes than torch keeps graphs for;
+attention processors that know of no context parallelism attend to their own process's tokens and say nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,15 @@ def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]
 
 
 def _fuse_qkv_projections(model: nn.Module) -> None:
-    """``fuse_qkv_projections`` of the model's class, with a warning where it fuses nothing."""
+    """``fuse_qkv_projections`` of the model's class, with a warning where it fuses nothing.
+
+    The processor that diffusers puts there for SD3 leaves QK norm out, and fails on the second attention of SD3.5
+    medium.
+    """
+    if "SD3Transformer2DModel" in {cls.__name__ for cls in type(model).__mro__} and model.config.get("qk_norm"):
+        raise UserError("fuse_qkv_projections: expected a model without QK norm, which diffusers' fused attention "
+                        f"leaves out, got qk_norm {model.config.qk_norm!r}; an accelerated model computes query, key "
+                        "and value by one product anyway")
     type(model).fuse_qkv_projections(model)
     if not any(getattr(module, "fused_projections", False) for module in model.modules()):
         warnings.warn(f"fuse_qkv_projections: diffusers has no fused projections for {type(model).__name__}, so "

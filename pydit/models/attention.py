@@ -200,7 +200,9 @@ def _attend(kit, attn, image, text, tables, context, mask=None):
         streams[0] = streams[0]._replace(names=("to_qkv",))
     if text is not None:
         modules = text_modules(attn)
-        names = ("to_added_qkv",) if getattr(attn, "fused_projections", False) else modules.projections
+        # Without a text query the layers one by one: diffusers leaves fused_projections set after unfusing.
+        fused = getattr(attn, "fused_projections", False) and modules.projections[0] is not None
+        names = ("to_added_qkv",) if fused else modules.projections
         streams.append(_Stream(text, names, modules.norms, tables[1]))
     if kit is direct and mask is None and context is None and (out := _packed(attn, streams)) is not None:
         return (out, None) if text is None else (out[:, :image.shape[1]], out[:, image.shape[1]:])

@@ -278,3 +278,21 @@ def test_an_ip_adapter_of_flux():
 def test_options_that_are_no_answer(name):
     with pytest.raises(UserError, match=f"{name}: expected True or False, got 'no'"):
         pydit.accelerate(tiny.transformer(1), **{name: "no"})
+
+
+def test_projections_fused_and_unfused_on_sd3():
+    """Diffusers puts back the processors it found, ours, and leaves what says that projections are fused."""
+    batch = tiny.sd3_batch()
+    make = lambda: tiny.sd3(dual_attention_layers=(), qk_norm=None)  # noqa: E731
+    stock = run(make(), batch)
+    for again in (True, False):
+        model = pydit.accelerate(make())
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(run(model, batch), stock, rtol=1e-4, atol=1e-4)
+        if not again:
+            pydit.restore(model)
+        model.unfuse_qkv_projections()
+        torch.testing.assert_close(run(model, batch), stock, rtol=1e-4, atol=1e-4)
+        assert set(rows(model, "attention")) == {("pydit", "") if again else ("stock", "pydit.accelerate was not called")}
+    assert torch.equal(run(model, batch), stock)
+    assert not [p for p in model.attn_processors.values() if type(p).__module__.startswith("pydit")]

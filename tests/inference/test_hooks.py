@@ -141,6 +141,17 @@ def test_qkv_fusion_that_does_nothing_says_so():
     torch.testing.assert_close(run(flux, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_qkv_fusion_that_leaves_norms_out_is_refused():
+    model, batch = pydit.accelerate(tiny.sd3()), tiny.sd3_batch()
+    expected, other = run(model, batch), tiny.sd3(dual_attention_layers=())
+    with pytest.raises(UserError, match="fuse_qkv_projections: expected a model without QK norm, .* got qk_norm 'rms_norm'"):
+        model.fuse_qkv_projections()
+    assert torch.equal(run(model, batch), expected)
+    before = run(other, batch)
+    other.fuse_qkv_projections()
+    assert not torch.allclose(run(other, batch), before, rtol=1e-3, atol=1e-3)  # else there is nothing left to refuse
+
+
 def test_more_shapes_than_the_compiler_keeps_graphs_for():
     model = tiny.transformer(9)
     for index, block in enumerate(model.transformer_blocks):
