@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from pydit.errors import UserError
+from pydit.inference import schedule
 from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.by_source import init_weights
+from pydit.models.swapped import as_made
 from pydit.plan import PruningPlan
 from pydit.stats.ridge import gated_ridge
 
@@ -29,7 +31,8 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
 
     Parameters
     ----------
-    transformer : diffusers transformer of a known family, not itself pruned. It is not changed.
+    transformer : diffusers transformer of a known family, not itself pruned. It is not changed. Of an accelerated one
+        the student gets plain blocks.
     plan : PruningPlan for its family and depth.
     init : what the block that stands for layers ``start..end`` begins as:
 
@@ -63,8 +66,9 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     Raises
     ------
     UserError
-        An unknown family or init, a plan for another family or depth, a model that is already pruned or carries
-        LoRA layers, ``init="probe"`` without batches, or an average of layers that differ in structure.
+        An unknown family or init, a plan for another family or depth, a model that is already pruned, baked or
+        quantized or carries LoRA layers, ``init="probe"`` without batches, or an average of layers that differ in
+        structure.
 
     Warns
     -----
@@ -78,6 +82,11 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
         raise UserError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
     if isinstance(transformer, adapter.pruned_class()):
         raise UserError("transformer: expected an unpruned model, got a pruned one; prune its to_stock()")
+    if schedule.is_baked(transformer):
+        raise UserError("transformer: expected one with its modulation weights, got a baked schedule; pydit.restore it "
+                        "before pruning")
+    if getattr(transformer, "is_quantized", False) or getattr(transformer, "hf_quantizer", None) is not None:
+        raise UserError("transformer: expected plain weights, got a quantized model; prune before quantizing")
     if getattr(transformer, "peft_config", None):
         raise UserError("transformer: expected plain weights, got a model with LoRA layers; fuse or unload them first")
     plan.require_match(transformer)
@@ -107,12 +116,12 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
 def initial_block(adapter: ModelAdapter, layers: Sequence[nn.Module], init: str) -> nn.Module:
     """What the block that stands for these layers of the teacher begins as; see :func:`prune`."""
     index = (len(layers) - 1) // 2 if init == "middle" else 0
-    block = adapter.conform(copy.deepcopy(layers[index]), layers[-1])
+    block = adapter.conform(as_made(copy.deepcopy(layers[index])), layers[-1])
     states = []
     if "average" in init and len(layers) > 1:
         for layer in layers:
             if _shapes(layer) != _shapes(block):
-                layer = adapter.conform(copy.deepcopy(layer), layers[-1])
+                layer = adapter.conform(as_made(copy.deepcopy(layer)), layers[-1])
             states.append(layer.state_dict())
     same = _shapes(layers[index]) == _shapes(layers[0])
     if not same or any({name: t.shape for name, t in state.items()} != _shapes(block) for state in states):

@@ -53,7 +53,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for add in (demo.add_demo, model.add_analyze, model.add_plan, model.add_prune, distill.add_distill,
                 demo.add_generate, demo.add_eval, system.add_bench, system.add_doctor):
         add(commands)
-    arguments, rest = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    asked = [word for word in argv[2:] if word in ("-h", "--help")] if argv[:2] in system.WITH_HELP else []
+    arguments, rest = parser.parse_known_args([word for word in argv if word not in asked])
+    rest += asked[:1]  # for those who parse the rest
     if rest and arguments.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest

@@ -10,13 +10,15 @@ from typing import Any
 from pydit.cli.options import command, print_json
 from pydit.errors import UserError
 
+WITH_HELP = (["bench", "layers"], ["bench", "model"])  # have a parser of their own, which has the help
+
 
 def add_bench(commands: Any) -> None:
     parser = command(
         commands, "bench", _bench, "time the kernels against their peers",
         "Runs benchmarks/runner.py of a source checkout, which verifies every case first. `pydit bench layers` times\n"
-        "each kind of block that a plan leaves, `pydit bench model` a whole step, dense and pruned (`python -m\n"
-        "benchmarks.layers --help`, `python -m benchmarks.model --help`). Otherwise all options but --path are\n"
+        "each kind of block that a plan leaves, `pydit bench model` a whole step, dense and pruned (`pydit bench\n"
+        "layers --help`, `pydit bench model --help`). Otherwise all options but --path are\n"
         "the runner's: --size, --filter, --list, --rounds, --peers, --json, --compare OLD.json, --plot FILE.png and\n"
         "more (`python -m benchmarks.runner --help`).",
         "pydit bench --filter ada_layer_norm --json results.json", figures=False)

@@ -7,6 +7,9 @@ each other in memory, so that one product serves them where no gradient is neede
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +33,7 @@ _HEAD_DIMS = (32, 64, 128)
 _MODELS = ("QwenImageTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
 _CONTROLNETS = ("QwenImageControlNetModel", "FluxControlNetModel", "SD3ControlNetModel")
 _BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+_SHARED = "shared with another accelerated model"
 _EXACT = "exact=True: sums over channels and tokens keep eager's order"
 
 
@@ -60,19 +64,38 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
         Another model, or graphs of a model whose weights are offloaded.
     """
     models = _models_of(pipe_or_model)
+    for name, value in (("exact", exact), ("cuda_graphs", cuda_graphs)):
+        if not isinstance(value, bool):
+            raise UserError(f"{name}: expected True or False, got {value!r}")
     if cuda_graphs:
         graphs.check(models[0])
     for model in models:
         _undo(model)
-        state = model.__dict__[_KEY] = _Accelerated()
-        _swap_processors(model, state, exact)
-        _swap_blocks(model, state, exact)
+        state = model.__dict__[_KEY] = _Accelerated(exact_only=exact)
+        _swap(model)
         state.guards = traps.guard(model)
-        for refuse in (traps.refuse_layer_skip, traps.refuse_local_attention):
-            state.hooks.append(model.register_forward_pre_hook(refuse, with_kwargs=True))
+        for hook in (traps.refuse_layer_skip, traps.refuse_local_attention, _adopt):
+            state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+        if hasattr(model, "set_active"):
+            model.__dict__["_pydit_on_route"] = _swap
     if cuda_graphs:
         graphs.enable(models[0])
     return pipe_or_model
+
+
+def _swap(model: nn.Module) -> None:
+    """Swap what runs and has not been swapped yet; again for a pruned model whose route has changed."""
+    state = model.__dict__[_KEY]
+    _swap_processors(model, state, state.exact_only)
+    _swap_blocks(model, state, state.exact_only)
+
+
+def _adopt(model: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: tell processors that were made anew of ours what runs where a backend is chosen."""
+    if not torch.compiler.is_compiling():
+        for module, processor, ours in model.__dict__[_KEY].processors:
+            if module.processor is not ours and type(module.processor) is type(ours) and hasattr(ours, "stock"):
+                module.processor.stock = processor
 
 
 def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None:
@@ -80,35 +103,39 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
     from pydit.models import exact as exact_forms
 
     refused = "" if exact else _refused(model)
-    for module in model.modules():
+    for module in _modules_of(model):
         processor = getattr(module, "processor", None)
         kind = type(processor).__name__
-        if processor is None or isinstance(processor, nn.Module):
+        if processor is None or state.knows("attention", module):
             continue
         chosen = getattr(processor, "_attention_backend", None)
         if exact and type(processor) in exact_forms.PROCESSORS:
             ours = exact_forms.PROCESSORS[type(processor)].__new__(exact_forms.PROCESSORS[type(processor)])
             ours.__dict__.update(processor.__dict__, exact=state.exact_ops())
-            state.note("attention", "stock", f"{_EXACT}; its projections are one product where that is bit-equal")
+            state.note("attention", module, "stock", f"{_EXACT}; its projections are one product where that is "
+                                                     "bit-equal")
+        elif isinstance(processor, attention.Replacing) and not exact:  # the user's choice, or a shared layer's
+            state.note("attention", module, "pydit", "")
+            continue
         elif kind not in _PROCESSORS or type(processor).__module__ == attention.__name__:
-            state.note("attention", "stock", f"no {'exact' if exact else 'fused'} form of {kind}")
+            state.note("attention", module, "stock", f"no {'exact' if exact else 'fused'} form of {kind}")
             continue
         elif chosen is not None:
-            state.note("attention", "stock", f"set_attention_backend chose {getattr(chosen, 'value', chosen)}")
+            state.note("attention", module, "stock", f"set_attention_backend chose {getattr(chosen, 'value', chosen)}")
             continue
         elif exact or refused:
-            state.note("attention", "stock", refused or f"no exact form of {kind}")
+            state.note("attention", module, "stock", refused or f"no exact form of {kind}")
             continue
         elif module.inner_dim // module.heads not in _HEAD_DIMS:
-            state.note("attention", "stock", f"heads of {module.inner_dim // module.heads} channels; the kernels take "
-                                             "32, 64 and 128")
+            state.note("attention", module, "stock", f"heads of {module.inner_dim // module.heads} channels; the "
+                                                     "kernels take 32, 64 and 128")
             continue
         else:
             ours = getattr(attention, _PROCESSORS[kind])()
             ours.stock = processor
             # A stock processor that knows of no parallelism has not been told of it either.
             ours._parallel_config = getattr(processor, "_parallel_config", getattr(model, "_parallel_config", None))
-            state.note("attention", "pydit", "")
+            state.note("attention", module, "pydit", "")
         state.processors.append((module, processor, ours))
         module.processor = ours
         with torch.no_grad():
@@ -118,34 +145,38 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
 def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
     from pydit.models import exact as exact_forms
     from pydit.models import fused_blocks, qwen_image_blocks
+    from pydit.models.caches import know_as
 
     forms, word = (exact_forms.BLOCKS, "exact") if exact else (fused_blocks.FUSED, "fused")
-    target = None
     for block in _blocks_of(model):
         stock = type(block)
-        if stock not in forms:
-            state.note("blocks", "stock", f"no {word} form of {stock.__name__}")
+        if state.knows("blocks", block):
             continue
-        _know_as(forms[stock], stock)
+        if stock not in forms:
+            shared = stock in forms.values()  # with a model that is accelerated too
+            state.note("blocks", block, *(("pydit", _SHARED) if shared else
+                                          ("stock", f"no {word} form of {stock.__name__}")))
+            continue
+        know_as(forms[stock], stock)
         if not change_class(block, forms[stock]):
-            state.note("blocks", "stock", "something other than a hook of diffusers or accelerate has replaced the "
-                                          "block's forward")
+            state.note("blocks", block, "stock", "something other than a hook of diffusers or accelerate has replaced "
+                                                 "the block's forward")
             continue
         state.blocks.append((block, stock))
         two_rows = getattr(block, "zero_cond_t", False)
         if exact:
             block.__dict__["_pydit_exact"] = state.exact_ops()
-            state.note("blocks", *(("stock", f"{_EXACT}; no exact form of two modulation rows") if two_rows else
-                                   ("pydit", _EXACT)))
+            state.note("blocks", block, *(("stock", f"{_EXACT}; no exact form of two modulation rows") if two_rows else
+                                          ("pydit", _EXACT)))
         elif two_rows:
-            target = target or qwen_image_blocks.TargetTokens()
-            block.__dict__["_pydit_target"] = target
-            state.note("blocks", "pydit", "two modulation rows; batches whose target images differ in size run stock "
-                                          "operations")
+            if state.target is None:
+                state.target = qwen_image_blocks.TargetTokens()
+                state.hooks.append(model.register_forward_pre_hook(state.target, with_kwargs=True))
+            block.__dict__["_pydit_target"] = state.target
+            state.note("blocks", block, "pydit", "two modulation rows; batches whose target images differ in size run "
+                                                 "stock operations")
         else:
-            state.note("blocks", "pydit", "")
-    if target is not None:
-        state.hooks.append(model.register_forward_pre_hook(target, with_kwargs=True))
+            state.note("blocks", block, "pydit", "")
 
 
 def restore(pipe_or_model: Any) -> Any:
@@ -180,9 +211,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     rows: dict[str, Any] = {kind: [{"path": "stock", "reason": "pydit.accelerate was not called", "count": 1}]
                             for kind in ("attention", "blocks")}
     if state is not None:
-        rows |= {kind: [{"path": path, "reason": reason, "count": count}
-                        for (where, path, reason), count in state.notes.items() if where == kind] for kind in rows}
-        rows["attention"] += _chosen_since(state)
+        rows["attention"] = _counted(_attention_path(state, module) for module in _modules_of(model)
+                                     if getattr(module, "processor", None) is not None)
+        rows["blocks"] = _counted(_block_path(state, block) for block in _blocks_of(model))
         if state.exact is not None:
             rows["exact"] = state.exact.rows()
         if hooked.is_parallel(model):
@@ -192,18 +223,31 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return rows
 
 
-def _chosen_since(state: _Accelerated) -> list[dict[str, Any]]:
-    """Rows for processors that are not, or no longer, what runs."""
-    reasons: dict[str, int] = {}
-    for module, _, ours in state.processors:
-        if module.processor is not ours:
-            reason = f"{type(module.processor).__name__} was set after pydit.accelerate"
-        elif hasattr(ours, "why_stock") and (reason := ours.why_stock()):
-            reason += " after pydit.accelerate" if ours._attention_backend is not None else ""
-        else:
-            continue
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return [{"path": "stock", "reason": reason, "count": count} for reason, count in reasons.items()]
+def _attention_path(state: _Accelerated, module: nn.Module) -> tuple[str, str]:
+    """(path, reason) of an attention module as it is now."""
+    processor, ours = module.processor, state.ours_of(module)
+    if not (_is(processor, ours) or processor is state.found_in(module)):
+        return "stock", f"{type(processor).__name__} was set after pydit.accelerate"
+    if hasattr(processor, "why_stock") and (reason := processor.why_stock()):
+        return "stock", reason + (" after pydit.accelerate" if processor._attention_backend is not None else "")
+    return state.noted("attention", module)
+
+
+def _block_path(state: _Accelerated, block: nn.Module) -> tuple[str, str]:
+    """(path, reason) of a block as it is now."""
+    path, reason = state.noted("blocks", block)
+    if path == "pydit" and not type(block).__module__.startswith("pydit."):
+        return "stock", "a model that shares the block was restored"
+    return path, reason
+
+
+def _counted(found: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"path": path, "reason": reason, "count": count} for (path, reason), count in Counter(found).items()]
+
+
+def _is(processor: Any, ours: Any) -> bool:
+    """Whether a processor is what was swapped in, or made anew of its class, as loading an IP-adapter does."""
+    return processor is ours or (ours is not None and type(processor) is type(ours))
 
 
 def _parallel(model: nn.Module, state: _Accelerated) -> list[dict[str, Any]]:
@@ -214,7 +258,7 @@ def _parallel(model: nn.Module, state: _Accelerated) -> list[dict[str, Any]]:
     what = "tensor parallelism, each process its heads" if context is None else context_parallel.describe(context)
     ours = sum(module.processor is processor and hasattr(processor, "why_stock") and not processor.why_stock()
                for module, _, processor in state.processors)
-    every = sum(getattr(module, "processor", None) is not None for module in model.modules())
+    every = sum(getattr(module, "processor", None) is not None for module in _modules_of(model))
     return [{"path": path, "reason": what, "count": count} for path, count in (("pydit", ours), ("stock", every - ours))
             if count]
 
@@ -231,6 +275,7 @@ def _models_of(pipe_or_model: Any) -> list[nn.Module]:
     if models[0] is not pipe_or_model:
         controlnet = getattr(pipe_or_model, "controlnet", None)
         several = controlnet if isinstance(controlnet, (list, tuple)) else getattr(controlnet, "nets", [controlnet])
+        several = [getattr(net, "_orig_mod", net) for net in several]  # of torch.compile
         models += [net for net in several if is_a(net, _CONTROLNETS)]
     return models
 
@@ -240,17 +285,9 @@ def _blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
 
 
-def _know_as(form: type[nn.Module], stock: type[nn.Module]) -> None:
-    """Let diffusers' block caches know our form of a block as they know the stock one."""
-    try:
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-
-        known = TransformerBlockRegistry.get(stock)
-    except (ImportError, ValueError):  # a diffusers without them, or a block that they do not take
-        return
-    TransformerBlockRegistry.register(form, TransformerBlockMetadata(
-        return_hidden_states_index=known.return_hidden_states_index,
-        return_encoder_hidden_states_index=known.return_encoder_hidden_states_index))
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules that a forward runs, each once."""
+    return list({id(module): module for module in hooked.modules_of(model)}.values())
 
 
 def _refused(model: nn.Module) -> str:
@@ -267,15 +304,45 @@ def _refused(model: nn.Module) -> str:
 class _Accelerated:
     """What was there before."""
 
+    exact_only: bool = False
     processors: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     blocks: list[tuple[nn.Module, type]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)  # names of the model's attributes that refuse what does not work
-    notes: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    # kind of module, the module, the processor it had, path, reason
+    notes: list[tuple[str, nn.Module, Any, str, str]] = field(default_factory=list)
+    target: Any = None  # counts the tokens of the target image for blocks with two modulation rows
     exact: Any = None
 
-    def note(self, kind: str, path: str, reason: str) -> None:
-        self.notes[kind, path, reason] = self.notes.get((kind, path, reason), 0) + 1
+    def note(self, kind: str, module: nn.Module, path: str, reason: str) -> None:
+        self.notes.append((kind, module, getattr(module, "processor", None), path, reason))
+
+    def knows(self, kind: str, module: nn.Module) -> bool:
+        return any(where == kind and of is module for where, of, *_ in self.notes)
+
+    def noted(self, kind: str, module: nn.Module) -> tuple[str, str]:
+        """(path, reason) of a module that runs."""
+        return next(((path, reason) for where, of, _, path, reason in self.notes if where == kind and of is module),
+                    ("stock", "it came after pydit.accelerate"))
+
+    def found_in(self, module: nn.Module) -> Any:
+        """The processor that a module had before."""
+        return next((old for where, of, old, *_ in self.notes if where == "attention" and of is module), None)
+
+    def ours_of(self, module: nn.Module) -> Any:
+        return next((ours for of, _, ours in self.processors if of is module), None)
+
+    def __deepcopy__(self, memo: dict) -> _Accelerated:
+        """For a copy of the model, by whose modules this comes; layers of a teacher stay shared, as they are there."""
+        copied = type(self)(self.exact_only)
+        for name, value in vars(self).items():
+            if name in ("processors", "blocks", "notes"):
+                value = [tuple(memo.get(id(part), part) if isinstance(part, (nn.Module, type)) else
+                               copy.deepcopy(part, memo) for part in entry) for entry in value]
+            else:
+                value = copy.deepcopy(value, memo)
+            setattr(copied, name, value)
+        return copied
 
     def exact_ops(self) -> Any:
         from pydit.models.exact import ExactOps
@@ -287,13 +354,17 @@ class _Accelerated:
 def _undo(model: nn.Module) -> None:
     graphs.disable(model)
     state = model.__dict__.pop(_KEY, None)
+    model.__dict__.pop("_pydit_on_route", None)
     if state is not None:
         for module, processor, ours in state.processors:
-            if module.processor is ours:  # what somebody has put there since stays
+            if _is(module.processor, ours):  # what somebody has put there since stays
                 for name in ("_attention_backend", "_parallel_config"):  # and what was chosen since
                     if hasattr(processor, name):
-                        setattr(processor, name, getattr(ours, name))
+                        setattr(processor, name, getattr(module.processor, name))
                 module.processor = processor
+        kept = model.__dict__.get("original_attn_processors") or {}  # of fuse_qkv_projections, for unfusing
+        for name, kept_one in kept.items():
+            kept[name] = next((stock for _, stock, ours in state.processors if ours is kept_one), kept_one)
         for block, cls in state.blocks:
             change_class(block, cls)
             block.__dict__.pop("_pydit_target", None)

@@ -91,6 +91,8 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     cache = model.__dict__.get(_KEY)
     if cache is None:
         return [{"path": "stock", "reason": "accelerate(cuda_graphs=True) was not called", "count": 1}]
+    if not any(getattr(holder[name], "of_pydit_graphs", False) for holder, name in hooked.places(model)):
+        return [{"path": "stock", "reason": "a pickled copy records nothing; accelerate it again", "count": 1}]
     rows = [{"path": path, "reason": reason, "count": count} for (path, reason), count in cache.notes.items()]
     return rows or [{"path": "stock", "reason": "no forward has run yet", "count": 0}]
 
@@ -158,6 +160,9 @@ class GraphCache:
 
     def __deepcopy__(self, memo: dict) -> GraphCache:
         return GraphCache(type(self.recorder)(), self.max_entries)  # a copy has weights of its own
+
+    def __reduce__(self) -> tuple:
+        return GraphCache, (type(self.recorder)(), self.max_entries)
 
     def call(self, model: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of ``forward(model, *args, **kwargs)``, in memory of its own."""

@@ -64,14 +64,17 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
     Raises
     ------
     UserError
-        ``path`` is a file, or a directory that holds something else than a model.
+        ``path`` is a file, or a directory that holds something else than a model. Or a component would not come back
+        as it is: offloading has emptied it, adapters sit in it, or its projections are fused.
     OSError
         The disk is full or not writable. Nothing half-written remains, and an earlier directory stays.
     """
     from safetensors import SafetensorError
 
     _need_diffusers()
-    student = getattr(pipe, "transformer", None)
+    _require_savable(pipe)
+    given = getattr(pipe, "transformer", None)
+    student = getattr(given, "_orig_mod", given)  # of torch.compile
     pruned = hasattr(student, "plan") and hasattr(student, "to_stock")
     as_stock = pruned and student.plan.is_stock
     with replace_directory(path) as new:
@@ -85,13 +88,29 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
             raise
         finally:
             if as_stock:
-                pipe.register_modules(transformer=student)
+                pipe.register_modules(transformer=given)
         _forget_paths(new)
         if pruned and remote_code and not as_stock:
             use_remote_code(new, type(student).__name__)
         if pruned:
             write_plan(new, student.plan, student.init)
     return Path(path)
+
+
+def _require_savable(pipe: Any) -> None:
+    """UserError where what is written would be broken: diffusers writes it without a word, or fails in the middle."""
+    for name, model in getattr(pipe, "components", {}).items():
+        if not hasattr(model, "named_parameters"):
+            continue
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UserError(f"pipe: expected weights at hand, got {name}, which offloading has emptied; save before "
+                            "offloading")
+        if getattr(model, "peft_config", None):
+            raise UserError(f"pipe: expected plain weights, got {name} with adapters, which a pipeline directory does "
+                            "not hold; unload them, after fuse_lora to keep what they do, or save_lora_adapter them")
+        if any(getattr(module, "fused_projections", False) for module in model.modules()):
+            raise UserError(f"pipe: expected projections one by one, got {name} with fused ones, which a pipeline "
+                            "directory does not hold; unfuse_qkv_projections before saving")
 
 
 def write_plan(path: Path, plan, init: str) -> None:
@@ -218,14 +237,39 @@ def _check_component(folder: Path, name: str) -> None:
             if found := _from_the_hub(data):
                 raise FormatError(f"pipeline: expected attention of the library itself in {file}, got {found!r}, which "
                                   "may be fetched from the hub")
+            if found := _unknown_quantization(data):
+                raise FormatError(f"pipeline: expected weights that are not quantized, or by one of "
+                                  f"{', '.join(_QUANTIZED)}, in {file}, got {found}, whose kernels may be fetched from "
+                                  "the hub and run")
     for file in weights:
         read_header(file, what="pipeline")
+
+
+_OWN = {"attn_implementation": ("eager", "sdpa"), "experts_implementation": ("eager", "batched_mm", "grouped_mm")}
+# Methods whose code is in a package that is installed or not. Others take kernels from the hub when a model is loaded.
+_QUANTIZED = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao", "quanto")
+
+
+def _unknown_quantization(data: Any) -> str | None:
+    """The method of a configuration's ``quantization_config``, or of one inside it, unless it is a known one."""
+    if isinstance(data, list):
+        return next(filter(None, map(_unknown_quantization, data)), None)
+    if not isinstance(data, dict):
+        return None
+    if data.get("quantization_config") is not None:
+        config = data["quantization_config"]
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if isinstance(config, dict) and method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+            method = "bitsandbytes"  # as both libraries read such an entry
+        if method not in _QUANTIZED:
+            return repr(config if method is None else method)[:200]
+    return next(filter(None, map(_unknown_quantization, data.values())), None)
 
 
 def _from_the_hub(data: Any) -> str | None:
     """The attention that a configuration names, where transformers would look for it on the hub and run it.
 
-    Neither library writes such an entry.
+    Neither library writes such an entry. Likewise kernels for experts.
     """
     if isinstance(data, list):
         return next(filter(None, map(_from_the_hub, data)), None)
@@ -233,8 +277,9 @@ def _from_the_hub(data: Any) -> str | None:
         return None
     for key, value in data.items():
         names = value.values() if isinstance(value, dict) else [value]
-        if key.lstrip("_").startswith("attn_implementation"):
-            found = [name for name in names if isinstance(name, str) and name not in ("eager", "sdpa")]
+        known = next((known for start, known in _OWN.items() if key.lstrip("_").startswith(start)), None)
+        if known is not None:
+            found = [name for name in names if isinstance(name, str) and name not in known]
             if found:
                 return found[0][:200]
     return next(filter(None, map(_from_the_hub, data.values())), None)

@@ -14,7 +14,6 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     Rows are computed one by one by the modules they replace, so a forward of batch 1 is equal to the last bit. The
     modules leave ``parameters()`` and the device; :func:`restore` brings them back. Baking again replaces the table.
     A LoRA that is loaded, scaled, fused or removed afterwards, also one on the modulation, and any other change of the
-    modules' weights makes the table anew, and so does ``set_active`` of a pruned model.
+    modules' weights or the model's dtype makes the table anew, and so does ``set_active`` of a pruned model.
 
     Parameters
     ----------
@@ -88,8 +87,8 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     baked.hooks.append(model.register_forward_pre_hook(_at_step, with_kwargs=True))
     for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
         if hasattr(type(model), name):
-            refreshed = _then_refreshed(getattr(type(model), name), on_device=name in _ROUTING_METHODS)
-            model.__dict__[name] = MethodType(refreshed, model)
+            method = functools.partial(_then_refreshed, model, name)  # can be pickled
+            model.__dict__[name] = functools.update_wrapper(method, getattr(type(model), name).__get__(model))
     return transformer
 
 
@@ -98,8 +97,7 @@ def restore(transformer: nn.Module) -> nn.Module:
     model = model_of(transformer)
     baked = model.__dict__.get(_KEY)
     if baked is not None:
-        device = _place(model)[0]
-        _put_back(baked, device)
+        _put_back(baked, *_place(model))
         for hook in baked.hooks:
             hook.remove()
         for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
@@ -134,6 +132,7 @@ class _Baked:
     refusals: list[Any] = field(default_factory=list)  # hooks against saving and loading
     hooks: list[Any] = field(default_factory=list)
     version: tuple = ()  # of the weights that the table was made from
+    dtype: torch.dtype | None = None  # of the model then
     refreshed: int = 0
     embedded: BakedTimesteps | None = None
     pending: tuple[torch.Tensor, Any, dict[str, Any]] | None = None  # whether a forward missed, on its way to the host
@@ -190,10 +189,14 @@ class BakedRows(nn.Module):
     def __init__(self, rows: list[torch.Tensor]) -> None:
         super().__init__()
         table = torch.cat([*rows, torch.full_like(rows[0], torch.nan)])
+        self.dtype = table.dtype
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, 1] -> [B, channels]."""
+        if self.table.dtype != self.dtype:  # found before a forward, but not by a graph that was compiled
+            raise UserError(f"transformer: expected {self.dtype}, in which its schedule was baked, got a model cast to "
+                            f"{self.table.dtype}; run it once without torch.compile, or bake it again")
         return self.table[rows[:, 0]]
 
 
@@ -203,12 +206,12 @@ class BakedRows(nn.Module):
 def _fill(model: nn.Module, baked: _Baked) -> None:
     """Compute every row by the modules in place, one module on the device at a time, and put tables there instead."""
     device, dtype = _place(model)
-    family, adapter = baked.family, get_adapter(model)
+    baked.dtype, family, adapter = dtype, baked.family, get_adapter(model)
     keys = _as_embedded(family, baked.timesteps.to(device, torch.float32), dtype)
     pairs = bool(model.config.get("zero_cond_t"))  # the image is modulated by two rows, that of the timestep and of 0
     keys = (torch.cat((keys, keys[:1] * 0)) if pairs else keys).unique()
     guidance = None if baked.guidance is None else _scaled(baked.guidance.to(device, torch.float32), dtype).unique()
-    pooled = None if baked.pooled is None else baked.pooled.to(device)
+    pooled = None if baked.pooled is None else baked.pooled.to(device, dtype)
     layered = family == "qwen-image" and bool(model.config.get("use_additional_t_cond"))
     conditions = 2 if layered else 1 if pooled is None else len(pooled)
     embedded = BakedTimesteps(family, keys, guidance, pooled, conditions)
@@ -259,11 +262,13 @@ def _swap(baked: _Baked, owner: nn.Module, name: str, table: nn.Module) -> None:
     baked.originals.append((owner, name, module.to("cpu")))
 
 
-def _put_back(baked: _Baked, device: torch.device | None) -> None:
-    """The modules as they were; where no device is given they stay on the CPU."""
+def _put_back(baked: _Baked, device: torch.device | None, dtype: torch.dtype) -> None:
+    """The modules as they were, in the dtype of the model as it is now; without a device they stay on the CPU."""
     for hook in baked.refusals:
         hook.remove()
     for owner, name, module in reversed(baked.originals):
+        if dtype != baked.dtype:
+            module.to(dtype)
         setattr(owner, name, module if device is None else module.to(device))
     baked.refusals, baked.originals = [], []
 
@@ -271,7 +276,8 @@ def _put_back(baked: _Baked, device: torch.device | None) -> None:
 @contextlib.contextmanager
 def _opened(model: nn.Module, baked: _Baked, *, on_device: bool = False) -> Iterator[None]:
     """The model with its modulation modules, on the CPU or the model's device; afterwards the table is made anew."""
-    _put_back(baked, _place(model)[0] if on_device else None)
+    device, dtype = _place(model)
+    _put_back(baked, device if on_device else None, dtype)
     try:
         yield
     finally:
@@ -279,16 +285,14 @@ def _opened(model: nn.Module, baked: _Baked, *, on_device: bool = False) -> Iter
         baked.refreshed += 1
 
 
-def _then_refreshed(method: Any, *, on_device: bool) -> Any:
-    """The method, called on the opened model; ``on_device``: blocks that do not run after it stay as they are then."""
-    @functools.wraps(method)
-    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not model.__dict__[_KEY].originals:  # one such method called by another
-            return method(model, *args, **kwargs)
-        with _opened(model, model.__dict__[_KEY], on_device=on_device):
-            return method(model, *args, **kwargs)
-
-    return call
+def _then_refreshed(model: nn.Module, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """The method of the model's class, called on the opened model."""
+    method = getattr(type(model), name)
+    if not model.__dict__[_KEY].originals:  # one such method called by another
+        return method(model, *args, **kwargs)
+    # Blocks that do not run after a change of the route stay as they are then: on the model's device.
+    with _opened(model, model.__dict__[_KEY], on_device=name in _ROUTING_METHODS):
+        return method(model, *args, **kwargs)
 
 
 def _version(baked: _Baked) -> tuple:
@@ -304,7 +308,7 @@ def _at_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     baked = model.__dict__[_KEY]
     _settle(model, baked)
-    if _version(baked) != baked.version:
+    if _version(baked) != baked.version or _place(model)[1] != baked.dtype:
         with _opened(model, baked):
             pass
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -404,8 +408,8 @@ def _scaled(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    weight = model.proj_out.weight
-    return weight.device, weight.dtype
+    weight = model.proj_out.weight  # of 8 bits only in storage, by layerwise casting
+    return weight.device, weight.dtype if weight.element_size() > 1 else model.dtype
 
 
 def _refuse(module: nn.Module, *_args: Any) -> None:
@@ -416,6 +420,7 @@ def _refuse(module: nn.Module, *_args: Any) -> None:
 def model_of(transformer: Any) -> nn.Module:
     """The transformer of a pipeline, or the model itself; UserError for anything else."""
     model = getattr(transformer, "transformer", transformer)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which looks at the model again after a change
     if not isinstance(model, nn.Module):
         raise UserError("transformer: expected a diffusers transformer or a pipeline, "
                         f"got {type(transformer).__name__}")

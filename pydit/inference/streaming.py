@@ -47,7 +47,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     Raises
     ------
     UserError
-        An init that needs batches, or a plan that does not fit.
+        An init that needs batches, a plan that does not fit, or weights that are quantized.
     FormatError
         A directory that is broken, or weights that its configuration does not explain.
 
@@ -63,6 +63,8 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     folder = path / "transformer"
     config = read_json(folder / "config.json", what="pipeline", strict=True)
     adapter = _adapter_of(config, folder)
+    if config.get("quantization_config") is not None:
+        raise UserError(f"transformer: expected plain weights, got quantized ones in {folder}; prune before quantizing")
     if adapter.family != plan.family:
         raise UserError(f"plan: expected a plan for {adapter.family}, got one for {plan.family}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -1,9 +1,9 @@
 """Calls of diffusers that do nothing, or the wrong thing, on these models, answered by a sentence.
 
 What is guarded, in diffusers 0.42: ``apply_layer_skip`` lets a skipped block return its streams in the wrong order;
-``fuse_qkv_projections`` does nothing to Qwen-Image and says nothing; ``compile_repeated_blocks`` gives up in the middle
-of a run when blocks have more shapes than torch keeps graphs for; attention processors that know of no context
-parallelism attend to their own process's tokens and say nothing.
+``fuse_qkv_projections`` does nothing to Qwen-Image and leaves SD3.5 without its norms, and says nothing;
+``compile_repeated_blocks`` gives up in the middle of a run when blocks have more shapes than torch keeps graphs for;
+attention processors that know of no context parallelism attend to their own process's tokens and say nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +18,9 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models.caches import refuse_layer_skip
+
+__all__ = ["bucketed", "guard", "refuse_layer_skip", "refuse_local_attention"]
 
 
 def guard(model: nn.Module) -> list[str]:
@@ -26,23 +28,9 @@ def guard(model: nn.Module) -> list[str]:
     guards = {"fuse_qkv_projections": _fuse_qkv_projections, "compile_repeated_blocks": _compile_repeated_blocks}
     names = [name for name in guards if hasattr(type(model), name)]
     for name in names:
-        model.__dict__[name] = MethodType(guards[name], model)
+        guarded = functools.partial(guards[name], model)  # can be pickled, as a method in its place cannot
+        model.__dict__[name] = functools.update_wrapper(guarded, getattr(type(model), name).__get__(model))
     return names
-
-
-def refuse_layer_skip(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: UserError where a block of two streams would be skipped with its streams swapped."""
-    if torch.compiler.is_compiling():
-        return
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for index, block in enumerate(getattr(model, name, ())):
-            registry = block.__dict__.get("_diffusers_hook")
-            if registry is not None and any(type(hook).__name__ == "TransformerBlockSkipHook"
-                                            for hook in registry.hooks.values()):
-                raise UserError(f"apply_layer_skip: expected blocks that return the image first, got {name}.{index}, "
-                                "which returns the text first: diffusers would swap the two streams. Leave blocks out "
-                                "with pydit.PruningPlan and pydit.prune, or with skip_layers where the model's forward "
-                                "has it")
 
 
 def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -58,7 +46,15 @@ def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]
 
 
 def _fuse_qkv_projections(model: nn.Module) -> None:
-    """``fuse_qkv_projections`` of the model's class, with a warning where it fuses nothing."""
+    """``fuse_qkv_projections`` of the model's class, with a warning where it fuses nothing.
+
+    The processor that diffusers puts there for SD3 leaves QK norm out, and fails on the second attention of SD3.5
+    medium.
+    """
+    if "SD3Transformer2DModel" in {cls.__name__ for cls in type(model).__mro__} and model.config.get("qk_norm"):
+        raise UserError("fuse_qkv_projections: expected a model without QK norm, which diffusers' fused attention "
+                        f"leaves out, got qk_norm {model.config.qk_norm!r}; an accelerated model computes query, key "
+                        "and value by one product anyway")
     type(model).fuse_qkv_projections(model)
     if not any(getattr(module, "fused_projections", False) for module in model.modules()):
         warnings.warn(f"fuse_qkv_projections: diffusers has no fused projections for {type(model).__name__}, so "

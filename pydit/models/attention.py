@@ -47,11 +47,18 @@ class Replacing:
             return f"set_attention_backend chose {getattr(self._attention_backend, 'value', self._attention_backend)}"
         return "" if self.context is None else context_parallel.unsupported(self.context)
 
-    def chosen(self):
+    def masked(self, args, kwargs):
+        """Whether a call has a mask that the stock processor takes and this one does not."""
+        return False
+
+    def chosen(self, masked=False):
         """The stock processor with what the user has chosen; None where this one runs."""
-        if self._attention_backend is None and self._parallel_config is None:
+        if self._attention_backend is None and self._parallel_config is None and not masked:
             return None
         reason = self.why_stock()
+        if not reason and masked and self.stock is not None:
+            reason = "the stock processor runs where an attention_mask comes"
+            backend.record("joint_attention", "torch", reason)
         if not reason:
             return None
         if self.context is not None and not hasattr(self.stock, "_parallel_config"):
@@ -68,7 +75,7 @@ def _projected(attend):
     attention and its output projections; the image alone where it came alone."""
     @functools.wraps(attend)
     def call(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        if (stock := self.chosen()) is not None:
+        if (stock := self.chosen(self.masked(args, kwargs))) is not None:
             return stock(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         image, text = attend(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         for module in getattr(attn, "to_out", ()):  # a single block of FLUX.1 projects by itself
@@ -121,10 +128,14 @@ class QwenImageAttnProcessor(Replacing):
 class FluxAttnProcessor(Replacing):
     """Drop-in for diffusers' ``FluxAttnProcessor``, in dual and in single blocks.
 
-    A single block's sequence is one stream already, text first; it is attended as an image stream without text.
+    A single block's sequence is one stream already, text first; it is attended as an image stream without text. Where
+    an attention_mask comes, by joint_attention_kwargs, the stock processor that this one has replaced runs.
     """
 
     options = frozenset({"attention_mask", "image_rotary_emb"})
+
+    def masked(self, args, kwargs):
+        return (args[0] if args else kwargs.get("attention_mask")) is not None
 
     def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
                kit=None):
@@ -134,7 +145,7 @@ class FluxAttnProcessor(Replacing):
         Raises
         ------
         ValueError
-            An attention_mask: FLUX.1 has none.
+            An attention_mask, where this processor has not replaced a stock one.
         """
         if attention_mask is not None:
             raise ValueError(f"attention_mask: expected None, got a mask of shape {list(attention_mask.shape)}")
@@ -189,7 +200,9 @@ def _attend(kit, attn, image, text, tables, context, mask=None):
         streams[0] = streams[0]._replace(names=("to_qkv",))
     if text is not None:
         modules = text_modules(attn)
-        names = ("to_added_qkv",) if getattr(attn, "fused_projections", False) else modules.projections
+        # Without a text query the layers one by one: diffusers leaves fused_projections set after unfusing.
+        fused = getattr(attn, "fused_projections", False) and modules.projections[0] is not None
+        names = ("to_added_qkv",) if fused else modules.projections
         streams.append(_Stream(text, names, modules.norms, tables[1]))
     if kit is direct and mask is None and context is None and (out := _packed(attn, streams)) is not None:
         return (out, None) if text is None else (out[:, :image.shape[1]], out[:, image.shape[1]:])

@@ -37,7 +37,8 @@ def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any], *, i
 
     A block that stands for several layers takes the adapter of the one whose weights it began with. Where it began as
     their average, which is linear in the weights, it takes the average of their adapters: B A of rank r from each make
-    one of the sum of the ranks. Of a linear layer that was narrowed, the adapter keeps the same rows or columns.
+    one of the sum of the ranks; adapters that are more than B A have no average and are left out. Of a linear layer
+    that was narrowed, the adapter keeps the same rows or columns.
 
     Parameters
     ----------
@@ -58,15 +59,20 @@ def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any], *, i
     place = {name: {layer - blocks.source[0][0]: (index, share) for index, layers in enumerate(blocks.source)
                     for layer, share in zip(layers, init_weights(len(layers), init), strict=True)}
              for name, blocks in lists.items() if len(blocks.source)}
+    matches = {key: pattern.match(key) for key in state}
+    # Modules whose adapter is more than B A, with a magnitude (DoRA) or a bias: there is no average of these.
+    beyond = {_module_of(match) for match in matches.values() if match and not match[4].endswith((*_PAIR, ".alpha"))}
     for key, value in state.items():
-        match = pattern.match(key)
+        match = matches[key]
         if match is None:
             renamed[key] = value
             continue
         prefix, name, layer, rest = match.groups()
         index, share = place.get(name, {}).get(int(layer), (None, 0))
         path = _LEAF.split(rest, maxsplit=1)[0]
-        if not share or not _has(lists[name][index], path) or (share < 1 and not rest.endswith(_PAIR)):
+        averaged = share < 1
+        if not share or not _has(lists[name][index], path) or (averaged and (not rest.endswith(_PAIR)
+                                                                             or _module_of(match) in beyond)):
             dropped.append(key)
             continue
         new = f"{prefix}{name}.{index}.{rest}"
@@ -86,6 +92,11 @@ def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any], *, i
         if alphas:
             made[f"{new.removesuffix(_PAIR[1])}.alpha"] = float(renamed[first].shape[0])
     return renamed, dropped
+
+
+def _module_of(match: re.Match) -> tuple[str, ...]:
+    """The module of the teacher that an adapter's weight is for."""
+    return (*match.groups()[:3], _LEAF.split(match[4], maxsplit=1)[0])
 
 
 _PAIR = (".lora_A.weight", ".lora_B.weight")

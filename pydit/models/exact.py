@@ -255,3 +255,4 @@ def _packing(stock: type) -> type:
 PROCESSORS: dict[type, type] = {stock: _packing(stock) for stock in (
     transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0, transformer_flux.FluxAttnProcessor,
     diffusers_processor.JointAttnProcessor2_0)}
+globals().update({processor.__name__: processor for processor in PROCESSORS.values()})  # where pickle looks for them

@@ -20,8 +20,9 @@ from torch import nn
 from pydit.families import BlockSpec
 from pydit.models import flux_lora
 from pydit.models.adapter import BlockIO, ModelAdapter
+from pydit.models.caches import know_as
 from pydit.models.flux_blocks import PrunedFluxSingleTransformerBlock, PrunedFluxTransformerBlock
-from pydit.models.pruned import PrunedModel, affine_in_place_of, plan_of, require_depth
+from pydit.models.pruned import AffineBlock, PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.plan import PruningPlan
 
 flux_lora.install()
@@ -129,4 +130,9 @@ class PrunedFluxTransformer2DModel(PrunedModel, FluxTransformer2DModel):
 
     @functools.wraps(FluxTransformer2DModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **self._with_residuals(kwargs))
+        return super().forward(**self._with_residuals(args, kwargs))
+
+
+for _form, _stock in ((PrunedFluxTransformerBlock, FluxTransformerBlock), (AffineBlock, FluxTransformerBlock),
+                      (PrunedFluxSingleTransformerBlock, FluxSingleTransformerBlock)):
+    know_as(_form, _stock)

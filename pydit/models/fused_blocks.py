@@ -44,7 +44,7 @@ class Fused(Stock):
                ) -> list[Output | None]:
         processor = attn.processor
         ours = isinstance(processor, attention.Replacing) and processor.chosen() is None and _plain(attn, type(attn))
-        if not (ours and options.keys() <= processor.options):
+        if not (ours and options.keys() <= processor.options and options.get("attention_mask") is None):
             return super().attend(attn, image, text, options)
         out_image, out_text = processor.attend(attn, image, text, **options, kit=cls.ops)
         found = [cls._through(attn._modules.get("to_out", ()), out_image)]

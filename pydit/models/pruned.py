@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +18,7 @@ from pydit.errors import FormatError, UserError
 from pydit.families import BlockSpec
 from pydit.models.adapter import get_adapter
 from pydit.models.by_source import remap_lora, residuals_by_source, warn_of_dropped
+from pydit.models.caches import refuse_layer_skip
 from pydit.models.routing import RoutedBlocks, TeacherLayers
 from pydit.plan import PruningPlan
 
@@ -155,6 +158,13 @@ class PrunedModel:
         for block, layers in zip(self.own_blocks, self.source, strict=True):
             if layers[0] in regions:
                 block.hand_on(regions[layers[0]] not in idle)
+        self._rerouted()
+
+    def _rerouted(self) -> None:
+        """Tell whoever swaps the modules that run, :func:`pydit.accelerate`, that others do now."""
+        swap = self.__dict__.get("_pydit_on_route")
+        if swap is not None:
+            swap(self)
 
     def _unit_of(self, pair: tuple[int, int]) -> tuple[int, int]:
         """The unit that an interval of the plan lies in; any other pair as it is."""
@@ -167,6 +177,7 @@ class PrunedModel:
         self.plan.require_match(teacher)
         layers = get_adapter(self.family).blocks(teacher)
         self._attach({k: layers[k] for start, end in self.plan.units for k in range(start, end + 1)})
+        self._rerouted()
 
     def _attach(self, layers: Mapping[int, nn.Module]) -> None:
         shared = TeacherLayers(layers)
@@ -201,13 +212,48 @@ class PrunedModel:
             pretrained_model_name_or_path_or_dict = renamed
         return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
+    def save_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Warns
+        -----
+        UserWarning
+            The file numbers the student's blocks, where loading takes numbers for the teacher's.
+        """
+        super().save_lora_adapter(*args, **kwargs)
+        if self.source != [[k] for k in range(len(self.source))]:
+            warnings.warn("save_lora_adapter: the file numbers the blocks of the pruned model; set lora_layers = "
+                          '"student" before loading it', UserWarning, stacklevel=2)
+
+    def enable_cache(self, config: Any) -> None:
+        """As in diffusers.
+
+        Raises
+        ------
+        UserError
+            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query.
+        """
+        if type(config).__name__ == "TaylorSeerCacheConfig" and not config.use_lite_mode:
+            without = [k for k, block in enumerate(self.own_blocks)
+                       if getattr(getattr(block, "attn", None), "pydit_text", ("", ""))[1] == "keys"]
+            if without:
+                raise UserError(f"enable_cache: expected a cache of whole blocks, because attention of the blocks "
+                                f"{without} gives no text, got TaylorSeerCacheConfig; use_lite_mode=True works")
+        super().enable_cache(config)
+
     def follow_source(self, state: Mapping[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:
         """:func:`pydit.models.by_source.remap_lora` for this model."""
         lists = dict(zip(get_adapter(self.family).block_lists, self._lists, strict=True))
         return remap_lora(lists, state, init=self.init, **options)
 
-    def _with_residuals(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a forward with ControlNet residuals where the teacher's layers are."""
+    def _with_residuals(self, args: tuple, arguments: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a forward by name, with ControlNet residuals where the teacher's layers are."""
+        refuse_layer_skip(self, args, arguments)
+        if args:
+            names = list(inspect.signature(super().forward).parameters)
+            if len(args) > len(names):
+                raise UserError(f"forward: expected up to {len(names)} arguments, got {len(args)}")
+            arguments = dict(zip(names, args, strict=False)) | arguments
         for name, (where, rule) in self.residual_arguments.items():
             if not arguments.get(name):
                 continue

@@ -16,6 +16,7 @@ from torch import nn
 
 from pydit.families import BlockSpec
 from pydit.models.adapter import BlockIO, ModelAdapter
+from pydit.models.caches import know_as
 from pydit.models.pruned import AffineBlock, PrunedModel, affine_in_place_of, plan_of, require_depth
 from pydit.models.qwen_image_blocks import PrunedQwenImageTransformerBlock
 from pydit.plan import PruningPlan
@@ -108,4 +109,8 @@ class PrunedQwenImageTransformer2DModel(PrunedModel, QwenImageTransformer2DModel
 
     @functools.wraps(QwenImageTransformer2DModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **self._with_residuals(kwargs))
+        return super().forward(**self._with_residuals(args, kwargs))
+
+
+for _form in (PrunedQwenImageTransformerBlock, AffineBlock):
+    know_as(_form, QwenImageTransformerBlock)

@@ -146,4 +146,4 @@ class PrunedSD3Transformer2DModel(PrunedModel, SD3Transformer2DModel):
 
     @functools.wraps(SD3Transformer2DModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **self._with_residuals(kwargs))
+        return super().forward(**self._with_residuals(args, kwargs))

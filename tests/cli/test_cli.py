@@ -439,7 +439,17 @@ def test_bench_hands_its_options_on(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     assert main(["bench", "--path", str(tmp_path), "--filter", "x"]) == 0
     for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]  # monkeypatch would bring it back
+
+
+@pytest.mark.parametrize("name, option", [("layers", "--config"), ("model", "--variants")])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_a_bench_of_layers_or_models(name, option, flag, capsys):
+    """Wrong options of theirs point to it."""
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", name, flag])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and told.startswith(f"usage: pydit bench {name} ") and option in told
 
 
 def test_every_module_of_the_command_is_thin():

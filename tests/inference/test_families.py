@@ -88,6 +88,14 @@ def test_controlnets_alone_and_in_a_pipeline(family):
     assert all(map(torch.equal, call(pipe.controlnet, cond(inputs)), residuals))
 
 
+def test_a_compiled_controlnet_is_taken_along():
+    pipe = types.SimpleNamespace(transformer=tiny.transformer(2), controlnet=torch.compile(qwen_control(), backend="eager"))
+    pydit.accelerate(pipe)
+    assert {row["path"] for row in pydit.report(pipe)["model"]["controlnets"][0]["blocks"]} == {"pydit"}
+    pydit.restore(pipe)
+    assert not [m for m in pipe.controlnet.modules() if type(m).__module__.startswith("pydit")]
+
+
 VARIANTS = {  # model, batch
     "qwen-image": (lambda: tiny.transformer(2), tiny.batch),
     "qwen-image edit": (lambda: tiny.transformer(2, zero_cond_t=True),

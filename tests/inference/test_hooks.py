@@ -120,6 +120,14 @@ def test_layer_skip_is_refused():
     assert torch.equal(run(model, batch), expected)
 
 
+def test_layer_skip_on_a_pruned_model_is_refused_without_accelerate():
+    """With as many text tokens as image tokens it would swap the streams without a word."""
+    model = pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)]))
+    apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="transformer_blocks", skip_attention=True, skip_ff=True))
+    with pytest.raises(UserError, match=r"apply_layer_skip: .* got transformer_blocks.1, which returns the text first"):
+        run(model, tiny.batch(text=16, masked=False))
+
+
 def test_qkv_fusion_that_does_nothing_says_so():
     model, batch = pydit.accelerate(tiny.transformer(2)), tiny.batch()
     expected = run(model, batch)
@@ -131,6 +139,17 @@ def test_qkv_fusion_that_does_nothing_says_so():
     flux.fuse_qkv_projections()
     assert flux.transformer_blocks[0].attn.fused_projections
     torch.testing.assert_close(run(flux, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_qkv_fusion_that_leaves_norms_out_is_refused():
+    model, batch = pydit.accelerate(tiny.sd3()), tiny.sd3_batch()
+    expected, other = run(model, batch), tiny.sd3(dual_attention_layers=())
+    with pytest.raises(UserError, match="fuse_qkv_projections: expected a model without QK norm, .* got qk_norm 'rms_norm'"):
+        model.fuse_qkv_projections()
+    assert torch.equal(run(model, batch), expected)
+    before = run(other, batch)
+    other.fuse_qkv_projections()
+    assert not torch.allclose(run(other, batch), before, rtol=1e-3, atol=1e-3)  # else there is nothing left to refuse
 
 
 def test_more_shapes_than_the_compiler_keeps_graphs_for():

@@ -138,6 +138,45 @@ def test_a_weight_file_of_another_shape_is_refused(tmp_path):
         load_pipeline(path)
 
 
+def test_what_would_not_come_back_is_not_written(pruned, tmp_path):
+    """Diffusers writes adapters' names into the weights, or fails where there are none."""
+    model = pruned.transformer
+    name = next(name for name, module in model.named_modules() if name.endswith("attn.to_q"))
+    lora = {f"transformer.{name}.lora_{side}.weight": torch.ones(*shape) for side, shape in
+            (("A", (2, model.get_submodule(name).in_features)), ("B", (model.get_submodule(name).out_features, 2)))}
+    model.lora_layers = "student"
+    model.load_lora_adapter(lora)
+    with pytest.raises(UserError, match="pipe: expected plain weights, got transformer with adapters, .* unload them"):
+        save_pipeline(pruned, tmp_path / "x")
+    model.fuse_lora()
+    model.unload_lora()
+    expected = _output(model)
+    save_pipeline(pruned, tmp_path / "fused")
+    assert torch.equal(_output(load_pipeline(tmp_path / "fused").transformer), expected)
+    model.transformer_blocks[0].attn.fused_projections = True
+    with pytest.raises(UserError, match="got transformer with fused ones, .* unfuse_qkv_projections before saving"):
+        save_pipeline(pruned, tmp_path / "x")
+    model.transformer_blocks[0].attn.fused_projections = False
+    model.proj_out.to("meta")
+    with pytest.raises(UserError, match="pipe: expected weights at hand, got transformer, which offloading has emptied"):
+        save_pipeline(pruned, tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["fused"]
+
+
+def test_a_compiled_transformer_is_saved_as_itself(pruned, tmp_path):
+    student = pruned.transformer
+    expected = _output(student)
+    pruned.register_modules(transformer=torch.compile(student, backend="eager"))
+    save_pipeline(pruned, tmp_path / "stock")
+    assert pruned.transformer._orig_mod is student
+    assert torch.equal(_output(load_pipeline(tmp_path / "stock").transformer), expected)
+    with pytest.warns(UserWarning, match="start as the identity"):
+        thinned = prune(load_pipeline(untrained()).transformer, PruningPlan("qwen-image", 6, linear_ffn=[1]))
+    pruned.register_modules(transformer=torch.compile(thinned, backend="eager"))
+    save_pipeline(pruned, tmp_path / "thinned", remote_code=True)
+    assert torch.equal(_output(load_pipeline(tmp_path / "thinned").transformer), _output(thinned))
+
+
 def test_content_hash_sees_names_and_bytes(tmp_path):
     path = _copy(tmp_path)
     assert content_hash(path) == content_hash(untrained())

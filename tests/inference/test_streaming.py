@@ -113,6 +113,10 @@ def test_refusals_leave_nothing_behind(tmp_path):
         with pytest.raises(error, match=message):
             prune_pipeline(*given, **options)
     config = json.loads((path / "transformer" / "config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes_4bit"}}
+    files.write_json(path / "transformer" / "config.json", quantized)
+    with pytest.raises(UserError, match="transformer: expected plain weights, got quantized ones in .*; prune before"):
+        prune_pipeline(path, plan, tmp_path / "out")
     files.write_json(path / "transformer" / "config.json", config | {"num_layers": 3})
     with pytest.raises(FormatError, match="expected weights that match the config in .* unexpected tensors"):
         prune_pipeline(path, PruningPlan.from_intervals(3, [(1, 2)]), tmp_path / "out")

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pydit
 from pydit.errors import UserError
@@ -241,3 +242,44 @@ def lora_of(teacher, name, modules):
             found[f"transformer.{name}.{number}.{module}.lora_B.weight"] = torch.randn(weight.shape[0], 2,
                                                                                        generator=generator) * 0.1
     return found
+
+
+def test_residuals_by_position():
+    """The eighth argument of Qwen-Image's forward."""
+    batch, model = tiny.batch(), pydit.prune(tiny.transformer(10), QWEN)
+    samples = samples_of(batch, 3, 16)
+    expected = run(model, {**batch, "controlnet_block_samples": samples})
+    given = [batch[name] for name in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep",
+                                      "img_shapes")]
+    with torch.no_grad():
+        assert torch.equal(model(*given, None, None, samples, return_dict=False)[0], expected)
+        with pytest.raises(UserError, match="forward: expected up to 10 arguments, got 12"):
+            model(*given, *[None] * 7)
+
+
+@pytest.mark.parametrize("kind", ["lora_magnitude_vector.weight", "lora_B.bias"])
+def test_adapters_that_have_no_average(kind):
+    """Half of a DoRA would be another adapter: all of it is left out, and counted."""
+    state = {f"transformer_blocks.{layer}.attn.to_q.{name}": torch.ones(shape) for layer in range(4)
+             for name, shape in (("lora_A.weight", (2, 64)), ("lora_B.weight", (64, 2)), (kind, (64,)))}
+    state["transformer_blocks.1.attn.to_k.lora_A.weight"] = torch.ones(2, 64)
+    state["transformer_blocks.1.attn.to_k.lora_B.weight"] = torch.ones(64, 2)
+    model = pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)]), init="average")
+    renamed, dropped = model.follow_source(state)
+    assert sorted(dropped) == sorted(key for key in state if ".to_q." in key and key.split(".")[1] in "12")
+    assert {key.split(".")[1] for key in renamed if ".to_q." in key} == {"0", "2"}
+    assert {key for key in renamed if ".to_k." in key} == {f"transformer_blocks.1.attn.to_k.lora_{x}.weight" for x in "AB"}
+
+
+def test_a_saved_lora_says_whose_blocks_it_numbers(tmp_path):
+    model = pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)]))
+    state = {f"transformer.transformer_blocks.3.attn.to_q.lora_{x}.weight": torch.ones(shape)
+             for x, shape in (("A", (2, 64)), ("B", (64, 2)))}
+    model.load_lora_adapter(state, adapter_name="a")
+    expected = run(model, tiny.batch())
+    with pytest.warns(UserWarning, match='numbers the blocks of the pruned model; set lora_layers = "student" before'):
+        model.save_lora_adapter(tmp_path, adapter_name="a")
+    other = pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)]))
+    other.lora_layers = "student"
+    other.load_lora_adapter(load_file(tmp_path / "pytorch_lora_weights.safetensors"), prefix=None, adapter_name="a")
+    assert torch.equal(run(other, tiny.batch()), expected)

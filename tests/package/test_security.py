@@ -248,6 +248,33 @@ def test_a_configuration_that_names_attention_on_the_hub(tmp_path, entry):
         check_pipeline(tmp_path)
 
 
+def test_a_configuration_that_names_experts_on_the_hub(tmp_path):
+    files.write_json(tmp_path / "model_index.json", {"text_encoder": ["transformers", "X"]})
+    (tmp_path / "text_encoder").mkdir()
+    files.write_json(tmp_path / "text_encoder" / "config.json", {"experts_implementation": "grouped_mm"})
+    check_pipeline(tmp_path)
+    files.write_json(tmp_path / "text_encoder" / "config.json", {"text_config": {"_experts_implementation": "sonicmoe"}})
+    with pytest.raises(FormatError, match="config.json, got 'sonicmoe', which may be fetched from the hub"):
+        check_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [
+    {"quant_method": "mxfp4"}, {"quant_method": "fp8"}, {"quant_method": "nunchaku_lite"}, {"quant_method": "gguf"},
+    {"quant_method": None}, {}, 5, ["x"]], ids=str)
+def test_a_configuration_whose_quantization_takes_kernels_from_the_hub(tmp_path, entry):
+    """Both libraries would fetch them when such weights are loaded, whatever local_files_only says, and run them."""
+    files.write_json(tmp_path / "model_index.json", {"text_encoder": ["transformers", "X"]})
+    (tmp_path / "text_encoder").mkdir()
+    file = tmp_path / "text_encoder" / "config.json"
+    for known in (None, {"quant_method": "bitsandbytes_4bit"}, {"load_in_8bit": True}, {"quant_method": "torchao"}):
+        files.write_json(file, {"quantization_config": known})
+        check_pipeline(tmp_path)
+    for config in ({"quantization_config": entry}, {"text_config": {"quantization_config": entry}}):
+        files.write_json(file, config)
+        with pytest.raises(FormatError, match="expected weights that are not quantized, or by one of .*config.json, got .* hub"):
+            check_pipeline(tmp_path)
+
+
 def test_a_component_elsewhere(tmp_path):
     (tmp_path / "p").mkdir()
     files.write_json(tmp_path / "p" / "model_index.json", {"../x": ["diffusers", "X"]})

@@ -1,0 +1,298 @@
+"""What users do to an accelerated or baked model afterwards: pickle, cast, compile, prune, route, adapt."""
+
+import io
+import pickle
+import types
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.models.transformers import transformer_flux
+
+import pydit
+from pydit import backend
+from pydit.errors import UserError
+from pydit.plan import PruningPlan
+from tests.inference.test_schedule import lora_of
+from tests.models import tiny
+
+FAMILIES = {"qwen-image": (lambda: tiny.transformer(3), tiny.batch), "flux": (tiny.flux, tiny.flux_batch),
+            "sd3.5": (tiny.sd3, tiny.sd3_batch)}
+
+
+def run(model, batch):
+    with torch.no_grad():
+        return model(**batch, return_dict=False)[0]
+
+
+def rows(model, kind):
+    return {(row["path"], row["reason"]): row["count"] for row in pydit.report(model)["model"][kind]}
+
+
+def one(batch, **others):
+    """The first sample."""
+    return {name: value[:1] if isinstance(value, torch.Tensor) and "ids" not in name else value
+            for name, value in batch.items()} | others
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pickled(family, exact):
+    """As torch.save of a whole model, or sending one to another process, does it."""
+    make, batch = FAMILIES[family]
+    model, inputs = pydit.accelerate(make(), exact=exact), batch()
+    expected, file = run(model, inputs), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(run(other, inputs), expected)
+        assert pydit.report(other)["model"] == pydit.report(model)["model"]
+        assert torch.equal(run(pydit.restore(other), inputs), run(make(), inputs))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_pickled_table_still_follows_adapters():
+    model, other = pydit.bake_schedule(tiny.transformer(2), [0.5]), tiny.transformer(2)
+    model, lora = pickle.loads(pickle.dumps(model)), lora_of(tiny.transformer(2), ("img_mod.1", "to_q"))
+    for each in (model, other):
+        each.load_lora_adapter(dict(lora))
+    batch = {**tiny.batch(images=1), "timestep": torch.tensor([0.5])}
+    assert torch.equal(run(model, batch), run(other, batch))
+
+
+def test_a_pickled_model_with_graphs_says_that_it_has_none():
+    model = pydit.accelerate(tiny.transformer(1), cuda_graphs=True)
+    other = pickle.loads(pickle.dumps(model))
+    assert rows(other, "graphs") == {("stock", "a pickled copy records nothing; accelerate it again"): 1}
+    assert torch.equal(run(pydit.restore(other), tiny.batch()), run(tiny.transformer(1), tiny.batch()))
+
+
+def test_a_model_under_torch_compile():
+    """`pipe.transformer = torch.compile(pipe.transformer)` before accelerate, bake_schedule and restore."""
+    batch = {**tiny.batch(images=1, masked=False), "timestep": torch.tensor([0.5])}
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny.transformer(2), backend="aot_eager", fullgraph=True)
+    pipe, stock = types.SimpleNamespace(transformer=compiled), run(compiled, batch)
+    assert pydit.accelerate(pipe) is pipe and pipe.transformer is compiled
+    assert set(rows(compiled, "blocks")) == {("pydit", "")}
+    fast = run(compiled, batch)
+    torch.testing.assert_close(fast, stock, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(fast, stock)
+    pydit.bake_schedule(pipe, [0.5])
+    torch.testing.assert_close(run(compiled, batch), stock, rtol=1e-4, atol=1e-4)
+    pydit.restore(compiled)
+    assert torch.equal(run(compiled, batch), stock) and set(rows(compiled, "modulation")) != {("table", "")}
+
+
+def test_a_table_follows_the_dtype_of_the_model():
+    batch = {**tiny.batch(images=1), "timestep": torch.tensor([0.5])}
+    low = tiny.cast(batch, torch.bfloat16)
+    expected = run(tiny.transformer(2).bfloat16(), low)
+    model = pydit.bake_schedule(tiny.transformer(2), [0.5]).to(torch.bfloat16)
+    assert torch.equal(run(model, low), expected)
+    assert torch.equal(run(pydit.restore(model), low), expected)
+    model = pydit.restore(pydit.bake_schedule(tiny.transformer(2), [0.5]).to(torch.bfloat16))  # without a forward
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.equal(run(model, low), expected)
+    model = pydit.bake_schedule(tiny.transformer(2), [0.5])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    run(compiled, batch)
+    model.to(torch.bfloat16)
+    with pytest.raises(Exception, match="expected torch.float32, in which its schedule was baked"):
+        run(compiled, low)
+
+
+def test_timesteps_that_a_narrower_dtype_cannot_tell_apart():
+    """SD3 embeds them in float32 whatever the model's dtype is, so casting a model must not round the table's keys."""
+    low = one(tiny.cast({**tiny.sd3_batch()}, torch.bfloat16))
+    model = pydit.bake_schedule(tiny.sd3(), [1000.0, 999.0], pooled_projections=low["pooled_projections"].float())
+    model.to(torch.bfloat16)
+    for time in (1000.0, 999.0):
+        batch = {**low, "timestep": torch.tensor([time])}
+        assert torch.equal(run(model, batch), run(tiny.sd3().bfloat16(), batch))
+    with pytest.raises(UserError, match="expected one of the 2 of the baked schedule"):
+        run(model, {**low, "timestep": torch.tensor([998.0])})
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("init", ["first", "average"])
+@pytest.mark.parametrize("family", ["qwen-image", "flux"])
+def test_a_student_of_an_accelerated_teacher_is_plain(family, init, exact):
+    make, batch = FAMILIES[family]
+    depth, name = {"qwen-image": (3, "qwen-image"), "flux": (4, "flux.1")}[family]
+    plan = PruningPlan.from_intervals(depth, [(0, 1)], family=name)
+    expected = run(pydit.prune(make(), plan, init=init), batch())
+    teacher = pydit.accelerate(make(), exact=exact)
+    fast = run(teacher, batch())
+    student = pydit.prune(teacher, plan, init=init)
+    assert torch.equal(run(student, batch()), expected)
+    assert not [type(m) for m in student.transformer_blocks.modules() if type(m).__module__.startswith("pydit.models.fused")]
+    assert set(rows(pydit.accelerate(student), "blocks")) == {("pydit", "")}
+    assert torch.equal(run(pydit.restore(student), batch()), expected) and torch.equal(run(teacher, batch()), fast)
+
+
+def test_models_that_cannot_be_pruned():
+    plan = PruningPlan.from_intervals(3, [(1, 2)])
+    with pytest.raises(UserError, match="transformer: expected one with its modulation weights, got a baked schedule"):
+        pydit.prune(pydit.bake_schedule(tiny.transformer(3), [0.5]), plan)
+    model = tiny.transformer(3)
+    model.is_quantized = True
+    with pytest.raises(UserError, match="transformer: expected plain weights, got a quantized model"):
+        pydit.prune(model, plan)
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_cond_t": True}], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_blocks_that_a_new_route_brings_in(exact, config):
+    """Layers of the teacher, or blocks that were idle: swapped when they come, and the report counts what runs."""
+    batch = {**tiny.batch(images=2), "img_shapes": [[(1, 2, 4), (1, 2, 4)]] * 2}
+    plan = PruningPlan.from_intervals(5, [(1, 2)])
+    for start, then in (([(1, 2)], []), ([], [(1, 2)])):
+        teacher = tiny.transformer(5, **config)
+        model, other = pydit.prune(teacher, plan), pydit.prune(tiny.transformer(5, **config), plan)
+        expected = {}
+        for route in (start, then):
+            other.set_active(route)
+            expected[len(route)] = run(other, batch)
+        model.set_active(start)
+        pydit.accelerate(model, exact=exact)
+        for route in (start, then, start):
+            model.set_active(route)
+            ours = [type(block).__module__.startswith("pydit.models") for block in model.transformer_blocks]
+            assert all(ours) and sum(rows(model, "blocks").values()) == len(ours) == 5 - len(route)
+            assert sum(rows(model, "attention").values()) == len(ours)
+            torch.testing.assert_close(run(model, batch), expected[len(route)], rtol=0 if exact else 1e-4,
+                                       atol=0 if exact else 1e-4)
+        pydit.restore(model)
+        for route in (start, then):
+            model.set_active(route)
+            assert torch.equal(run(model, batch), expected[len(route)])
+        assert torch.equal(run(teacher, batch), run(tiny.transformer(5, **config), batch))
+
+
+def test_a_layer_of_two_accelerated_models():
+    teacher = tiny.transformer(4)
+    model = pydit.prune(teacher, PruningPlan.from_intervals(4, [(1, 2)]))
+    model.set_active([])
+    pydit.accelerate(teacher)
+    pydit.accelerate(model)
+    assert rows(model, "blocks") == {("pydit", ""): 2, ("pydit", "shared with another accelerated model"): 2}
+    assert rows(model, "attention") == {("pydit", ""): 4}
+    pydit.restore(teacher)
+    assert rows(model, "blocks") == {("pydit", ""): 2, ("stock", "a model that shares the block was restored"): 2}
+    assert ("pydit", "") in rows(model, "attention") and sum(rows(model, "attention").values()) == 4
+    assert torch.equal(run(pydit.restore(model), tiny.batch()), run(tiny.transformer(4), tiny.batch()))
+
+
+CACHES = {"first block": lambda: FirstBlockCacheConfig(threshold=0.4),
+          "mag": lambda: MagCacheConfig(mag_ratios=torch.ones(4), num_inference_steps=4, threshold=0.5, max_skip_steps=2)}
+THINNED = {"linear FFN": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, linear_ffn=[0, 3]), tiny.batch),
+           "affine": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, affine=[2]), tiny.batch),
+           "linear text": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, text_linear=[(1, 3)]), tiny.batch),
+           "flux": (tiny.flux, PruningPlan("flux.1", 4, linear_ffn=[0, 3]), tiny.flux_batch)}
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("kind", THINNED)
+def test_block_caches_on_thinned_out_models(kind, cache):
+    make, plan, batch = THINNED[kind]
+    inputs = batch()
+
+    def steps(model):
+        with model.cache_context("cond"):
+            return torch.stack([run(model, {**inputs, "hidden_states": inputs["hidden_states"] * scale})
+                                for scale in (1.0, 1.01, 1.02, 1.6)])
+
+    plain = steps(pydit.prune(make(), plan))
+    stock = pydit.prune(make(), plan)
+    stock.enable_cache(CACHES[cache]())
+    expected = steps(stock)
+    assert not torch.allclose(expected, plain)
+    for first in (True, False):
+        model = pydit.prune(make(), plan)
+        for act in (lambda m=model: m.enable_cache(CACHES[cache]()), lambda m=model: pydit.accelerate(m))[::1 if first else -1]:
+            act()
+        torch.testing.assert_close(steps(model), expected, rtol=1e-4, atol=1e-4)
+        assert set(rows(model, "blocks")) == {("pydit", "")}
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+def test_a_cache_of_text_that_attention_does_not_give():
+    model = pydit.prune(tiny.transformer(5), PruningPlan("qwen-image", 5, text_linear=[(1, 3)]))
+    with pytest.raises(UserError, match=r"enable_cache: .* because attention of the blocks \[2, 3\] gives no text, got Taylor"):
+        model.enable_cache(TaylorSeerCacheConfig())
+    model.enable_cache(TaylorSeerCacheConfig(use_lite_mode=True))
+
+
+def test_a_mask_of_flux_runs_the_stock_processor(monkeypatch):
+    """joint_attention_kwargs may carry one, which diffusers hands to its attention."""
+    monkeypatch.setattr(backend, "_taken", {})
+    mask = torch.ones(2, 1, 1, 27, dtype=torch.bool)
+    mask[1, ..., 4:7] = False
+    batch = {**tiny.flux_batch(), "joint_attention_kwargs": {"attention_mask": mask}}
+    expected = run(tiny.flux(), batch)
+    assert not torch.allclose(expected, run(tiny.flux(), tiny.flux_batch()))
+    torch.testing.assert_close(run(pydit.accelerate(tiny.flux()), batch), expected, rtol=1e-4, atol=1e-4)
+    row = pydit.report()["joint_attention"]
+    assert row["path"] == "torch" and "stock processor runs where an attention_mask comes" in row["reason"]
+    assert torch.equal(run(pydit.accelerate(tiny.flux(), exact=True), batch), expected)
+
+
+def ip_adapter(model):
+    """As pipelines load it: other processors in the dual blocks, new ones of the same class in the single blocks."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"{block}.to_{which}_ip.{name}": torch.randn(shape, generator=generator) * 0.3
+               for block in range(2) for which in "kv" for name, shape in (("weight", (64, 24)), ("bias", (64,)))}
+    projection = {"proj.weight": torch.randn(96, 16, generator=generator), "proj.bias": torch.zeros(96),
+                  "norm.weight": torch.ones(24), "norm.bias": torch.zeros(24)}
+    model._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+    return model
+
+
+def test_an_ip_adapter_of_flux():
+    def batch():
+        image = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
+        return {**tiny.flux_batch(), "joint_attention_kwargs": {"ip_adapter_image_embeds": [image]}}
+
+    expected = run(ip_adapter(tiny.flux()), batch())
+    kind = "FluxIPAdapterAttnProcessor"
+    for make, reason in ((lambda: pydit.accelerate(ip_adapter(tiny.flux())), f"no fused form of {kind}"),
+                         (lambda: ip_adapter(pydit.accelerate(tiny.flux())), f"{kind} was set after pydit.accelerate")):
+        model = make()
+        assert rows(model, "attention") == {("pydit", ""): 2, ("stock", reason): 2}
+        torch.testing.assert_close(run(model, batch()), expected, rtol=1e-4, atol=1e-4)
+        model.set_attention_backend("_native_math")
+        stock = ip_adapter(tiny.flux())
+        stock.set_attention_backend("_native_math")
+        assert sum(count for (path, _), count in rows(model, "attention").items() if path == "stock") == 4
+        torch.testing.assert_close(run(model, batch()), run(stock, batch()), rtol=1e-4, atol=1e-4)
+        model.reset_attention_backend()
+        tiny.flux().set_attention_backend("native")  # the choice above is global in diffusers
+        pydit.restore(model)
+        assert {type(p).__module__ for p in model.attn_processors.values()} == {transformer_flux.__name__}
+        assert torch.equal(run(model, batch()), expected)
+
+
+@pytest.mark.parametrize("name", ["exact", "cuda_graphs"])
+def test_options_that_are_no_answer(name):
+    with pytest.raises(UserError, match=f"{name}: expected True or False, got 'no'"):
+        pydit.accelerate(tiny.transformer(1), **{name: "no"})
+
+
+def test_projections_fused_and_unfused_on_sd3():
+    """Diffusers puts back the processors it found, ours, and leaves what says that projections are fused."""
+    batch = tiny.sd3_batch()
+    make = lambda: tiny.sd3(dual_attention_layers=(), qk_norm=None)  # noqa: E731
+    stock = run(make(), batch)
+    for again in (True, False):
+        model = pydit.accelerate(make())
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(run(model, batch), stock, rtol=1e-4, atol=1e-4)
+        if not again:
+            pydit.restore(model)
+        model.unfuse_qkv_projections()
+        torch.testing.assert_close(run(model, batch), stock, rtol=1e-4, atol=1e-4)
+        assert set(rows(model, "attention")) == {("pydit", "") if again else ("stock", "pydit.accelerate was not called")}
+    assert torch.equal(run(model, batch), stock)
+    assert not [p for p in model.attn_processors.values() if type(p).__module__.startswith("pydit")]
