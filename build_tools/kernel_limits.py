@@ -28,7 +28,7 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("(joint_attention(_backward)?|second_moments|grouped_linear)_sm90",
+    Rule("(joint_attention(_backward)?|second_moments|hsic_gram|grouped_linear)_sm90",
          "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
     Rule("(second_moments|grouped_linear)_sm90_kernel<.*, 2>", "blocks of a cluster share what they load",
          arch="sm_90a", requires=frozenset({"UTMALDG.MULTICAST", "UCGABAR_WAIT"})),
