@@ -13,7 +13,7 @@
 // Cost at n = 512, L = 60, d = 3072: 54 GFLOP, 55 us at 989 TFLOP/s. 240 jobs for 132 SMs: the busiest have one of
 // either kind, 18 blocks, where 16.4 would be an equal share: 61 us. L2 gives 256 or 384 rows to a job, 472 MB where
 // the portable kernel asks for 755: 79 us at 6 TB/s, a rate that is assumed. Memory: the features once, 189 MB, 39 us
-// at 4.8 TB/s, and 39 MB of K written. Expected: 85 us, with what the ends of jobs cost (below). None of it is measured
+// at 4.8 TB/s, and 35 MB of K written. Expected: 85 us, with what the ends of jobs cost (below). None of it is measured
 // yet.
 //
 // Order. Jobs are numbered layer by layer, so that those of a layer run side by side and L2 brings its rows from memory
