@@ -29,7 +29,7 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("(joint_attention(_backward)?|second_moments|grouped_linear)_sm90",
+    Rule("(joint_attention(_backward)?|second_moments|hsic_gram|grouped_linear)_sm90",
          "TMA feeds wgmma, and warpgroups trade registers", arch="sm_90a", requires=HOPPER | {"USETMAXREG"}),
     # What setmaxnreg deals out is what the launch gave the block: 128 x 24 + 256 x 240 = 384 x 168 registers, or 128 x
     # 32 + 384 x 160 = 512 x 128. With fewer the warpgroups that multiply would wait for theirs for good.

@@ -23,7 +23,9 @@ from pydit.version import __version__
 KERNEL_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the device is not of compute capability 9.x",
                 "the portable kernel: a tensor's address or strides are not multiples of 16 bytes, or a stride is 0",
                 "the portable kernel: built without sm_90a",
-                "the Hopper kernel (TMA, wgmma), clusters of two blocks that share what they load")
+                "the Hopper kernel (TMA, wgmma), clusters of two blocks that share what they load",
+                "the portable kernel: the Hopper kernel is not for this shape",
+                "the portable kernel: the CUDA toolkit or driver is older than 12.1")
 # Until benchmarks/results holds a file of a GPU; tests/package/test_backend.py keeps the two together.
 NOT_MEASURED = "the CUDA kernel, whose speed has not been measured yet"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h

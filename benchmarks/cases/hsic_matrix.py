@@ -2,6 +2,8 @@
 
 Peers: all Gram matrices in one ``bmm`` with float32 sums, U-centred, and one product V V^T of L rows (eager and
 compiled); and one pair of layers after another, as torch_cka and its relatives do.
+
+Of the model "...-offset" every channel has a mean that pydit subtracts: the Hopper kernel does more for those.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from pydit.ops import reference
 SHAPES = {  # model, rows, layers, channels, dtype
     "full": (("qwen-image", 256, 60, 3072, "bf16"), ("qwen-image", 512, 60, 3072, "bf16"),
              ("qwen-image", 1024, 60, 3072, "bf16"), ("qwen-image", 2048, 60, 3072, "bf16"),
-             ("sd3.5-large", 512, 38, 2432, "fp16")),
-    "small": (("tiny", 40, 3, 72, "bf16"),),
+             ("qwen-image-offset", 512, 60, 3072, "bf16"), ("sd3.5-large", 512, 38, 2432, "fp16")),
+    "small": (("tiny", 40, 3, 72, "bf16"), ("tiny-offset", 140, 2, 72, "bf16")),
 }
 
 
@@ -31,14 +33,43 @@ def hsic_matrix_work(n: int, layers: int, d: int) -> Work:
                 flops=n * (n + 1) * layers * d + n * (n + 1) * layers * (layers + 1) // 2)
 
 
+def gram_work(n: int, layers: int, d: int, hopper: bool) -> Work:
+    """What a gram kernel asks of memory, mostly of L2, and multiplies, the padding of its tiles included.
+
+    Rows of features as often as a tile or a job reads them, and the shifts; Gram matrices, and for each block of 64
+    columns fp64 sums of the rows.
+    """
+    tiles, steps = -(-n // 128), -(-d // 64)
+    rows = [min(128, n - tile * 128) for tile in range(tiles)]
+    read = products = stored = shifts = 0
+    for row in range(tiles):
+        for column in range(row, tiles):
+            if not hopper:
+                read += rows[row] + (rows[column] if row < column else 0)
+                products += 128 * 128
+                shifts += steps * 256 * 32  # eight words of each thread
+            blocks = 3 if hopper and row == column else 4
+            stored += blocks * 64 * 64 * 4 + 64 * 8 * (4 if row == column else 8)
+    for row in range(0, tiles, 2) if hopper else ():
+        for column in range(row, tiles, 2):
+            below, right = sum(rows[row:row + 2]), sum(rows[column:column + 2])
+            read += below if row == column else below + 2 * right
+            jobs = 1 if row == column else 2
+            products += jobs * (10 if row == column else 8) * 64 * 64
+            shifts += jobs * steps * 96 * 16  # a vector of each thread that subtracts
+    return Work(bytes=layers * (read * d * 2 + shifts + stored), flops=layers * products * steps * 64 * 2)
+
+
 def hsic_matrix(model, n, layers, d, dtype) -> Case:
+    offset = 64.0 if model.endswith("-offset") else 0.0
+
     def make(device):
         """Layers that share directions, as those of one model do."""
         common = torch.randn(n, 16, device=device)
-        return tuple((torch.randn(n, d, device=device) + common @ torch.randn(16, d, device=device)).to(DTYPES[dtype])
-                     for _ in range(layers))
+        return tuple((torch.randn(n, d, device=device) + common @ torch.randn(16, d, device=device)
+                      + offset).to(DTYPES[dtype]) for _ in range(layers))
 
-    slow = (Peer("pairwise", lambda: pairwise),) if n <= 512 else ()
+    slow = (Peer("pairwise", lambda: pairwise),) if n <= 512 and not offset else ()
     return Case("hsic_matrix", model, f"{layers}x{n}x{d}", dtype, hsic_matrix_work(n, layers, d), make,
                 lambda *x: ops.hsic_matrix(x), _exact, composed, (eager_peer(composed), compiled(composed), *slow),
                 call=_call)

@@ -12,6 +12,7 @@
 
 #ifdef PYDIT_WITH_SIM
 #include "sim/control.h"
+#include "sim/counters.h"
 #endif
 
 namespace py = pybind11;
@@ -67,6 +68,7 @@ struct Backend {
   int (*second_moments_path)(const pydit_second_moments_params*);
   int64_t (*second_moments_workspace)(const pydit_second_moments_params*);
   int (*hsic_matrix)(const pydit_hsic_matrix_params*);
+  int (*hsic_matrix_path)(const pydit_hsic_matrix_params*);
   int64_t (*hsic_matrix_workspace)(const pydit_hsic_matrix_params*);
   int (*grouped_linear)(const pydit_grouped_linear_params*);
   int (*grouped_linear_path)(const pydit_grouped_linear_params*);
@@ -212,6 +214,7 @@ void define_ops(py::module_ m, const Backend& backend) {
     const py::object workspace = allocate(backend.hsic_matrix_workspace(&p));
     p.workspace = data(workspace);
     call(backend, backend.hsic_matrix, p);
+    return backend.hsic_matrix_path(&p);
   });
   // linears: (x, weight, bias, residual, gate, split, norm_weight, cos, sin, head_dim, out) each
   m.def("grouped_linear", [backend](py::list linears, int activation, double eps, py::function allocate, int cluster,
@@ -254,8 +257,8 @@ void define_ops(py::module_ m, const Backend& backend) {
         pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path, \
         pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace,              \
         pydit_##name##_second_moments, pydit_##name##_second_moments_path, pydit_##name##_second_moments_workspace,   \
-        pydit_##name##_hsic_matrix, pydit_##name##_hsic_matrix_workspace, pydit_##name##_grouped_linear,              \
-        pydit_##name##_grouped_linear_path, pydit_##name##_grouped_linear_workspace                                   \
+        pydit_##name##_hsic_matrix, pydit_##name##_hsic_matrix_path, pydit_##name##_hsic_matrix_workspace,            \
+        pydit_##name##_grouped_linear, pydit_##name##_grouped_linear_path, pydit_##name##_grouped_linear_workspace    \
   }
 
 }  // namespace
@@ -280,15 +283,19 @@ PYBIND11_MODULE(_C, m) {
   sim.def("last_report", &pydit_sim_last_report);
   sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });
   sim.attr("race_build") = pydit_sim_race_build() != 0;
-  sim.def("counters", [] {
+  const auto counters = [](const std::string& kernel) {
     uint64_t counts[PYDIT_SIM_COUNTERS];
-    pydit_sim_counters(counts);
+    if (kernel.empty())
+      pydit_sim_counters(counts);
+    else
+      pydit_sim_counters_of(kernel.c_str(), counts);
     const char* const names[PYDIT_SIM_COUNTERS] = {"global_loaded",  "global_stored", "shared_loaded",
                                                    "shared_stored",  "tensor_ops",    "shared_requests",
                                                    "bank_conflicts", "warpgroups"};
     py::dict result;
     for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) result[names[i]] = counts[i];
     return result;
-  });
+  };
+  sim.def("counters", counters, py::arg("kernel") = "");
 #endif
 }

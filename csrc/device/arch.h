@@ -19,6 +19,22 @@ inline cudaError_t count_multiprocessors(int* count) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// Whether kernels may have parameters of more than 4 KB, up to 32,764 bytes: since CUDA 12.1, of the toolkit and of the
+// driver.
+#if defined(PYDIT_SIM) || CUDART_VERSION >= 12010
+constexpr bool kLargeParameters = true;
+#else
+constexpr bool kLargeParameters = false;
+#endif
+inline bool large_parameters() {
+#ifdef PYDIT_SIM
+  return true;
+#else
+  int version = 0;
+  return kLargeParameters && cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
+#endif
+}
+
 // PYDIT_PATH_* for tensors that suit the copy engine, or do not.
 inline int hopper_path(bool aligned) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)

@@ -1,19 +1,25 @@
 #include "sim/race_launch.h"
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 
+#include "sim/counters.h"
 #include "sim/race.h"
+#include "sim/scheduler.h"
 
 namespace simt::race {
 namespace {
 
 std::mutex mutex;
 std::map<const Kernel*, std::unique_ptr<Launch>> launches;
-uint64_t last_counts[PYDIT_SIM_COUNTERS] = {};
-thread_local std::vector<Span> named;  // by allow(), for the next launch of this host thread
+using Counts = std::array<uint64_t, PYDIT_SIM_COUNTERS>;
+Counts last_counts = {};
+std::map<std::string, Counts> counts_of;  // by kernel
+thread_local std::vector<Span> named;     // by allow(), for the next launch of this host thread
 
 }  // namespace
 
@@ -36,6 +42,7 @@ LaunchScope::~LaunchScope() {
   const auto found = launches.find(&kernel_);
   if (found == launches.end()) return;
   for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) last_counts[i] = found->second->counts[i];
+  counts_of[kernel_.name] = last_counts;
   launches.erase(found);
 }
 
@@ -49,5 +56,13 @@ void detail::allow(const void* pointer, size_t bytes, bool writable, const char*
 
 void pydit_sim_counters(uint64_t counts[PYDIT_SIM_COUNTERS]) {
   const std::lock_guard<std::mutex> lock(simt::race::mutex);
-  std::copy(std::begin(simt::race::last_counts), std::end(simt::race::last_counts), counts);
+  std::copy(simt::race::last_counts.begin(), simt::race::last_counts.end(), counts);
+}
+
+void pydit_sim_counters_of(const char* kernel, uint64_t counts[PYDIT_SIM_COUNTERS]) {
+  const std::lock_guard<std::mutex> lock(simt::race::mutex);
+  std::fill_n(counts, PYDIT_SIM_COUNTERS, 0);
+  for (const auto& [name, found] : simt::race::counts_of) {
+    if (name.find(kernel) != std::string::npos) std::copy(found.begin(), found.end(), counts);
+  }
 }

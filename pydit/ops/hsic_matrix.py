@@ -13,7 +13,7 @@ from pydit.ops.second_moments import KERNEL_DTYPES
 
 _OP = "hsic_matrix"
 _MAX_KERNEL_LAYERS, _MAX_KERNEL_ROWS = 128, 1 << 20
-_GRAM_BYTES = 600 << 20  # of Gram tiles kept at a time; 60 layers of 2048 rows fit
+_GRAM_BYTES = 570 << 20  # of Gram tiles kept at a time; 60 layers of 2048 rows fit
 
 
 def hsic_matrix(features: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -69,8 +69,10 @@ def _hsic_matrix(features):
             features = [x if x.stride(-1) == 1 else x.contiguous() for x in features]
             hsic = first.new_empty((layers, layers), dtype=torch.float64)
             with backend.device_of(first):
-                path.kernels.hsic_matrix(features, hsic, lambda size: first.new_empty(size, dtype=torch.uint8),
-                                         _GRAM_BYTES, backend.DTYPE_CODES[first.dtype], backend.stream_of(first))
+                taken = path.kernels.hsic_matrix(features, hsic, lambda size: first.new_empty(size, dtype=torch.uint8),
+                                                 _GRAM_BYTES, backend.DTYPE_CODES[first.dtype],
+                                                 backend.stream_of(first))
+            backend.explain(_OP, backend.KERNEL_PATHS[taken])
             return hsic
     return reference.hsic_matrix(features)
 

@@ -13,6 +13,9 @@ from pydit.stats import CKA
 from tests.ops import cases
 
 HALF = [torch.bfloat16, torch.float16]
+HOPPER = ["sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)]
+every_kernel = pytest.mark.parametrize("device", ["reference", "sim", *HOPPER], indirect=True)
+hopper_kernel = pytest.mark.parametrize("device", HOPPER, indirect=True)
 
 
 def make(n, widths, dtype, device, *, offset=0.0, layout="contiguous", seed=0):
@@ -56,9 +59,42 @@ def test_values(n, widths, dtype, device):
     check(make(n, widths, dtype, device))
 
 
+# Row blocks of 64, tiles of 128 and super tiles of 256: one too many, one too few, none; a last step of 8 channels.
+@hopper_kernel
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+@pytest.mark.parametrize(("n", "widths"), [(129, (16, 8)), (192, (64,)), (255, (200,)), (257, (72,)), (385, (24,))])
+def test_values_of_super_tiles(n, widths, copies, device, monkeypatch):
+    monkeypatch.setenv("PYDIT_SIM_ASYNC", copies)
+    if device.type == "cpu":
+        backend.configure_sim()
+    features = make(n, widths, torch.bfloat16, device, layout="strided")
+    check(features)
+    assert device.type == "cuda" or backend.KERNEL_PATHS[0] in backend.report()["hsic_matrix"]["reason"]
+    assert torch.equal(ops.hsic_matrix(features), ops.hsic_matrix(features))
+
+
+@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
+@pytest.mark.parametrize("n", [5, 63, 64, 65, 127, 128, 130, 256, 513])
+def test_any_number_of_rows(n, device):
+    check(make(n, (8,), torch.bfloat16, device))
+
+
+@every_kernel
+@pytest.mark.parametrize("layers", [1, 2, 17, 65])
+def test_layers_of_different_widths(layers, device):
+    check(make(130, [8 * (1 + i % 10) for i in range(layers)], torch.float16, device))
+
+
+@hopper_kernel
+def test_thousands_of_channels_in_one_sum(device):
+    """The Hopper kernel sums all channels in float32, 192 additions here; the bound is that of every other test."""
+    check(make(140, (3072, 8192), torch.bfloat16, device))
+
+
+@every_kernel
 @pytest.mark.parametrize("layout", ["strided", "unaligned"])
 def test_layouts(layout, device):
-    check(make(70, (72, 24), torch.bfloat16, device, layout=layout))
+    check(make(140, (72, 24), torch.bfloat16, device, layout=layout))
 
 
 @pytest.mark.parametrize("layers", [17, 33, 70])
@@ -66,12 +102,13 @@ def test_many_layers(layers, device):
     check(make(12, (9,) * layers, torch.bfloat16, device))
 
 
-def test_groups_of_tiles(device, kernel_only, monkeypatch):
-    """Little memory: Gram tiles one at a time, two at a time, and all at once give the same."""
-    features = make(200, (24, 40), torch.bfloat16, device)
+@pytest.mark.parametrize("device", ["sim", *HOPPER], indirect=True)
+def test_groups_of_tiles(device, monkeypatch):
+    """Little memory: super tiles of 256 x 256 one at a time, two at a time, and all at once give the same."""
+    features = make(300, (24, 40), torch.bfloat16, device)
     whole = ops.hsic_matrix(features)
-    for tiles in (0, 1, 2, 4):
-        monkeypatch.setattr(sys.modules["pydit.ops.hsic_matrix"], "_GRAM_BYTES", tiles * 2 * 65536)
+    for supers in (0, 1, 2, 3):
+        monkeypatch.setattr(sys.modules["pydit.ops.hsic_matrix"], "_GRAM_BYTES", supers * 2 * 4 * 65536)
         torch.testing.assert_close(ops.hsic_matrix(features), whole, rtol=1e-6, atol=0)
     check(features)
 
@@ -103,16 +140,33 @@ def test_values_of_wide_dtypes(dtype, device):
     assert "torch multiplies in float64" in backend.report()["hsic_matrix"]["reason"]
 
 
+@every_kernel
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("offset", [3.0, 50.0, 1000.0])
 def test_values_with_an_offset(dtype, offset, device):
     """The 16-bit input keeps what it keeps of a spread of 1; the kernel loses nothing more."""
-    check(make(60, (64, 32), dtype, device, offset=offset))
+    check(make(140, (64, 32), dtype, device, offset=offset))
 
 
+@hopper_kernel
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+def test_values_with_shifts_in_some_steps(copies, dtype, device, monkeypatch):
+    """Channels shifted and not: alone in a step of 64, all of a step, none, the last of a step that is not whole."""
+    monkeypatch.setenv("PYDIT_SIM_ASYNC", copies)
+    if device.type == "cpu":
+        backend.configure_sim()
+    features = make(260, (328,), dtype, device)
+    features[0][:, 5] += 1000
+    features[0][:, 64:128] -= 300
+    features[0][:, 327] += 1000
+    check(features)
+
+
+@every_kernel
 def test_values_with_massive_channels(device):
     """One channel a thousand times as large as the rest and nearly constant, as diffusion transformers have."""
-    features = make(100, (128, 64), torch.bfloat16, device)
+    features = make(140, (128, 64), torch.bfloat16, device)
     for x in features:
         x[:, 5] = 4000 + 16 * x[:, 5]
     check(features)
@@ -126,20 +180,25 @@ def test_unrelated_wide_features(device):
     assert abs(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt()) < 0.05
 
 
-def test_constant_rows_give_exactly_zero(device):
-    x, = make(20, (24,), torch.bfloat16, device)
-    for constant in (torch.zeros_like(x), x[:1].expand(20, -1), torch.full_like(x, 0.1)):
+@every_kernel
+@pytest.mark.parametrize("n", [20, 140])
+def test_constant_rows_give_exactly_zero(n, device):
+    x, = make(n, (24,), torch.bfloat16, device)
+    for constant in (torch.zeros_like(x), x[:1].expand(n, -1), x[:1].expand(n, -1).clone(), torch.full_like(x, 0.1)):
         hsic = ops.hsic_matrix([x, constant])
         assert hsic[0, 0] > 0 and not hsic[1].any() and not hsic[:, 1].any()
 
 
+@every_kernel
 def test_run_to_run_equality(device):
     features = make(200, (40, 70, 33), torch.bfloat16, device)
     assert torch.equal(ops.hsic_matrix(features), ops.hsic_matrix(features))
 
 
-def test_not_finite_is_not_hidden(device):
-    x, y = make(20, (8, 8), torch.bfloat16, device)
+@every_kernel
+@pytest.mark.parametrize("n", [20, 140])
+def test_not_finite_is_not_hidden(n, device):
+    x, y = make(n, (8, 8), torch.bfloat16, device)
     x[3, 4] = torch.nan
     hsic = ops.hsic_matrix([x, y])
     assert hsic[0].isnan().all() and hsic[1, 1].isfinite()
@@ -158,11 +217,27 @@ def test_cka_takes_the_kernel(device):
         CKA(1).update([batches[0][0][:3]])
 
 
+@pytest.mark.parametrize(("device", "n", "d", "layout", "words"), [
+    ("sim", 140, 16, "contiguous", "not of compute capability 9.x"),
+    ("sim-90a", 140, 16, "contiguous", backend.KERNEL_PATHS[0]),
+    ("sim-90a", 140, 16, "unaligned", "not multiples of 16 bytes"),
+    ("sim-90a", 140, 20, "contiguous", "not multiples of 16 bytes"),
+    ("sim-90a", 140, 16, "expanded", "or a stride is 0"),
+    ("sim-90a", 128, 16, "contiguous", "not for this shape"),
+    ("sim-90a", 129, 8200, "contiguous", "not for this shape"),
+    ("reference", 140, 16, "contiguous", "the tensors are on the CPU")], indirect=["device"])
+def test_report_names_the_kernel(device, n, d, layout, words):
+    features = make(n, (d,), torch.bfloat16, device, layout=layout)
+    ops.hsic_matrix([x[:1].expand(n, -1) for x in features] if layout == "expanded" else features)
+    assert words in backend.report()["hsic_matrix"]["reason"]
+
+
 @cases.examples(12)
+@every_kernel
 @given(data=st.data())
 def test_any_shape(device, data):
     widths = data.draw(st.lists(st.integers(1, 140), min_size=1, max_size=4))
-    check(make(data.draw(st.integers(4, 140)), widths, data.draw(st.sampled_from(HALF)), device,
+    check(make(data.draw(st.integers(4, 200)), widths, data.draw(st.sampled_from(HALF)), device,
                layout=data.draw(st.sampled_from(["contiguous", "strided", "unaligned"]))), bound=1e-4)
 
 

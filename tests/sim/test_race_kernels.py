@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import registry
+from benchmarks.cases.hsic_matrix import gram_work
 from benchmarks.cases.linear import hopper_bytes as linear_bytes
 from benchmarks.cases.second_moments import hopper_bytes
 
@@ -138,6 +139,44 @@ def test_clusters_read_as_their_models_say(environment):
     assert linear_bytes(1, (6889, 512), 3072, 9216, 2, 2) / 1e9 == pytest.approx(3.28 + 0.136, rel=0.005)
     assert hopper_bytes(7401, 3072, 1, 132) / 1e6 == pytest.approx(985 + 131, rel=0.005)
     assert hopper_bytes(7401, 3072, 2, 132) / 1e6 == pytest.approx(716 + 132, rel=0.005)
+
+
+GRAM = """
+import json, os
+import torch
+from pydit import backend, ops
+module, _ = backend.extension()
+for os.environ["PYDIT_SIM_ARCH"] in ("80", "90a"):
+    backend.configure_sim()
+    for n, layers, d in %s:
+        ops.hsic_matrix([torch.randn(n, d).bfloat16() for _ in range(layers)])
+        kernels = [module.sim.counters(name) for name in ("hsic_gram_sm90" if os.environ["PYDIT_SIM_ARCH"] == "90a"
+                                                          else "gram_kernel", "contract_kernel")]
+        print(json.dumps([backend.report()["hsic_matrix"]["reason"], *kernels]))
+"""
+
+
+def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
+    """Both gram kernels at sizes with whole and with ragged super tiles, and what their heads scale up."""
+    shapes = [(512, 1, 64), (300, 2, 136), (130, 1, 72)]
+    done = subprocess.run([sys.executable, "-c", GRAM % shapes], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for hopper in (False, True):
+        for n, layers, d in shapes:
+            reason, gram, contract = lines.pop(0)
+            assert ("the Hopper kernel (TMA" in reason) == hopper
+            model = gram_work(n, layers, d, hopper)
+            assert gram["global_loaded"] + gram["global_stored"] == model.bytes and 2 * gram["tensor_ops"] == model.flops
+            assert gram["bank_conflicts"] == contract["bank_conflicts"] == 0
+            jobs = layers * -(-n // 256) ** 2
+            assert gram["warpgroups"] == (2 * min(jobs, 4) if hopper else 0)  # four multiprocessors
+    rows = 2 * 3072 * 60  # bytes of a row of all layers
+    assert gram_work(512, 60, 3072, False).bytes == pytest.approx(rows * 2048 + 60 * 10 * (48 * 8192 + 65536), rel=0.01)
+    work = gram_work(512, 60, 3072, True)
+    assert work.flops / 1e9 == pytest.approx(54.4, rel=0.001)
+    assert rows * (2 * 256 + 2 * 384) / 1e6 == pytest.approx(472, rel=0.001)
+    assert work.bytes / 1e6 == pytest.approx(472 + 35 + 18, rel=0.01)  # and K, and the shifts
 
 
 def test_the_hopper_kernel_is_built_and_reads_as_its_model_says(environment):

@@ -181,8 +181,8 @@ typedef struct {
  * matrix x x^T with its diagonal set to 0, U-centred (Szekely and Rizzo 2014).
  *   features[l]: [n, dim[l]] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  n = rows >= 4
  *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike has HSIC 0 exactly.
- * workspace: hsic_matrix_workspace() bytes of any content; free again when the stream is past this call. Gram matrices
- * take at most `gram_bytes` of it, or those of one tile; if not all fit, each is computed twice.
+ * workspace: hsic_matrix_workspace() bytes at a multiple of 16, of any content; free again when the stream is past
+ * this call. At most `gram_bytes` of it are Gram matrices, or 256 x 256 elements of each; what is more is made twice.
  * Run to run the bits are the same on one device. FLOPs: n (n + 1) sum(dim) + n^2 layers (layers + 1) / 2. */
 #define PYDIT_MAX_LAYERS 128
 typedef struct {
@@ -239,13 +239,15 @@ typedef struct {
 } pydit_grouped_linear_params;
 
 /* Which kernel an op takes for these arguments on the current device: joint_attention_path(),
- * joint_attention_backward_path(), second_moments_path(), grouped_linear_path(). */
+ * joint_attention_backward_path(), second_moments_path(), hsic_matrix_path(), grouped_linear_path(). */
 enum {
-  PYDIT_PATH_HOPPER = 0,      /* TMA and wgmma */
-  PYDIT_PATH_NOT_HOPPER = 1,  /* portable: the device is not of compute capability 9.x */
-  PYDIT_PATH_UNALIGNED = 2,   /* portable: a pointer or stride is not a multiple of 16 bytes, or a stride is 0 */
-  PYDIT_PATH_NOT_BUILT = 3,   /* portable: built without sm_90a */
-  PYDIT_PATH_HOPPER_PAIRS = 4 /* TMA and wgmma; blocks in clusters of two share what they load */
+  PYDIT_PATH_HOPPER = 0,       /* TMA and wgmma */
+  PYDIT_PATH_NOT_HOPPER = 1,   /* portable: the device is not of compute capability 9.x */
+  PYDIT_PATH_UNALIGNED = 2,    /* portable: a pointer or stride is not a multiple of 16 bytes, or a stride is 0 */
+  PYDIT_PATH_NOT_BUILT = 3,    /* portable: built without sm_90a */
+  PYDIT_PATH_HOPPER_PAIRS = 4, /* TMA and wgmma; blocks in clusters of two share what they load */
+  PYDIT_PATH_SHAPE = 5,        /* portable: the Hopper kernel is not for this shape */
+  PYDIT_PATH_OLD_CUDA = 6      /* portable: the toolkit or the driver is older than CUDA 12.1 */
 };
 
 #define PYDIT_DECLARE_BACKEND(backend)                                                                        \
@@ -264,6 +266,7 @@ enum {
   int pydit_##backend##_second_moments_path(const pydit_second_moments_params*);                              \
   int64_t pydit_##backend##_second_moments_workspace(const pydit_second_moments_params*);                     \
   int pydit_##backend##_hsic_matrix(const pydit_hsic_matrix_params*);                                         \
+  int pydit_##backend##_hsic_matrix_path(const pydit_hsic_matrix_params*);                                    \
   int64_t pydit_##backend##_hsic_matrix_workspace(const pydit_hsic_matrix_params*);                           \
   int pydit_##backend##_grouped_linear(const pydit_grouped_linear_params*);                                   \
   int pydit_##backend##_grouped_linear_path(const pydit_grouped_linear_params*);                              \

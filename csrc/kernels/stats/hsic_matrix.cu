@@ -1,88 +1,52 @@
-// Unbiased HSIC of every pair of L feature matrices [n, d]; see pydit.h. One kernel for all devices (sm_80 and up).
+// Unbiased HSIC of every pair of L feature matrices [n, d]; see pydit.h. All kernels but the Hopper version of one,
+// which is in hsic_gram_sm90.cu (sm_80 and up), and the entry point.
 //
 //   K = x x^T without its diagonal;  r_i = sum_j K_ij / (n - 2);  c = sum_i r_i / (2 (n - 1))
 //   U_ij = K_ij - (r_i - c) - (r_j - c) for i != j;   HSIC_1(a, b) = <U_a, U_b> / (n (n - 3))   (Szekely, Rizzo 2014)
 //
 // Five kernels. shift: a number per channel, below. gram: tiles of K on and above the diagonal by the tensor cores,
-// kept in fp32, and their row sums in fp64. centre: r_i - c. contract: U from K as it is read, and the products of all
-// pairs of layers, which is V V^T with V of L rows and n^2 / 2 columns, in fp32 with fp64 every 1024. finish: fp64 sums
-// over blocks, in a fixed order.
+// kept in fp32, and sums of their rows in fp64. centre: r_i - c. contract: U from K as it is read, and the products of
+// all pairs of layers, which is V V^T with V of L rows and n^2 / 2 columns, in fp32 with fp64 every 256. finish: fp64
+// sums over blocks, in a fixed order.
 //
-// Cost at n = 512, L = 60, d = 3072: gram 48 GFLOP, 60 with whole diagonal tiles: 61 us at 989 TFLOP/s; 755 MB come
-// from L2. Writing and reading K: 2 x 39 MB, which L2 may hold. contract: 0.67 G fused multiply-adds on 64 x 64 layers:
-// 22 us at 60 T/s.
+// Cost at n = 512, L = 60, d = 3072. gram 48 GFLOP, 60 with whole diagonal tiles: 61 us at 989 TFLOP/s; 755 MB come
+// from L2. On Hopper: 54 GFLOP, 472 MB. Writing and reading K: 2 x 35 MB, which L2 may hold. contract: of 36 blocks of
+// 64 x 64 elements and 10 of the 16 blocks of 16 x 16 layers, as the rest are mirror images, 0.38 G fused
+// multiply-adds: 13 us at 30 T/s. None of this is measured yet.
 //
-// Memory. K of all layers takes 64 KB L per tile. Up to gram_bytes all tiles are kept; beyond, they are made a group at
-// a time, and once more before that for the row sums alone.
+// contract reads 8 vectors of 16 bytes from shared memory for 40 multiply-adds of a thread (64 between two sets). A
+// warp has 8 x 4 threads of the 16 x 16, and lanes i and i ^ 1 or i and i ^ 2 ask for the same vector; a load whose
+// lanes are in such pairs is taken to cost 2 wavefronts and not 4: 16 wavefronts for the 10 clocks that an SM's 128
+// lanes take for 40 (of 64: 16). So shared memory bounds it: 20 us, where 2 x 16 threads would need 24 wavefronts, 30
+// us. If lanes that ask for the same vector all share it, 8 and 12. Which it is has not been measured.
+//
+// Memory. K of all layers takes 256 KB L per super tile of four tiles. Up to gram_bytes all are kept; beyond, they are
+// made a group at a time, and once more before that for the sums of rows alone.
 //
 // Numbers. Products of 16-bit values are exact in fp32 and 256 of them are summed by the tensor cores before the sum is
-// rounded once more. U is formed in fp64: with rows that are all alike it is 0, as all K are the same number.
-// Channels that are nearly constant would make K larger than U, and its rounding with it, as the massive channels of
-// diffusion transformers do. HSIC does not change if the same number is subtracted from a channel in all rows. So where
-// the mean of eight rows is above four times their spread it is subtracted from the registers before they are
+// rounded once more (on Hopper all, see there). U is formed in fp64: with rows that are all alike it is 0, as all K are
+// the same number. Channels that are nearly constant would make K larger than U, and its rounding with it, as the
+// massive channels of diffusion transformers do. HSIC does not change if the same number is subtracted from a channel
+// in all rows. So where the mean of eight rows is above four times their spread it is subtracted before the values are
 // multiplied: exactly, for values between half and twice the number (Sterbenz), else rounded once to 16 bits.
+#include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
 #include "device/reduce.cuh"
 #include "device/vector.cuh"
-#include "kernels/stats/tiles.cuh"
+#include "kernels/stats/hsic_matrix.cuh"
 #include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
 namespace {
 
-constexpr const char* kOp = "hsic_matrix";
-constexpr int kThreads = 256;
+constexpr int kThreads = kContractThreads;
 
 // gram: steps of kStep channels, kStages in flight; fp32 sums of kChunk channels are rounded into another fp32.
-constexpr int kStep = 64, kStages = 3, kChunk = 256;
+constexpr int kStages = 3, kChunk = 256;
 constexpr int kRowBytes = kStep * 2, kOperandBytes = kTile * kRowBytes, kStageBytes = 2 * kOperandBytes;
 constexpr int kSharedBytes = kStages * kStageBytes;
 static_assert(kChunk % kStep == 0 && kSharedBytes <= 99 * 1024, "whole steps; what sm_86 gives a block");
-
-// contract: one set of layers by another, kColumns columns of one row at a time, kSliceRows rows of a tile.
-constexpr int kColumns = 64, kSliceRows = 4;  // of 16 rows, 512 would be 160 slices: a second one for some SMs
-constexpr int kSlicesOfTile = kTile / kColumns * (kTile / kSliceRows);
-constexpr int kMaxContractors = 264;
-
-constexpr int64_t kTileElements = kTile * kTile;
-
-struct Plan {
-  int64_t blocks, padded;  // rows of tiles; rows of x in whole tiles
-  int64_t tiles, group;    // on and above the diagonal; of which are kept at a time
-  int set;                 // layers of one side of a product: 16, 32 or 64
-  int64_t pairs;           // of sets
-  int64_t contractors;     // blocks per pair
-  int64_t channels;        // the most of any layer, in whole steps
-  // The workspace, in this order: row sums of a tile [layers, blocks, padded]; r - c [layers, padded]; products
-  // [contractors, pairs, set, set]; tiles of K [group, layers, kTile, kTile]; shifts [layers, channels].
-  double *sums, *centres, *products;
-  float* grams;
-  uint16_t* shifts;
-  int64_t bytes;
-};
-
-Plan plan_of(const pydit_hsic_matrix_params& p) {
-  Plan plan;
-  plan.blocks = ceil_div(p.rows, kTile), plan.padded = plan.blocks * kTile;
-  plan.tiles = count_triangle(plan.blocks);
-  const int64_t fit = p.gram_bytes / (p.layers * kTileElements * 4);
-  plan.group = plan.tiles < fit ? plan.tiles : fit > 1 ? fit : 1;
-  plan.set = p.layers <= 16 ? 16 : p.layers <= 32 ? 32 : 64;
-  plan.pairs = count_triangle(ceil_div(p.layers, plan.set));
-  plan.contractors = plan.group * kSlicesOfTile < kMaxContractors ? plan.group * kSlicesOfTile : kMaxContractors;
-  plan.sums = static_cast<double*>(p.workspace);
-  plan.centres = plan.sums + p.layers * plan.blocks * plan.padded;
-  plan.products = plan.centres + p.layers * plan.padded;
-  auto* end = plan.products + plan.contractors * plan.pairs * plan.set * plan.set;
-  plan.grams = reinterpret_cast<float*>(end);
-  plan.shifts = reinterpret_cast<uint16_t*>(plan.grams + plan.group * p.layers * kTileElements);
-  int32_t most = 0;
-  for (int layer = 0; layer < p.layers; ++layer) most = p.dim[layer] > most ? p.dim[layer] : most;
-  plan.channels = ceil_div(most, kStep) * kStep;
-  plan.bytes = (end - plan.sums) * 8 + plan.group * p.layers * kTileElements * 4 + p.layers * plan.channels * 2;
-  return plan;
-}
 
 // Shifts ---------------------------------------------------------------------------------------------------------
 
@@ -104,20 +68,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kRows; ++i) spread = fmaxf(spread, fabsf(values[i] - mean));
   reinterpret_cast<T*>(plan.shifts)[layer * plan.channels + channel] =
       from_float<T>(fabsf(mean) > 4 * spread ? mean : 0.f);
-}
-
-// Two numbers minus two others, in 16 bits.
-template <typename T>
-__device__ __forceinline__ uint32_t subtract(uint32_t pair, uint32_t shift);
-template <>
-__device__ __forceinline__ uint32_t subtract<__nv_bfloat16>(uint32_t pair, uint32_t shift) {
-  const auto x = __hsub2(reinterpret_cast<__nv_bfloat162&>(pair), reinterpret_cast<__nv_bfloat162&>(shift));
-  return reinterpret_cast<const uint32_t&>(x);
-}
-template <>
-__device__ __forceinline__ uint32_t subtract<__half>(uint32_t pair, uint32_t shift) {
-  const auto x = __hsub2(reinterpret_cast<__half2&>(pair), reinterpret_cast<__half2&>(shift));
-  return reinterpret_cast<const uint32_t&>(x);
 }
 
 // Gram matrices --------------------------------------------------------------------------------------------------
@@ -169,9 +119,9 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
   }
 }
 
-// Sums of a tile over its columns, per row, and over its rows, per column; every thread has a part of a warp's 64 x 32.
-// `scratch`: 6 x kTile numbers.
-__device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], double* of_rows, double* of_columns,
+// Sums of a tile's rows over each half of its columns and, off the diagonal, of its columns over each half of its rows;
+// every thread has a part of a warp's 64 x 32. `scratch`: 6 x kTile numbers.
+__device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const Plan& plan, int layer, TileAt at,
                                            double* scratch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int my_row = warp / 4 * 64, my_column = warp % 4 * 32;
@@ -194,20 +144,23 @@ __device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], double*
     if (lane < 4) scratch[(4 + warp / 4) * kTile + my_column + i / 2 * 8 + lane * 2 + i % 2] = sum;
   }
   __syncthreads();
-  const int i = threadIdx.x % kTile;
-  if (threadIdx.x < kTile)
-    of_rows[i] = scratch[i] + scratch[kTile + i] + scratch[2 * kTile + i] + scratch[3 * kTile + i];
-  else if (of_columns != nullptr)
-    of_columns[i] = scratch[4 * kTile + i] + scratch[5 * kTile + i];
+  const int i = threadIdx.x % kTile, half = threadIdx.x / kTile;
+  plan.sums_of(layer, 2 * at.column + half)[at.row * kTile + i] =
+      scratch[2 * half * kTile + i] + scratch[(2 * half + 1) * kTile + i];
+  if (at.row != at.column)
+    plan.sums_of(layer, 2 * at.row + half)[at.column * kTile + i] = scratch[(4 + half) * kTile + i];
 }
 
-// One tile of one layer: blockIdx.x counts tiles from `first_tile`, blockIdx.y layers.
+// One tile of one layer: blockIdx.x counts the places of tiles from super tile `first` on, blockIdx.y layers.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan, int first_tile, bool keep) {
+    gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan, int first, bool keep) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   const int layer = blockIdx.y, dim = p.dim[layer];
-  const TileAt at = triangle_tile(static_cast<int>(plan.blocks), first_tile + static_cast<int>(blockIdx.x));
+  const int super = static_cast<int>(blockIdx.x) / kTilesOfSuper, in = blockIdx.x % kTilesOfSuper;
+  const TileAt four = triangle_tile(static_cast<int>(plan.across), first + super);
+  const TileAt at = {2 * four.row + in / 2, 2 * four.column + in % 2};
+  if (at.row > at.column || at.column >= plan.blocks) return;  // no such tile
   const bool square = at.row == at.column;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int my_row = warp / 4 * 64, my_column = warp % 4 * 32;
@@ -244,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   const int64_t rows_left = p.rows - int64_t{at.row} * kTile, columns_left = p.rows - int64_t{at.column} * kTile;
-  float* tile = plan.grams + (static_cast<int64_t>(blockIdx.x) * p.layers + layer) * kTileElements;
+  float* tile = plan.tile_of(super, at.row, at.column, layer);
 #pragma unroll
   for (int i = 0; i < 32; ++i) {  // pairs of neighbours
     const int m = i / 8, n = i / 2 % 4, half = i % 2;
@@ -256,22 +209,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (keep) *reinterpret_cast<float2*>(tile + row * kTile + column) = make_float2(x, y);
   }
   __syncthreads();  // the stages become scratch
-  double* slots = plan.sums + layer * plan.blocks * plan.padded;
-  store_sums(sums, slots + at.column * plan.padded + at.row * kTile,
-             square ? nullptr : slots + at.row * plan.padded + at.column * kTile, reinterpret_cast<double*>(shared));
+  store_sums(sums, plan, layer, at, reinterpret_cast<double*>(shared));
 }
 
 // Centring -------------------------------------------------------------------------------------------------------
 
 // One block per layer.
-__global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan, int64_t rows) {
+__global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan) {
   __shared__ double scratch[kThreads / 32];
-  const double* slots = plan.sums + blockIdx.x * plan.blocks * plan.padded;
+  const int64_t rows = plan.rows;
+  const double* sums = plan.sums_of(static_cast<int>(blockIdx.x), 0);
   double* centres = plan.centres + blockIdx.x * plan.padded;
   double total = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
     double sum = 0;
-    for (int64_t block = 0; block < plan.blocks; ++block) sum += slots[block * plan.padded + i];
+    for (int64_t block = 0; block < 2 * plan.blocks; ++block) sum += sums[block * plan.padded + i];
     centres[i] = sum / static_cast<double>(rows - 2);
     total += centres[i];
   }
@@ -286,190 +238,256 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan, int64
 
 // Contraction ----------------------------------------------------------------------------------------------------
 
-// U of a set of layers at some positions; the gap keeps rows in other banks.
-template <int kLayers>
-using Side = float[kLayers][kColumns + 4];
+// Blocks of a super tile on and above the diagonal, of `blocks` rows of blocks in all.
+__host__ __device__ inline int width_of(TileAt super, int blocks) {
+  const int left = blocks - super.column * kBlocksOfSuper;
+  return left < kBlocksOfSuper ? left : kBlocksOfSuper;
+}
+__host__ __device__ inline int blocks_of(TileAt super, int blocks) {
+  const int width = width_of(super, blocks);
+  return super.row == super.column ? width * (width + 1) / 2 : kBlocksOfSuper * width;
+}
 
-// U of kLayers layers from `first` on, at kColumns positions of one row.
+// The super tile after one, in the order of triangle_tile.
+__host__ __device__ inline TileAt next_super(TileAt super, int across) {
+  return super.column + 1 < across ? TileAt{super.row, super.column + 1} : TileAt{super.row + 1, super.row + 1};
+}
+
+// U of a set of layers in one row, at the columns of a block; the gap keeps layers in other banks.
 template <int kLayers>
-__device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan, const float* tiles, int layers,
-                                          int first, int64_t row, int64_t first_column, int64_t rows) {
-  const int slot = threadIdx.x % kColumns;
-  const int64_t column = first_column + slot;
-  const bool exists = column < rows && column != row;
-#pragma unroll 4
-  for (int i = threadIdx.x / kColumns; i < kLayers; i += kThreads / kColumns) {
+using Side = float[kLayers][kBlock + 4];
+
+// `grams`: K of layer 0 in that row, from the block's first column on. A thread waits for kTogether loads at a time.
+template <int kLayers, int kTogether>
+__device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan, const float* grams, int first, int row,
+                                          int first_column) {
+  const int place = threadIdx.x % kBlock;
+  const int column = first_column + place;
+  const bool exists = column < plan.rows && column != row;
+#pragma unroll kTogether
+  for (int i = threadIdx.x / kBlock; i < kLayers; i += kThreads / kBlock) {
     const int layer = first + i;
     double u = 0;
-    if (exists && layer < layers) {
-      const double gram = tiles[layer * kTileElements + row % kTile * kTile + column % kTile];
+    if (exists && layer < plan.layers) {
+      const double gram = grams[layer * kTileElements + place];
       const double* centres = plan.centres + layer * plan.padded;
       u = gram - centres[row] - centres[column];
       if (fabs(u) <= 1e-12 * fabs(gram)) u = 0;  // rounding: rows that are all alike
     }
-    side[i][slot] = static_cast<float>(u);
+    side[i][place] = static_cast<float>(u);
   }
 }
 
-// Products of U of two sets of layers: blockIdx.y is the pair of sets, blockIdx.x takes slices of `tiles` tiles in
-// turn. A thread has layers threadIdx.x / 16 + 16 a of one set and threadIdx.x % 16 + 16 b of the other.
-template <int kLayers>
-__global__ void __launch_bounds__(kThreads, 2)
-    contract_kernel(const Plan plan, int64_t rows, int layers, int first_tile, int tiles) {
-  constexpr int kEach = kLayers / 16;  // layers of a thread on either side
-  __shared__ __align__(16) Side<kLayers> sides[2];
-  const TileAt pair = triangle_tile((layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
-  const bool same = pair.row == pair.column;
-  const int mine = threadIdx.x / 16, theirs = threadIdx.x % 16;
-  double totals[kEach][kEach];
+// Products of U of two sets of layers, or of one with itself: of that only blocks of 16 layers on and above the
+// diagonal. The block takes `unit` to `end` of the rows of blocks of a group of super tiles, the first being `super`. A
+// thread has layers mine + 16 a of one set and theirs + 16 b of the other.
+template <int kLayers, bool kSame>
+__device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& plan, TileAt pair, TileAt super,
+                                         int unit, int end) {
+  constexpr int kEach = kLayers / 16;                                // layers of a thread on either side
+  constexpr int kTogether = kSame ? 8 : 4, kUnroll = kSame ? 4 : 1;  // as registers allow
+  const auto needed = [](int j) { return !kSame || j / kEach <= j % kEach; };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int mine = warp / 4 * 8 + (lane & 1) + (lane >> 2 & 6), theirs = warp % 4 * 4 + (lane >> 1 & 3);
+  const int all_rows = static_cast<int>(plan.rows), across = static_cast<int>(plan.across);
+  const int blocks = (all_rows + kBlock - 1) / kBlock;
+  double totals[kEach * kEach];
 #pragma unroll
-  for (int i = 0; i < kEach * kEach; ++i) totals[i / kEach][i % kEach] = 0;
-  for (int slice = blockIdx.x; slice < tiles * kSlicesOfTile; slice += gridDim.x) {
-    const int tile = slice / kSlicesOfTile, part = slice % kSlicesOfTile;
-    const TileAt at = triangle_tile(static_cast<int>(plan.blocks), first_tile + tile);
-    const float* grams = plan.grams + static_cast<int64_t>(tile) * layers * kTileElements;
-    const int64_t first_row = int64_t{at.row} * kTile + part / 2 * kSliceRows;
-    const int64_t first_column = int64_t{at.column} * kTile + part % 2 * kColumns;
-    float sums[kEach][kEach];
+  for (int j = 0; j < kEach * kEach; ++j) totals[j] = 0;
+  int before = 0, kept = 0;  // rows of blocks before `super`, and super tiles
+  while (unit < end) {
+    const int size = blocks_of(super, blocks) * kBlock;
+    if (unit >= before + size) {
+      before += size, ++kept, super = next_super(super, across);
+      continue;
+    }
+    const int index = (unit - before) / kBlock, from = (unit - before) % kBlock;
+    const bool diagonal = super.row == super.column;
+    const int width = width_of(super, blocks);
+    const TileAt in = diagonal ? triangle_tile(width, index) : TileAt{index / width, index % width};
+    const int most = kBlock - from < kSliceRows ? kBlock - from : kSliceRows;
+    const int rows = end - unit < most ? end - unit : most;
+    const float* grams = plan.tile_of(kept, in.row / 2, in.column / 2, 0) + (in.row % 2 * kBlock + from) * kTile +
+                         in.column % 2 * kBlock;
+    const int first_row = (super.row * kBlocksOfSuper + in.row) * kBlock + from;
+    const int first_column = (super.column * kBlocksOfSuper + in.column) * kBlock;
+    float sums[kEach * kEach];
 #pragma unroll
-    for (int i = 0; i < kEach * kEach; ++i) sums[i / kEach][i % kEach] = 0;
-    for (int64_t row = first_row; row < first_row + kSliceRows && row < rows; ++row) {
+    for (int j = 0; j < kEach * kEach; ++j) sums[j] = 0;
+    for (int i = 0; i < rows && first_row + i < all_rows; ++i) {
       __syncthreads();
-      load_side<kLayers>(sides[0], plan, grams, layers, pair.row * kLayers, row, first_column, rows);
-      if (!same) load_side<kLayers>(sides[1], plan, grams, layers, pair.column * kLayers, row, first_column, rows);
+      const float* row = grams + i * kTile;
+      load_side<kLayers, kTogether>(sides[0], plan, row, pair.row * kLayers, first_row + i, first_column);
+      if (!kSame)
+        load_side<kLayers, kTogether>(sides[1], plan, row, pair.column * kLayers, first_row + i, first_column);
       __syncthreads();
-      const Side<kLayers>&left = sides[0], &right = sides[same ? 0 : 1];
-#pragma unroll 4
-      for (int i = 0; i < kColumns; i += 4) {
+      const Side<kLayers>&left = sides[0], &right = sides[kSame ? 0 : 1];
+#pragma unroll kUnroll
+      for (int column = 0; column < kBlock; column += 4) {
         float4 a[kEach], b[kEach];
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
-          a[j] = *reinterpret_cast<const float4*>(&left[mine + 16 * j][i]);
-          b[j] = *reinterpret_cast<const float4*>(&right[theirs + 16 * j][i]);
+          a[j] = *reinterpret_cast<const float4*>(&left[mine + 16 * j][column]);
+          b[j] = *reinterpret_cast<const float4*>(&right[theirs + 16 * j][column]);
         }
 #pragma unroll
         for (int j = 0; j < kEach * kEach; ++j) {
-          float& sum = sums[j / kEach][j % kEach];
+          if (!needed(j)) continue;
           const float4 &x = a[j / kEach], &y = b[j % kEach];
-          sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
+          sums[j] = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sums[j]))));
         }
       }
     }
-    const double weight = at.row == at.column ? 1 : 2;  // a tile off the diagonal stands for its mirror image as well
+    const double weight = diagonal && in.row == in.column ? 1 : 2;  // above the diagonal: its mirror image as well
 #pragma unroll
-    for (int i = 0; i < kEach * kEach; ++i) totals[i / kEach][i % kEach] += weight * sums[i / kEach][i % kEach];
+    for (int j = 0; j < kEach * kEach; ++j) totals[j] += weight * sums[j];
+    unit += rows;
   }
   double* products = plan.products + (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * kLayers * kLayers;
 #pragma unroll
-  for (int i = 0; i < kEach * kEach; ++i)
-    products[(mine + i / kEach * 16) * kLayers + theirs + i % kEach * 16] = totals[i / kEach][i % kEach];
+  for (int j = 0; j < kEach * kEach; ++j) {
+    if (needed(j)) products[(mine + j / kEach * 16) * kLayers + theirs + j % kEach * 16] = totals[j];
+  }
+}
+
+// blockIdx.y is the pair of sets; blockIdx.x has an equal run of the `units` rows of blocks of a group of super tiles,
+// from super tile `first` on.
+template <int kLayers>
+__global__ void __launch_bounds__(kThreads, 2) contract_kernel(const Plan plan, int first, int units) {
+  __shared__ __align__(16) Side<kLayers> sides[2];
+  const TileAt pair = triangle_tile((plan.layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
+  const TileAt super = triangle_tile(static_cast<int>(plan.across), first);
+  const auto start_of = [&](unsigned block) { return static_cast<int>(int64_t{units} * block / gridDim.x); };
+  const int from = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
+  if (pair.row == pair.column)
+    contract<kLayers, true>(sides, plan, pair, super, from, end);
+  else
+    contract<kLayers, false>(sides, plan, pair, super, from, end);
 }
 
 // hsic = (or +=) the sum over blocks of `contract` / (n (n - 3)): blockIdx.y as there, blockIdx.x one layer of its
-// first set.
+// first set. Of a set with itself, what lies below the diagonal is the mirror image of what was computed.
 template <int kLayers>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const Plan plan, double* hsic, int64_t rows, int layers, bool add) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const Plan plan, double* hsic, bool add) {
   constexpr int kParts = kThreads / kLayers;
   __shared__ double scratch[kParts][kLayers];
-  const int column = threadIdx.x % kLayers, part = threadIdx.x / kLayers;
-  const double* products = plan.products + blockIdx.y * kLayers * kLayers + blockIdx.x * kLayers + column;
+  const int row = static_cast<int>(blockIdx.x), column = threadIdx.x % kLayers, part = threadIdx.x / kLayers;
+  const TileAt pair = triangle_tile((plan.layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
+  const bool mirrored = pair.row == pair.column && row / 16 > column / 16;
+  const double* products =
+      plan.products + blockIdx.y * kLayers * kLayers + (mirrored ? column * kLayers + row : row * kLayers + column);
   double sum = 0;
 #pragma unroll 8
   for (int64_t i = part; i < plan.contractors; i += kParts) sum += products[i * plan.pairs * kLayers * kLayers];
   scratch[part][column] = sum;
   __syncthreads();
-  const TileAt pair = triangle_tile((layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
-  const int a = pair.row * kLayers + static_cast<int>(blockIdx.x), b = pair.column * kLayers + column;
-  if (part > 0 || a >= layers || b >= layers) return;
+  const int a = pair.row * kLayers + row, b = pair.column * kLayers + column;
+  if (part > 0 || a >= plan.layers || b >= plan.layers) return;
 #pragma unroll
   for (int i = 1; i < kParts; ++i) sum += scratch[i][column];
-  sum /= static_cast<double>(rows) * static_cast<double>(rows - 3);
-  double* target = hsic + a * layers + b;
+  sum /= static_cast<double>(plan.rows) * static_cast<double>(plan.rows - 3);
+  double* target = hsic + a * plan.layers + b;
   *target = add ? *target + sum : sum;
-  if (pair.row != pair.column) hsic[b * layers + a] = *target;  // inside one set the mirror image is another thread's
+  if (pair.row != pair.column)
+    hsic[b * plan.layers + a] = *target;  // inside one set the mirror image is another thread's
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
 
-template <typename T>
-void name_features(const pydit_hsic_matrix_params& p) {
-  for (int layer = 0; layer < p.layers; ++layer)
-    name_tensor("features", p.features[layer], false, sizeof(T), p.dim[layer], {p.rows}, {p.stride[layer]});
+// Whether 16-byte accesses are legal.
+bool aligned(const pydit_hsic_matrix_params& p) {
+  for (int layer = 0; layer < p.layers; ++layer) {
+    if (!aligned16(p.features[layer]) || p.stride[layer] % 8 != 0) return false;
+  }
+  return true;
 }
 
-void name_workspace(const pydit_hsic_matrix_params& p, const Plan& plan) {
-  name_tensor("workspace", p.workspace, true, 1, plan.bytes, {1}, {0});
-  name_tensor("hsic", p.hsic, true, sizeof(double), p.layers, {p.layers}, {p.layers});
+// Which gram kernel runs. Nowhere is the copy engine said to take a stride of 0, that of an expanded tensor.
+int path_of(const pydit_hsic_matrix_params& p) {
+  bool copyable = aligned(p), narrow = true;
+  for (int layer = 0; layer < p.layers; ++layer) {
+    copyable &= p.stride[layer] != 0;
+    narrow &= p.dim[layer] <= kMaxHopperChannels;
+  }
+  const int path = hopper_path(copyable);
+  if (path != PYDIT_PATH_HOPPER) return path;
+  return p.rows <= kTile || !narrow ? PYDIT_PATH_SHAPE : large_parameters() ? path : PYDIT_PATH_OLD_CUDA;
 }
 
 template <typename T>
 int launch_shift(const pydit_hsic_matrix_params& p, const Plan& plan) {
   name_features<T>(p), name_workspace(p, plan);
-  return launch_status(
-      kOp, PYDIT_LAUNCH(shift_kernel<T>,
-                        dim3(static_cast<unsigned>(ceil_div(plan.channels, kThreads)), static_cast<unsigned>(p.layers)),
-                        dim3(kThreads), 0, static_cast<cudaStream_t>(p.stream), p, plan));
+  return launch_status(kHsicMatrix, PYDIT_LAUNCH(shift_kernel<T>,
+                                                 dim3(static_cast<unsigned>(ceil_div(plan.channels, kThreads)),
+                                                      static_cast<unsigned>(p.layers)),
+                                                 dim3(kThreads), 0, static_cast<cudaStream_t>(p.stream), p, plan));
 }
 
+// Super tiles [first, first + count), as all the launches below.
 template <typename T, bool kAligned>
-int launch_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t tiles, bool keep) {
+int launch_portable_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, bool keep) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(gram_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return launch_status(kHsicMatrix, error);
+  const dim3 grid(static_cast<unsigned>(count * kTilesOfSuper), static_cast<unsigned>(p.layers));
   name_features<T>(p), name_workspace(p, plan);
-  return launch_status(
-      kOp, PYDIT_LAUNCH((gram_kernel<T, kAligned>), dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.layers)),
-                        dim3(kThreads), kSharedBytes, static_cast<cudaStream_t>(p.stream), p, plan,
-                        static_cast<int>(first), keep));
+  return launch_status(kHsicMatrix,
+                       PYDIT_LAUNCH((gram_kernel<T, kAligned>), grid, dim3(kThreads), kSharedBytes,
+                                    static_cast<cudaStream_t>(p.stream), p, plan, static_cast<int>(first), keep));
+}
+
+template <typename T>
+int launch_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, bool keep) {
+#if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
+  if (path_of(p) == PYDIT_PATH_HOPPER) return launch_hsic_gram_sm90(p, plan, first, count, keep);
+#endif
+  return aligned(p) ? launch_portable_gram<T, true>(p, plan, first, count, keep)
+                    : launch_portable_gram<T, false>(p, plan, first, count, keep);
 }
 
 int launch_centre(const pydit_hsic_matrix_params& p, const Plan& plan) {
   name_workspace(p, plan);
-  return launch_status(kOp, PYDIT_LAUNCH(centre_kernel, dim3(static_cast<unsigned>(p.layers)), dim3(kThreads), 0,
-                                         static_cast<cudaStream_t>(p.stream), plan, p.rows));
+  return launch_status(kHsicMatrix, PYDIT_LAUNCH(centre_kernel, dim3(static_cast<unsigned>(p.layers)), dim3(kThreads),
+                                                 0, static_cast<cudaStream_t>(p.stream), plan));
 }
 
 template <int kLayers>
-int launch_contract(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t tiles) {
+int launch_contract(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count) {
   const auto stream = static_cast<cudaStream_t>(p.stream);
   const auto pairs = static_cast<unsigned>(plan.pairs);
+  const int across = static_cast<int>(plan.across), blocks = static_cast<int>(ceil_div(p.rows, kBlock));
+  int units = 0;
+  TileAt super = triangle_tile(across, static_cast<int>(first));
+  for (int64_t i = 0; i < count; ++i, super = next_super(super, across)) units += blocks_of(super, blocks) * kBlock;
   name_workspace(p, plan);
   const int status = launch_status(
-      kOp, PYDIT_LAUNCH(contract_kernel<kLayers>, dim3(static_cast<unsigned>(plan.contractors), pairs), dim3(kThreads),
-                        0, stream, plan, p.rows, p.layers, static_cast<int>(first), static_cast<int>(tiles)));
+      kHsicMatrix, PYDIT_LAUNCH(contract_kernel<kLayers>, dim3(static_cast<unsigned>(plan.contractors), pairs),
+                                dim3(kThreads), 0, stream, plan, static_cast<int>(first), units));
   if (status != kOk) return status;
   name_workspace(p, plan);
-  return launch_status(kOp, PYDIT_LAUNCH(finish_kernel<kLayers>, dim3(kLayers, pairs), dim3(kThreads), 0, stream, plan,
-                                         p.hsic, p.rows, p.layers, first > 0));
+  return launch_status(kHsicMatrix, PYDIT_LAUNCH(finish_kernel<kLayers>, dim3(kLayers, pairs), dim3(kThreads), 0,
+                                                 stream, plan, p.hsic, first > 0));
 }
 
-int launch_contract_set(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t tiles) {
-  return plan.set == 16   ? launch_contract<16>(p, plan, first, tiles)
-         : plan.set == 32 ? launch_contract<32>(p, plan, first, tiles)
-                          : launch_contract<64>(p, plan, first, tiles);
-}
-
-template <typename T, bool kAligned>
-int launch(const pydit_hsic_matrix_params& p) {
-  const Plan plan = plan_of(p);
-  const cudaError_t error =
-      cudaFuncSetAttribute(gram_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return launch_status(kOp, error);
-  const bool at_once = plan.group == plan.tiles;
-  int status = launch_shift<T>(p, plan);
-  if (status == kOk) status = launch_gram<T, kAligned>(p, plan, 0, plan.tiles, at_once);
-  if (status == kOk) status = launch_centre(p, plan);
-  for (int64_t first = 0; first < plan.tiles && status == kOk; first += plan.group) {
-    const int64_t tiles = plan.tiles - first < plan.group ? plan.tiles - first : plan.group;
-    if (!at_once) status = launch_gram<T, kAligned>(p, plan, first, tiles, true);
-    if (status == kOk) status = launch_contract_set(p, plan, first, tiles);
-  }
-  return status;
+int launch_contract_set(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count) {
+  return plan.set == 16   ? launch_contract<16>(p, plan, first, count)
+         : plan.set == 32 ? launch_contract<32>(p, plan, first, count)
+                          : launch_contract<64>(p, plan, first, count);
 }
 
 template <typename T>
-int launch_alignment(const pydit_hsic_matrix_params& p) {
-  bool legal = true;
-  for (int layer = 0; layer < p.layers; ++layer) legal &= aligned16(p.features[layer]) && p.stride[layer] % 8 == 0;
-  return legal ? launch<T, true>(p) : launch<T, false>(p);
+int launch(const pydit_hsic_matrix_params& p) {
+  const Plan plan = plan_of(p);
+  const bool at_once = plan.group == plan.supers;
+  int status = launch_shift<T>(p, plan);
+  if (status == kOk) status = launch_gram<T>(p, plan, 0, plan.supers, at_once);
+  if (status == kOk) status = launch_centre(p, plan);
+  for (int64_t first = 0; first < plan.supers && status == kOk; first += plan.group) {
+    const int64_t count = plan.supers - first < plan.group ? plan.supers - first : plan.group;
+    if (!at_once) status = launch_gram<T>(p, plan, first, count, true);
+    if (status == kOk) status = launch_contract_set(p, plan, first, count);
+  }
+  return status;
 }
 
 }  // namespace
@@ -481,13 +499,15 @@ extern "C" int64_t PYDIT_ENTRY(hsic_matrix_workspace)(const pydit_hsic_matrix_pa
   return p->layers > 0 && p->rows > 0 ? plan_of(*p).bytes : 0;
 }
 
+extern "C" int PYDIT_ENTRY(hsic_matrix_path)(const pydit_hsic_matrix_params* p) { return path_of(*p); }
+
 extern "C" int PYDIT_ENTRY(hsic_matrix)(const pydit_hsic_matrix_params* p) {
   if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
-    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kOp, p->dtype);
+    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kHsicMatrix, p->dtype);
   if (p->layers < 1 || p->layers > PYDIT_MAX_LAYERS)
-    return bad_argument("%s: layers: expected 1 to %d, got %d", kOp, PYDIT_MAX_LAYERS, p->layers);
+    return bad_argument("%s: layers: expected 1 to %d, got %d", kHsicMatrix, PYDIT_MAX_LAYERS, p->layers);
   if (p->rows < 4 || p->rows > 1 << 20)
-    return bad_argument("%s: rows: expected 4 to 2^20, got %lld", kOp, static_cast<long long>(p->rows));
-  if (p->workspace == nullptr) return bad_argument("%s: workspace: expected memory, got a null pointer", kOp);
-  return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
+    return bad_argument("%s: rows: expected 4 to 2^20, got %lld", kHsicMatrix, static_cast<long long>(p->rows));
+  if (p->workspace == nullptr) return bad_argument("%s: workspace: expected memory, got a null pointer", kHsicMatrix);
+  return p->dtype == PYDIT_FLOAT16 ? launch<__half>(*p) : launch<__nv_bfloat16>(*p);
 }

@@ -17,7 +17,7 @@ struct TileAt {
 };
 
 // The index-th tile of `rows` rows of tiles: the first row from left to right, then the second.
-__device__ __forceinline__ TileAt triangle_tile(int rows, int index) {
+__host__ __device__ inline TileAt triangle_tile(int rows, int index) {
   int row = 0;
   for (; index >= rows - row; ++row) index -= rows - row;
   return {row, row + index};
