@@ -98,7 +98,7 @@ def block(model, batch, image, text, heads, dim, dtype, kind) -> Case:
     return Case(f"block_{kind}", model, f"{batch}x{image}+{text}x{heads}x{dim}", dtype,
                 block_work(config, spec, batch, image, text, DTYPES[dtype].itemsize), make, through(1), exact, eager,
                 (eager_peer(eager), compiled(eager),
-                 Peer("pydit grouped linears", lambda: own_kernel(through(1)), needs_gpu())))
+                 Peer("pydit grouped linears", lambda: own_kernel(through(1)), needs_gpu(), rival=False)))
 
 
 def _call(module, spec: BlockSpec, args):

@@ -85,6 +85,8 @@ def test_no_floor_unless_both_rates_were_measured(limits):
 
 def test_unknown_filter_is_refused():
     assert {case.op for case in registry.find("qk_norm", "small")} == {"qk_norm_rope", "joint_qk_norm_rope"}
+    assert {case.op for case in registry.find("ada_layer_norm qk_norm_rope/", "small")} == {
+        "ada_layer_norm", "gated_residual_ada_layer_norm", "qk_norm_rope", "joint_qk_norm_rope"}
     with pytest.raises(UserError, match="filter: expected part of a case name .* got 'nothing'"):
         registry.find("nothing", "small")
 
