@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 import threading
@@ -180,4 +181,4 @@ def _commit() -> dict:
     try:
         return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):  # no git here, or no repository
-        return {"commit": "unknown", "dirty": None}
+        return {"commit": os.environ.get("COMMIT") or "unknown", "dirty": None}

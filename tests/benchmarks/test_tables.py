@@ -122,12 +122,16 @@ def test_parts_become_one_file(tmp_path, capsys):
                  "not_run": names[3:4] if part == "b" else [], "complete": False}
         parts.append(tmp_path / f"{part}.json")
         parts[-1].write_text(json.dumps(data))
-    assert steps.main([str(path) for path in (lines, out, *parts)]) == 0
+    (tmp_path / "c.json").write_text("{")
+    assert steps.main([str(path) for path in (lines, out, *parts, tmp_path / "c.json")]) == 0
     data = compare.load(out)
     assert [row["case"] for row in data["rows"]] == names[:3] and data["not_run"] == names[3:] and not data["complete"]
     assert data["limits"] == {"copy_gb_s": 4000.0} and set(data["paths"]) == {"a", "b"}
     assert data["parts"]["b"] == {"limits": {"copy_gb_s": 4100.0}, "not_run": names[3:4]}
     assert f"3 cases timed, 0 wrong, {len(names) - 3} not run" in capsys.readouterr().out
+    ended = steps.merge({"a": {**run(), "running": "x"}, "b": {**run(), "limits_failed": "why"}})
+    assert "running" not in ended and ended["parts"]["a"]["running"] == "x"
+    assert ended["parts"]["b"]["limits_failed"] == "why"
     whole = {**run(), "rows": [{**run()["rows"][0], "case": name} for name in names]}
     assert steps.merge({"all": whole})["complete"]
 
