@@ -70,7 +70,7 @@ def test_newest_run_of_each_gpu_against_its_fastest_peer(place):
     text = (place.path / "README.md").read_text()
     assert text.count("| `op` | 1x2 | bf16 | 20.0 (0.0) | 4000 GB/s | 80 % | fast | 1.50 |") == 2
     assert "99.0" not in text and "NVIDIA H100" in text and "(benchmarks/results/b.json)" in text
-    assert text.count("| `bad` | 1x2 | bf16 | wrong result |") == 2
+    assert text.count("| `bad` | 1x2 | bf16 | no figure: worst error |") == 2
     (place.path / "results" / "b.json").write_text(json.dumps(run(us=21.0)))
     assert place("--check") == 1
 
@@ -81,6 +81,30 @@ def test_a_partial_run_takes_no_complete_ones_place(place):
     assert place("--write") == 0 and "99.0" in (place.path / "README.md").read_text()  # better than none
     (results / "before.json").write_text(json.dumps(run()))
     assert place("--write") == 0 and "99.0" not in (place.path / "README.md").read_text()
+
+
+def test_rows_of_the_same_commit_that_raced_more_peers_are_shown(place):
+    """What a second visit raced, and none of it where the code was another; own forms are no peers, and who is missing
+    is said."""
+    first, second, other = run(), run(date="2026-11-21 11:00:00"), run(date="2026-11-21 12:00:00")
+    first["rows"][0] |= {"not_raced": {"torch.compile": "left out by --without"}, "failed": {
+        "x": "op/m/1 output 0: worst error 2", "y": "while all were timed: OutOfMemoryError: no"}}
+    first["rows"][0]["providers"]["other form"] = {**entry(1.0, 0.05), "rival": False}
+    for data in (second, other):
+        data["complete"] = False
+        data["rows"] = [{**data["rows"][0], "providers": {**data["rows"][0]["providers"], "torch.compile": entry(24.0, 1.2)}}]
+    other["machine"]["commit"] = "def"
+    results, page = place.path / "results", place.path / "README.md"
+    (results / "a.json").write_text(json.dumps(first))
+    (results / "c.json").write_text(json.dumps(other))
+    assert place("--write") == 0
+    assert "| 20.0 (0.0) | 4000 GB/s | 80 % | fast | 1.50 |" in page.read_text() and "c.json" not in page.read_text()
+    assert "torch.compile (1: left out by --without); x (1: wrong result); y (1: OutOfMemoryError)." in page.read_text()
+    (results / "b.json").write_text(json.dumps(second))
+    assert place("--write") == 0
+    text = page.read_text()
+    assert "| 20.0 (0.0) [2] | 4000 GB/s | 80 % | torch.compile | 1.20 |" in text and "(benchmarks/results/b.json)" in text
+    assert "[2] NVIDIA H200" in text and "no figure: worst error" in text and "Not raced" not in text
 
 
 def test_demo_table_of_the_committed_run():
