@@ -78,7 +78,7 @@ def _main(args) -> int:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = find(args.filter, args.size, args.module)
-    peers, without = _chosen_peers(args.peers), _unwanted_peers(args.without)
+    peers, without = _chosen_peers(args.peers), unwanted_peers(args.without)
     if args.list:
         print("\n".join(f"{case.name:60} {case.work.bytes:>13,} B {case.work.flops:>15,} FLOP   "
                         + ", ".join(peer.name for peer in case.peers) for case in cases))
@@ -110,7 +110,7 @@ def _main(args) -> int:
             data["not_run"].remove(case.name)
             data["machine"] |= sampler.result()
             data["paths"] = backend.report()
-            faulted = not _settle(device)
+            faulted = not settle(device)
             if not faulted:
                 del data["running"]
             if args.json:
@@ -217,7 +217,7 @@ def _sampled(timers: dict, rounds: int, device: str, row: dict) -> dict[str, lis
             row["failed"] |= {name: f"while all were timed: {_reason(error)}" for name in lost}
         for name in lost:  # outside of the handler, whose error holds on to memory
             del timers[name]
-        _settle(device)
+        settle(device)
 
 
 def references(case: Case, args: tuple) -> tuple[tuple, tuple]:
@@ -245,7 +245,7 @@ def _outputs(case, function, args) -> tuple:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _settle(device: str) -> bool:
+def settle(device: str) -> bool:
     """Give back the memory of what is over. False when the GPU has faulted: this process gets nothing more from it."""
     gc.collect()  # blocks and their parameters refer to each other
     if device == "cpu":
@@ -280,7 +280,7 @@ def _chosen_peers(text: str | None) -> set[str] | None:
     return chosen
 
 
-def _unwanted_peers(text: str) -> tuple[str, ...]:
+def unwanted_peers(text: str) -> tuple[str, ...]:
     """The parts of peers' names given on the command line."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     known = _peer_names() if parts else set()

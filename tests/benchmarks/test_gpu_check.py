@@ -118,7 +118,7 @@ def test_the_later_visits_have_cases_in_every_module_and_peers_that_there_are():
     second, third = re.findall(r"WITHOUT=(\S+) .*?FILTER=\"?([^\"\n]+?)\"? benchmarks/gpu_check", head, re.S)
     modules = set(registry.families().values())
     for (without, text), names in ((second, modules), (third, {"linear"})):
-        assert runner._unwanted_peers(without) == tuple(without.split(","))
+        assert runner.unwanted_peers(without) == tuple(without.split(","))
         for name in names:
             peers = {peer.name for case in registry.find(text, "full", name) for peer in case.peers}
             assert any("compile" in peer for peer in peers if not any(part in peer for part in without.split(",")))
@@ -138,4 +138,4 @@ def test_its_defaults_are_of_the_registry():
     modules, without = (re.search(rf"{name}=\$\{{{name}-([^}}]+)\}}", SCRIPT.read_text())[1]
                         for name in ("MODULES", "WITHOUT"))
     assert sorted(modules.split()) == sorted(set(registry.families().values()))
-    assert runner._unwanted_peers(without) == tuple(without.split(","))
+    assert runner.unwanted_peers(without) == tuple(without.split(","))

@@ -155,7 +155,7 @@ def test_a_case_that_raises_stops_no_other(tmp_path, capsys, monkeypatch):
 def test_a_gpu_that_faulted_is_asked_nothing_more(tmp_path, capsys, monkeypatch):
     cases = [case(model=name) for name in "abc"]
     monkeypatch.setattr(runner, "find", lambda text, size, module: cases)
-    monkeypatch.setattr(runner, "_settle", lambda device: False)
+    monkeypatch.setattr(runner, "settle", lambda device: False)
     assert pydit(["bench", "--json", str(tmp_path / "r.json"), "--rounds", "3"]) == 0
     data = compare.load(tmp_path / "r.json")
     assert [row["model"] for row in data["rows"]] == ["a"] and data["not_run"] == [c.name for c in cases[1:]]
@@ -221,9 +221,9 @@ def test_an_allocator_that_cannot_is_no_fault_of_the_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", raises)
-    assert runner._settle("cuda")
+    assert runner.settle("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", raises)
-    assert not runner._settle("cuda")
+    assert not runner.settle("cuda")
 
 
 def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch):
