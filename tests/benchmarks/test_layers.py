@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -95,7 +96,7 @@ def test_a_run_out_of_time_leaves_what_it_has(command, tmp_path, monkeypatch):
         raise RuntimeError("no sensors")
 
     clock = iter([0.0, 0.0, 100.0])
-    monkeypatch.setattr(layers.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(layers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(layers.parts, "measured", raises)
     assert layers.main([*command, "--seconds", "50"]) == 0
     data = json.loads((tmp_path / "out.json").read_text())
@@ -108,10 +109,39 @@ def test_models_side_by_side(command, tmp_path, capsys):
     assert model.main([*command, "--variants", "eager,accelerate,accelerate + table"]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["model"], row["variant"]) for row in rows] == [
-        (shape, variant) for shape in ("dense", "pruned") for variant in ("eager", "accelerate", "accelerate + table")]
+        (shape, variant) for variant in ("eager", "accelerate", "accelerate + table") for shape in ("dense", "pruned")]
     assert not any("failed" in row for row in rows) and all(row["ms"] > 0 for row in rows), rows
     sizes = {(row["model"], row["variant"]): row["parameters"] for row in rows}
     assert sizes["pruned", "eager"] < sizes["dense", "eager"] and "ratio" in capsys.readouterr().out
+
+
+def test_a_pruned_model_is_timed_without_its_teacher(command):
+    """And costs what the plan says."""
+    plan = layers.plan_of(command[3])
+    student, dense = (model._make("tiny", plan, shape, "cpu") for shape in ("pruned", "dense"))
+    assert type(student).__name__ == "PrunedQwenImageTransformer2DModel" and not student._lists[0].teacher.layers
+    assert sum(p.numel() for p in student.parameters()) == plan.num_parameters(dense.config)
+    thinned = [(block.spec, spec) for block, spec in zip(student.own_blocks, plan.blocks, strict=True) if not spec.is_stock]
+    assert thinned and all(found == wanted for found, wanted in thinned)
+
+
+def test_models_leave_what_they_have_when_time_is_over(command, tmp_path, monkeypatch):
+    """A variant that cannot be built stops no other, and what follows the last one in time is named."""
+    clock, make, made = iter([0.0, 0.0, 0.0, 100.0]), model._make, []
+
+    def fails_first(*args):
+        made.append(args)
+        if len(made) == 1:
+            raise RuntimeError("out of memory")
+        return make(*args)
+
+    monkeypatch.setattr(model, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    monkeypatch.setattr(model, "_make", fails_first)
+    assert model.main([*command, "--variants", "eager,accelerate", "--seconds", "50"]) == 0
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["rows"][0]["failed"] == "RuntimeError: out of memory" and data["rows"][1]["ms"] > 0
+    assert data["not_run"] == ["dense, accelerate", "pruned, accelerate"] and not data["complete"]
+    assert data["rows"][1]["ratio"] is None and data["format"] not in (compare.FORMAT, layers.FORMAT)
 
 
 @pytest.mark.parametrize(("change", "words"), [
