@@ -73,9 +73,9 @@ def kind_of(spec: BlockSpec) -> str:
     """The case of :mod:`benchmarks.cases.whole_block` that a block of a plan is timed as."""
     if spec.form == "affine":
         return "affine"
+    if spec.form == "single":  # which no plan thins out further
+        return "single_stream"
     ffn = "_ffn" if spec.ffn == "linear" else ""
-    if spec.form == "single":
-        return f"single{ffn or '_stream'}"
     if spec.text == "full":
         return "linear_ffn" if ffn else "dense"
     if spec.text == "linear":

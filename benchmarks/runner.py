@@ -103,7 +103,7 @@ def _main(args) -> int:
             if args.json:
                 write_json(args.json, data)
             if args.case_seconds is not None:
-                faulthandler.dump_traceback_later(args.case_seconds, exit=True)
+                faulthandler.dump_traceback_later(args.case_seconds, exit=True, file=sys.__stderr__)
             data["rows"].append(run_case(case, device, data["limits"], rounds=args.rounds, peers=peers,
                                          without=without))
             faulthandler.cancel_dump_traceback_later()

@@ -33,7 +33,6 @@ MORE_KINDS = {
     "text_end": BlockSpec((0,), text="linear", anchor=0, text_output=True, dead_query=False),
     "text_end_ffn": BlockSpec((0,), text="linear", ffn="linear", anchor=0, text_output=True, dead_query=False),
     "text_keys_ffn": BlockSpec((0,), text="keys", ffn="linear", dead_query=False),
-    "single_ffn": BlockSpec((0,), form="single", ffn="linear"),
 }
 
 
