@@ -1,5 +1,7 @@
 """Peers compute what they are raced for (on the CPU, where they exist there), and say why they are absent."""
 
+import sys
+
 import pytest
 import torch
 
@@ -129,13 +131,14 @@ def test_a_kernel_alone_gets_streams_that_lie_joined():
         "sdpa flash", "sdpa cudnn", "flash-attention 4", "flash-attention 3")]
 
 
-def test_a_package_that_breaks_when_it_is_looked_for_is_missing(tmp_path, monkeypatch):
+def test_a_package_that_breaks_when_it_is_looked_for_is_missing(tmp_path, monkeypatch, request):
     """As one does whose own requirement has another version; and the next of several names is taken."""
     (tmp_path / "broken_package").mkdir()
     (tmp_path / "broken_package" / "__init__.py").write_text("raise AttributeError('no such name')")
     (tmp_path / "fa3_fwd_interface.py").write_text(
         "def flash_attn_func(q, k, v): return q, 'lse'\ndef flash_attn_with_kvcache(q, k, v, cache_seqlens): return v, k")
     monkeypatch.syspath_prepend(tmp_path)
+    request.addfinalizer(lambda: sys.modules.pop("fa3_fwd_interface", None))
     assert needs_gpu("broken_package.interface")() == (False, "broken_package.interface is not installed")
     assert installed("broken_package.interface", "json") == "json" and installed("broken_package.interface") is None
     assert installed(*FLASH_3) == "fa3_fwd_interface" and _imported("flash_attn_func", *FLASH_3)(1, 2, 3) == 1
