@@ -32,6 +32,11 @@ def load(path: Path, *, what: str = "compare") -> dict:
     return data
 
 
+def rivals(row: dict) -> dict[str, dict]:
+    """Of a row the providers that pydit is held against: neither itself nor what is no rival to it, as a peer says."""
+    return {name: entry for name, entry in row["providers"].items() if name != "pydit" and entry.get("rival", True)}
+
+
 def compare(old: dict, new: dict) -> dict:
     """Per case old time over new time, with a verdict.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 import threading
@@ -96,9 +97,12 @@ class Sampler:
         if self._thread is not None:
             self._thread.join()
 
-    def result(self) -> dict:
-        """What was seen so far."""
-        return self._facts | ({"sampled": summarise(list(self._rows))} if self._rows else {})
+    def result(self, last: float | None = None) -> dict:
+        """What was seen so far, or in the last seconds."""
+        rows = list(self._rows)
+        if last is not None:
+            rows = rows[-max(1, round(last / PERIOD_SECONDS)):]
+        return self._facts | ({"sampled": summarise(rows)} if rows else {})
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -180,4 +184,4 @@ def _commit() -> dict:
     try:
         return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):  # no git here, or no repository
-        return {"commit": "unknown", "dirty": None}
+        return {"commit": os.environ.get("COMMIT") or "unknown", "dirty": None}

@@ -3,8 +3,9 @@
     pydit bench model --config qwen-image --plan ppcl-qwen-image-10b --size 1328
 
 Weights are random: latency and memory, never quality. Variants are built and timed one after another, because two dense
-transformers do not fit a GPU; each is timed as the median of --rounds steps after two to warm up. Peak memory is the
-GPU's, weights included; on a CPU it stays empty. ratio is the dense eager step over the variant's.
+transformers do not fit a GPU; each is timed as the median of --rounds steps after two to warm up. torch.compile takes
+the repeated blocks, as diffusers recommends. Peak memory is the GPU's, weights included and no teacher's beside a
+pruned model's; on a CPU it stays empty. ratio is the dense eager step over the variant's.
 
     pydit bench model --narrow
 
@@ -15,6 +16,7 @@ rounds.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import statistics
@@ -30,7 +32,7 @@ import torch
 import pydit
 from benchmarks import compare, machine, timing
 from benchmarks.layers import plan_of
-from pydit.cli.options import Parser, count
+from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError
 from pydit.files import write_json
 
@@ -38,6 +40,7 @@ CONFIGS = {
     "qwen-image": {},
     "tiny": {"in_channels": 16, "out_channels": 4, "attention_head_dim": 32, "num_attention_heads": 2,
              "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)}}
+FORMAT = "pydit-bench-model"
 VARIANTS = ("eager", "torch.compile", "accelerate", "accelerate + graphs", "accelerate + table")
 
 
@@ -61,7 +64,8 @@ def _parse(argv):
     parser.add_argument("--text", type=count, default=512, help="text tokens (default: 512)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
     parser.add_argument("--rounds", type=count, default=9, help="steps timed per variant (default: 9)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--seconds", type=positive, help="start no variant after this time")
+    parser.add_argument("--json", type=Path, help="write all figures to this file, after every variant")
     args = parser.parse_args(argv)
     if not args.narrow and args.plan is None:
         raise UserError("plan: expected a plan file or the name of a preset, got none")
@@ -82,52 +86,81 @@ def _main(args) -> int:
     plan, device = plan_of(args.plan), "cuda" if torch.cuda.is_available() else "cpu"
     if plan.family != "qwen-image":
         raise UserError(f"plan: expected one of qwen-image, got one of {plan.family}")
-    rows = []
-    for shape in ("dense", "pruned"):
-        for variant in args.variants:
+    wanted = [(shape, variant) for variant in args.variants for shape in ("dense", "pruned")]
+    data = {"format": FORMAT, "version": compare.VERSION, "complete": False,
+            "not_run": [f"{shape}, {variant}" for shape, variant in wanted], "machine": machine.describe(device),
+            "limits": {}, "plan": plan.to_dict(), "rows": []}
+    started = time.monotonic()
+    with machine.Sampler(device) as sampler:
+        for shape, variant in wanted:
+            if args.seconds is not None and time.monotonic() - started > args.seconds:
+                break
             print(f"{shape}, {variant} ...", file=sys.stderr, flush=True)
-            model = _make(args.config, plan, shape, device)
-            row = {"model": shape, "variant": variant, "parameters": sum(p.numel() for p in model.parameters())}
-            try:
-                row |= _timed(_changed(model, variant), _batch(model, args, device), args.rounds, device)
-            except Exception as error:  # one variant that cannot run here stops no other
-                row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-            rows.append(row)
-            del model
-            gc.collect()
-    base = next((row["ms"] for row in rows if row["variant"] == "eager" and "ms" in row), None)
-    for row in rows:
-        row["ratio"] = base / row["ms"] if base and "ms" in row else None
-    print(render(rows))
+            data["rows"].append(_row(plan, shape, variant, args, device))
+            data["not_run"].remove(f"{shape}, {variant}")
+            data["machine"] |= sampler.result()
+            _compare(data["rows"])
+            if args.json:
+                write_json(args.json, data)
+    data["complete"] = not data["not_run"]
+    print(render(data["rows"]))
+    print("".join(f"not run, out of time: {name}\n" for name in data["not_run"]), end="")
     if args.json:
-        write_json(args.json, {"format": compare.FORMAT, "version": compare.VERSION, "complete": True, "not_run": [],
-                               "machine": machine.describe(device), "limits": {}, "plan": plan.to_dict(), "rows": rows})
+        write_json(args.json, data)
     return 0
 
 
+def _row(plan: pydit.PruningPlan, shape: str, variant: str, args, device: str) -> dict[str, Any]:
+    """One variant, whose memory is free again when it returns."""
+    row: dict[str, Any] = {"model": shape, "variant": variant, "parameters": None}
+    try:
+        model = _make(args.config, plan, shape, device)
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        row |= _timed(_changed(model, variant), _batch(model, args, device), args.rounds, device)
+    except Exception as error:  # one variant that cannot run here stops no other
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    model = None
+    torch._dynamo.reset()  # its caches keep what was compiled
+    gc.collect()
+    if device == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+    return row
+
+
+def _compare(rows: list[dict]) -> None:
+    eager = [row for row in rows if (row["model"], row["variant"]) == ("dense", "eager")]
+    base = next((row["ms"] for row in eager if "ms" in row), None)
+    for row in rows:
+        row["ratio"] = base / row["ms"] if base and "ms" in row else None
+
+
 def _make(config: str, plan: pydit.PruningPlan, shape: str, device: str) -> torch.nn.Module:
-    """A transformer of random weights, bf16, made where it runs; pruning takes its layers, so no second one exists."""
+    """A transformer of random weights, bf16, made where it runs. The pruned one is made as it is loaded:
+    pruning a dense one would hold both, and keep the layers that it replaces."""
     from diffusers import QwenImageTransformer2DModel
 
+    from pydit.models import get_adapter
+    from pydit.models.pruned import entry_of
+
+    adapter, settings = get_adapter("qwen-image"), {"num_layers": plan.num_layers, **CONFIGS[config]}
+    if shape == "pruned":
+        settings |= adapter.student_config(settings, plan) | {"pydit": entry_of(plan, "first")}
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = QwenImageTransformer2DModel(num_layers=plan.num_layers, **CONFIGS[config])
+            model = (adapter.pruned_class() if shape == "pruned" else QwenImageTransformer2DModel)(**settings)
     finally:
         torch.set_default_dtype(before)
-    if shape == "pruned":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # random weights: nothing to fit linear maps to
-            model = pydit.prune(model, plan)
     return model.to(device, torch.bfloat16).requires_grad_(False).eval()
 
 
 def _changed(model: torch.nn.Module, variant: str) -> Callable[..., Any]:
     if variant == "torch.compile":
-        torch._dynamo.reset()
-        return torch.compile(model)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        return model
     if variant == "accelerate + table":
         pydit.bake_schedule(model, [0.5])
     return model if variant == "eager" else pydit.accelerate(model, cuda_graphs=variant == "accelerate + graphs")
@@ -171,7 +204,7 @@ def _narrow(args) -> int:
     finally:
         torch.set_num_threads(threads)
     if args.json:
-        write_json(args.json, {"format": compare.FORMAT, "version": compare.VERSION, "complete": True, "not_run": [],
+        write_json(args.json, {"format": FORMAT, "version": compare.VERSION, "complete": True, "not_run": [],
                                "machine": machine.describe("cpu"), "limits": {}, "rows": rows})
     return 0
 
@@ -251,7 +284,7 @@ def render(rows: list[dict]) -> str:
     """The table; a dash stands for what this machine does not measure."""
     lines = [f"{'model':7} {'variant':20} {'parameters':>15} {'ms':>10} {'peak GiB':>9} {'ratio':>7}"]
     for row in rows:
-        head = f"{row['model']:7} {row['variant']:20} {row['parameters']:15,}"
+        head = f"{row['model']:7} {row['variant']:20} {row['parameters'] or 0:15,}"
         if "failed" in row:
             lines.append(f"{head} failed: {row['failed']}")
             continue

@@ -36,10 +36,12 @@ def _modules() -> list[str]:
 
 
 def find(text: str, size: str = "full", module: str | None = None) -> list[Case]:
-    """The cases, of all modules or of one, whose name contains ``text``; UserError when there is none."""
+    """The cases, of all modules or of one, whose name contains ``text``, or one of several that spaces separate;
+    UserError when there is none."""
     if module is not None and module not in _modules():
         raise UserError(f"module: expected one of {', '.join(_modules())}, got {module!r}")
-    found = [case for case in cases(size, module) if text in case.name]
+    parts = text.split() or [""]
+    found = [case for case in cases(size, module) if any(part in case.name for part in parts)]
     if not found:
         raise UserError(f"filter: expected part of a case name (`--list` shows them), got {text!r}")
     return found

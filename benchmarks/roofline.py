@@ -83,7 +83,7 @@ def digest(points: Sequence[Point]) -> str:
 
 
 def _measured(row: dict) -> Point:
-    peers = [provider["us"] for name, provider in row["providers"].items() if name != "pydit"]
+    peers = [provider["us"] for provider in compare.rivals(row).values()]
     rate = row["flops"] / row["providers"]["pydit"]["us"] / 1e6
     return Point(row["op"], row["flops"] / row["bytes"], rate, row["flops"] / min(peers) / 1e6 if peers else None)
 

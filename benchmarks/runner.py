@@ -9,6 +9,9 @@ rate) over the time; both rates are measured in the same run, or the column stay
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import gc
 import importlib.util
 import sys
 import time
@@ -40,7 +43,8 @@ def _parse(argv):
     parser = Parser(prog="pydit bench", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="full" if torch.cuda.is_available() else "small",
                         help="shapes of real models, or ones for a CPU (default: what this machine suits)")
-    parser.add_argument("--filter", default="", help="only cases whose name contains this text")
+    parser.add_argument("--filter", default="", metavar="TEXT",
+                        help="only cases whose name contains this text, or one of several separated by spaces")
     parser.add_argument("--module", help="only cases of this file of benchmarks/cases, such as linear")
     parser.add_argument("--list", action="store_true", help="name the cases and their peers, time nothing")
     parser.add_argument("--rounds", type=count, default=15, help="samples per provider, at least 3 (default: 15)")
@@ -49,6 +53,10 @@ def _parse(argv):
                         help="no peer whose name contains one of these, separated by commas")
     parser.add_argument("--no-limits", action="store_true", help="skip the ceilings, and with them %% of limit")
     parser.add_argument("--seconds", type=positive, help="start no case after this time")
+    parser.add_argument("--case-seconds", type=positive, metavar="S",
+                        help="end the process in a case that takes longer, as with a kernel that hangs")
+    parser.add_argument("--resume", action="store_true",
+                        help="keep what the file of --json holds, and go on after the case in which that run ended")
     parser.add_argument("--json", type=Path, help="write all figures to this file, after every case")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="results of an earlier run to compare with")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a roofline picture")
@@ -59,6 +67,8 @@ def _parse(argv):
         path = getattr(args, name)
         if path is not None and path.is_dir():
             raise UserError(f"{name}: expected a file, got the directory {path}")
+    if args.resume and args.json is None:
+        raise UserError("resume: expected --json FILE with it, got none")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("plot: expected matplotlib (pip install 'pydit[bench]'), got none")
     return args
@@ -68,7 +78,7 @@ def _main(args) -> int:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = find(args.filter, args.size, args.module)
-    peers, without = _chosen_peers(args.peers), _unwanted_peers(args.without)
+    peers, without = _chosen_peers(args.peers), unwanted_peers(args.without)
     if args.list:
         print("\n".join(f"{case.name:60} {case.work.bytes:>13,} B {case.work.flops:>15,} FLOP   "
                         + ", ".join(peer.name for peer in case.peers) for case in cases))
@@ -76,21 +86,36 @@ def _main(args) -> int:
     old = compare.load(args.compare) if args.compare else None
     data = {"format": compare.FORMAT, "version": compare.VERSION, "complete": False,
             "machine": machine.describe(device), "limits": {}, "rows": [], "not_run": [case.name for case in cases]}
+    if args.resume and args.json.exists():
+        data |= _before(compare.load(args.json, what="resume"), cases)
     with machine.Sampler(device) as sampler, torch.no_grad():
-        if not args.no_limits:
-            data["limits"] = timing.measure_limits(device, args.rounds)
-        for case in cases:
+        if not args.no_limits and not data["limits"]:
+            try:
+                data["limits"] = timing.measure_limits(device, args.rounds)
+            except RuntimeError as error:  # the cases are worth more than their share of the ceilings
+                data["limits_failed"] = _reason(error)
+                print(f"ceilings not measured: {data['limits_failed']}", file=sys.stderr)
+        for case in [case for case in cases if case.name in data["not_run"]]:
             if args.seconds is not None and time.monotonic() - started > args.seconds:
                 break
             print(f"{case.name} ...", file=sys.stderr, flush=True)
+            data["running"] = case.name  # until it is over: where the process ends meanwhile, the file says in which
+            if args.json:
+                write_json(args.json, data)
+            if args.case_seconds is not None:
+                faulthandler.dump_traceback_later(args.case_seconds, exit=True, file=sys.__stderr__)
             data["rows"].append(run_case(case, device, data["limits"], rounds=args.rounds, peers=peers,
                                          without=without))
+            faulthandler.cancel_dump_traceback_later()
             data["not_run"].remove(case.name)
             data["machine"] |= sampler.result()
             data["paths"] = backend.report()
+            faulted = not settle(device)
+            if not faulted:
+                del data["running"]
             if args.json:
                 write_json(args.json, data)
-            if not _settle(device):
+            if faulted:
                 print(f"the GPU has faulted in {case.name}: no case after it is run", file=sys.stderr)
                 break
     data["complete"] = not data["not_run"] and not args.filter and args.module is None
@@ -105,6 +130,18 @@ def _main(args) -> int:
     return 1 if any("wrong" in row for row in data["rows"]) else 0
 
 
+def _before(old: dict, cases: list[Case]) -> dict:
+    """What a run that was ended leaves to the one that goes on: its ceilings and rows, the case it ended in being one
+    without a figure."""
+    rows, ended = list(old["rows"]), old.get("running")
+    done = {row["case"] for row in rows}
+    rows += [_row(case, {}) | {"wrong": "the process ended in this case"} for case in cases
+             if case.name == ended and ended not in done]
+    done.add(ended)
+    return {"limits": old.get("limits") or {}, "rows": rows,
+            "not_run": [case.name for case in cases if case.name not in done]}
+
+
 def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: set[str] | None = None,
              without: tuple[str, ...] = ()) -> dict:
     """Verify a case, time it and its peers, and return its row.
@@ -113,9 +150,7 @@ def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: 
     Peers that took no part are in "not_raced" (absent, or left out by ``peers`` or ``without``) or "failed" (raised, or
     wrong), each with the reason.
     """
-    row = {"case": case.name, "op": case.op, "model": case.model, "shape": case.shape, "dtype": case.dtype,
-           "bytes": case.work.bytes, "flops": case.work.flops, "floor_us": case.floor_us(limits),
-           "not_raced": {}, "failed": {}}
+    row = _row(case, limits)
     try:
         row["providers"] = _race(case, device, row, rounds, peers, without)
     except Exception as error:  # however a case goes wrong, it has no figure and stops no other one
@@ -126,6 +161,12 @@ def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: 
                   "percent_of_limit": 100 * row["floor_us"] / entry["us"] if row["floor_us"] else None,
                   "ratio": entry["us"] / ours}
     return row
+
+
+def _row(case: Case, limits: dict) -> dict:
+    return {"case": case.name, "op": case.op, "model": case.model, "shape": case.shape, "dtype": case.dtype,
+            "bytes": case.work.bytes, "flops": case.work.flops, "floor_us": case.floor_us(limits),
+            "not_raced": {}, "failed": {}}
 
 
 def _race(case, device, row, rounds, peers, without) -> dict:
@@ -139,26 +180,44 @@ def _race(case, device, row, rounds, peers, without) -> dict:
     timers, methods = {}, {}
     timers["pydit"], methods["pydit"] = timing.timer(case.run, inputs, device, long=long)
     for peer in case.peers:
-        reason = _no_part(peer, peers, without)
-        if reason:
-            row["not_raced"][peer.name] = reason
-            continue
         try:
+            reason = _no_part(peer, peers, without)
+            if reason:
+                row["not_raced"][peer.name] = reason
+                continue
             function = peer.build()
             verify(function, case, args, right)
             timers[peer.name], methods[peer.name] = timing.timer(function, inputs, device, long=long)
         except Exception as error:
             row["failed"][peer.name] = _reason(error)
-    try:
-        samples = timing.interleave(timers, rounds)
-    except RuntimeError as error:
-        row["failed"] |= {name: f"while all were timed: {_reason(error)}" for name in timers if name != "pydit"}
-        samples = None
-    if samples is None:  # outside of the handler, whose error holds on to memory
-        timers = {"pydit": timers["pydit"]}
-        _settle(device)
-        samples = timing.interleave(timers, rounds)
-    return {name: timing.summary(values) | {"method": methods[name]} for name, values in samples.items()}
+    others = {peer.name for peer in case.peers if not peer.rival}
+    return {name: timing.summary(values) | {"method": methods[name]} | ({"rival": False} if name in others else {})
+            for name, values in _sampled(timers, rounds, device, row).items()}
+
+
+def _sampled(timers: dict, rounds: int, device: str, row: dict) -> dict[str, list[float]]:
+    """Samples of all timers in turn. A peer that raises meanwhile, as one does that finds no memory left beside the
+    others, is taken out and the rest begin anew; where that happens to pydit, it is timed alone."""
+    last = [""]
+
+    def named(name):
+        def sample():
+            last[0] = name
+            return timers[name]()
+
+        return sample
+
+    while True:
+        try:
+            return timing.interleave({name: named(name) for name in timers}, rounds)
+        except RuntimeError as error:
+            lost = [last[0]] if last[0] != "pydit" else [name for name in timers if name != "pydit"]
+            if not lost:
+                raise
+            row["failed"] |= {name: f"while all were timed: {_reason(error)}" for name in lost}
+        for name in lost:  # outside of the handler, whose error holds on to memory
+            del timers[name]
+        settle(device)
 
 
 def references(case: Case, args: tuple) -> tuple[tuple, tuple]:
@@ -186,15 +245,17 @@ def _outputs(case, function, args) -> tuple:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _settle(device: str) -> bool:
+def settle(device: str) -> bool:
     """Give back the memory of what is over. False when the GPU has faulted: this process gets nothing more from it."""
+    gc.collect()  # blocks and their parameters refer to each other
     if device == "cpu":
         return True
     try:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
     except RuntimeError:
         return False
+    with contextlib.suppress(RuntimeError):  # an allocator that cannot is no fault of the GPU
+        torch.cuda.empty_cache()
     return True
 
 
@@ -219,7 +280,7 @@ def _chosen_peers(text: str | None) -> set[str] | None:
     return chosen
 
 
-def _unwanted_peers(text: str) -> tuple[str, ...]:
+def unwanted_peers(text: str) -> tuple[str, ...]:
     """The parts of peers' names given on the command line."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     known = _peer_names() if parts else set()

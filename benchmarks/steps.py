@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import compare, machine, registry
+from pydit.errors import FormatError
 from pydit.files import read_json, write_json
 
 
@@ -23,8 +24,14 @@ def main(argv: list[str]) -> int:
     for line in steps_file.read_text().splitlines():
         name, state, seconds = line.split("\t")
         steps.append({"step": name, "state": state, "seconds": int(seconds)})
-    if parts:
-        data = merge({path.stem: compare.load(path, what="part") for path in parts})
+    found = {}
+    for path in parts:
+        try:
+            found[path.stem] = compare.load(path, what="part")
+        except FormatError as error:  # what one process left behind does not cost what the others did
+            print(error, file=sys.stderr)
+    if found:
+        data = merge(found)
     elif out.exists():
         data = read_json(out, what="out")
     else:  # the benchmark did not get to its first case: the other steps are worth keeping
@@ -45,14 +52,15 @@ def main(argv: list[str]) -> int:
 def merge(parts: dict[str, dict]) -> dict:
     """One results file out of several of the same machine, by name. What none of them ran of the full-size cases is
     "not_run", for whatever reason: their time was over, their process ended, they were not asked for."""
-    files = list(parts.values())
+    files = [{key: value for key, value in data.items() if key != "running"} for data in parts.values()]
     rows = [row for data in files for row in data["rows"]]
     not_run = [case.name for case in registry.cases("full") if case.name not in {row["case"] for row in rows}]
     paths = {op: path for data in files for op, path in data.get("paths", {}).items()}
     return {**files[0], "complete": not not_run, "rows": rows, "not_run": not_run, "paths": paths,
             "limits": next((data["limits"] for data in files if data["limits"]), {}),
             "machine": files[0]["machine"] | machine.together([data["machine"] for data in files]),
-            "parts": {name: {"limits": data["limits"], "not_run": data["not_run"]} for name, data in parts.items()}}
+            "parts": {name: {key: data[key] for key in ("limits", "limits_failed", "not_run", "running") if key in data}
+                      for name, data in parts.items()}}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import compare, machine, quality_table, registry, table
@@ -28,41 +29,75 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table: \2 -->)"
 
 
 def gpu_table(results: Path) -> str:
-    """Per GPU the newest results file, a complete one before all others: each case against its fastest peer."""
-    newest: dict[str, tuple[Path, dict]] = {}
+    """Per GPU the newest results file, a complete one before all others: each case against its fastest peer. A case
+    that another run of the same commit raced against more peers is shown from there."""
+    runs: dict[str, list[tuple[Path, dict]]] = {}
     for path in sorted(results.glob("*.json")):
         raw = read_json(path, what="results")
         if not isinstance(raw, dict) or raw.get("format") != compare.FORMAT or raw["machine"].get("kind") != "cuda":
             continue
         data = compare.load(path, what="results")
-        known = newest.get(data["machine"]["device"])
-        if known is None or _rank(data) >= _rank(known[1]):
-            newest[data["machine"]["device"]] = path, data
-    if not newest:
+        runs.setdefault(data["machine"]["device"], []).append((path, data))
+    if not runs:
         return "Not measured yet.\n"
-    return "\n".join(_gpu(path, data) for path, data in newest.values())
+    return "\n".join(_gpu(found) for found in runs.values())
 
 
-def _rank(data: dict) -> tuple[bool, str]:
-    return bool(data.get("complete")), data["machine"].get("date", "")
+def _rank(data: dict) -> tuple[bool, bool, str]:
+    """What a GPU's table shows: a complete run, then one of at least half of the cases, then the newest."""
+    return (bool(data.get("complete")), 2 * len(data["rows"]) >= len(registry.cases("full")),
+            data["machine"].get("date", ""))
 
 
-def _gpu(path: Path, data: dict) -> str:
+def _gpu(found: list[tuple[Path, dict]]) -> str:
+    found = sorted(found, key=lambda run: _rank(run[1]), reverse=True)
+    commit = found[0][1]["machine"].get("commit", "unknown")
+    found = [found[0], *(run for run in found[1:] if run[1]["machine"].get("commit") == commit != "unknown")]
+    rows: dict[str, tuple[int, dict]] = {}
+    for number, (_, data) in enumerate(found, 1):
+        for row in data["rows"]:
+            known = rows.get(row["case"])
+            if known is None or _raced(known[1]) < _raced(row):
+                rows[row["case"]] = number, row
     lines = ["| op | shape | dtype | us (IQR) | rate | % of limit | fastest peer | ratio |",
              "|---|---|---|---|---|---|---|---|"]
-    for row in data["rows"]:
-        head = f"| `{row['op']}` | {row['shape']} | {row['dtype']} |"
+    for number, row in rows.values():
+        head, mark = f"| `{row['op']}` | {row['shape']} | {row['dtype']} |", "" if number == 1 else f" [{number}]"
         if "wrong" in row:
-            lines.append(f"{head} wrong result | | | | |")
+            lines.append(f"{head} no figure{mark}: {row['wrong'].replace('|', '/')[:100]} | | | | |")
             continue
-        ours, peers = row["providers"]["pydit"], {n: p for n, p in row["providers"].items() if n != "pydit"}
+        ours, peers = row["providers"]["pydit"], compare.rivals(row)
         best = min(peers, key=lambda name: peers[name]["us"], default=None)
         percent = "" if ours["percent_of_limit"] is None else f"{ours['percent_of_limit']:.0f} %"
         raced = f"{best} | {peers[best]['ratio']:.2f}" if best else "none |"
-        time = f"{ours['us']:.1f} ({ours['iqr_us']:.1f})"
-        lines.append(f"{head} {time} | {table.rate(row, ours)} | {percent} | {raced} |")
-    link = f"[Results](benchmarks/results/{path.name})"
-    return "\n".join([*lines, "", f"{machine.sentence(data['machine'])}. {link}.", ""])
+        lines.append(f"{head} {ours['us']:.1f} ({ours['iqr_us']:.1f}){mark} | {table.rate(row, ours)} | {percent} | "
+                     f"{raced} |")
+    numbers = {number for number, _ in rows.values()}
+    for number, (path, data) in enumerate(found, 1):
+        if number in numbers:
+            lines += ["", f"{'' if number == 1 else f'[{number}] '}{machine.sentence(data['machine'])}. "
+                          f"[Results](benchmarks/results/{path.name})."]
+    lines += ["", _left_out([row for _, row in rows.values()]), ""]
+    return "\n".join(lines[:-2] if not lines[-2] else lines)
+
+
+def _raced(row: dict) -> int:
+    """How many rivals a row has; of a wrong one none."""
+    return -1 if "wrong" in row else len(compare.rivals(row))
+
+
+def _left_out(rows: list[dict]) -> str:
+    """How many of these cases each peer took no part in, and why: the fastest of those raced may not be fastest."""
+    found = Counter((name, _in_short(reason) if kind == "failed" else reason) for row in rows
+                    for kind in ("not_raced", "failed") for name, reason in row.get(kind, {}).items())
+    return "" if not found else "Not raced, with the number of cases: " + "; ".join(
+        f"{name} ({count}: {reason})" for (name, reason), count in sorted(found.items())) + "."
+
+
+def _in_short(reason: str) -> str:
+    """The kind of error that a peer raised, or that its result was wrong."""
+    kind = re.search(r"(\w+): ", reason.removeprefix("while all were timed: "))
+    return kind[1] if kind and kind[1].endswith("Error") else "wrong result"
 
 
 def demo_table(results: Path) -> str:

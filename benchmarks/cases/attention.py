@@ -1,5 +1,5 @@
 """Joint attention, alone and with the norms and rotary embeddings before it: bound by the tensor cores. The peers
-concatenate the streams before and split the result after.
+concatenate the streams before and split the result after, those called "joined" excepted, which are a kernel alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import DTYPES, Case, Work
 from benchmarks.cases.qk_norm_rope import joint_qk_norm_rope
 from benchmarks.peers import Peer, compiled, eager_peer
-from benchmarks.peers.attention import attention_peers, joint, masked_attention_peers, sdpa
+from benchmarks.peers.attention import attention_peers, joined_peers, joint, masked_attention_peers, sdpa
 from pydit import ops
 
 SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, text lengths or None
@@ -57,9 +57,9 @@ def joint_attention(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
         limits = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
         return (*image.unbind(2), *text.unbind(2), limits)
 
-    peers = (*attention_peers(), eager_peer(eager), compiled(eager)) if lens is None else (
+    peers = (*attention_peers(), *joined_peers(), eager_peer(eager), compiled(eager)) if lens is None else (
         *masked_attention_peers(), eager_peer(eager), compiled(eager),
-        Peer("samples alone", lambda: samples_alone(lens)))
+        Peer("samples alone", lambda: samples_alone(lens), rival=False))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     work = joint_attention_work(s_img, s_txt, lengths, h, d)
     beyond = portable_kernel(work, s_img, s_txt, lengths, lens is not None, h, d)

@@ -45,10 +45,11 @@ def joint_attention_backward(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
         outs, lses = _outputs(inputs, lens)
         return (*inputs, limits, *outs, *lses, *(torch.randn_like(out) for out in outs))
 
-    kernels = attention_peers() if lens is None else masked_attention_peers()
+    kernels = attention_peers() if lens is None else masked_attention_peers(lengths=False)
     peers = (*(never(peer.name, "it has no backward") if peer.name == "sageattention" else _differentiated(peer)
                for peer in kernels),
-             eager_peer(gradients(eager)), _differentiated(compiled(eager)), Peer("deterministic", lambda: _in_order))
+             eager_peer(gradients(eager)), _differentiated(compiled(eager)),
+             Peer("deterministic", lambda: _in_order, rival=False))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     return Case("joint_attention_backward", model, shape, dtype,
                 joint_attention_backward_work(s_img, s_txt, lens or (s_txt,) * b, h, d), make, _run, _exact,

@@ -52,7 +52,7 @@ def collect(model, batch, image, text, heads, dim, dtype, *, probes) -> Case:
                 Work(bytes=block.work.bytes + sum(w.bytes for w in more),
                      flops=block.work.flops + sum(w.flops for w in more)),
                 make, collecting(add_second_moments), lambda *args: block.exact(*args[:-_STREAMS * _SUMS]), eager,
-                (Peer("forward", lambda: forward), eager_peer(eager), compiled(eager)))
+                (Peer("forward", lambda: forward, rival=False), eager_peer(eager), compiled(eager)))
 
 
 def _add_eager(x, y, sums):

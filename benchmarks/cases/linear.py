@@ -22,7 +22,7 @@ SHAPES = {  # model, batch, image tokens, text tokens, channels, head dim, dtype
 
 def cases(size: str) -> list[Case]:
     """Per model: QKV plain and with norm and rotation, FFN up without and with GELU, output and FFN down with gate and
-    residual, PPCL's linear FFN. The first has every layer without its epilogue too, and the longest race."""
+    residual, PPCL's linear FFN. The first has every layer without its epilogue too, and every form of the kernel."""
     found = []
     for i, (model, b, img, txt, c, dim, dtype) in enumerate(SHAPES[size]):
         layers = [("joint_linear", c, 3 * c), ("joint_qkv", c, 3 * c), ("joint_linear", c, 4 * c),
@@ -30,7 +30,7 @@ def cases(size: str) -> list[Case]:
                   ("joint_linear_gated_residual", 4 * c, c), ("joint_linear_residual", c, c)]
         if i == 0:
             layers += [("joint_linear", c, c), ("joint_linear", 4 * c, c)]
-        found += [case(op, model, b, img, txt, k, n, dim, dtype, search=i == 0) for op, k, n in layers]
+        found += [case(op, model, b, img, txt, k, n, dim, dtype, forms=i == 0) for op, k, n in layers]
     return found
 
 
@@ -80,7 +80,7 @@ def hopper_bytes(b: int, streams: tuple[int, int], k: int, n: int, cluster: int,
     return itemsize * operands + 2 * left * cluster * 128 * 256 * 4
 
 
-def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
+def case(op, model, b, img, txt, k, n, dim, dtype, forms=False) -> Case:
     kind = DTYPES[dtype]
 
     def make(device):
@@ -99,16 +99,16 @@ def case(op, model, b, img, txt, k, n, dim, dtype, search=False) -> Case:
         return tuple(x for pair in pairs for x in pair)
 
     both = of_both(FORMULAS[op])
-    peers = linear_peers(op, search)
+    peers = linear_peers(op)
     if op == "joint_qkv":
         peers += (Peer("products then norm and rotation", lambda: _qkv_by_two),)
     else:
-        peers += (Peer("two launches", lambda: own_kernel(of_both(_single(op)))),)
+        peers += (Peer("two launches", lambda: own_kernel(of_both(_single(op))), rival=False),)
     work = linear_work(op, b, (img, txt), k, n, dim, kind.itemsize)
     run = own_kernel(RUN.get(op, getattr(ops, op)))
-    if search:  # the forms of the Hopper kernel, whichever it would take
+    if forms:  # those of the Hopper kernel, whichever it would take
         peers += (*cluster_peers(run), Peer("last wave whole", lambda: with_setting(run, "PYDIT_PARTS", "1"),
-                                            needs_gpu(capability=(9, 0))))
+                                            needs_gpu(capability=(9, 0)), rival=False))
     return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, run,
                 lambda *args: both(*(a.double() for a in args)), both, peers,
                 None if op == "joint_qkv" else portable_kernel(op, work, b, (img, txt), k, n, kind.itemsize))

@@ -69,7 +69,7 @@ def joint_qk_norm_rope(model, b, s_img, s_txt, h, d, dtype) -> Case:
     def both(function):
         return lambda *args: (*function(*args[:6]), *function(*args[6:]))
 
-    peers = (compiled(both(_real)), eager_peer(both(_eager)), Peer("two launches", lambda: both(_run)),
+    peers = (compiled(both(_real)), eager_peer(both(_eager)), Peer("two launches", lambda: both(_run), rival=False),
              never("sglang", "fused_inplace_qknorm_rope runs inside the SGLang server only"))
     return Case("joint_qk_norm_rope", model, f"{b}x{s_img}+{s_txt}x{h}x{d}", dtype,
                 Work(*(sum(parts) for parts in zip(*((c.work.bytes, c.work.flops) for c in streams), strict=True))),

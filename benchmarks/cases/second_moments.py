@@ -6,10 +6,12 @@ On a Hopper both forms of its kernel are raced, whichever it would take: blocks 
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from benchmarks.cases import DTYPES, Case, Work
-from benchmarks.peers import cluster_peers, compiled, eager_peer
+from benchmarks.peers import Peer, cluster_peers, compiled, eager_peer, needs_gpu
 from pydit.ops.second_moments import add_second_moments
 
 SHAPES = {  # model, tokens, channels, dtype
@@ -59,7 +61,7 @@ def second_moments(model, n, d, dtype) -> Case:
                 torch.zeros(d, d, device=device))
 
     return Case("second_moments", model, f"{n}x{d}", dtype, second_moments_work(n, d), make, _run, _exact, eager,
-                (eager_peer(eager), compiled(eager), *cluster_peers(_run)), call=_call)
+                (eager_peer(eager), compiled(eager), QUACK, *cluster_peers(_run)), call=_call)
 
 
 def eager(x, _xx, _sum_x, narrow):
@@ -67,6 +69,15 @@ def eager(x, _xx, _sum_x, narrow):
     if x.is_cuda:
         return torch.addmm(narrow, x.T, x, out_dtype=torch.float32, out=narrow)
     return narrow.addmm_(x.T.float(), x.float())
+
+
+def _quack():
+    """Its product for symmetric results, which computes a triangle too and writes both."""
+    symmetric = importlib.import_module("quack.gemm_interface").gemm_symmetric
+    return lambda x, _xx, _sum_x, narrow: symmetric(x.T, x, C=narrow, out_dtype=torch.float32)
+
+
+QUACK = Peer("quack symmetric", _quack, needs_gpu("quack.gemm_interface", capability=(9, 0)))
 
 
 def _run(x, xx, sum_x, _narrow):

@@ -27,6 +27,13 @@ KINDS = {
     "single_stream": BlockSpec((0,), form="single"),
     "affine": BlockSpec((0,), form="affine"),
 }
+# Further kinds that plans have, for benchmarks.layers: text that is linear with a linear FFN, or at its region's end.
+MORE_KINDS = {
+    "text_linear_ffn": BlockSpec((0,), text="linear", ffn="linear", anchor=0, dead_query=False),
+    "text_end": BlockSpec((0,), text="linear", anchor=0, text_output=True, dead_query=False),
+    "text_end_ffn": BlockSpec((0,), text="linear", ffn="linear", anchor=0, text_output=True, dead_query=False),
+    "text_keys_ffn": BlockSpec((0,), text="keys", ffn="linear", dead_query=False),
+}
 
 
 def cases(size: str) -> list[Case]:
@@ -38,7 +45,8 @@ def block_work(config: dict, spec: BlockSpec, batch: int, image: int, text: int,
     :mod:`pydit.families`."""
     family, width = FAMILIES["qwen-image"], config["num_attention_heads"] * config["attention_head_dim"]
     parameters = family.block_parameters(config, spec)
-    texts = {"linear": 2 * 2, "keys": 1}.get(spec.text, 2)  # in and out; a text-linear block passes two tensors on
+    texts = {"linear": 2 * 2, "keys": 1}.get(spec.text, 2)  # in and out; a text-linear block passes two tensors on,
+    texts -= spec.text_output  # unless it ends its region
     streams = batch * width * (2 * image + texts * text)
     tables = 0 if spec.form == "affine" else 8 * config["attention_head_dim"] // 2 * (image + text)
     embedding = 0 if spec.form == "affine" else batch * width
@@ -47,7 +55,7 @@ def block_work(config: dict, spec: BlockSpec, batch: int, image: int, text: int,
 
 
 def block(model, batch, image, text, heads, dim, dtype, kind) -> Case:
-    spec, width = KINDS[kind], heads * dim
+    spec, width = (KINDS | MORE_KINDS)[kind], heads * dim
     config = {"num_attention_heads": heads, "attention_head_dim": dim}
 
     def make(device):
@@ -98,7 +106,7 @@ def block(model, batch, image, text, heads, dim, dtype, kind) -> Case:
     return Case(f"block_{kind}", model, f"{batch}x{image}+{text}x{heads}x{dim}", dtype,
                 block_work(config, spec, batch, image, text, DTYPES[dtype].itemsize), make, through(1), exact, eager,
                 (eager_peer(eager), compiled(eager),
-                 Peer("pydit grouped linears", lambda: own_kernel(through(1)), needs_gpu())))
+                 Peer("pydit grouped linears", lambda: own_kernel(through(1)), needs_gpu(), rival=False)))
 
 
 def _call(module, spec: BlockSpec, args):

@@ -15,43 +15,65 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.peers import Peer, always, needs_gpu, never
+from benchmarks.peers import Peer, always, fresh, installed, needs_gpu, never
 
 _SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
          "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 
 
+FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")  # the second is the forward alone
+
+
 def attention_peers() -> tuple[Peer, ...]:
     """Every attention kernel raced, the ones that torch carries first."""
+    return tuple(Peer(name, lambda kernel=kernel: joint(kernel()), available) for name, kernel, available in _kernels())
+
+
+def joined_peers() -> tuple[Peer, ...]:
+    """The fastest of these kernels alone: on streams that lie joined before the clock starts."""
+    return tuple(Peer(f"{name} joined", lambda kernel=kernel: joined(kernel()), available)
+                 for name, kernel, available in _kernels() if name in _FASTEST)
+
+
+_FASTEST = ("sdpa flash", "sdpa cudnn", "flash-attention 4", "flash-attention 3")
+
+
+def _kernels() -> tuple[tuple[str, Callable, Callable], ...]:
+    """Name, what makes the kernel, and whether it is there."""
     return (
-        *(Peer(f"sdpa {name}", lambda name=name: joint(sdpa(name)), always if name == "math" else needs_gpu())
-          for name in _SDPA),
-        Peer("flex_attention", lambda: joint(_flex()), needs_gpu("triton")),
-        Peer("flash-attention 4", lambda: joint(_imported("flash_attn.cute.interface", "flash_attn_func")),
-             needs_gpu("flash_attn.cute.interface", capability=(9, 0))),
-        Peer("flash-attention 3", lambda: joint(_imported("flash_attn_interface", "flash_attn_func")),
-             needs_gpu("flash_attn_interface", capability=(9, 0))),
-        Peer("sageattention", lambda: joint(_imported("sageattention", "sageattn", tensor_layout="NHD")),
-             needs_gpu("sageattention")),
+        *((f"sdpa {name}", lambda name=name: sdpa(name), always if name == "math" else needs_gpu()) for name in _SDPA),
+        ("flex_attention", lambda: _flex(), needs_gpu("triton")),
+        ("flash-attention 4", lambda: _imported("flash_attn_func", "flash_attn.cute.interface"),
+         needs_gpu("flash_attn.cute.interface", capability=(9, 0))),
+        ("flash-attention 3", lambda: _imported("flash_attn_func", *FLASH_3), needs_gpu(FLASH_3, capability=(9, 0))),
+        ("sageattention", lambda: _imported("sageattn", "sageattention", tensor_layout="NHD"),
+         needs_gpu("sageattention")),
     )
 
 
-def masked_attention_peers() -> tuple[Peer, ...]:
-    """Those for texts of several lengths: the kernels that take a mask, and why the others do not run."""
+def masked_attention_peers(lengths: bool = True) -> tuple[Peer, ...]:
+    """Those for texts of several lengths: the kernels that take a mask or, if asked for, the lengths, and why the
+    others do not run."""
     return (
         *(Peer(f"sdpa {name} masked", lambda name=name: joint(sdpa(name)), always if name == "math" else needs_gpu())
           for name in _SDPA if name != "flash"),
-        Peer("flex_attention masked", lambda: joint(_flex(), blocks=True), needs_gpu("triton")),
+        Peer("flex_attention masked", lambda: joint(_flex(), mask="blocks"), needs_gpu("triton")),
+        *((Peer("flash-attention 4 lengths", lambda: joint(_of_lengths("flash_attn_varlen_func", "seqused_k",
+                                                                       "flash_attn.cute.interface"), mask="lengths"),
+                needs_gpu("flash_attn.cute.interface", capability=(9, 0))),
+           Peer("flash-attention 3 lengths", lambda: joint(_of_lengths("flash_attn_with_kvcache", "cache_seqlens",
+                                                                       *FLASH_3), mask="lengths"),
+                needs_gpu(FLASH_3, capability=(9, 0)))) if lengths else ()),
         never("sdpa flash", "it takes no mask"), never("sageattention", "it takes no mask"),
         never("flash-attention varlen", "packs the batch, which waits for the GPU"),
     )
 
 
-def joint(attention: Callable, *, blocks: bool = False) -> Callable:
+def joint(attention: Callable, *, mask: str = "bool") -> Callable:
     """``attention(q, k, v, mask)`` over [B, S, H, D], as a function of the two streams and the lengths of the text.
 
-    The mask is None without lengths, else bool [B, 1, 1, S], or with ``blocks`` flex_attention's block mask, which is
-    made once for a tensor of lengths, as a model makes it once for a prompt.
+    The mask is None without lengths, else "bool" [B, 1, 1, S], the "lengths" of the joint keys int32 [B], or "blocks":
+    flex_attention's block mask, which is made once for a tensor of lengths, as a model makes it once for a prompt.
     """
     made: dict[int, object] = {}
 
@@ -67,13 +89,29 @@ def joint(attention: Callable, *, blocks: bool = False) -> Callable:
     def run(q_img, k_img, v_img, q_txt, k_txt, v_txt, lens=None):
         q, k, v = (torch.cat(pair, 1) for pair in ((q_img, q_txt), (k_img, k_txt), (v_img, v_txt)))
         image, text = q_img.shape[1], q_txt.shape[1]
-        mask = keep = None
+        masked = keep = None
         if lens is not None:
             keep = torch.arange(text, device=lens.device) < lens[:, None]
-            mask = block_mask(lens, image, text) if blocks else \
-                torch.cat((keep.new_ones(len(keep), image), keep), 1)[:, None, None]
-        out_img, out_txt = attention(q, k, v, mask).split((image, text), 1)
+            if mask == "bool":
+                masked = torch.cat((keep.new_ones(len(keep), image), keep), 1)[:, None, None]
+            else:
+                masked = block_mask(lens, image, text) if mask == "blocks" else lens + image
+        out_img, out_txt = attention(q, k, v, masked).split((image, text), 1)
         return out_img.contiguous(), out_txt.contiguous() if keep is None else out_txt * keep[:, :, None, None]
+
+    return run
+
+
+def joined(attention: Callable) -> Callable:
+    """``attention(q, k, v)`` as a function of the two streams, which are concatenated at the first call with them, and
+    whose outputs are views."""
+    made: dict[int, list[torch.Tensor]] = {}
+
+    def run(q_img, k_img, v_img, q_txt, k_txt, v_txt, _lens=None):
+        key = q_img.data_ptr()
+        if key not in made:
+            made[key] = [torch.cat(pair, 1) for pair in ((q_img, q_txt), (k_img, k_txt), (v_img, v_txt))]
+        return attention(*made[key]).split((q_img.shape[1], q_txt.shape[1]), 1)
 
     return run
 
@@ -89,19 +127,26 @@ def sdpa(name: str | None = None) -> Callable:
     return run
 
 
-def _flex(compiler: Callable = torch.compile) -> Callable:
+def _flex(compiler: Callable = fresh) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    kernel = compiler(flex_attention, dynamic=False)
+    kernel = compiler(flex_attention)
     return lambda q, k, v, mask=None: kernel(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
-def _imported(module: str, name: str, **options) -> Callable:
-    """``module.name``, with the output alone where it also returns the log-sum-exp."""
-    function = getattr(importlib.import_module(module), name)
+def _imported(name: str, *modules: str, **options) -> Callable:
+    """``name`` of the first of these modules that is there, with the output alone where it also returns the
+    log-sum-exp."""
+    function = getattr(importlib.import_module(installed(*modules)), name)
 
-    def run(q, k, v, _mask=None):
-        out = function(q, k, v, **options)
+    def run(q, k, v, _mask=None, **more):
+        out = function(q, k, v, **options, **more)
         return out[0] if isinstance(out, tuple) else out
 
     return run
+
+
+def _of_lengths(name: str, argument: str, *modules: str) -> Callable:
+    """The same for a function that takes the length of each sample's keys."""
+    function = _imported(name, *modules)
+    return lambda q, k, v, lengths: function(q, k, v, **{argument: lengths})

@@ -8,12 +8,14 @@ A formula takes x [B, S, K], weight [N, K] and bias [N]; residual [B, S, N] and 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import Peer, compiled, eager_peer, needs_gpu
+from benchmarks.peers import Peer, compiled, eager_peer, needs_gpu, never
 
 
 def gelu(x, weight, bias):
@@ -41,6 +43,11 @@ def addmm_gelu(x, weight, bias):
     return out.unflatten(0, x.shape[:-1])
 
 
+def addcmul_residual(x, weight, bias, residual, gate):
+    """Two kernels, of which the second reads the product once."""
+    return torch.addcmul(residual, gate, F.linear(x, weight, bias))
+
+
 def addmm_residual(x, weight, bias):
     """x is the matrix that addmm adds; the bias comes after."""
     flat = x.flatten(0, -2)
@@ -52,18 +59,39 @@ FORMULAS: dict[str, Callable] = {"joint_linear": F.linear, "joint_linear_gelu": 
                                  "joint_qkv": qkv}
 
 
-def linear_peers(op: str, search: bool = False) -> tuple[Peer, ...]:
-    """Of an op of :data:`FORMULAS`; ``search`` adds torch.compile's max-autotune, which takes long to build."""
+def linear_peers(op: str) -> tuple[Peer, ...]:
+    """Of an op of :data:`FORMULAS`."""
     both = of_both(FORMULAS[op])
-    found = [eager_peer(both), compiled(both)]
-    if search:
-        searched = compiled(both, "torch.compile max-autotune", mode="max-autotune-no-cudagraphs")
-        found.append(Peer(searched.name, searched.build, needs_gpu()))
+    searched = compiled(both, "torch.compile max-autotune", mode="max-autotune-no-cudagraphs")
+    found = [eager_peer(both), compiled(both), replace(searched, available=needs_gpu())]
     if op == "joint_linear_gelu":
         found.append(Peer("cublaslt gelu", lambda: of_both(addmm_gelu), needs_gpu()))
     if op == "joint_linear_residual":
         found.append(Peer("cublaslt addmm", lambda: of_both(addmm_residual)))
+    if op == "joint_linear_gated_residual":
+        found.append(Peer("cublaslt then addcmul", lambda: of_both(addcmul_residual)))
+    if op in QUACK:
+        found.append(Peer("quack", lambda: of_both(_quack(op)), needs_gpu("quack.gemm_interface", capability=(9, 0))))
+    else:
+        found.append(never("quack", "its products have no such epilogue"))
     return tuple(found)
+
+
+QUACK: dict[str, Callable] = {  # its module, x, the transposed weight and the bias
+    "joint_linear": lambda quack, a, b, bias: quack.gemm(a, b, bias=bias),
+    "joint_linear_gelu": lambda quack, a, b, bias: quack.gemm_act(a, b, bias=bias, activation="gelu_tanh_approx",
+                                                                  store_preact=False)[1],
+    "joint_linear_residual": lambda quack, a, b, bias: quack.gemm_add(a, b, a, bias=bias)}
+
+
+def _quack(op: str) -> Callable:
+    """It searches for the fastest of its kernels at the first call with a shape."""
+    module = importlib.import_module("quack.gemm_interface")
+
+    def run(x, weight, bias):
+        return QUACK[op](module, x.flatten(0, -2), weight.t(), bias).unflatten(0, x.shape[:-1])
+
+    return run
 
 
 def of_both(function: Callable) -> Callable:

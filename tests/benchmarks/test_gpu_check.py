@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, registry, runner
+from benchmarks import compare, machine, registry, runner
 from pydit.files import read_json
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
@@ -25,6 +25,11 @@ case "$words" in
   *"-m pytest tests/ops"*-n*) echo "1 failed"; exit 1 ;;
   *"--module linear "*) exit 124 ;;
   *"--module collect "*) echo "no diffusers"; exit 2 ;;
+  *"--module attention "*) # the first process ends in a case, the second in another, the third gets to the end
+    ends=$(($(cat "$PLACE/ends" 2>/dev/null || echo 2) - 1))
+    echo $ends >"$PLACE/ends"
+    sed "s/.complete.:/'running': 'case $ends', &/" "$PLACE/part.json" | tr "'" '"' >"${@: -1}"
+    ((ends < 0)) && cp "$PLACE/part.json" "${@: -1}" || exit 1 ;;
   *benchmarks.runner*) cp "$PLACE/part.json" "${@: -1}" ;;
 esac
 """
@@ -50,6 +55,7 @@ def check(tmp_path):
         environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"),
                        "REAL": sys.executable, "PLACE": str(place), "OUT": str(place / "out" / "run.json"), **variables}
         done = subprocess.run(["bash", str(SCRIPT), *options], env=environment, capture_output=True, text=True, timeout=120)
+        assert (place / "out" / "run.json").exists(), done.stdout + done.stderr
         steps = {step["step"]: step["state"] for step in read_json(place / "out" / "run.json", what="out")["steps"]}
         return done, (place / "calls").read_text().splitlines(), steps
 
@@ -72,7 +78,17 @@ def test_steps_their_states_and_what_is_left(check):
     assert sum("-n 8" in line for line in asked) == 2 and not any("--timeout" in line for line in asked)
     timed = [i for i, line in enumerate(calls) if "benchmarks.runner" in line]
     assert min(timed) > max(i for i, line in enumerate(calls) if "-m pytest" in line)  # nothing runs beside them
-    assert "--module modulate --seconds 17 --without math --filter /x --json" in calls[timed[0]]
+    assert "--module modulate --resume --seconds 17 --case-seconds 25 --without math --filter /x --json" in calls[timed[0]]
+
+
+def test_a_module_goes_on_after_a_case_that_ended_it(check):
+    done, calls, steps = check("--no-tests", MODULES="attention modulate", T="60", CASE="9")
+    assert done.returncode == 1 and sum("benchmarks.runner" in line for line in calls) == 4
+    assert {step: state for step, state in steps.items() if "bench" in step} == {
+        "bench_attention": "failed (1)", "bench_attention_2": "failed (1)", "bench_attention_3": "passed",
+        "bench_modulate": "passed"}
+    assert all("--resume" in line and "--case-seconds 9" in line for line in calls if "benchmarks.runner" in line)
+    assert steps["tests"] == steps["racecheck"] == "not run: --no-tests" and not any("pytest tests" in c for c in calls)
 
 
 def test_steps_can_be_left_out(check):
@@ -96,9 +112,30 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.returncode == 2 and "expected a GPU, got none" in done.stderr
 
 
+def test_the_later_visits_have_cases_in_every_module_and_peers_that_there_are():
+    """The calls in the script's head."""
+    head = SCRIPT.read_text().partition("set -uo")[0]
+    second, third = re.findall(r"WITHOUT=(\S+) .*?FILTER=\"?([^\"\n]+?)\"? benchmarks/gpu_check", head, re.S)
+    modules = set(registry.families().values())
+    for (without, text), names in ((second, modules), (third, {"linear"})):
+        assert runner.unwanted_peers(without) == tuple(without.split(","))
+        for name in names:
+            peers = {peer.name for case in registry.find(text, "full", name) for peer in case.peers}
+            assert any("compile" in peer for peer in peers if not any(part in peer for part in without.split(",")))
+
+
+def test_the_commit_may_come_from_outside(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", "/")
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert machine._commit() == {"commit": "unknown", "dirty": None}
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert machine._commit() == {"commit": "abc1234", "dirty": None}
+
+
 def test_its_defaults_are_of_the_registry():
     """Every file of cases, and peers that there are."""
     modules, without = (re.search(rf"{name}=\$\{{{name}-([^}}]+)\}}", SCRIPT.read_text())[1]
                         for name in ("MODULES", "WITHOUT"))
     assert sorted(modules.split()) == sorted(set(registry.families().values()))
-    assert runner._unwanted_peers(without) == tuple(without.split(","))
+    assert runner.unwanted_peers(without) == tuple(without.split(","))

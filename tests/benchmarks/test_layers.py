@@ -1,13 +1,20 @@
 """`pydit bench layers` and `pydit bench model` at a size that says nothing about speed."""
 
 import json
+import re
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
 import pydit
-from benchmarks import layers, model
+from benchmarks import compare, layers, model, parts
+from benchmarks.cases import whole_block
 from benchmarks.runner import run_case
+from pydit.families import FAMILIES
+from pydit.plan import PRESETS
 
 
 @pytest.fixture
@@ -30,16 +37,111 @@ def test_layers_are_counted_by_kind_and_timed(command, tmp_path, capsys):
     for kind, row in rows.items():
         assert row["providers"]["pydit"]["us"] > 0 and row["floor_us"] > 0 and kind in out
     assert "% ideal" in out and "wrong" not in out
+    for row in rows.values():
+        ideal, before, after = (row["parts"][name] for name in ("ideal", "before", "after"))
+        assert sum(ideal.values()) == pytest.approx(row["ideal_us"]) and row["ideal_us"] >= row["floor_us"]
+        for found in (before, after):
+            assert set(found) == set(parts.PARTS) and all(value > 0 for value in found.values())
+    assert re.search(r"us by part +ideal +before +after\n", out) and re.search(r"dense +attention +[\d.]+ ", out)
+
+
+def test_every_kind_of_block_is_timed_as_what_it_is():
+    """Each block of every preset and of plans beyond them costs what the case of its kind computes."""
+    config = {"num_attention_heads": 24, "attention_head_dim": 128}
+    plans = [pydit.PruningPlan.preset(name) for name in PRESETS]
+    plans.append(pydit.PruningPlan("qwen-image", 60, [(0, 1)], text_linear=[(2, 9)], linear_ffn=[3, 9, 20]))
+    specs = {spec for plan in plans if plan.family == "qwen-image" for spec in plan.blocks}
+    kinds = whole_block.KINDS | whole_block.MORE_KINDS
+    assert len({layers.kind_of(spec) for spec in specs}) >= 7
+    for spec in [*specs, *kinds.values()]:
+        flops = FAMILIES["qwen-image"].block_flops(config, spec, 6889, 512)
+        assert flops == FAMILIES["qwen-image"].block_flops(config, kinds[layers.kind_of(spec)], 6889, 512), spec
+
+
+@pytest.mark.parametrize("kind", [*whole_block.KINDS, *whole_block.MORE_KINDS])
+def test_parts_of_a_block_add_up_to_it(kind):
+    """FLOPs of products and attention are the family's; the floor of the ops is none below that of the whole."""
+    config, spec = {"num_attention_heads": 24, "attention_head_dim": 128}, (whole_block.KINDS | whole_block.MORE_KINDS)[kind]
+    ops = parts.works(config, spec, 2, 6889, 512, 2)
+    assert sum(work.flops for part, work in ops if part != "rest") == 2 * FAMILIES["qwen-image"].block_flops(
+        config, spec, 6889, 512)
+    ideal = parts.floors(ops, {"copy_gb_s": 4300.0, "gemm_tflop_s": 790.0})
+    assert (ideal["attention"] == ideal["rest"] == 0) == (kind == "affine") and ideal["products"] > 0
+    assert parts.floors(ops, {"copy_gb_s": 4300.0}) is None
+
+
+def test_kernels_are_told_apart_by_name():
+    names = {"attention": ["void pydit::joint_attention_sm90_kernel<128>(P)", "pytorch_flash::flash_fwd_kernel<T>",
+                           "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "fmha_cutlassF_bf16_aligned",
+                           "aten::scaled_dot_product_attention", "pydit::joint_attention"],
+             "products": ["nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNT", "void cutlass::Kernel2<gemm_bf16>(P)",
+                          "void pydit::grouped_linear_sm90_kernel<E>(P)", "cublasLt::splitKreduce_kernel<32>",
+                          "gemvNSP_kernel", "aten::addmm", "pydit::joint_linear_gelu", "pydit::joint_qkv"],
+             None: ["void pydit::modulate_kernel<T>(P)", "void pydit::qk_norm_rope_kernel<T>(P)", "Memcpy DtoD",
+                    "void at::native::vectorized_elementwise_kernel<4, F>", "aten::mul", "pydit::ada_layer_norm"]}
+    assert {name: parts.part_of(name) for part in names.values() for name in part} == {
+        name: part for part, of in names.items() for name in of}
+    span = lambda us: SimpleNamespace(elapsed_us=lambda: us)  # noqa: E731
+    event = lambda name, us, **more: SimpleNamespace(**{  # noqa: E731
+        "name": name, "time_range": span(us), "device_type": DeviceType.CUDA, "is_user_annotation": False, **more})
+    events = [event("nvjet_sm90", 6.0), event("flash_fwd_kernel", 4.0), event("Memset", 1.0), event("nvjet_sm90", 2.0),
+              event("aten::mm", 50.0, device_type=DeviceType.CPU), event("gemm range", 9.0, is_user_annotation=True)]
+    assert parts.summed(events, "cuda", 2) == {"products": 4.0, "attention": 2.0, "rest": 0.5}
+    assert parts.summed(events[4:], "cuda", 2) is None
+
+
+def test_a_run_out_of_time_leaves_what_it_has(command, tmp_path, monkeypatch):
+    """The file is written after every kind; a kind's details that raise cost no time of it."""
+    def raises(*_):
+        raise RuntimeError("no sensors")
+
+    clock = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr(layers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(layers.parts, "measured", raises)
+    assert layers.main([*command, "--seconds", "50"]) == 0
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [row["kind"] for row in data["rows"]] == ["dense"] and data["not_run"] and not data["complete"]
+    assert data["rows"][0]["details_failed"] == "no sensors" and data["rows"][0]["providers"]["pydit"]["us"] > 0
+    assert data["format"] != compare.FORMAT  # which the tables of README take
 
 
 def test_models_side_by_side(command, tmp_path, capsys):
     assert model.main([*command, "--variants", "eager,accelerate,accelerate + table"]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["model"], row["variant"]) for row in rows] == [
-        (shape, variant) for shape in ("dense", "pruned") for variant in ("eager", "accelerate", "accelerate + table")]
+        (shape, variant) for variant in ("eager", "accelerate", "accelerate + table") for shape in ("dense", "pruned")]
     assert not any("failed" in row for row in rows) and all(row["ms"] > 0 for row in rows), rows
     sizes = {(row["model"], row["variant"]): row["parameters"] for row in rows}
     assert sizes["pruned", "eager"] < sizes["dense", "eager"] and "ratio" in capsys.readouterr().out
+
+
+def test_a_pruned_model_is_timed_without_its_teacher(command):
+    """And costs what the plan says."""
+    plan = layers.plan_of(command[3])
+    student, dense = (model._make("tiny", plan, shape, "cpu") for shape in ("pruned", "dense"))
+    assert type(student).__name__ == "PrunedQwenImageTransformer2DModel" and not student._lists[0].teacher.layers
+    assert sum(p.numel() for p in student.parameters()) == plan.num_parameters(dense.config)
+    thinned = [(block.spec, spec) for block, spec in zip(student.own_blocks, plan.blocks, strict=True) if not spec.is_stock]
+    assert thinned and all(found == wanted for found, wanted in thinned)
+
+
+def test_models_leave_what_they_have_when_time_is_over(command, tmp_path, monkeypatch):
+    """A variant that cannot be built stops no other, and what follows the last one in time is named."""
+    clock, make, made = iter([0.0, 0.0, 0.0, 100.0]), model._make, []
+
+    def fails_first(*args):
+        made.append(args)
+        if len(made) == 1:
+            raise RuntimeError("out of memory")
+        return make(*args)
+
+    monkeypatch.setattr(model, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    monkeypatch.setattr(model, "_make", fails_first)
+    assert model.main([*command, "--variants", "eager,accelerate", "--seconds", "50"]) == 0
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["rows"][0]["failed"] == "RuntimeError: out of memory" and data["rows"][1]["ms"] > 0
+    assert data["not_run"] == ["dense, accelerate", "pruned, accelerate"] and not data["complete"]
+    assert data["rows"][1]["ratio"] is None and data["format"] not in (compare.FORMAT, layers.FORMAT)
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -1,11 +1,25 @@
 """Peers compute what they are raced for (on the CPU, where they exist there), and say why they are absent."""
 
+import sys
+
 import pytest
 import torch
 
-from benchmarks.peers import Peer, compiled, needs_gpu, never
-from benchmarks.peers.attention import _flex, attention_peers, joint, masked_attention_peers, sdpa
-from benchmarks.peers.linear import linear_peers
+from benchmarks import registry
+from benchmarks.peers import Peer, compiled, installed, needs_gpu, never
+from benchmarks.peers.attention import (
+    FLASH_3,
+    _flex,
+    _imported,
+    _of_lengths,
+    attention_peers,
+    joined,
+    joined_peers,
+    joint,
+    masked_attention_peers,
+    sdpa,
+)
+from benchmarks.peers.linear import FORMULAS, linear_peers
 from pydit.testing import assert_accurate
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -50,15 +64,18 @@ def test_linear_peers(op, formula):
     exact = [formula((x @ w.t()) + b, x, r, g) for x, w, b, r, g in ([t.double() for t in stream] for stream in streams)]
     eager = next(peer for peer in linear_peers(op) if peer.name == "eager").build()(*args)
     for peer in linear_peers(op):
-        if peer.name not in ("torch.compile", "cublaslt gelu"):  # the latter is tanh on a GPU only
+        if peer.name in ("eager", "cublaslt addmm", "cublaslt then addcmul"):  # the gelu is tanh on a GPU only
             for found, right, plain in zip(peer.build()(*args), exact, eager, strict=True):
                 assert_accurate(found, right, plain, name=peer.name)
     assert max((a.double() - b).abs().max() for a, b in zip(eager, exact, strict=True)) < 1e-4
 
 
-def test_the_search_of_the_compiler_is_raced_where_asked():
-    names = [peer.name for peer in linear_peers("joint_linear_gelu", search=True)]
-    assert names == ["eager", "torch.compile", "torch.compile max-autotune", "cublaslt gelu"]
+def test_library_compiler_search_and_quack_are_raced_at_every_shape_or_named():
+    for op in FORMULAS:
+        names = [peer.name for peer in linear_peers(op)]
+        assert {"eager", "torch.compile", "torch.compile max-autotune", "quack"} <= set(names)
+    assert {peer.name for case in registry.cases("full", "linear") for peer in case.peers} >= {
+        "cublaslt gelu", "cublaslt addmm", "cublaslt then addcmul"}
 
 
 def test_absent_peers_give_their_reason():
@@ -74,8 +91,15 @@ def test_absent_peers_give_their_reason():
     assert compiled(abs).name == "torch.compile"
 
 
+def by_lengths(q, k, v, lengths):
+    """A kernel that takes the number of each sample's keys, int32."""
+    assert lengths.dtype == torch.int32
+    return torch.cat([attention(q[i:i + 1], k[i:i + 1, :n], v[i:i + 1, :n]) for i, n in enumerate(lengths)])
+
+
 @pytest.mark.parametrize("kernel", [lambda: joint(sdpa("math")), lambda: joint(sdpa()),
-                                    lambda: joint(_flex(lambda function, dynamic: function), blocks=True)])
+                                    lambda: joint(_flex(lambda function: function), mask="blocks"),
+                                    lambda: joint(by_lengths, mask="lengths")])
 def test_masked_peers_leave_padding_out(kernel):
     image, text = ([draw(2, s, 3, 8) for _ in range(3)] for s in (9, 4))
     outs = kernel()(*image, *text, torch.tensor([4, 1], dtype=torch.int32))
@@ -89,5 +113,41 @@ def test_masked_peers_leave_padding_out(kernel):
 
 def test_every_kernel_that_takes_a_mask_is_named():
     assert [peer.name for peer in masked_attention_peers()] == [
-        "sdpa cudnn masked", "sdpa efficient masked", "sdpa math masked", "flex_attention masked", "sdpa flash",
-        "sageattention", "flash-attention varlen"]
+        "sdpa cudnn masked", "sdpa efficient masked", "sdpa math masked", "flex_attention masked",
+        "flash-attention 4 lengths", "flash-attention 3 lengths", "sdpa flash", "sageattention", "flash-attention varlen"]
+    assert not any("lengths" in peer.name for peer in masked_attention_peers(lengths=False))
+
+
+def test_a_kernel_alone_gets_streams_that_lie_joined():
+    """It is handed the same tensors whenever it is called with the same streams, and its result is not copied."""
+    image, text, seen = [draw(2, 9, 3, 8) for _ in range(3)], [draw(2, 4, 3, 8) for _ in range(3)], []
+    kernel = joined(lambda q, k, v: seen.append((q, k, v)) or attention(q, k, v))
+    outs = kernel(*image, *text, None), kernel(*image, *text, None)
+    assert all(a is b for a, b in zip(*seen, strict=True)) and seen[0][0].shape == (2, 13, 3, 8)
+    assert outs[0][0].untyped_storage().data_ptr() == outs[0][1].untyped_storage().data_ptr()
+    for found, right in zip(outs[1], joint(sdpa("math"))(*image, *text), strict=True):
+        torch.testing.assert_close(found, right)
+    assert [peer.name for peer in joined_peers()] == [f"{name} joined" for name in (
+        "sdpa flash", "sdpa cudnn", "flash-attention 4", "flash-attention 3")]
+
+
+def test_a_package_that_breaks_when_it_is_looked_for_is_missing(tmp_path, monkeypatch, request):
+    """As one does whose own requirement has another version; and the next of several names is taken."""
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("raise AttributeError('no such name')")
+    (tmp_path / "fa3_fwd_interface.py").write_text(
+        "def flash_attn_func(q, k, v): return q, 'lse'\ndef flash_attn_with_kvcache(q, k, v, cache_seqlens): return v, k")
+    monkeypatch.syspath_prepend(tmp_path)
+    request.addfinalizer(lambda: sys.modules.pop("fa3_fwd_interface", None))
+    assert needs_gpu("broken_package.interface")() == (False, "broken_package.interface is not installed")
+    assert installed("broken_package.interface", "json") == "json" and installed("broken_package.interface") is None
+    assert installed(*FLASH_3) == "fa3_fwd_interface" and _imported("flash_attn_func", *FLASH_3)(1, 2, 3) == 1
+    assert _of_lengths("flash_attn_with_kvcache", "cache_seqlens", *FLASH_3)(1, 2, 3, 4) == 3
+    found = next(peer for peer in attention_peers() if peer.name == "flash-attention 3").available()
+    assert found == (False, "no GPU") or torch.cuda.is_available()
+
+
+def test_own_forms_are_no_rivals():
+    own = {peer.name for size in registry.SIZES for case in registry.cases(size) for peer in case.peers if not peer.rival}
+    assert own == {"samples alone", "deterministic", "two launches", "forward", "pydit grouped linears", "blocks alone",
+                   "clusters of two", "last wave whole"}

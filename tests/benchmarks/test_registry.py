@@ -8,14 +8,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import registry, runner
-from benchmarks.cases import Work, attention_backward, collect
+from benchmarks.cases import Work, attention_backward, collect, whole_block
 from benchmarks.peers import Peer
 from pydit.errors import UserError
 
 SMALL = registry.cases("small")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+FURTHER = [whole_block.block(*whole_block.SHAPES["small"][0], kind) for kind in whole_block.MORE_KINDS]
+
+
+@pytest.mark.parametrize("case", SMALL + FURTHER, ids=lambda case: case.name)
 def test_bytes_are_those_of_the_tensors(case):
     """Counted from the real inputs and outputs; an expanded or repeated view counts once."""
     args = case.make("cpu")
@@ -85,6 +88,8 @@ def test_no_floor_unless_both_rates_were_measured(limits):
 
 def test_unknown_filter_is_refused():
     assert {case.op for case in registry.find("qk_norm", "small")} == {"qk_norm_rope", "joint_qk_norm_rope"}
+    assert {case.op for case in registry.find("ada_layer_norm qk_norm_rope/", "small")} == {
+        "ada_layer_norm", "gated_residual_ada_layer_norm", "qk_norm_rope", "joint_qk_norm_rope"}
     with pytest.raises(UserError, match="filter: expected part of a case name .* got 'nothing'"):
         registry.find("nothing", "small")
 

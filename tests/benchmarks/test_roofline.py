@@ -27,7 +27,8 @@ def test_every_case_is_a_point_and_those_measured_have_their_rate():
     assert all(point.rate is None and point.peer is None for point in points)
     case = registry.cases("full")[3]
     row = {"case": case.name, "op": case.op, "bytes": case.work.bytes, "flops": case.work.flops,
-           "providers": {"pydit": entry(100.0), "slow": entry(400.0), "fast": entry(200.0)}}
+           "providers": {"pydit": entry(100.0), "slow": entry(400.0), "fast": entry(200.0),
+                         "own form": {**entry(50.0), "rival": False}}}
     wrong = {"case": registry.cases("full")[0].name, "wrong": "worst error"}
     found = roofline.modelled([run() | {"rows": [row, wrong]}])
     assert found[3] == roofline.Point(case.op, points[3].intensity, case.work.flops / 100.0 / 1e6, case.work.flops / 200.0 / 1e6)

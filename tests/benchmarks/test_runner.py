@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -102,19 +104,40 @@ def test_the_right_results_are_computed_once():
     assert set(row["providers"]) == {"pydit", "a", "b", "c"} and calls == ["exact", "eager"]
 
 
-def test_what_raises_while_all_are_timed_spares_pydit():
-    """As a peer does that has no memory left beside the others: right when it was verified and warmed up."""
-    calls, right = [], case().eager
+@pytest.mark.parametrize("victim", ["late", "pydit"])
+def test_what_raises_while_all_are_timed_spares_the_others(victim):
+    """As what has no memory left beside the others: right when it was verified and warmed up. A peer is taken out;
+    where it is pydit, all peers are."""
+    calls, right, own = [], case().eager, case().run
+    fails = 5  # verified, warmed up with two inputs, and once in the first round
 
-    def late(*args):
-        calls.append(1)
-        if len(calls) > 4:
-            raise RuntimeError("out of memory")
-        return right(*args)
+    def late(function):
+        def call(*args):
+            calls.append(1)
+            if len(calls) == fails:
+                raise RuntimeError("out of memory")
+            return function(*args)
+        return call
 
-    row = run(peers=(Peer("late", lambda: late),))
-    assert set(row["providers"]) == {"pydit"} and "wrong" not in row
-    assert row["failed"] == {"late": "while all were timed: RuntimeError: out of memory"}
+    row = run(run=late(own) if victim == "pydit" else own,
+              peers=(Peer("late", lambda: late(right) if victim == "late" else right), Peer("other", lambda: right)))
+    lost = {"late"} if victim == "late" else {"late", "other"}
+    assert set(row["providers"]) == {"pydit", "late", "other"} - lost and "wrong" not in row
+    assert row["failed"] == dict.fromkeys(lost, "while all were timed: RuntimeError: out of memory")
+
+
+def test_a_peer_whose_availability_raises_loses_itself_alone():
+    def broken():
+        raise AttributeError("module 'x' has no attribute 'y'")
+
+    row = run(peers=(Peer("broken", lambda: abs, broken), Peer("good", lambda: case().eager)))
+    assert set(row["providers"]) == {"pydit", "good"}
+    assert row["failed"] == {"broken": "AttributeError: module 'x' has no attribute 'y'"}
+
+
+def test_own_forms_are_marked_and_no_rivals():
+    row = run(peers=(Peer("other form", lambda: case().run, rival=False), Peer("eager", lambda: case().eager)))
+    assert row["providers"]["other form"]["rival"] is False and set(compare.rivals(row)) == {"eager"}
 
 
 def test_a_case_that_raises_stops_no_other(tmp_path, capsys, monkeypatch):
@@ -132,20 +155,85 @@ def test_a_case_that_raises_stops_no_other(tmp_path, capsys, monkeypatch):
 def test_a_gpu_that_faulted_is_asked_nothing_more(tmp_path, capsys, monkeypatch):
     cases = [case(model=name) for name in "abc"]
     monkeypatch.setattr(runner, "find", lambda text, size, module: cases)
-    monkeypatch.setattr(runner, "_settle", lambda device: False)
+    monkeypatch.setattr(runner, "settle", lambda device: False)
     assert pydit(["bench", "--json", str(tmp_path / "r.json"), "--rounds", "3"]) == 0
     data = compare.load(tmp_path / "r.json")
     assert [row["model"] for row in data["rows"]] == ["a"] and data["not_run"] == [c.name for c in cases[1:]]
     assert not data["complete"] and f"the GPU has faulted in {cases[0].name}" in capsys.readouterr().err
 
 
-def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
-    """Stand-ins for CUDA: ``torch.cuda.graph`` changes the stream, and its exit raises before it changes it back."""
-    now = ["default"]
+def test_a_run_that_was_ended_is_gone_on_with(tmp_path, monkeypatch):
+    """The second of three cases ends the process: the file says so, and the next process takes the third alone."""
+    cases, done, path = [case(model=name) for name in "abc"], [], tmp_path / "r.json"
+    arguments = ["bench", "--json", str(path), "--rounds", "3", "--case-seconds", "60"]
+    monkeypatch.setattr(runner, "find", lambda text, size, module: cases)
+    timed = runner.run_case
+
+    def ends(case, *args, **options):
+        if case.model == "b":
+            raise KeyboardInterrupt
+        done.append(case.model)
+        return timed(case, *args, **options)
+
+    monkeypatch.setattr(runner, "run_case", ends)
+    assert pydit(arguments) == 130
+    first = compare.load(path)
+    assert first["running"] == cases[1].name and first["not_run"] == [cases[1].name, cases[2].name]
+    monkeypatch.setattr(timing, "measure_limits", lambda *_: pytest.fail("the ceilings are those of the first process"))
+    assert pydit([*arguments, "--resume"]) == 1 and done == ["a", "c"]
+    data = compare.load(path)
+    assert [row["case"] for row in data["rows"]] == [case.name for case in (cases[0], cases[1], cases[2])]
+    assert data["rows"][1]["wrong"] == "the process ended in this case" and data["limits"] == LIMITS
+    assert "running" not in data and not data["not_run"] and data["rows"][0] == first["rows"][0]
+    assert pydit(["bench", "--resume"]) == 2
+
+
+def test_a_case_that_hangs_ends_the_process(tmp_path):
+    """In a process of its own, which says where it hung; the file says in which case."""
+    code = f"""
+import dataclasses, time
+from benchmarks import registry, runner, timing
+timing.measure_limits = lambda *_: {{}}
+hangs = dataclasses.replace(registry.find("ada_layer_norm/tiny", "small")[0], make=lambda device: time.sleep(100))
+runner.find = lambda *_: [hangs]
+runner.main(["--json", {str(tmp_path / 'r.json')!r}, "--case-seconds", "0.5"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Timeout" in done.stderr and "run_case" in done.stderr
+    assert compare.load(tmp_path / "r.json")["running"] == registry.find("ada_layer_norm/tiny", "small")[0].name
+
+
+def test_ceilings_that_cannot_be_measured_lose_no_case(tmp_path, monkeypatch, capsys):
+    def raises(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(timing, "measure_limits", raises)
+    monkeypatch.setattr(runner, "find", lambda text, size, module: [case()])
+    assert pydit(["bench", "--json", str(tmp_path / "r.json"), "--rounds", "3"]) == 0
+    data = compare.load(tmp_path / "r.json")
+    assert data["limits"] == {} and data["limits_failed"] == "RuntimeError: out of memory" and len(data["rows"]) == 1
+    assert "ceilings not measured" in capsys.readouterr().out
+
+
+def test_an_allocator_that_cannot_is_no_fault_of_the_gpu(monkeypatch):
+    def raises():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    assert runner.settle("cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", raises)
+    assert not runner.settle("cuda")
+
+
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch):
+    """Stand-ins for CUDA: ``torch.cuda.graph`` changes the stream, and its exit raises before it changes it back and
+    before the allocator ends the capture, which then refuses to give memory back for good."""
+    now, recording = ["default"], []
 
     class Graph:
-        def __init__(self, graph):
-            pass
+        def __init__(self, graph, pool):
+            recording.append(pool)
 
         def __enter__(self):
             now[0] = "capture"
@@ -157,9 +245,24 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
     for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "Stream": lambda: stream, "synchronize": lambda: None,
                         "stream": lambda stream: contextlib.nullcontext(),
                         "current_stream": lambda: stream if now[0] == "default" else None,
+                        "current_device": lambda: 0, "graph_pool_handle": lambda: (0, 7),
                         "set_stream": lambda to: now.__setitem__(0, "default" if to is stream else "wrong")}.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    released = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: recording.remove(pool))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append(pool))
     assert timing.timer(lambda x: x, [(1,), (2,)], "cuda")[1] == "stream" and now == ["default"]
+    assert recording == [] and released == [(0, 7)]
+
+
+def test_the_ceiling_is_the_fastest_of_several_products(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "CPU_PRODUCTS", ((8, 8, 8), (256, 8, 128)))
+    monkeypatch.setattr(timing, "CPU_COPIES_MB", (1,))
+    monkeypatch.setattr(timing, "interleave", lambda timers, rounds: {name: [2.0] for name in timers})
+    limits = timing.measure_limits("cpu", 3)
+    assert limits["gemm"] == "fp32 256x8x128" and limits["gemm_tflop_s"] == 2 * 256 * 8 * 128 / 2.0 / 1e6
+    assert set(limits["gemm_tflop_s_by_shape"]) == {"fp32 8x8x8", "fp32 256x8x128"} and limits["copy_gb_s"] == 500.0
 
 
 def test_percent_of_limit_needs_both_ceilings():

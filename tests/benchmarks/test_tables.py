@@ -70,7 +70,7 @@ def test_newest_run_of_each_gpu_against_its_fastest_peer(place):
     text = (place.path / "README.md").read_text()
     assert text.count("| `op` | 1x2 | bf16 | 20.0 (0.0) | 4000 GB/s | 80 % | fast | 1.50 |") == 2
     assert "99.0" not in text and "NVIDIA H100" in text and "(benchmarks/results/b.json)" in text
-    assert text.count("| `bad` | 1x2 | bf16 | wrong result |") == 2
+    assert text.count("| `bad` | 1x2 | bf16 | no figure: worst error |") == 2
     (place.path / "results" / "b.json").write_text(json.dumps(run(us=21.0)))
     assert place("--check") == 1
 
@@ -81,6 +81,30 @@ def test_a_partial_run_takes_no_complete_ones_place(place):
     assert place("--write") == 0 and "99.0" in (place.path / "README.md").read_text()  # better than none
     (results / "before.json").write_text(json.dumps(run()))
     assert place("--write") == 0 and "99.0" not in (place.path / "README.md").read_text()
+
+
+def test_rows_of_the_same_commit_that_raced_more_peers_are_shown(place):
+    """What a second visit raced, and none of it where the code was another; own forms are no peers, and who is missing
+    is said."""
+    first, second, other = run(), run(date="2026-11-21 11:00:00"), run(date="2026-11-21 12:00:00")
+    first["rows"][0] |= {"not_raced": {"torch.compile": "left out by --without"}, "failed": {
+        "x": "op/m/1 output 0: worst error 2", "y": "while all were timed: OutOfMemoryError: no"}}
+    first["rows"][0]["providers"]["other form"] = {**entry(1.0, 0.05), "rival": False}
+    for data in (second, other):
+        data["complete"] = False
+        data["rows"] = [{**data["rows"][0], "providers": {**data["rows"][0]["providers"], "torch.compile": entry(24.0, 1.2)}}]
+    other["machine"]["commit"] = "def"
+    results, page = place.path / "results", place.path / "README.md"
+    (results / "a.json").write_text(json.dumps(first))
+    (results / "c.json").write_text(json.dumps(other))
+    assert place("--write") == 0
+    assert "| 20.0 (0.0) | 4000 GB/s | 80 % | fast | 1.50 |" in page.read_text() and "c.json" not in page.read_text()
+    assert "torch.compile (1: left out by --without); x (1: wrong result); y (1: OutOfMemoryError)." in page.read_text()
+    (results / "b.json").write_text(json.dumps(second))
+    assert place("--write") == 0
+    text = page.read_text()
+    assert "| 20.0 (0.0) [2] | 4000 GB/s | 80 % | torch.compile | 1.20 |" in text and "(benchmarks/results/b.json)" in text
+    assert "[2] NVIDIA H200" in text and "no figure: worst error" in text and "Not raced" not in text
 
 
 def test_demo_table_of_the_committed_run():
@@ -122,12 +146,16 @@ def test_parts_become_one_file(tmp_path, capsys):
                  "not_run": names[3:4] if part == "b" else [], "complete": False}
         parts.append(tmp_path / f"{part}.json")
         parts[-1].write_text(json.dumps(data))
-    assert steps.main([str(path) for path in (lines, out, *parts)]) == 0
+    (tmp_path / "c.json").write_text("{")
+    assert steps.main([str(path) for path in (lines, out, *parts, tmp_path / "c.json")]) == 0
     data = compare.load(out)
     assert [row["case"] for row in data["rows"]] == names[:3] and data["not_run"] == names[3:] and not data["complete"]
     assert data["limits"] == {"copy_gb_s": 4000.0} and set(data["paths"]) == {"a", "b"}
     assert data["parts"]["b"] == {"limits": {"copy_gb_s": 4100.0}, "not_run": names[3:4]}
     assert f"3 cases timed, 0 wrong, {len(names) - 3} not run" in capsys.readouterr().out
+    ended = steps.merge({"a": {**run(), "running": "x"}, "b": {**run(), "limits_failed": "why"}})
+    assert "running" not in ended and ended["parts"]["a"]["running"] == "x"
+    assert ended["parts"]["b"]["limits_failed"] == "why"
     whole = {**run(), "rows": [{**run()["rows"][0], "case": name} for name in names]}
     assert steps.merge({"all": whole})["complete"]
 
