@@ -32,7 +32,7 @@ from benchmarks import quality_table
 from benchmarks.quality_table import HALF, HYBRID, HYBRID_HALF, LADDER, METHODS, NAMES
 from pydit import doctor, files
 from pydit.analysis import ActivationStats, collect, detect, learn_mask, velocity_error
-from pydit.demo import data, trajectories, world
+from pydit.demo import data, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.demo.teacher import ASSETS
 from pydit.distill import DistillConfig, distill
@@ -52,8 +52,7 @@ class Goal:
 
     share : of the blocks, to be removed. linear_ffns : blocks whose FFNs become linear maps. dual : blocks that stay
     dual, while those behind become single-stream; None is all. rate : of Muon, a tenth of it for everything else;
-    near the teacher a high one loses more than a short training wins back. samples : of the teacher, whose states and
-    velocities are learned from, guided as they are sampled; 0 is noised images.
+    near the teacher a high one loses more than a short training wins back.
     """
 
     name: str
@@ -62,14 +61,13 @@ class Goal:
     rate: float
     linear_ffns: int = 0
     dual: int | None = None
-    samples: int = 0
 
 
 GOALS = (
     # Without 8 blocks but with all FFNs, 3,200 steps ended at 7.5 % (one run): the teacher's redundancy is 7 blocks.
-    Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.005, samples=3072),
-    Goal(HYBRID_HALF, share=0.43, dual=6, steps=3200, rate=0.005, samples=3072),
-    Goal(HYBRID, share=0.62, dual=3, steps=8000, rate=0.01, samples=3072),
+    Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.005),
+    Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),
+    Goal(HYBRID, share=0.62, dual=3, steps=8000, rate=0.01),
 )
 
 
@@ -95,8 +93,7 @@ class Settings:
 
 
 QUICK = Settings(steps=6, batch_size=4, images=64, calibration=4, prompts=14, sampling_steps=2, mask_steps=4,
-                 goal_images=64, goal_prompts=21,
-                 goals=tuple(dataclasses.replace(goal, steps=8, samples=min(goal.samples, 8)) for goal in GOALS))
+                 goals=tuple(dataclasses.replace(goal, steps=8) for goal in GOALS), goal_images=64, goal_prompts=21)
 
 
 @dataclass(frozen=True)
@@ -143,21 +140,15 @@ class Bench:
 
     def take(self, start: Path) -> None:
         """Count a summary's cells as done, where none was made here; a goal's only if it trained as it would here."""
-        found, ours = quality_table.load(start)["settings"], json.loads(json.dumps(asdict(self.settings)))
+        found, ours = quality_table.load(start), json.loads(json.dumps(asdict(self.settings)))
         shared = [{name: value for name, value in settings.items() if not name.startswith("goal")}
-                  for settings in (found, ours)]
+                  for settings in (found["settings"], ours)]
         if shared[0] != shared[1]:
             raise UserError(f"start: expected cells made with {shared[1]}, got some made with {shared[0]}")
-
-        def training(settings: dict[str, Any], name: str) -> list[Any]:
-            goals = [asdict(Goal(**goal)) for goal in settings["goals"] if goal["name"] == name]
-            return [goals, settings["goal_images"], settings["goal_prompts"]]
-
-        for row in quality_table.load(start)["rows"]:
+        for row in found["rows"]:
             cell = Cell(**row["cell"])
             file = self.out / "cells" / cell.file
-            alike = cell.table != "goals" or training(found, cell.name) == training(ours, cell.name)
-            if not file.exists() and alike:
+            if not file.exists() and (cell.table != "goals" or found["settings"] == ours):
                 files.write_json(file, row)
 
     def batches(self, seed: int, count: int) -> list[dict[str, Any]]:
@@ -170,15 +161,6 @@ class Bench:
             collect(self.teacher, self.batches(seed, 2 * self.settings.calibration), with_ablation=True,
                     progress=False).save(file)
         return ActivationStats.load(file)
-
-    def samples(self, count: int, seed: int) -> dict[str, torch.Tensor]:
-        """So many of the teacher's, recorded once."""
-        file = self.out / f"samples-{count}-{seed}.safetensors"
-        if not file.exists():
-            files.save_safetensors(file, trajectories.record(
-                self.pipe, count, seed=2000 + seed, steps=self.settings.sampling_steps,
-                guidance=self.settings.guidance))
-        return files.load_safetensors(file, what="samples")[0]
 
     def plan(self, cell: Cell) -> PruningPlan:
         """The plan of a cell. PPCL's difference rule where it reaches the share, else its least cost.
@@ -262,8 +244,6 @@ class Bench:
                 steps = goal.steps
                 more = {"checkpoint_dir": self._work(cell), "save_every_seconds": 60.0, "resume": "auto",
                         "muon_lr": goal.rate, "output_lr": goal.rate / 10}
-                if goal.samples:
-                    more |= {"velocity_weight": 0.0, "flow_weight": 1.0, "guidance": settings.guidance}
             first = settings.steps // 10
             config = DistillConfig(layers_steps=first, output_steps=steps - first, output_trainable="all",
                                    **{**common, **more})
@@ -272,9 +252,6 @@ class Bench:
 
     def training_batches(self, cell: Cell, start: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         settings = self.settings
-        if cell.table == "goals" and (count := self.goal(cell).samples):
-            return trajectories.make_batches(self.pipe, self.samples(count, cell.seed), start_step=start,
-                                             batch_size=settings.batch_size, seed=cell.seed)
         return data.make_batches(self.pipe, start_step=start, batch_size=settings.batch_size, seed=cell.seed,
                                  images=settings.goal_images if cell.table == "goals" else settings.images,
                                  prompt_dropout=0.1)

@@ -102,7 +102,7 @@ def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_s
         sigma = torch.rand(batch_size, generator=generator).clamp(1e-3).to(clean)
         dropped = (torch.rand(batch_size, generator=generator) < prompt_dropout).tolist()
         texts = ["" if drop else world.all_prompts()[i].text for i, drop in zip(indices.tolist(), dropped, strict=True)]
-        embeds, mask = look_up(pipe, table, texts)
+        embeds, mask = _lookup(pipe, table, texts)
         batch = {
             "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
             "timestep": sigma,
@@ -114,7 +114,7 @@ def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_s
         step += 1
 
 
-def look_up(pipe, table: dict[str, torch.Tensor], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _lookup(pipe, table: dict[str, torch.Tensor], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings of ``texts``, padded to the longest; each distinct prompt goes through the text encoder once."""
     missing = sorted(set(texts) - table.keys())
     if missing:
