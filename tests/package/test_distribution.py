@@ -214,5 +214,5 @@ def test_stub_has_the_names_of_the_module():
             assert inspect.isbuiltin(function) == (node is not None), name
             if node is not None:
                 signature, result = re.match(r"\w+\((.*)\) -> (\w+)", function.__doc__).groups()
-                assert len(node.args.posonlyargs + node.args.args) - 1 == len(re.findall(r"arg\d+:", signature)), name
+                assert len(node.args.posonlyargs + node.args.args) - 1 == len(re.findall(r"\w+: ", signature)), name
                 assert ast.unparse(node.returns).split("[")[0] == result, name

@@ -169,7 +169,7 @@ def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
             model = gram_work(n, layers, d, hopper)
             assert gram["global_loaded"] + gram["global_stored"] == model.bytes and 2 * gram["tensor_ops"] == model.flops
             assert gram["bank_conflicts"] == contract["bank_conflicts"] == 0
-            jobs = layers * -(-n // 256) ** 2
+            jobs = layers * (-(-n // 256)) ** 2
             assert gram["warpgroups"] == (2 * min(jobs, 4) if hopper else 0)  # four multiprocessors
     rows = 2 * 3072 * 60  # bytes of a row of all layers
     assert gram_work(512, 60, 3072, False).bytes == pytest.approx(rows * 2048 + 60 * 10 * (48 * 8192 + 65536), rel=0.01)
