@@ -20,6 +20,7 @@ from pydit import env
 from pydit.errors import UserError
 from pydit.inference import graphs, hooked, schedule, traps
 from pydit.inference.hooked import change_class, has_offloading
+from pydit.models import caches
 
 _KEY = "_pydit_accelerated"
 _PROCESSORS = {  # stock class -> ours
@@ -74,7 +75,7 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
         state = model.__dict__[_KEY] = _Accelerated(exact_only=exact)
         _swap(model)
         state.guards = traps.guard(model)
-        for hook in (traps.refuse_layer_skip, traps.refuse_local_attention, _adopt):
+        for hook in (caches.refuse_layer_skip, traps.refuse_local_attention, _adopt):
             state.hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
         if hasattr(model, "set_active"):
             model.__dict__["_pydit_on_route"] = _swap
@@ -145,7 +146,6 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
 def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
     from pydit.models import exact as exact_forms
     from pydit.models import fused_blocks, qwen_image_blocks
-    from pydit.models.caches import know_as
 
     forms, word = (exact_forms.BLOCKS, "exact") if exact else (fused_blocks.FUSED, "fused")
     for block in _blocks_of(model):
@@ -157,7 +157,7 @@ def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
             state.note("blocks", block, *(("pydit", _SHARED) if shared else
                                           ("stock", f"no {word} form of {stock.__name__}")))
             continue
-        know_as(forms[stock], stock)
+        caches.know_as(forms[stock], stock)
         if not change_class(block, forms[stock]):
             state.note("blocks", block, "stock", "something other than a hook of diffusers or accelerate has replaced "
                                                  "the block's forward")

@@ -1,9 +1,9 @@
 """Calls of diffusers that do nothing, or the wrong thing, on these models, answered by a sentence.
 
-What is guarded, in diffusers 0.42: ``apply_layer_skip`` lets a skipped block return its streams in the wrong order;
-``fuse_qkv_projections`` does nothing to Qwen-Image and leaves SD3.5 without its norms, and says nothing;
-``compile_repeated_blocks`` gives up in the middle of a run when blocks have more shapes than torch keeps graphs for;
-attention processors that know of no context parallelism attend to their own process's tokens and say nothing.
+What is guarded, in diffusers 0.42, beside layer skip (:mod:`pydit.models.caches`): ``fuse_qkv_projections`` does
+nothing to Qwen-Image and leaves SD3.5 without its norms, and says nothing; ``compile_repeated_blocks`` gives up in
+the middle of a run when blocks have more shapes than torch keeps graphs for; attention processors that know of no
+context parallelism attend to their own process's tokens and say nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
-from pydit.models.caches import refuse_layer_skip
-
-__all__ = ["bucketed", "guard", "refuse_layer_skip", "refuse_local_attention"]
 
 
 def guard(model: nn.Module) -> list[str]:
