@@ -20,8 +20,9 @@ from pydit.plan import PruningPlan
 METHODS = ("ppcl", "amber", "laptop", "bi", "hierarchical", "learned mask", "uniform", "random")
 LADDER = ("bi, sequential", "ppcl, sequential", "ppcl literal, sequential", "ppcl, least 1 - CKA, sequential",
           "ppcl", "+ text linear", "+ FFN linear", "+ fine-tuning")
-HALF, HYBRID_HALF, HYBRID = "half the parameters", "hybrid stream, half", "hybrid stream, 30 %"
-NAMES = {"methods": METHODS, "ladder": LADDER, "goals": (HALF, HYBRID_HALF, HYBRID)}  # rows of the tables, in order
+HALF, HYBRID_HALF = "half the parameters", "hybrid stream, half"
+HYBRID_MOST, HYBRID = "hybrid stream, 70 %", "hybrid stream, 30 %"
+NAMES = {"methods": METHODS, "ladder": LADDER, "goals": (HALF, HYBRID_MOST, HYBRID_HALF, HYBRID)}  # rows, in order
 FORMAT, VERSION = "pydit-quality", 1
 #: Student's t, two-sided 95 %, by number of seeds: a normal's 1.96 is far too narrow for three.
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
@@ -140,7 +141,7 @@ def curves(data: dict[str, Any], path: Path, methods: Sequence[str]) -> None:
         axes.plot([s["parameters"] / 1e6 for s in rows], [100 * s["overall"] for s in rows], "k--", linewidth=1,
                   label="ppcl, subsets of one model" if number == 0 else None)
     goals = [row for row in data["rows"] if row["cell"]["table"] == "goals"]
-    for row, face in zip(goals, ("black", "grey", "white"), strict=False):
+    for row, face in zip(goals, ("black", "grey", "silver", "white"), strict=False):
         axes.plot(row["parameters"] / 1e6, 100 * row["overall"], "k*", markersize=12, markerfacecolor=face,
                   linestyle="none", label=f"{row['cell']['name']}, trained longer")
     axes.axhline(100 * data["teacher_result"]["overall"], color="grey", linewidth=1, linestyle=":")

@@ -22,13 +22,15 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     assert [p.name for p in (tmp_path / "cells").iterdir()] == ["ladder---fine-tuning-0.5-0.json"]
     assert quality.main(command) == 0
     out = capsys.readouterr().out
-    assert "9 cells of 6 steps and 14 prompts, 8 to do; about" in out
+    assert "10 cells of 6 steps and 14 prompts, 9 to do; about" in out
     assert "| ppcl, sequential | 8 of 16 | 2,743,456 |" in out and "| random | 8 of 16 | 2,743,456 |" in out
     assert f"| {quality.HYBRID_HALF} | 7 of 16 | 2,576,064 |" in out and f"| {quality.HYBRID} | 10 of 16 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {p.name: json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()}
     tuned = PruningPlan.from_dict(rows["ladder---fine-tuning-0.5-0.json"]["plan"])
+    most = rows["goals-hybrid-stream--70---0.25-0.json"]
     half = rows["goals-half-the-parameters-0.43-0.json"]
+    assert 0.65 < most["parameters"] / 5_421_728 < 0.7 and most["plan"]["single_stream"] is not None
     assert half["parameters"] < 5_421_728 / 2 and len(half["plan"]["linear_ffn"]) == 2
     assert tuned.text_linear and len(tuned.linear_ffn) == 2 and tuned.removed == 8
     subsets = rows["subsets-ppcl-0.5-0.json"]["subsets"]
@@ -38,7 +40,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     again = ["--out", str(tmp_path / "again"), "--quick", "--seeds", "0", "--start", str(tmp_path / "sum.json")]
     assert quality.main(again) == 0  # a summary can be gone on from: all cells are there, the teacher is drawn once more
     out = capsys.readouterr().out
-    assert "9 cells" in out and "0 to do" in out and out.endswith(tables)
+    assert "10 cells" in out and "0 to do" in out and out.endswith(tables)
     for more, error in (["--out", str(tmp_path)], "out: expected cells made with"), (
             ["--out", str(tmp_path / "other"), "--start", str(tmp_path / "sum.json")], "start: expected cells made with"):
         with pytest.raises(SystemExit) as caught:
@@ -48,8 +50,8 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
 
 def test_all_cells_of_a_seed_come_before_the_next():
     listed = list(quality.cells(None, [0, 1]))
-    assert len(listed) == 2 * (8 * 3 + 8 + 1) + 3 and len({cell.file for cell in listed}) == len(listed)
-    assert [cell.seed for cell in listed] == [0] * 36 + [1] * 33
+    assert len(listed) == 2 * (8 * 3 + 8 + 1) + 4 and len({cell.file for cell in listed}) == len(listed)
+    assert [cell.seed for cell in listed] == [0] * 37 + [1] * 33
     assert {cell.table for cell in quality.cells("ladder", [0])} == {"ladder"}
 
 
