@@ -238,6 +238,9 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write, got none")
+    for name in ("prompts", "data", "steps", "output_steps", "intervals", "then", "resume"):
+        if getattr(arguments, name) not in (None, False, [], arguments.defaults(name)):
+            raise UserError(f"merge: expected nothing to train, got --{name.replace('_', '-')}")
     for source in (arguments.teacher, arguments.student, *arguments.merge):
         require_output(arguments.out, source)
     student, owner = _student(arguments.student, arguments), {}

@@ -75,7 +75,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     pipe = load(arguments.pipeline, arguments)
     project = None if arguments.max_memory is None else _directions(pipe.transformer, arguments)
     made_of |= {"tokens": arguments.tokens, "ablate": arguments.ablate, "random directions": project,
-                "pipeline": digest(pipe.transformer)}
+                "pipeline": digest(pipe.transformer)[:12]}
     if resume is not None:
         _require_same_run(resume, made_of, arguments.batches, partial)
 
@@ -264,23 +264,24 @@ def _detected(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from pydit.analysis.criteria import get_criterion
     from pydit.analysis.detect import decide
 
+    scores = Scores.load(arguments.stats) if Scores.is_file(arguments.stats) else None
+    method = arguments.method if scores is None else scores.method
+    if arguments.method not in (method, arguments.defaults("method")):
+        raise UserError(f"method: expected {method} as in {arguments.stats}, got {arguments.method}")
     options = {name: getattr(arguments, name) for name in ("reference", "selection", "budget", "protect_last")
                if getattr(arguments, name) is not None}
     if arguments.protect_first is not None:
-        options["first_layer" if arguments.method == "ppcl" else "protect_first"] = arguments.protect_first
+        options["first_layer" if method == "ppcl" else "protect_first"] = arguments.protect_first
     for text in arguments.option:
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise UserError(f"option: expected NAME=VALUE, got {text!r}")
         options[name] = _value(value)
-    if Scores.is_file(arguments.stats):
-        scores = Scores.load(arguments.stats)
+    if scores is not None:
         require_used(arguments, ("scores",), False, "statistics in the place of scores")
-        if arguments.method not in (scores.method, arguments.defaults("method")):
-            raise UserError(f"method: expected {scores.method} as in {arguments.stats}, got {arguments.method}")
         return select(scores, target=arguments.target, **options), None
     stats = ActivationStats.load(arguments.stats)
-    criterion = get_criterion(arguments.method, **options)
+    criterion = get_criterion(method, **options)
     scores = criterion.score(stats)
     if arguments.scores:
         scores.save(arguments.scores)

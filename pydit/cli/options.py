@@ -90,6 +90,8 @@ def stored_plan(directory: Path) -> Any:
     from pydit.inference.pipeline import PLAN_FILE
     from pydit.plan import PruningPlan
 
+    if not (directory / PLAN_FILE).is_file():
+        raise UserError(f"student: expected a directory written by `pydit prune`, got {directory} without {PLAN_FILE}")
     stored = files.read_json(directory / PLAN_FILE, what="student")
     return PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
 

@@ -67,8 +67,8 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
              "samples": [], "skipped": []}
     if (out / INDEX).exists():
         index = read_index(out)
-        other = [name for name, value in made_of.items() if index["made_of"].get(name, value) != value]
-        if set(other) - {"files"} or (other and made_of["files"] is not None):
+        other = [name for name, value in made_of.items() if value not in (None, index["made_of"].get(name, value))]
+        if other:
             raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out}), which differs "
                             f"in {', '.join(other)}; give another directory, or delete this one")
         if index["complete"]:
