@@ -35,6 +35,11 @@ def test_what_is_read_is_not_written_over(tmp_path, fails, plan_file, student): 
     assert contents(teacher) == before
 
 
+def test_prompts_that_nothing_is_fitted_to(tmp_path, fails, plan_file):  # noqa: F811
+    assert "prompts: expected --init probe or a plan with linear maps to go with it" in fails(
+        "prune", untrained(), "--plan", plan_file, "--prompts", "demo", "--out", tmp_path / "out")
+
+
 def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path, fails, student, monkeypatch):  # noqa: F811
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
