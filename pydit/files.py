@@ -336,17 +336,12 @@ def advised() -> Iterator[None]:
 def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty temporary sibling of ``path`` that takes its place on success and vanishes on failure.
 
-    An existing directory is replaced only if this package could have written it: it must hold a
-    ``model_index.json`` or ``config.json``, or be empty; anything else raises UserError rather than being deleted.
+    What exists is replaced under the conditions of :func:`require_replaceable`.
     """
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()  # what it points to is replaced, and it goes on pointing there
-    if path.exists() and not path.is_dir():
-        raise UserError(f"out: expected a directory or a new path, got the file {path}")
-    if path.is_dir() and any(path.iterdir()) and not any(
-            (path / name).is_file() for name in ("model_index.json", "config.json")):
-        raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
+    require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with advised(), _temporary_directory(path) as temporary:
         os.chmod(temporary, 0o777 & ~_umask())
@@ -357,6 +352,19 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
         else:
             os.rename(temporary, path)
         _fsync(path.parent)
+
+
+def require_replaceable(path: str | os.PathLike) -> None:
+    """Raise UserError unless ``path`` is new, empty, or a directory that this package could have written.
+
+    That is one with a ``model_index.json`` or a ``config.json``; anything else is not to be deleted.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"out: expected a directory or a new path, got the file {path}")
+    if path.is_dir() and any(path.iterdir()) and not any(
+            (path / name).is_file() for name in ("model_index.json", "config.json")):
+        raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
 
 
 def remove_directory(path: str | os.PathLike) -> None:

@@ -362,7 +362,7 @@ class PruningPlan:
             before, after = teacher.num_parameters(config), self.num_parameters(config)
             rows[0] += f", {before:,} parameters -> {after:,}"
             work = [plan.num_flops(config) for plan in (teacher, self)]
-            rows.append(f"{2e-9 * before:.2f} GB in bfloat16 -> {2e-9 * after:.2f}; a forward at 6889 image and 512 "
+            rows.append(f"{2e-9 * before:.4g} GB in bfloat16 -> {2e-9 * after:.4g}; a forward at 6889 image and 512 "
                         f"text tokens: {work[0] / 1e12:.1f} TFLOP -> {work[1] / 1e12:.1f} "
                         f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / H200_FLOPS:.0f} ms -> "
                         f"{1e3 * work[1] / H200_FLOPS:.0f} on an H200 (predicted, not measured)")

@@ -6,6 +6,7 @@ What a plan adds to the teacher, the linear maps of thinned-out blocks, is fitte
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     Warns
     -----
     UserWarning
-        A linear map without batches, or with fewer tokens than unknowns.
+        A linear map without batches, or with fewer tokens than unknowns; likewise what ``init="probe"`` fits.
     """
     adapter = get_adapter(transformer)
     if not isinstance(plan, PruningPlan):
@@ -148,6 +149,7 @@ def _refit(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan, blocks:
     """Refit the last linear layers of every interval's block, one interval at a time to bound memory."""
     if not batches:
         raise UserError('batches: expected at least one calibration batch for init="probe", got none')
+    few: list[str] = []
     for index, start, end in plan.replaced:
         if start == end or plan.blocks[index].form == "affine":
             continue  # the teacher's own layer, thinned out or replaced as a whole
@@ -176,6 +178,12 @@ def _refit(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan, blocks:
                 with torch.no_grad():
                     linear.weight.copy_(weight)
                     linear.bias.copy_(bias)
+            if len(inputs) <= linear.in_features:
+                few.append(f"{stream} of layers {start}-{end}: {linear.in_features + 1} for {len(inputs)}")
+    if few:
+        warnings.warn(f"{len(few)} of the layers that init=\"probe\" fits have more unknowns than tokens (the first, "
+                      f"{few[0]}), so the weights they began with decide part of them; give more batches, or more "
+                      "tokens_per_batch", UserWarning, stacklevel=3)
 
 
 def _observe(adapter: ModelAdapter, block: nn.Module, image: torch.Tensor, text: torch.Tensor,

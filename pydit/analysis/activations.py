@@ -57,6 +57,7 @@ class ActivationStats:
     sample_ids : stream -> list of int64 [n_b]: which image of the calibration stream a token belongs to
     images_seen : int, images of both sets; the next sample gets this id
     batches_seen : int, batches of both sets, from which :func:`pydit.analysis.collect` goes on
+    made_of : what the batches were and how they were taken, as plain data for JSON, or None; whoever collects sets it
     ablation : :class:`~pydit.analysis.Ablation` of the sample batches, or None if none was made
     """
 
@@ -71,6 +72,7 @@ class ActivationStats:
         self.samples: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
         self.sample_ids: dict[str, list[torch.Tensor]] = {stream: [] for stream in STREAMS}
         self.images_seen = self.batches_seen = 0
+        self.made_of: dict[str, Any] | None = None
         self.ablation: Ablation | None = None
 
     @staticmethod
@@ -197,7 +199,8 @@ class ActivationStats:
             "format": FORMAT, "version": VERSION, "family": self.family, "num_layers": str(self.num_layers),
             "width": str(self.width), "last_text_used": str(int(self.last_text_used)),
             "images_seen": str(self.images_seen), "batches_seen": str(self.batches_seen),
-            "config": json.dumps(self.config), "projected_from": str(self.projected_from or 0),
+            "config": json.dumps(self.config), "made_of": json.dumps(self.made_of),
+            "projected_from": str(self.projected_from or 0),
             "starts": " ".join(map(str, self.starts)),
             **{f"batches_{stream}": str(len(self.samples[stream])) for stream in STREAMS}})
 
@@ -214,13 +217,15 @@ class ActivationStats:
             held = tensors.get(f"moments.{STREAMS[-1]}.{num_layers - 1}.m_xx")
             if held is None or tuple(held.shape) != (width, width):
                 raise ValueError(f"{num_layers} layers of {width} channels are not in it")
-            config = json.loads(metadata.get("config", "null"))
-            if not isinstance(config, dict | None):
-                raise ValueError(f"config: {type(config).__name__} instead of an object")
+            config, made_of = (json.loads(metadata.get(name, "null")) for name in ("config", "made_of"))
+            for name, value in (("config", config), ("made_of", made_of)):
+                if not isinstance(value, dict | None):
+                    raise ValueError(f"{name}: {type(value).__name__} instead of an object")
             stats = cls(metadata["family"], num_layers, width,
                         last_text_used=bool(int(metadata["last_text_used"])),
                         starts=tuple(map(int, metadata.get("starts", "0").split())),
                         projected_from=int(metadata["projected_from"]) or None, config=config)
+            stats.made_of = made_of
             stats.images_seen, stats.batches_seen = int(metadata["images_seen"]), int(metadata["batches_seen"])
             for stream in STREAMS:
                 for layer, moments in enumerate(stats.moments[stream]):

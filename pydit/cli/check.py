@@ -75,4 +75,4 @@ def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             ("predicted", 4), ("measured", 4), ("ratio", 2))), *(f"{row['after']:.4f}" for _ in trained)]
         for row in rows])
     print(f"on {arguments.batches} batches: squared, relative error of the output; predicted: the sum of leaving out "
-          "one block at a time; ratio: measured over predicted, above 1 where the blocks make up for each other")
+          "one block at a time; ratio: measured over predicted, above 1 where they make each other worse")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,9 +21,14 @@ from pydit.cli.options import (
     count,
     load,
     not_negative,
+    parse_list,
     positive,
     print_json,
+    require_output,
+    require_used,
     sampling_defaults,
+    stored_plan,
+    stream_identity,
     warnings_as_lines,
     whole,
 )
@@ -45,11 +53,19 @@ def add_distill(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="pipeline directory to write")
     parser.add_argument("--estimate", action="store_true",
                         help="print the memory, disk and time that the run will take, from configuration files alone")
-    parser.add_argument("--steps", type=count, default=1000, help="steps of the first phase (default: 1000)")
+    parser.add_argument("--steps", type=whole, default=1000,
+                        help="steps of the first phase (default: 1000; 0 leaves it out)")
     parser.add_argument("--output-steps", type=whole, default=0, help="steps of the second phase (default: 0)")
     parser.add_argument("--then", action="append", default=[], metavar="PLAN:STEPS[:OUTPUT_STEPS]",
                         help="afterwards turn the student into that of this plan file and train again; may be "
                              "repeated, for depth and width in turn, or single-stream blocks a few at a time")
+    apart = parser.add_argument_group("training new blocks apart, one after the other or on different machines")
+    apart.add_argument("--intervals", metavar="JSON",
+                       help="in the first phase train only the new blocks of these layers, such as '[[3,4],[8,10]]'\n"
+                            "(first and last layer of each, as `pydit plan --show STUDENT` lists them)")
+    apart.add_argument("--merge", type=Path, action="append", default=[], metavar="DISTILLED",
+                       help="train nothing: put the new blocks that were trained in this output of --intervals into\n"
+                            "STUDENT and write it; may be repeated")
     parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: that of the API)")
     parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase")
     parser.add_argument("--loss", choices=("direction", "normalized_mse", "mse", "masked_mse"), help="per stream and "
@@ -109,6 +125,12 @@ def add_distill(commands: Any) -> None:
                         help="second phase, with --data: weight of the error against the images (default: 0)")
 
 
+# Options that only some runs read; given to another, they would be ignored.
+_OF_IMAGES = ("cache", "resolution", "timesteps", "shift", "prompt_dropout")
+_OF_OUTPUT = ("output_lr", "output_trainable", "velocity_weight", "boundary_weight", "flow_weight", "muon_lr",
+              "output_cache_batches")
+
+
 def _distill(arguments: argparse.Namespace) -> None:
     from pydit.distill import DistillConfig, distributed
 
@@ -117,12 +139,21 @@ def _distill(arguments: argparse.Namespace) -> None:
         "max_minutes", "loss", "magnitude", "linear_weight", "flow_weight", "ema", "gradient_checkpointing",
         "output_trainable", "velocity_weight", "boundary_weight", "guidance", "muon_lr", "optimizer", "teacher_memory",
         "shard", "cache_batches", "output_cache_batches", "cache_dir")}
+    if arguments.intervals is not None:
+        given["intervals"] = tuple(tuple(pair) if isinstance(pair, list) else pair
+                                   for pair in parse_list("intervals", arguments.intervals))
     if arguments.then:
         given["schedule"] = tuple(map(_stage, arguments.then))
     settings = {"layers_steps": arguments.steps, "output_steps": arguments.output_steps,
                 **{name: value for name, value in given.items() if value is not None}}
+    output = arguments.output_steps or any(stage.output_steps for stage in settings.get("schedule", ()))
+    require_used(arguments, _OF_OUTPUT, bool(output), "--output-steps")
     if arguments.estimate:
         _estimate(arguments, DistillConfig(**settings))
+        return
+    require_used(arguments, ("processes",), False, "--estimate")
+    if arguments.merge:
+        _merge(arguments)
         return
     arguments.device = distributed.start(arguments.device)
     with _alone(distributed):
@@ -161,8 +192,8 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write (or --estimate), got none")
-    if arguments.guidance is not None and arguments.data is None:
-        raise UserError(f"guidance: expected --data to go with it, got {arguments.guidance:g} without")
+    _require_batches(arguments)
+    require_output(arguments.out, arguments.teacher)
     kept = arguments.out.with_name(arguments.out.name + ".checkpoint")
     if arguments.resume and not checkpoint.exists(kept):
         raise UserError(f"resume: expected the checkpoint of an earlier run in {kept}, got none")
@@ -174,10 +205,12 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     config.validate()
     teacher = load(arguments.teacher, arguments, transformer=config.teacher_memory == "resident",
                    shard=config.shard == "all")
-    student = load(arguments.student, arguments, shard=config.shard != "none")
-    if not hasattr(student.transformer, "plan"):
-        raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({arguments.student})")
-    batches = batch_stream(teacher, arguments) if arguments.data is None else _image_batches(teacher, arguments)
+    student = _student(arguments.student, arguments, shard=config.shard != "none")
+    if arguments.data is None:
+        batches, data = batch_stream(teacher, arguments), stream_identity(arguments)
+    else:
+        batches, data = _image_batches(teacher, arguments)
+    config = dataclasses.replace(config, data=data)
     with warnings_as_lines("distill"):
         result = distill(teacher.transformer, student.transformer, batches, config)
     if config.shard != "none" and distributed.world_size() > 1:
@@ -197,13 +230,76 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
         print(f"wrote {arguments.out}: loss {last['loss']:.4g} after step {last['step']} of phase {last['phase']}")
 
 
-def _image_batches(pipe, arguments: argparse.Namespace) -> Any:
-    """Batches from --data, whose latents and embeddings are computed first."""
+def _merge(arguments: argparse.Namespace) -> None:
+    """`pydit distill TEACHER STUDENT --merge A --merge B`: one student of blocks that were trained apart."""
+    from pydit.distill import merge
+    from pydit.distill.pair import trained_apart
+    from pydit.inference.pipeline import save_pipeline
+
+    if arguments.out is None:
+        raise UserError("out: expected a directory to write, got none")
+    for name in ("prompts", "data", "steps", "output_steps", "intervals", "then", "resume"):
+        if getattr(arguments, name) not in (None, False, [], arguments.defaults(name)):
+            raise UserError(f"merge: expected nothing to train, got --{name.replace('_', '-')}")
+    for source in (arguments.teacher, arguments.student, *arguments.merge):
+        require_output(arguments.out, source)
+    student, owner = _student(arguments.student, arguments), {}
+    untrained = {name: p.clone() for name, p in student.transformer.state_dict().items()}
+    for path in arguments.merge:
+        part = _student(path, arguments).transformer
+        pairs = trained_apart(student.transformer, untrained, part)
+        if not pairs:
+            raise UserError(f"merge: expected new blocks other than those of {arguments.student}, got none in {path}")
+        for pair in pairs:
+            if pair in owner:
+                raise UserError(f"merge: expected every block trained once, got {list(pair)} in {owner[pair]} and "
+                                f"in {path}")
+            owner[pair] = path
+        merge(student.transformer, dict.fromkeys(pairs, part))
+    save_pipeline(student, arguments.out)
+    left = [list(entry[1:]) for entry in student.transformer.replaced if entry[1:] not in owner]
+    if arguments.json:
+        print_json({"out": str(arguments.out), "merged": {f"{start}-{end}": str(path) for (start, end), path
+                                                          in sorted(owner.items())}, "untrained": left})
+        return
+    for (start, end), path in sorted(owner.items()):
+        print(f"layers {start}-{end}: from {path}")
+    print(f"wrote {arguments.out}" + (f"; untrained: {', '.join(f'{start}-{end}' for start, end in left)}"
+                                      if left else ""))
+
+
+def _require_batches(arguments: argparse.Namespace) -> None:
+    """Raise UserError, before anything is loaded, where the options on batches do not fit together."""
+    from pydit.data.batches import require_options
+
+    if arguments.data is not None and arguments.prompts is not None:
+        raise UserError("data: expected --data or --prompts, got both")
+    if arguments.guidance is not None and arguments.data is None:
+        raise UserError(f"guidance: expected --data to go with it, got {arguments.guidance:g} without")
+    if arguments.data is not None:
+        require_options(**_image_options(arguments))
+        require_used(arguments, ("sampling_steps", "size"), False, "--prompts with a file")
+    else:
+        stream_identity(arguments)
+        require_used(arguments, _OF_IMAGES, False, "--data")
+        if arguments.flow_weight and arguments.prompts != "demo":
+            raise UserError("flow-weight: expected --data or --prompts demo to go with it, because prompts alone come "
+                            f"without images to learn from, got {arguments.prompts}")
+
+
+def _student(path: Path, arguments: argparse.Namespace, *, shard: bool = False) -> Any:
+    """A pruned pipeline."""
+    student = load(path, arguments, shard=shard)
+    if not hasattr(student.transformer, "plan"):
+        raise UserError(f"student: expected a pipeline written by `pydit prune`, got a stock one ({path})")
+    return student
+
+
+def _image_batches(pipe, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Batches from --data, whose latents and embeddings are computed first, and what they are."""
     from pydit.data import CachedDataset, build_cache
     from pydit.distill import distributed
 
-    if arguments.prompts is not None:
-        raise UserError("data: expected --data or --prompts, got both")
     folder = arguments.cache or arguments.out.with_name(arguments.out.name + ".data")
     resolution = arguments.resolution or sampling_defaults(pipe)[0] or 1328
     index = distributed.together(
@@ -213,9 +309,17 @@ def _image_batches(pipe, arguments: argparse.Namespace) -> Any:
         first = index["skipped"][0]
         print(f"pydit distill: warning: {len(index['skipped'])} of {index['read']} samples are left out (the first: "
               f"{first['key']}: {first['reason']}); all are listed in {folder / 'index.json'}", file=sys.stderr)
-    return CachedDataset(folder, batch_size=arguments.batch_size, seed=arguments.data_seed,
-                         timesteps=arguments.timesteps, shift=arguments.shift,
-                         prompt_dropout=arguments.prompt_dropout, pairs=arguments.guidance is not None)
+    options = _image_options(arguments)
+    dataset = CachedDataset(folder, **options)
+    digest = hashlib.sha256(json.dumps(dataset.samples, sort_keys=True).encode()).hexdigest()[:12]
+    return dataset, {"data": f"{len(dataset.samples)} images with the checksum {digest}", **options}
+
+
+def _image_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of the batches of --data."""
+    return {"batch_size": arguments.batch_size, "seed": arguments.data_seed, "timesteps": arguments.timesteps,
+            "shift": arguments.shift, "prompt_dropout": arguments.prompt_dropout,
+            "pairs": arguments.guidance is not None}
 
 
 def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
@@ -223,25 +327,42 @@ def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
     from pydit.distill.cost import estimate
     from pydit.families import FAMILIES
     from pydit.files import read_json
-    from pydit.inference.pipeline import PLAN_FILE
     from pydit.plan import PruningPlan
 
     config = None if str(arguments.teacher) in FAMILIES else \
         read_json(arguments.teacher / "transformer" / "config.json", what="teacher")
     if arguments.student.is_dir():
-        stored = read_json(arguments.student / PLAN_FILE, what="student")
-        plan = PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
+        plan = stored_plan(arguments.student)
     elif arguments.student.suffix == ".json":
         plan = PruningPlan.load(arguments.student)
     else:
         plan = PruningPlan.preset(str(arguments.student))
+    family = str(arguments.teacher) if config is None else next(
+        (family.name for family in FAMILIES.values() if family.class_name == config.get("_class_name")), None)
+    if family != plan.family:
+        raise UserError(f"student: expected a plan for {family or config.get('_class_name')} like {arguments.teacher}, "
+                        f"got one for {plan.family}")
+    side = arguments.resolution or arguments.size
+    tokens = {} if side is None else {"image_tokens": (side // _pixels(arguments.teacher)) ** 2}
     size = {"bfloat16": 2, "float16": 2}.get(arguments.dtype, 4)
     rows = arguments.batch_size * (1 if settings.guidance is None else 2)
-    found = estimate(plan, config, settings, batch_size=rows, element_bytes=size, processes=arguments.processes)
+    found = estimate(plan, config, settings, batch_size=rows, element_bytes=size, processes=arguments.processes,
+                     **tokens)
     if arguments.json:
         print_json({"memory_bytes": found.memory, "host_bytes": found.host, "disk_bytes": found.disk,
                     "flops_per_step": found.flops,
                     "seconds": found.seconds})
     else:
         print(plan.describe(config).splitlines()[0])
+        print(f"batches of {rows}, each of {tokens.get('image_tokens', 6889)} image and 512 text tokens"
+              + ("" if tokens else "; --resolution gives another size"))
         print(found.describe())
+
+
+def _pixels(teacher: Path) -> int:
+    """Side of an image token in pixels, from the VAE's configuration; 16 of the published models."""
+    from pydit.files import read_json
+
+    file = teacher / "vae" / "config.json"
+    steps = read_json(file, what="teacher").get("temperal_downsample") if file.is_file() else None
+    return 2 * 2 ** len(steps) if isinstance(steps, list) else 16

@@ -19,10 +19,15 @@ from pydit.cli.options import (
     count,
     inputs,
     load,
+    parse_list,
     positive,
     print_json,
     progress,
-    share,
+    removal,
+    require_output,
+    require_used,
+    stored_plan,
+    stream_identity,
     warnings_as_lines,
     whole,
 )
@@ -52,22 +57,30 @@ def add_analyze(commands: Any) -> None:
 def _analyze(arguments: argparse.Namespace) -> None:
     from pydit.analysis import ActivationStats, collect
     from pydit.demo import story
+    from pydit.distill.pair import digest
 
+    for path in filter(None, (arguments.out, arguments.plot)):
+        if path.is_dir():
+            raise UserError(f"out: expected a file to write, got the directory {path}")
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     resume = None
     if arguments.resume:
         if not partial.exists():
             raise UserError(f"resume: expected the checkpoint of an earlier run in {partial}, got none")
         resume = ActivationStats.load(partial)
-        if (resume.ablation is not None) != arguments.ablate:
-            raise UserError(f"ablate: expected as in the run that wrote {partial}, got {arguments.ablate}")
     elif partial.exists():
         raise UserError(f"out: expected no checkpoint of an earlier run, got one in {partial}; pass --resume to "
                         "continue it, or delete it")
+    made_of = stream_identity(arguments)
     pipe = load(arguments.pipeline, arguments)
     project = None if arguments.max_memory is None else _directions(pipe.transformer, arguments)
+    made_of |= {"tokens": arguments.tokens, "ablate": arguments.ablate, "random directions": project,
+                "pipeline": digest(pipe.transformer)[:12]}
+    if resume is not None:
+        _require_same_run(resume, made_of, arguments.batches, partial)
 
     def keep(stats: ActivationStats) -> None:
+        stats.made_of = made_of
         if stats.batches_seen % arguments.save_every == 0 and stats.batches_seen < arguments.batches:
             stats.save(partial)
 
@@ -86,6 +99,17 @@ def _analyze(arguments: argparse.Namespace) -> None:
     else:
         story.print_statistics(stats)
         print(f"wrote {arguments.out}" + (f" and {arguments.plot}" if arguments.plot else ""))
+
+
+def _require_same_run(resume: Any, made_of: dict[str, Any], batches: int, partial: Path) -> None:
+    """UserError where a checkpoint of `analyze` is of other options: both would be mixed, and nobody could tell."""
+    found = resume.made_of or {}
+    for name in sorted(made_of.keys() | found.keys()):
+        if found.get(name) != made_of.get(name):
+            raise UserError(f"{name}: expected {found.get(name)!r} as in the run that wrote {partial}, "
+                            f"got {made_of.get(name)!r}")
+    if resume.batches_seen >= batches:
+        raise UserError(f"batches: expected more than the {resume.batches_seen} that are in {partial}, got {batches}")
 
 
 def _directions(transformer: Any, arguments: argparse.Namespace) -> int | None:
@@ -112,6 +136,9 @@ def _directions(transformer: Any, arguments: argparse.Namespace) -> int | None:
     return fitting[-1]
 
 
+_OF_STATS = ("reference", "selection", "budget", "protect_first", "protect_last", "option", "scores")
+
+
 def add_plan(commands: Any) -> None:
     parser = command(
         commands, "plan", _plan, "decide which blocks to merge, or show a plan",
@@ -130,7 +157,7 @@ def add_plan(commands: Any) -> None:
                         help="pipeline whose blocks are left out one by one, always the one that costs least")
     parser.add_argument("--preset", help="a published layout, such as ppcl-qwen-image-12b")
     parser.add_argument("--intervals", metavar="JSON", help="intervals by hand, such as '[[3,4],[5,7]]'")
-    parser.add_argument("--show", type=Path, metavar="PLAN", help="print a plan file")
+    parser.add_argument("--show", type=Path, metavar="PLAN", help="print a plan file, or the plan of a pruned pipeline")
     thin = parser.add_argument_group("what more a plan does to its blocks, named by the first layer they stand for")
     thin.add_argument("--text-linear", metavar="JSON",
                       help="text regions as '[[anchor,last],...]': linear maps from the anchor's text")
@@ -140,6 +167,12 @@ def add_plan(commands: Any) -> None:
                       help="from this layer on both streams run through the image branch; with '[first,last]' between "
                            "these (FLUX.1: dual blocks)")
     thin.add_argument("--lean", action="store_true", help="leave out tensors that no output depends on")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="with STATS: another option of the method, such as rule=literal, first_probe=u or\n"
+                             "streams=min of ppcl (docs/criteria.md); may be repeated")
+    parser.add_argument("--scores", type=Path, metavar="FILE",
+                        help="with STATS: also write the method's scores, of ppcl the CKA of every start and end;\n"
+                             "such a file (.safetensors) in the place of STATS replays the rule with other options")
     parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
     parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
     parser.add_argument("--method", default="ppcl", help="with STATS: how redundancy is found (default: ppcl)")
@@ -157,8 +190,9 @@ def add_plan(commands: Any) -> None:
                         help="with STATS: blocks at the start that are kept (default: 1, of ppcl 0)")
     parser.add_argument("--protect-last", type=whole, metavar="N",
                         help="with STATS: blocks at the end that are kept (default: 0)")
-    parser.add_argument("--target", type=share, default=0.4,
-                        help="with STATS or --search: share of blocks to remove (default: 0.4)")
+    parser.add_argument("--target", type=removal, default=0.4,
+                        help="with STATS or --search: share of blocks to remove, or their number; auto, of ppcl: all\n"
+                             "that it finds redundant (default: 0.4)")
     parser.add_argument("--out", type=Path, help="plan file to write (.json)")
     add_check(parser)
     add_device(parser)
@@ -176,14 +210,19 @@ def _plan(arguments: argparse.Namespace) -> None:
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"plan: expected exactly one of {', '.join(ways)}, got {' and '.join(given) or 'none'}")
+    require_used(arguments, ("method", *_OF_STATS), arguments.stats is not None, "STATS")
+    require_used(arguments, ("target",), bool(arguments.stats or arguments.search), "STATS or --search")
+    require_used(arguments, ("num_layers", "family"), arguments.intervals is not None, "--intervals")
+    require_used(arguments, ("prompts",), bool(arguments.search or arguments.check), "--search or --check")
+    config = None
     if arguments.show:
-        plan = PruningPlan.load(arguments.show)
+        plan = stored_plan(arguments.show) if arguments.show.is_dir() else PruningPlan.load(arguments.show)
     elif arguments.preset:
         plan = PruningPlan.preset(arguments.preset)
     elif arguments.intervals:
         if arguments.num_layers is None:
             raise UserError("num-layers: expected with --intervals, got none")
-        plan = PruningPlan.from_intervals(arguments.num_layers, _parse_list("intervals", arguments.intervals),
+        plan = PruningPlan.from_intervals(arguments.num_layers, parse_list("intervals", arguments.intervals),
                                           family=arguments.family)
     elif arguments.search:
         from pydit.analysis import greedy_search
@@ -191,22 +230,17 @@ def _plan(arguments: argparse.Namespace) -> None:
         pipe = load(arguments.search, arguments)
         stream = batch_stream(pipe, arguments)(0)
         batches = [inputs(next(stream)) for _ in range(arguments.batches)]
-        plan = greedy_search(pipe.transformer, batches, target=arguments.target)
-    else:
-        from pydit.analysis import ActivationStats, detect
-
-        options = {name: getattr(arguments, name) for name in ("reference", "selection", "budget", "protect_last")
-                   if getattr(arguments, name) is not None}
-        if arguments.protect_first is not None:
-            options["first_layer" if arguments.method == "ppcl" else "protect_first"] = arguments.protect_first
-        stats = ActivationStats.load(arguments.stats)
         with warnings_as_lines("plan"):
-            plan = detect(stats, method=arguments.method, target=arguments.target, **options)
-    more = {name: _parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
+            plan = greedy_search(pipe.transformer, batches, target=arguments.target)
+        config = pipe.transformer.config
+    else:
+        with warnings_as_lines("plan"):
+            plan, config = _detected(arguments)
+    more = {name: parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
             if getattr(arguments, name) is not None}
     if arguments.single_stream is not None:
         text = arguments.single_stream
-        more["single_stream"] = int(text) if text.isdecimal() else _parse_list("single_stream", text)
+        more["single_stream"] = int(text) if text.isdecimal() else parse_list("single_stream", text)
     if more:
         plan = dataclasses.replace(plan, **more)
     if arguments.lean:
@@ -217,11 +251,49 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(plan.to_dict() | ({"check": checked} if checked else {}))
     else:
-        print(plan.describe())
+        print(plan.describe(config))
         if checked:
             show(arguments, checked)
         if arguments.out:
             print(f"wrote {arguments.out}")
+
+
+def _detected(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The plan of statistics, or of scores, and the model's configuration where it is known."""
+    from pydit.analysis import ActivationStats, Scores, select
+    from pydit.analysis.criteria import get_criterion
+    from pydit.analysis.detect import decide
+
+    scores = Scores.load(arguments.stats) if Scores.is_file(arguments.stats) else None
+    method = arguments.method if scores is None else scores.method
+    if arguments.method not in (method, arguments.defaults("method")):
+        raise UserError(f"method: expected {method} as in {arguments.stats}, got {arguments.method}")
+    options = {name: getattr(arguments, name) for name in ("reference", "selection", "budget", "protect_last")
+               if getattr(arguments, name) is not None}
+    if arguments.protect_first is not None:
+        options["first_layer" if method == "ppcl" else "protect_first"] = arguments.protect_first
+    for text in arguments.option:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise UserError(f"option: expected NAME=VALUE, got {text!r}")
+        options[name] = _value(value)
+    if scores is not None:
+        require_used(arguments, ("scores",), False, "statistics in the place of scores")
+        return select(scores, target=arguments.target, **options), None
+    stats = ActivationStats.load(arguments.stats)
+    criterion = get_criterion(method, **options)
+    scores = criterion.score(stats)
+    if arguments.scores:
+        scores.save(arguments.scores)
+    return decide(criterion, scores, stats, arguments.target), stats.config
+
+
+def _value(text: str) -> Any:
+    """Of an option: a number, true, false, null or a list of JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -229,12 +301,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pydit.analysis import ActivationStats, agreement, candidates, removed_layers
     from pydit.demo import console
 
-    given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "reference",
-                                                 "selection", "budget", "protect_first", "protect_last")
-             if getattr(arguments, name) is not None]
+    given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "method", *_OF_STATS,
+                                                 "text_linear", "linear_ffn", "affine", "single_stream", "lean",
+                                                 "num_layers", "family")
+             if getattr(arguments, name) not in (None, False, [], arguments.defaults(name))]
     if arguments.stats is None or given:
         raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
                         f"got {'--' + given[0] if given else 'no statistics file'}")
+    if arguments.target is None:
+        raise UserError("target: expected a share or a number of blocks, at which criteria are compared, got auto")
     stats = ActivationStats.load(arguments.stats)
     if arguments.report:
         from pydit.demo import analysis_report as report
@@ -300,6 +375,10 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.out is None and not arguments.dry_run:
         raise UserError("out: expected a directory to write (or --dry-run), got none")
     plan = PruningPlan.load(arguments.plan)
+    if not arguments.dry_run:
+        require_output(arguments.out, arguments.pipeline)
+    maps = any(spec.form == "affine" or "linear" in (spec.text, spec.ffn) for spec in plan.blocks)
+    require_used(arguments, ("prompts",), maps or arguments.init == "probe", "--init probe or a plan with linear maps")
     if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):
         import torch
 
@@ -327,14 +406,3 @@ def _prune(arguments: argparse.Namespace) -> None:
 
 def _pruned(out: str, plan: Any) -> None:
     print(f"wrote {out}: {plan.num_layers} blocks became {plan.num_student_layers}")
-
-
-def _parse_list(name: str, text: str) -> Any:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, list):
-        example = "[2,58]" if name in ("linear_ffn", "affine", "single_stream") else "[[3,4],[5,7]]"
-        raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
-    return found

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydit import files
 from pydit.errors import UserError
 
 
@@ -29,7 +31,7 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | 
     """Add one command; ``figures`` gives it --json."""
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.\n\n{story}",
                                  epilog=f"example:\n  {example}")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, defaults=parser.get_default)
     if figures:
         parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
     return parser
@@ -65,8 +67,7 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
 
 def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
     """Calibration or training batches as a function start -> endless iterator from batch ``start``."""
-    if arguments.prompts is None:
-        raise UserError("prompts: expected a file with one prompt per line or demo, got none")
+    stream_identity(arguments)
     if arguments.prompts == "demo":
         from pydit.demo.data import make_batches
 
@@ -82,6 +83,52 @@ def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
     seed = arguments.data_seed + rank * 1_000_003
     return lambda start: endless_batches(pipe, prompts, start=start, steps=arguments.sampling_steps, seed=seed,
                                          size=arguments.size)
+
+
+def stored_plan(directory: Path) -> Any:
+    """The plan of a pruned pipeline, of which nothing else is read."""
+    from pydit.inference.pipeline import PLAN_FILE
+    from pydit.plan import PruningPlan
+
+    if not (directory / PLAN_FILE).is_file():
+        raise UserError(f"student: expected a directory written by `pydit prune`, got {directory} without {PLAN_FILE}")
+    stored = files.read_json(directory / PLAN_FILE, what="student")
+    return PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
+
+
+def stream_identity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the batches of :func:`batch_stream`, as plain data: a resumed run must have the same.
+
+    Raises UserError for options that no such batches can be made by, or that none of them would read.
+    """
+    if arguments.prompts is None:
+        raise UserError("prompts: expected a file with one prompt per line or demo, got none")
+    require_used(arguments, ("sampling_steps", "size"), arguments.prompts != "demo", "--prompts with a file")
+    require_used(arguments, ("batch_size",), arguments.prompts == "demo", "--prompts demo or --data")
+    if arguments.prompts == "demo":
+        return {"prompts": "demo", "batch-size": arguments.batch_size, "data-seed": arguments.data_seed}
+    from pydit.inference.sampling import read_prompts
+
+    prompts = read_prompts(arguments.prompts)
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    return {"prompts": f"{len(prompts)} with the checksum {digest}", "sampling-steps": arguments.sampling_steps,
+            "size": arguments.size, "data-seed": arguments.data_seed}
+
+
+def require_output(out: Path, source: Path) -> None:
+    """Raise UserError, before any work, for an output directory that cannot be written or that holds what is read."""
+    files.require_replaceable(out)
+    new, read = out.resolve(), source.resolve()
+    if new == read or read in new.parents or new in read.parents:
+        raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
+
+
+def require_used(arguments: argparse.Namespace, names: Iterable[str], used: bool, needed: str) -> None:
+    """Raise UserError for an option that was given although nothing would read it."""
+    for name in names:
+        if not used and getattr(arguments, name) not in (None, False, arguments.defaults(name)):
+            flag = {"output_trainable": "train"}.get(name, name.replace("_", "-"))
+            raise UserError(f"{flag}: expected {needed} to go with it, got none")
 
 
 def inputs(item: Any) -> dict[str, Any]:
@@ -189,9 +236,25 @@ def not_negative(text: str) -> float:
     return _number(text, float, lambda v: 0 <= v < float("inf"), "a number of at least 0")
 
 
-def share(text: str) -> float:
-    """Type of an option: strictly between 0 and 1."""
-    return _number(text, float, lambda v: 0 < v < 1, "a share between 0 and 1")
+def removal(text: str) -> float | int | None:
+    """Type of an option: a share of the blocks, a number of them, or auto (None)."""
+    if text == "auto":
+        return None
+    return _number(text, lambda text: int(text) if text.isdecimal() else float(text),
+                   lambda v: v >= 1 if isinstance(v, int) else 0 < v < 1,
+                   "a share between 0 and 1, a whole number of blocks or auto")
+
+
+def parse_list(name: str, text: str) -> list:
+    """The list that an option holds as JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        example = "[2,58]" if name in ("linear_ffn", "affine", "single_stream") else "[[3,4],[5,7]]"
+        raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
+    return found
 
 
 def quiet() -> None:

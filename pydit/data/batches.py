@@ -16,6 +16,24 @@ from pydit.errors import FormatError, UserError
 TIMESTEPS = ("uniform", "logit-normal")
 
 
+def require_options(*, batch_size: int, seed: int, timesteps: str, shift: float, prompt_dropout: float,
+                    pairs: bool) -> None:
+    """Raise UserError for an option of :class:`CachedDataset` that is out of range, or does not go with another."""
+    if not isinstance(seed, int):
+        raise UserError(f"seed: expected a whole number, got {seed!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    if timesteps not in TIMESTEPS:
+        raise UserError(f"timesteps: expected one of {', '.join(TIMESTEPS)}, got {timesteps!r}")
+    if not shift > 0:
+        raise UserError(f"shift: expected a number above 0, got {shift!r}")
+    if not 0 <= prompt_dropout <= 1:
+        raise UserError(f"prompt_dropout: expected a share from 0 to 1, got {prompt_dropout!r}")
+    if pairs and prompt_dropout:
+        raise UserError("prompt_dropout: expected 0, because in pairs every sample has the empty prompt once, "
+                        f"got {prompt_dropout!r}")
+
+
 class CachedDataset:
     """Batches for a Qwen-Image transformer from a directory that :func:`pydit.data.build_cache` wrote.
 
@@ -41,17 +59,8 @@ class CachedDataset:
 
     def __init__(self, path: str | os.PathLike, *, batch_size: int = 1, seed: int = 0, timesteps: str = "uniform",
                  shift: float = 1.0, prompt_dropout: float = 0.0, pairs: bool = False) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
-        if timesteps not in TIMESTEPS:
-            raise UserError(f"timesteps: expected one of {', '.join(TIMESTEPS)}, got {timesteps!r}")
-        if not shift > 0:
-            raise UserError(f"shift: expected a number above 0, got {shift!r}")
-        if not 0 <= prompt_dropout <= 1:
-            raise UserError(f"prompt_dropout: expected a share from 0 to 1, got {prompt_dropout!r}")
-        if pairs and prompt_dropout:
-            raise UserError("prompt_dropout: expected 0, because in pairs every sample has the empty prompt once, "
-                            f"got {prompt_dropout!r}")
+        require_options(batch_size=batch_size, seed=seed, timesteps=timesteps, shift=shift,
+                        prompt_dropout=prompt_dropout, pairs=pairs)
         self.path, self.batch_size, self.seed = Path(path), batch_size, seed
         self.timesteps, self.shift, self.prompt_dropout, self.pairs = timesteps, shift, prompt_dropout, pairs
         index = read_index(self.path)

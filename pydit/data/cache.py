@@ -20,7 +20,7 @@ import torch
 
 from pydit import files
 from pydit.data.buckets import buckets, decode
-from pydit.data.samples import Sample, Skipped, read_samples
+from pydit.data.samples import Sample, Skipped, checksum, read_samples
 from pydit.errors import FormatError, UserError
 
 FORMAT, VERSION = "pydit-cached-dataset", 1
@@ -47,7 +47,8 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
     Raises
     ------
     UserError
-        Another pipeline, a cache of something else in ``out``, or no sample that can be used.
+        Another pipeline, a cache of something else in ``out``, such as of a source that has changed since, or no sample
+        that can be used.
     FormatError
         ``source`` or an index that cannot be read.
     """
@@ -58,15 +59,18 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
     out = Path(out)
     step = 2 * pipe.vae_scale_factor
     sizes = buckets(resolution, step)
-    made_of = {"source": str(Path(source).resolve().name), "resolution": resolution, "shard_size": shard_size,
+    made_of = {"source": str(Path(source).resolve().name), "files": _listed(source, out), "resolution": resolution,
+               "shard_size": shard_size,
                "latent_channels": int(pipe.vae.config.z_dim), "text_channels": int(
                    pipe.transformer.config.joint_attention_dim)}
     index = {"format": FORMAT, "version": VERSION, "made_of": made_of, "read": 0, "complete": False, "shards": [],
              "samples": [], "skipped": []}
     if (out / INDEX).exists():
         index = read_index(out)
-        if index["made_of"] != made_of:
-            raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out})")
+        other = [name for name, value in made_of.items() if value not in (None, index["made_of"].get(name, value))]
+        if other:
+            raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out}), which differs "
+                            f"in {', '.join(other)}; give another directory, or delete this one")
         if index["complete"]:
             _remove_parts(out)
             return index
@@ -117,13 +121,24 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
         if len(entries) == shard_size:
             flush(read)
     flush(read)
+    if not index["samples"]:
+        for name in (EMPTY, INDEX):  # with another caption or two the same command is to work
+            (out / name).unlink()
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        raise UserError(f"data: expected at least one captioned image that can be read, got none of {read} (the first: "
+                        f"{index['skipped'][0]['key']}: {index['skipped'][0]['reason']})")
     index["complete"] = True
     files.write_json(out / INDEX, index)
     _remove_parts(out)
-    if not index["samples"]:
-        raise UserError(f"data: expected at least one captioned image that can be read, got none of {read} (the first: "
-                        f"{index['skipped'][0]['key']}: {index['skipped'][0]['reason']})")
     return index
+
+
+def _listed(source: str | os.PathLike, out: Path) -> str | None:
+    """A checksum of the names and sizes of a source's files; None where it is gone and a complete cache is left."""
+    if not Path(source).exists() and (out / INDEX).exists() and read_index(out)["complete"]:
+        return None
+    return checksum(source)
 
 
 def _parts(out: Path) -> Iterator[dict[str, Any]]:

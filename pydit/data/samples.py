@@ -8,7 +8,9 @@ extracted: links and names that lead out of a shard are listed as skipped.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -55,16 +57,7 @@ def read_samples(path: str | os.PathLike) -> Iterator[Sample | Skipped]:
         ``path`` does not exist, or there is neither an image nor a shard in it.
     """
     path = Path(path)
-    if path.is_file():
-        shards, images = [path], []
-    elif path.is_dir():
-        shards = sorted(path.rglob("*.tar"))
-        images = [] if shards else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
-    else:
-        raise FormatError(f"data: expected a folder of captioned images or of tar shards, got {path}, which does not "
-                          "exist")
-    if not shards and not images:
-        raise FormatError(f"data: expected images ({', '.join(IMAGES)}) or .tar shards in {path}, got none")
+    shards, images = _files(path)
     for shard in shards:
         yield from _shard(shard, shard.name if path.is_file() else shard.relative_to(path).as_posix())
     for image in images:
@@ -79,6 +72,34 @@ def read_samples(path: str | os.PathLike) -> Iterator[Sample | Skipped]:
             yield _sample(key, {suffix: file.read_bytes() for suffix, file in files.items()})
         except OSError as error:
             yield Skipped(key, f"cannot be read: {error.strerror or error}")
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """Of the names and sizes of everything that :func:`read_samples` reads; it raises the same errors."""
+    path = Path(path)
+    shards, images = _files(path)
+    captions = [image.with_suffix(suffix) for image in images for suffix in CAPTIONS]
+    digest = hashlib.sha256()
+    for file in [*shards, *images, *(file for file in captions if file.is_file())]:
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        with contextlib.suppress(OSError):
+            digest.update(f"{name} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The shards, or else the images, of a source."""
+    if path.is_file():
+        shards, images = [path], []
+    elif path.is_dir():
+        shards = sorted(path.rglob("*.tar"))
+        images = [] if shards else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+    else:
+        raise FormatError(f"data: expected a folder of captioned images or of tar shards, got {path}, which does not "
+                          "exist")
+    if not shards and not images:
+        raise FormatError(f"data: expected images ({', '.join(IMAGES)}) or .tar shards in {path}, got none")
+    return shards, images
 
 
 def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +125,9 @@ class DistillConfig:
         the student's device one by one as they run. What it computes is the same to the last bit.
     log_every
         Steps per history row; a row holds means over those steps.
+    data
+        What the batches are (files, order, noise), as plain data for JSON, or None. It decides nothing by itself; a
+        checkpoint is only continued with the same, because a run cannot look at batches that it has left behind.
     checkpoint_dir, save_every, save_every_seconds
         Where to save, and after how many steps or seconds. None is never; with a directory, the end of each phase
         is always saved.
@@ -164,6 +169,7 @@ class DistillConfig:
     split_batches: bool = False
     teacher_memory: str = "resident"
     log_every: int = 10
+    data: Mapping[str, Any] | None = None
     checkpoint_dir: str | Path | None = None
     save_every: int | None = None
     save_every_seconds: float | None = None
@@ -205,6 +211,7 @@ class DistillConfig:
         for name in ("checkpoint_dir", "cache_dir"):
             _require(name, getattr(self, name), "a path or None",
                      lambda v: v is None or (isinstance(v, (str, Path)) and str(v) != ""))
+        _require("data", self.data, "a mapping of plain data for JSON, or None", _is_plain)
         _require("resume", self.resume, "True, False or 'auto'", lambda v: isinstance(v, bool) or v == "auto")
         self._validate_together()
 
@@ -331,6 +338,15 @@ def _is_schedule(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(
         isinstance(stage, (tuple, list)) and 2 <= len(stage) <= 3 and isinstance(stage[0], PruningPlan)
         and all(_whole(steps, 0) for steps in stage[1:]) and any(stage[1:]) for stage in value)
+
+
+def _is_plain(value: Any) -> bool:
+    if not isinstance(value, Mapping | None):
+        return False
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -44,7 +44,8 @@ class Estimate:
                  "device memory of one process": sum(self.memory.values()), **self.host,
                  **self.disk}
         column = max(map(len, items))
-        rows = [f"{name:<{column}}{value / 1e9:>10.1f} GB" for name, value in items.items()]
+        rows = [f"{name:<{column}}" + (f"{value / 1e9:>10.1f} GB" if value >= 1e8 else f"{value / 1e6:>10.1f} MB")
+                for name, value in items.items()]
         for phase, flops in self.flops.items():
             if not flops:
                 continue

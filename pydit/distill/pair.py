@@ -95,6 +95,28 @@ def merge(student: nn.Module, parts: Mapping[tuple[int, int], nn.Module]) -> nn.
     return student
 
 
+def trained_apart(student: nn.Module, untrained: Mapping[str, torch.Tensor], part: nn.Module) -> list[tuple[int, int]]:
+    """(first layer, last layer) of the blocks of ``part`` that differ from an untrained student's weights.
+
+    Raises
+    ------
+    UserError
+        A part of another plan, or with other weights outside the blocks that the plan replaces.
+    """
+    if getattr(part, "plan", None) != student.plan:
+        raise UserError("merge: expected students of one plan, got another")
+    block_of = {id(p): entry[1:] for entry in part.replaced for p in part.own_blocks[entry[0]].parameters()}
+    found = set()
+    for name, p in part.named_parameters():
+        if torch.equal(p, untrained[name]):
+            continue
+        if id(p) not in block_of:
+            raise UserError(f"merge: expected weights outside the new blocks to be the student's, got {name} changed, "
+                            "which a part trained with --intervals does not do")
+        found.add(block_of[id(p)])
+    return sorted(found)
+
+
 def digest(model: nn.Module) -> str:
     """A fingerprint that tells models apart without reading all weights: names, shapes and eight values of each."""
     digest = hashlib.sha256()

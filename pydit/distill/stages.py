@@ -31,8 +31,8 @@ def progressive(plan: PruningPlan, stages: int, *, layers_steps: int, output_ste
                 ) -> tuple[PruningPlan, tuple[Stage, ...]]:
     """A plan with single-stream blocks, taken in stages: (the plan to prune by, the stages that end in ``plan``).
 
-    The blocks from ``plan.single_stream`` on become single-stream in ``stages`` groups of about one size, the deepest
-    first; the plan to prune by has none.
+    The blocks from ``plan.single_stream`` on, or between its two ends, become single-stream in ``stages`` groups of
+    about one size, the deepest first; the plan to prune by has none.
 
     Raises
     ------
@@ -41,12 +41,14 @@ def progressive(plan: PruningPlan, stages: int, *, layers_steps: int, output_ste
     """
     if plan.single_stream is None:
         raise UserError("plan: expected one with single-stream blocks, got none to convert in stages")
-    first = [layers[0] for layers in plan.source if layers[0] >= plan.single_stream]
+    start, end = (plan.single_stream, None) if isinstance(plan.single_stream, int) else plan.single_stream
+    first = [layers[0] for layers in plan.source if layers[0] >= start and (end is None or layers[-1] <= end)]
     if not 1 <= stages <= len(first):
         raise UserError(f"stages: expected 1 to {len(first)}, the single-stream blocks of the plan, got {stages!r}")
     starts = [first[len(first) - len(first) * number // stages] for number in range(1, stages + 1)]
     return dataclasses.replace(plan, single_stream=None), tuple(
-        Stage(dataclasses.replace(plan, single_stream=start), layers_steps, output_steps) for start in starts)
+        Stage(dataclasses.replace(plan, single_stream=start if end is None else (start, end)), layers_steps,
+              output_steps) for start in starts)
 
 
 def require_successor(before: PruningPlan, after: PruningPlan, *, what: str = "schedule") -> None:

@@ -66,6 +66,23 @@ def test_scores_equal_cka_of_chains_by_hand(reference, first_probe):
         assert (low <= matrices[stream] + 1e-9).all() and (matrices[stream] <= high + 1e-9).all()
 
 
+def test_biased_scores_equal_the_usual_cka():
+    """HSIC_0 averaged over batches, written out; with few tokens it calls unlike features alike, debiased does not."""
+    stats = synthetic.stats("nwn", samples=3, rows=9)
+    found = score(stats, estimator="biased")
+    probes = [stats.probe(k, "image") for k in range(3)]
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in stats.samples["image"]:
+        chain, real = probes[2](probes[1](batch[1])), batch[3]
+        x, y = chain - chain.mean(0), real - real.mean(0)
+        sums += torch.stack([(a.T @ b).square().sum() for a, b in ((x, y), (x, x), (y, y))]) / 64
+    assert float(found.matrices["image"][0, 2]) == pytest.approx(float(sums[0] / (sums[1] * sums[2]).sqrt()), rel=1e-9)
+    assert found.options["estimator"] == "biased"
+    with pytest.raises(UserError, match="estimator: expected 'biased' as in the scores, got 'debiased'"):
+        select_with_defaults(found, estimator="debiased")
+    assert float(score(stats).matrices["image"][0, 2]) < float(found.matrices["image"][0, 2]) - 0.1
+
+
 def scores_of(cka, *, text=None, last_text_used=True, **options):
     """Scores with a given image matrix; text is the same unless given."""
     cka = torch.as_tensor(cka, dtype=torch.float64)
@@ -73,7 +90,8 @@ def scores_of(cka, *, text=None, last_text_used=True, **options):
     matrices = {"image": cka, "text": cka if text is None else torch.as_tensor(text, dtype=torch.float64),
                 "last_text_used": torch.tensor(float(last_text_used), dtype=torch.float64)}
     return Scores("ppcl", "qwen-image", len(cka), {name: getattr(criterion, name)
-                                                   for name in ("reference", "first_probe", "ridge")}, matrices)
+                                                   for name in ("reference", "first_probe", "estimator", "ridge")},
+                  matrices)
 
 
 def select(scores, target=None, **options):

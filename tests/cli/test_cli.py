@@ -130,7 +130,7 @@ def test_module_entry_point_and_exit_code():
     (["plan", "x", "--trial", "5"], "check: expected a pipeline with --trial, got none"),
     (["plan", "x", "--trial-lr", "1"], "trial: expected steps with --trial-lr, got none"),
     (["plan", "--preset", "ppcl-qwen-image-12b", "--check", "/nowhere"], "pipeline: expected a pipeline directory"),
-    (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, got '1.5'"),
+    (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, .*, got '1.5'"),
     (["demo", "--budget-minutes", "-1"], "argument --budget-minutes: expected a number above 0, got '-1'"),
     (["demo", "--prompts", "0"], "argument --prompts: expected a whole number of at least 1, got '0'"),
     (["demo", "--teacher", "/nowhere"], "pipeline: expected a pipeline directory, got a path that does not exist"),
@@ -363,7 +363,8 @@ def test_distill_under_torchrun(tmp_path, capfd, fails, plan_file):
 
 
 OPTIONS = {  # of distill: option and value -> field of the configuration and value
-    "--steps 7": ("layers_steps", 7), "--output-steps 3": ("output_steps", 3), "--lr 0.1": ("layers_lr", 0.1),
+    "--steps 7": ("layers_steps", 7), "--output-steps 3": ("output_steps", 3),
+    "--intervals [[1,2]]": ("intervals", ((1, 2),)), "--lr 0.1": ("layers_lr", 0.1),
     "--output-lr 0.1": ("output_lr", 0.1), "--loss mse": ("loss", "mse"), "--magnitude 2": ("magnitude", 2.0),
     "--linear-weight 2": ("linear_weight", 2.0), "--ema 0": ("ema", 0.0), "--train all": ("output_trainable", "all"),
     "--velocity-weight 2": ("velocity_weight", 2.0), "--boundary-weight 2": ("boundary_weight", 2.0),
@@ -393,16 +394,24 @@ def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "sampling_defaults", lambda _: (64, 1, 1.0))
     monkeypatch.setattr(distill, "distill", stop)
     monkeypatch.setattr(data, "build_cache", lambda *_, **given: seen.update(built=given) or None)
-    monkeypatch.setattr(data, "CachedDataset", lambda folder, **given: seen.update(given=given, folder=folder))
+    def dataset(folder, **given):
+        seen.update(given=given, folder=folder)
+        return SimpleNamespace(samples=[])
+
+    monkeypatch.setattr(data, "CachedDataset", dataset)
     (tmp_path / "out.checkpoint").mkdir()
     (tmp_path / "out.checkpoint" / "checkpoint.json").touch()
 
+    found_data = "0 images with the checksum 4f53cda18c2b"
+
     def run(option=""):
-        argv = ["distill", "t", "s", "--data", "d", "--out", str(tmp_path / "out"), *option.split()]
+        argv = ["distill", "t", "s", "--data", "d", "--output-steps", "2", "--out", str(tmp_path / "out"), *option.split()]
         if option != "--resume":
             argv += ["--out", str(tmp_path / "new")]
         assert main(argv) == 2
-        return {name: value for name, value in seen["config"].to_dict().items() if name != "checkpoint_dir"}
+        found = {name: value for name, value in seen["config"].to_dict().items() if name != "checkpoint_dir"}
+        assert found.pop("data") == {"data": found_data, **seen["given"]}
+        return found
 
     monkeypatch.setattr(distill.DistillConfig, "validate", lambda self: None)
     plain = run()
@@ -426,7 +435,7 @@ def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
         main(["distill", "--help"])
     told = {option.split()[0] for option in (*OPTIONS, *IMAGES)} | {
         "--resolution", "--cache", "--out", "--estimate", "--json", "--help", "--device", "--dtype", "--prompts", "--data",
-        "--then", "--processes", "--sampling-steps", "--size", "--guidance"}
+        "--then", "--processes", "--sampling-steps", "--size", "--guidance", "--merge"}
     assert set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M)) == told
 
 

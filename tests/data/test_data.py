@@ -193,6 +193,30 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, pipe, monkeypatch, at):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_source_that_has_changed_is_no_longer_the_cached_one(tmp_path, pipe):
+    """More images or another caption; gone, a complete cache serves. Nothing usable leaves nothing behind."""
+    data, out = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    (data / "a.png").write_bytes(picture(0))
+    with pytest.raises(UserError, match="at least one captioned image that can be read, got none of 1 .the first: a: no c"):
+        build_cache(pipe, data, out, resolution=48, progress=False)
+    assert not out.exists()
+    (data / "a.txt").write_text("a ring")
+    assert len(build_cache(pipe, data, out, resolution=48, progress=False)["samples"]) == 1
+    (data / "a.txt").write_text("a larger ring")
+    with pytest.raises(UserError, match="differs in files; give another directory, or delete this one"):
+        build_cache(pipe, data, out, resolution=48, progress=False)
+    (data / "a.txt").write_text("a ring")
+    build_cache(pipe, data, out, resolution=48, progress=False)
+    data.rename(tmp_path / "moved")
+    assert len(build_cache(pipe, data, out, resolution=48, progress=False)["samples"]) == 1
+    with pytest.raises(UserError, match="differs in resolution"):
+        build_cache(pipe, data, out, resolution=32, progress=False)
+    with pytest.raises(FormatError, match="which does not exist"):
+        build_cache(pipe, data, tmp_path / "new", resolution=48, progress=False)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_a_cache_refuses(tmp_path, pipe):
     source = folder(tmp_path / "in", 1)
     build_cache(pipe, source, tmp_path / "out", resolution=48, progress=False)

@@ -31,6 +31,16 @@ def test_the_deepest_become_single_first():
         progressive(START, 1, layers_steps=1)
 
 
+def test_stages_of_dual_blocks_between_two_ends():
+    """FLUX.1, whose dual blocks end before its single ones begin: every stage keeps the end of the plan."""
+    plan = PruningPlan("flux.1", 57, [(12, 13)], single_stream=(12, 18))
+    start, made = progressive(plan, 3, layers_steps=1)
+    assert start.single_stream is None
+    assert [stage.plan.single_stream for stage in made] == [(17, 18), (15, 18), (12, 18)]
+    with pytest.raises(UserError, match="stages: expected 1 to 6, the single-stream blocks of the plan, got 7"):
+        progressive(plan, 7, layers_steps=1)
+
+
 def test_a_switch_keeps_every_weight_that_stays():
     """Depth and width one after the other: what a plan does not touch is the same tensor."""
     teacher, student = pair()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_probe_is_exact_where_the_last_linear_is_all_that_differs(teacher):
     plan = PruningPlan.from_intervals(6, [[1, 2]])
     student = pydit.prune(student_start, plan, init="probe", batches=[tiny.batch()])
     assert torch.allclose(run(student), run(teacher), atol=1e-5)
+
+
+def test_probe_says_when_tokens_are_fewer_than_unknowns(teacher):
+    """256 inputs and a bias; the text of the last interval, which nothing reads, is not fitted."""
+    batches = [tiny.batch(images=16, seed=seed) for seed in range(2)]
+    with pytest.warns(UserWarning, match=r"1 of the layers that init=.probe. fits have more unknowns than tokens \(the "
+                                         r"first, text of layers 1-3: 257 for \d+\)"):
+        pydit.prune(teacher, PLAN, init="probe", batches=batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pydit.prune(teacher, PLAN, init="probe", batches=[tiny.batch(images=16, seed=seed) for seed in range(6)])
 
 
 def test_probe_needs_batches(teacher):

@@ -50,6 +50,12 @@ class Scores:
             "starts": " ".join(map(str, self.starts))})
 
     @classmethod
+    def is_file(cls, path: str | os.PathLike) -> bool:
+        """Whether a safetensors file says that it holds scores. Raises FormatError when it is no such file."""
+        _, metadata = files.load_safetensors(path, what="stats", wanted=lambda name: False)
+        return metadata.get("format") == _FORMAT
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
         """Read a file written by :meth:`save`. Raises FormatError naming the file."""
         matrices, metadata = files.load_safetensors(path, what="scores")
@@ -99,7 +105,21 @@ def get_criterion(method: str, **options: Any) -> Criterion:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(f"{unknown[0]}: no option of method {method!r}; it has {', '.join(known)}")
+    for field in dataclasses.fields(_CRITERIA[method]):
+        if field.name in options:
+            _require_kind(field.name, options[field.name], field.default)
     return _CRITERIA[method](**options)
+
+
+def _require_kind(name: str, value: Any, default: Any) -> None:
+    """UserError for an option that is no number where the default is one; what numbers fit, the criterion knows."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if type(default) is int and type(value) is not int:
+        raise UserError(f"{name}: expected a whole number, got {value!r}")
+    if type(default) is float and not number:
+        raise UserError(f"{name}: expected a number, got {value!r}")
+    if default is None and not (number or value is None or isinstance(value, (list, tuple))):
+        raise UserError(f"{name}: expected a number or None, got {value!r}")
 
 
 def removal_target(target: float | int | None, num_layers: int) -> int | None:

@@ -29,15 +29,16 @@ from pydit.analysis.activations import ActivationStats
 from pydit.analysis.criteria.base import DEAF, Scores, register, removal_target
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
-from pydit.ops.reference import u_centred_gram
+from pydit.ops.reference import centred, u_centred_gram
 from pydit.plan import PruningPlan
 from pydit.stats import LinearProbe
 from pydit.stats.cka import bootstrap_weights, normalise
 
 _CHOICES = {"reference": ("same-depth", "fixed"), "first_probe": ("u+1", "u"),
             "streams": ("mean", "min", "image", "text"), "selection": ("difference", "optimal"),
-            "rule": ("bootstrap", "literal"), "budget": ("auto", "cka", "output")}
-_SCORE_OPTIONS = ("reference", "first_probe", "ridge")
+            "rule": ("bootstrap", "literal"), "budget": ("auto", "cka", "output"),
+            "estimator": ("debiased", "biased")}
+_SCORE_OPTIONS = ("reference", "first_probe", "estimator", "ridge")
 _RULE_DRAWS = 500
 _STABLE_DRAWS = 50
 _UNIT_DRAWS, _RULE_DRAWS_AGAIN = 20, 100  # where the rule itself, a bootstrap, runs again in every draw
@@ -48,6 +49,12 @@ def _redrawn(hsic: torch.Tensor, draws: int) -> torch.Tensor:
     """CKA [R, L, L] from HSIC [B, 3, L, L] averaged over draws of the batches with replacement."""
     means = torch.einsum("rb,bsuk->rsuk", bootstrap_weights(len(hsic), draws, 0), hsic)
     return normalise(means[:, 0], means[:, 1], means[:, 2])
+
+
+def _centred_gram(features: torch.Tensor) -> torch.Tensor:
+    """H X X^T H of features [..., n, C], whose inner products are the biased HSIC."""
+    features = centred(features)
+    return features @ features.mT
 
 
 def _is_cka(value: Any) -> bool:
@@ -66,6 +73,8 @@ class PPCL:
     first_probe : ``"u+1"``: the chain starts from the real output of layer u and the first probe is that of layer
         u + 1, so cka(u, u) = 1 and units hold two layers or more; ``"u"``: it starts from the input of layer u, and a
         layer whose first step loses less than its second stays alone.
+    estimator : of CKA, which no description names. ``"debiased"``, or ``"biased"``, that of the usual definition, which
+        is high for any two sets of features with more channels than tokens.
     streams : how image and text scores combine into one: ``"mean"``, ``"min"``, or one stream.
     selection : ``"difference"``: units as above. ``"optimal"``: the disjoint intervals that remove exactly
         ``target`` layers at the least cost, found by dynamic programming over all intervals.
@@ -104,6 +113,7 @@ class PPCL:
 
     reference: str = "same-depth"
     first_probe: str = "u+1"
+    estimator: str = "debiased"
     streams: str = "mean"
     selection: str = "difference"
     budget: str = "auto"
@@ -162,7 +172,8 @@ class PPCL:
         """One batch [L + 1, n, C] -> [3, L, L]: HSIC of (chain, reference), (chain, chain), (reference, reference)."""
         layers, own_start = len(probes), self.first_probe == "u"
         batch = batch.double()
-        outputs = u_centred_gram(batch[1:])  # of the real output of every layer
+        gram = u_centred_gram if self.estimator == "debiased" else _centred_gram
+        outputs = gram(batch[1:])  # of the real output of every layer
         hsic = torch.zeros(3, layers, layers, dtype=torch.float64)
         chains = batch.new_zeros(0, *batch.shape[1:])
         for k in range(layers):
@@ -170,13 +181,13 @@ class PPCL:
                 chains = probes[k](torch.cat([chains, batch[k, None]]))
             else:
                 chains = torch.cat([probes[k](chains), batch[k + 1, None]])
-            grams = u_centred_gram(chains)
+            grams = gram(chains)
             reference = outputs[k] if self.reference == "same-depth" else outputs[:k + 1]
             hsic[0, :k + 1, k] = (grams * reference).sum((-2, -1))
             hsic[1, :k + 1, k] = grams.square().sum((-2, -1))
             hsic[2, :k + 1, k] = reference.square().sum((-2, -1))
         n = batch.shape[1]
-        return hsic / (n * (n - 3))
+        return hsic / (n * (n - 3) if self.estimator == "debiased" else (n - 1) ** 2)
 
     def combined(self, scores: Scores) -> torch.Tensor:
         """cka(u, k) over both streams, float64 [L, L], by the option ``streams``."""

@@ -1,0 +1,219 @@
+"""Mistakes that would cost a user a model, hours or a wrong result: named before anything starts."""
+
+import json
+import shutil
+
+import pytest
+
+from pydit import files
+from pydit.analysis import ActivationStats
+from pydit.cli import main
+from pydit.distill import checkpoint
+from pydit.plan import PruningPlan
+from tests.cli.test_cli import _tree, fails, plan_file  # noqa: F401
+from tests.demo.pipelines import untrained
+
+
+@pytest.fixture
+def student(tmp_path, plan_file, capfd):  # noqa: F811
+    assert main(["prune", str(untrained()), "--plan", str(plan_file), "--out", str(tmp_path / "student")]) == 0
+    capfd.readouterr()
+    return tmp_path / "student"
+
+
+def contents(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_what_is_read_is_not_written_over(tmp_path, fails, plan_file, student):  # noqa: F811
+    teacher = shutil.copytree(untrained(), tmp_path / "teacher")
+    before = contents(teacher)
+    for out in (teacher, teacher / "transformer", tmp_path / "student" / ".." / "teacher"):
+        assert "out: expected a directory apart from" in fails("prune", teacher, "--plan", plan_file, "--out", out)
+        assert "out: expected a directory apart from" in fails(
+            "distill", teacher, student, "--prompts", "demo", "--steps", 1, "--out", out)
+    assert contents(teacher) == before
+
+
+def test_prompts_that_nothing_is_fitted_to(tmp_path, fails, plan_file):  # noqa: F811
+    assert "prompts: expected --init probe or a plan with linear maps to go with it" in fails(
+        "prune", untrained(), "--plan", plan_file, "--prompts", "demo", "--out", tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path, fails, student, monkeypatch):  # noqa: F811
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    from pydit import distill
+
+    monkeypatch.setattr(distill, "distill", lambda *_: pytest.fail("training began"))
+    line = fails("distill", untrained(), student, "--prompts", "demo", "--out", tmp_path / "photos")
+    assert "out: expected a new path, an empty directory or a model directory" in line
+    assert "out: expected a file to write, got the directory" in fails(
+        "analyze", untrained(), "--prompts", "demo", "--out", tmp_path / "photos")
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--shift 3", "shift: expected --data to go with it, got none"),
+    ("--timesteps logit-normal", "timesteps: expected --data to go with it"),
+    ("--prompt-dropout 0.1", "prompt-dropout: expected --data to go with it"),
+    ("--resolution 64", "resolution: expected --data to go with it"),
+    ("--cache x", "cache: expected --data to go with it"),
+    ("--size 64", "size: expected --prompts with a file to go with it"),
+    ("--sampling-steps 3", "sampling-steps: expected --prompts with a file to go with it"),
+    ("--train all", "train: expected --output-steps to go with it"),
+    ("--muon-lr 0.1", "muon-lr: expected --output-steps to go with it"),
+    ("--boundary-weight 1", "boundary-weight: expected --output-steps to go with it"),
+    ("--output-cache-batches 1", "output-cache-batches: expected --output-steps to go with it"),
+    ("--processes 8", "processes: expected --estimate to go with it"),
+    ("--prompts PROMPTS --batch-size 3", "batch-size: expected --prompts demo or --data to go with it"),
+    ("--prompts PROMPTS --output-steps 1 --flow-weight 1", "flow-weight: expected --data or --prompts demo"),
+    ("--data d", "data: expected --data or --prompts, got both"),
+    ("--steps 0", "layers_steps: expected at least one phase with steps"),
+    ("--merge x", "merge: expected nothing to train, got --prompts"),
+    ("--intervals 3", "intervals: expected a JSON list"),
+])
+def test_options_that_nothing_would_read(tmp_path, fails, monkeypatch, options, message):  # noqa: F811
+    """Nothing is loaded: neither teacher nor student is there."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = options.replace("PROMPTS", str(tmp_path / "prompts.txt")).split()
+    assert message in fails("distill", "t", "s", "--prompts", "demo", "--out", tmp_path / "out", *given)
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--preset ppcl-qwen-image-12b --target 0.3", "target: expected STATS or --search to go with it"),
+    ("--preset ppcl-qwen-image-12b --method bi", "method: expected STATS to go with it"),
+    ("--preset ppcl-qwen-image-12b --protect-last 2", "protect-last: expected STATS to go with it"),
+    ("--preset ppcl-qwen-image-12b --option rule=literal", "option: expected STATS to go with it"),
+    ("--preset ppcl-qwen-image-12b --num-layers 4", "num-layers: expected --intervals to go with it"),
+    ("--preset ppcl-qwen-image-12b --prompts demo", "prompts: expected --search or --check to go with it"),
+    ("x --compare --method bi", "compare: expected STATS alone, got --method"),
+    ("x --compare --lean", "compare: expected STATS alone, got --lean"),
+    ("x --compare --target auto", "target: expected a share or a number of blocks"),
+])
+def test_options_of_plan_that_nothing_would_read(fails, options, message):  # noqa: F811
+    assert message in fails("plan", *options.split())
+
+
+def test_the_data_of_a_run_that_goes_on(tmp_path, fails, student, monkeypatch, capfd):  # noqa: F811
+    """Analysis and training: other batches, tokens or models would be mixed with those of before, unseen."""
+    train = ["distill", untrained(), student, "--prompts", "demo", "--batch-size", 2, "--steps", 4, "--save-every", 1,
+             "--out", tmp_path / "out"]
+    analyze = ["analyze", untrained(), "--prompts", "demo", "--batch-size", 2, "--save-every", 2, "--out",
+               tmp_path / "stats.safetensors", "--batches", 6]
+    with pytest.MonkeyPatch.context() as patch:
+        save, save_stats = checkpoint.save, ActivationStats.save
+
+        def once(function):
+            def run(*args):
+                function(*args)
+                raise KeyboardInterrupt
+            return run
+
+        patch.setattr(checkpoint, "save", once(save))
+        patch.setattr(ActivationStats, "save", once(save_stats))
+        assert main([str(a) for a in train]) == main([str(a) for a in analyze]) == 130
+    capfd.readouterr()
+    for option, value, was in (("--data-seed", 3, 0), ("--batch-size", 3, 2)):
+        name = option.removeprefix("--")
+        assert f"config.data.{name} {value}, got one made with {was}" in _last(fails, capfd, *train, option, value)
+        assert f"{name}: expected {was} as in the run that wrote" in _last(fails, capfd, *analyze, option, value)
+    assert "tokens: expected 256 as in the run" in _last(fails, capfd, *analyze, "--tokens", 9)
+    assert "ablate: expected False as in the run" in _last(fails, capfd, *analyze, "--ablate")
+    assert "pipeline: expected" in _last(fails, capfd, "analyze", student, *analyze[2:])
+    assert "batches: expected more than the 2 that are in" in _last(fails, capfd, *analyze, "--batches", 2)
+    assert "random directions: expected None" in _last(fails, capfd, *analyze, "--max-memory", 0.003, lines=2)
+    assert main([*map(str, train), "--resume"]) == main([*map(str, analyze), "--resume"]) == 0
+    assert ActivationStats.load(tmp_path / "stats.safetensors").batches_seen == 6
+
+
+def _last(fails, capfd, *argv, lines=1):  # noqa: F811
+    if lines == 1:
+        return fails(*argv, "--resume")
+    assert main([str(a) for a in (*argv, "--resume")]) == 2
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+def test_blocks_trained_apart_are_merged(tmp_path, fails, student, capfd):  # noqa: F811
+    """To the last bit those of one run; what is no part, or one twice, is refused."""
+    def trained(name, *options):
+        assert main([str(a) for a in ("distill", untrained(), student, "--prompts", "demo", "--batch-size", 2, "--steps", 2,
+                                      "--lr", 1e-3, "--out", tmp_path / name, *options)]) == 0
+        return tmp_path / name
+
+    first, second = trained("first", "--intervals", "[[1,2]]"), trained("second", "--intervals", "[[4,5]]")
+    whole, everything = trained("whole"), trained("all", "--steps", "0", "--output-steps", "1", "--train", "all")
+    capfd.readouterr()
+    merge = ["distill", untrained(), student, "--out", tmp_path / "merged"]
+    assert main([*map(str, merge), "--merge", str(first), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["merged"] == {"1-2": str(first)} and found["untrained"] == [[4, 5]]
+    assert main([*map(str, merge), "--merge", str(first), "--merge", str(second)]) == 0
+    assert "layers 4-5: from" in capfd.readouterr().out
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "merged" / weights).read_bytes() == (whole / weights).read_bytes()
+    merge[-1] = tmp_path / "again"
+    assert "every block trained once, got [1, 2] in" in fails(*merge, "--merge", first, "--merge", first)
+    assert "expected new blocks other than those of" in fails(*merge, "--merge", shutil.copytree(student, tmp_path / "s2"))
+    assert "outside the new blocks" in fails(*merge, "--merge", everything)
+    PruningPlan.from_intervals(6, [(1, 2)]).save(tmp_path / "other.json")
+    assert main(["prune", str(untrained()), "--plan", str(tmp_path / "other.json"), "--out", str(tmp_path / "other")]) == 0
+    capfd.readouterr()
+    assert "expected students of one plan" in fails(*merge, "--merge", tmp_path / "other")
+    assert "out: expected a directory apart from" in fails(*merge[:-1], first, "--merge", first)
+    assert not (tmp_path / "again").exists()
+
+
+def test_scores_replay_every_rule(tmp_path, fails, capfd):  # noqa: F811
+    """Of ppcl: options on the command line, the triangle in a file, and the same plans from it without the rest."""
+    stats, scores = tmp_path / "stats.safetensors", tmp_path / "scores.safetensors"
+    assert main(["analyze", str(untrained()), "--prompts", "demo", "--batch-size", "4", "--batches", "6", "--out",
+                 str(stats)]) == 0
+    capfd.readouterr()
+
+    def plan(source, *options):
+        assert main(["plan", str(source), "--json", *map(str, options)]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    made = plan(stats, "--target", 2, "--option", "selection=optimal", "--option", "streams=min", "--scores", scores)
+    assert made["provenance"]["options"]["streams"] == "min" and sum(e - s for s, e in made["intervals"]) == 2
+    tensors, _ = files.load_safetensors(scores, what="test")
+    assert tensors["image"].shape == (6, 6)
+    for options in (("--target", 2, "--option", "selection=optimal", "--option", "streams=min"),
+                    ("--target", "auto", "--option", "rule=literal"), ("--target", "auto", "--option", "sudden=0"),
+                    ("--target", 1, "--option", "max_length=2", "--selection", "optimal", "--protect-first", 2)):
+        assert plan(scores, *options) == {**(again := plan(stats, *options)), "provenance": {
+            name: value for name, value in again["provenance"].items() if name not in ("images", "output")}}
+    assert plan(stats, "--target", "auto", "--option", "min_cka=1")["intervals"] == []
+    assert "reference: expected 'same-depth' as in the scores" in fails("plan", scores, "--reference", "fixed")
+    assert "method: expected ppcl as in" in fails("plan", scores, "--method", "bi")
+    assert "level: expected a number, got 'high'" in fails("plan", stats, "--option", "level=high")
+    assert "resamples: expected a whole number, got 2.5" in fails("plan", stats, "--method", "bi", "--option",
+                                                                  "resamples=2.5")
+    assert "option: expected NAME=VALUE, got 'rule'" in fails("plan", stats, "--option", "rule")
+    assert "nosuch: no option of method 'ppcl'" in fails("plan", stats, "--option", "nosuch=1")
+
+
+def test_a_plan_from_statistics_has_sizes(tmp_path, capfd, student, fails):  # noqa: F811
+    stats = tmp_path / "stats.safetensors"
+    assert main(["analyze", str(untrained()), "--prompts", "demo", "--batch-size", "4", "--batches", "4", "--out",
+                 str(stats)]) == 0
+    capfd.readouterr()
+    assert main(["plan", str(stats), "--method", "uniform", "--target", "2"]) == 0
+    assert "parameters ->" in capfd.readouterr().out
+    assert main(["plan", "--show", str(student)]) == 0
+    assert "6 layers -> 4" in capfd.readouterr().out
+    assert "expected a directory written by `pydit prune`" in fails("plan", "--show", untrained())
+
+
+def test_an_estimate_of_two_families(fails, capfd, student):  # noqa: F811
+    assert "student: expected a plan for qwen-image like qwen-image, got one for flux.1" in fails(
+        "distill", "qwen-image", "ppcl-flux.1-8b", "--estimate")
+    assert "got one for flux.1" in fails("distill", untrained(), "ppcl-flux.1-8b", "--estimate")
+
+    def told(*options):
+        assert main([*map(str, ("distill", *options)), "--estimate"]) == 0
+        return capfd.readouterr().out
+
+    assert "each of 6889 image and 512 text tokens" in told("qwen-image", "ppcl-qwen-image-12b")
+    assert "each of 4096 image and 512" in told("qwen-image", "ppcl-qwen-image-12b", "--resolution", 1024)
+    assert " MB" in told(untrained(), student, "--resolution", 48)
