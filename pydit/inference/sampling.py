@@ -121,6 +121,7 @@ def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[i
     captions : the prompt goes beside the image, first, as a ``.txt`` file, which makes a data set.
     """
     out.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(out, ".[0-9]*-seed*.part")  # of killed writes, also of images that are not written again
     numbers = range(len(prompts)) if numbers is None else numbers
     for image, number, prompt, seed in zip(images, numbers, prompts, seeds, strict=True):
         path = out / image_name(number, prompt, seed)
