@@ -75,7 +75,7 @@ def _sentence(error: Exception) -> str:
             text += f"; {files.MAKE_ROOM}"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))  # a file may command terminals
 
 
 def _complain(text: str, debug: bool) -> None:

@@ -20,6 +20,7 @@ from pydit.cli.options import (
     not_negative,
     positive,
     print_json,
+    require_apart,
     sampling_defaults,
     warnings_as_lines,
     whole,
@@ -161,6 +162,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write (or --estimate), got none")
+    require_apart(arguments.out, teacher=arguments.teacher, student=arguments.student)
     if arguments.guidance is not None and arguments.data is None:
         raise UserError(f"guidance: expected --data to go with it, got {arguments.guidance:g} without")
     kept = arguments.out.with_name(arguments.out.name + ".checkpoint")

@@ -22,6 +22,7 @@ from pydit.cli.options import (
     positive,
     print_json,
     progress,
+    require_apart,
     share,
     warnings_as_lines,
     whole,
@@ -299,6 +300,8 @@ def _prune(arguments: argparse.Namespace) -> None:
 
     if arguments.out is None and not arguments.dry_run:
         raise UserError("out: expected a directory to write (or --dry-run), got none")
+    if arguments.out is not None:
+        require_apart(arguments.out, teacher=arguments.pipeline)
     plan = PruningPlan.load(arguments.plan)
     if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):
         import torch

@@ -114,6 +114,13 @@ def sampling_defaults(pipe) -> tuple[int | None, int, float]:
     return SIZE, STEPS, GUIDANCE
 
 
+def require_apart(out: Path, **inputs: Path) -> None:
+    """UserError when ``out`` is the directory of an input: what it would replace is wanted again, as the teacher is."""
+    for name, path in inputs.items():
+        if out.resolve() == path.resolve():
+            raise UserError(f"out: expected another directory than the {name}'s, which stays as it is, got {out}")
+
+
 def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True, shard: bool = False):
     """The pipeline of a directory on the device and in the dtype of the options, without bars of its own.
 

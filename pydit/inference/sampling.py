@@ -81,7 +81,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     if not path.is_file():
         raise FormatError(f"prompts: expected a text file with one prompt per line, got {path}, which is no file")
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in files.read_text(path, what="prompts").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise FormatError(f"prompts: expected UTF-8 text in {path}, got something else ({error})") from None
     if not prompts:
