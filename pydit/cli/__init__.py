@@ -75,7 +75,8 @@ def _sentence(error: Exception) -> str:
             text += f"; {files.MAKE_ROOM}"
     else:
         text = str(error) or type(error).__name__
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))  # a file may command terminals
+    # What a file says may be written for a terminal to obey.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def _complain(text: str, debug: bool) -> None:

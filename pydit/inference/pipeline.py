@@ -270,7 +270,7 @@ def _is_known_library(library: Any) -> bool:
 
 
 def _deepest(config: Any) -> tuple[str, int]:
-    """The largest number of layers that a configuration announces, and its name: so many are made before any is read."""
+    """(name, number) of the most layers that a configuration announces: so many are made before a tensor is read."""
     found, left = ("", 0), [("", config)]
     while left:
         name, value = left.pop()
