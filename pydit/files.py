@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydit.errors import FormatError, UserError
+from pydit.errors import MAKE_ROOM, FormatError, UserError
 
 MAX_TEXT = 1 << 30  # bytes of JSON or text that are read: a sparse file can announce more than there is memory
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, as in the library of that name
@@ -328,10 +328,6 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
-
-
-#: What to do about a full disk.
-MAKE_ROOM = "what was there before is as it was: make room and run it again"
 
 
 @contextlib.contextmanager
