@@ -25,7 +25,7 @@ from benchmarks.cases.linear import own_kernel
 from benchmarks.runner import run_case, settle, unwanted_peers
 from pydit import PruningPlan
 from pydit.cli.options import Parser, count, positive
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 from pydit.families import BlockSpec
 from pydit.files import write_json
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(_parse(argv))
     except (UserError, OSError) as error:
-        print(f"pydit bench layers: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pydit bench layers: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

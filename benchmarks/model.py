@@ -33,7 +33,7 @@ import pydit
 from benchmarks import compare, machine, timing
 from benchmarks.layers import plan_of
 from pydit.cli.options import Parser, count, positive
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 from pydit.files import write_json
 
 CONFIGS = {
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(_parse(argv))
     except (UserError, OSError) as error:
-        print(f"pydit bench model: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pydit bench model: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -118,7 +118,7 @@ def _row(plan: pydit.PruningPlan, shape: str, variant: str, args, device: str) -
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row |= _timed(_changed(model, variant), _batch(model, args, device), args.rounds, device)
     except Exception as error:  # one variant that cannot run here stops no other
-        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        row["failed"] = f"{type(error).__name__}: {one_line(error)}"[:200]
     model = None
     torch._dynamo.reset()  # its caches keep what was compiled
     gc.collect()

@@ -36,7 +36,7 @@ from pydit.demo import data, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.demo.teacher import ASSETS
 from pydit.distill import DistillConfig, distill
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 from pydit.inference.pipeline import load_pipeline
 from pydit.inference.pluggable import fallback_order
 from pydit.plan import PruningPlan
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         print(quality_table.markdown(found, NAMES))
         quality_table.curves(found, args.out / "curves.png", METHODS)
     except (UserError, ValueError, OSError) as error:
-        parser.exit(2, f"quality: error: {error}\n")
+        parser.exit(2, f"quality: error: {one_line(error)}\n")
     return 0
 
 

@@ -21,7 +21,7 @@ from benchmarks import compare, registry
 from benchmarks.machine import sentence
 from benchmarks.tables import H200_BYTES
 from pydit.demo import figures
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 from pydit.plan import H200_FLOPS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#3f4854")
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         figures.save(_figure(points, H200, "NVIDIA H200, cases of the benchmark registry"), args.out,
                      description=digest(points))
     except (UserError, OSError) as error:
-        print(f"roofline: error: {error}", file=sys.stderr)
+        print(f"roofline: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -25,7 +25,7 @@ from benchmarks.peers import Peer
 from benchmarks.registry import SIZES, find
 from pydit import backend
 from pydit.cli.options import Parser, count, positive
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 from pydit.files import write_json
 from pydit.testing import assert_accurate
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(_parse(argv))
     except (UserError, OSError) as error:
-        print(f"pydit bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pydit bench: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

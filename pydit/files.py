@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydit.errors import FormatError, UserError
+from pydit.errors import MAKE_ROOM, FormatError, UserError
 
+MAX_TEXT = 1 << 30  # bytes of JSON or text that are read: a sparse file can announce more than there is memory
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, as in the library of that name
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of renameat2(2)
 _PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -64,13 +66,20 @@ def read_json(path: str | os.PathLike, *, what: str, strict: bool = False) -> An
     path = existing_file(path, what=what, expected="a JSON file")
     refuse_pickle(path, what=what)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, what=what)
         found = json.loads(text)
         if strict or re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair can be neither printed nor written
             json.dumps(found, ensure_ascii=False, allow_nan=not strict).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what}: expected JSON in {path}, got something else ({str(error)[:200]})") from None
     return found
+
+
+def read_text(path: Path, *, what: str) -> str:
+    """A UTF-8 file of at most ``MAX_TEXT`` bytes; FormatError when it has more, UnicodeDecodeError when it is none."""
+    if (size := path.stat().st_size) > MAX_TEXT:
+        raise FormatError(f"{what}: expected a file of at most {MAX_TEXT} bytes, got {size} ({path})")
+    return path.read_text(encoding="utf-8")
 
 
 def save_safetensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, str] | None = None) -> None:
@@ -130,6 +139,8 @@ def read_header(path: str | os.PathLike, *, what: str) -> tuple[dict[str, Any], 
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             wrong = f"{size} bytes, shorter than its header"
+        elif length > MAX_HEADER:
+            wrong = f"a header of {length} bytes, more than {MAX_HEADER}"
         else:
             try:
                 header = json.loads(file.read(length))
@@ -307,6 +318,8 @@ class SafetensorsWriter:
 def replace_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a path for a new file that takes the place of ``path`` on success and vanishes on failure."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # the rename would take the place of a device or a pipe
+        raise UserError(f"out: expected a file or a new path, got {_kind(path)} ({path})")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_directory(path) as folder:
         temporary = folder / path.name
@@ -315,10 +328,6 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
-
-
-#: What to do about a full disk.
-MAKE_ROOM = "what was there before is as it was: make room and run it again"
 
 
 @contextlib.contextmanager
@@ -463,8 +472,13 @@ def existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
     if not path.exists():
         raise FormatError(f"{what}: expected {expected}, got a path that does not exist ({path})")
     if not path.is_file():
-        raise FormatError(f"{what}: expected {expected}, got a directory ({path})")
+        raise FormatError(f"{what}: expected {expected}, got {_kind(path)} ({path})")
     return path
+
+
+def _kind(path: Path) -> str:
+    """What a path that is no file is."""
+    return "a directory" if path.is_dir() else "a device or a pipe"
 
 
 def _fsync_files(directory: Path) -> None:

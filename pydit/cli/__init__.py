@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import sys
 import traceback
 
-from pydit import files
 from pydit.cli import demo, distill, model, system
 from pydit.cli.options import Parser
+from pydit.errors import one_line
 from pydit.version import __version__
 
 
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except Exception as error:  # every failure becomes one line
         expected = isinstance(error, (OSError, ValueError, TypeError, ImportError)) or _is_safetensors(error)
-        text = _sentence(error)
+        text = one_line(error)
         if not expected:
             text = f"{type(error).__name__}: {text} (PYDIT_DEBUG=1 shows where)"
         _complain(f"pydit: error: {text}", debug)
@@ -65,17 +64,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _is_safetensors(error: Exception) -> bool:
     return type(error).__name__ == "SafetensorError"
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and "make room" not in text:
-            text += f"; {files.MAKE_ROOM}"
-    else:
-        text = str(error) or type(error).__name__
-    return " ".join(text.split())
 
 
 def _complain(text: str, debug: bool) -> None:

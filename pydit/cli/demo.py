@@ -60,7 +60,7 @@ def add_generate(commands: Any) -> None:
                       "  pydit generate ./my-pipeline --prompts-file prompts.txt --dataset --resume --out data",
                       figures=False)
     add_pipeline(parser)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")  # without a default: "required"
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt per line")
     parser.add_argument("--dataset", action="store_true",
                         help="write each prompt beside its image: training data for `pydit distill --data`")

@@ -193,7 +193,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     if arguments.out is None:
         raise UserError("out: expected a directory to write (or --estimate), got none")
     _require_batches(arguments)
-    require_output(arguments.out, arguments.teacher)
+    require_output(arguments.out, arguments.teacher, arguments.student)
     kept = arguments.out.with_name(arguments.out.name + ".checkpoint")
     if arguments.resume and not checkpoint.exists(kept):
         raise UserError(f"resume: expected the checkpoint of an earlier run in {kept}, got none")

@@ -374,9 +374,9 @@ def _prune(arguments: argparse.Namespace) -> None:
 
     if arguments.out is None and not arguments.dry_run:
         raise UserError("out: expected a directory to write (or --dry-run), got none")
-    plan = PruningPlan.load(arguments.plan)
     if not arguments.dry_run:
         require_output(arguments.out, arguments.pipeline)
+    plan = PruningPlan.load(arguments.plan)
     maps = any(spec.form == "affine" or "linear" in (spec.text, spec.ffn) for spec in plan.blocks)
     require_used(arguments, ("prompts",), maps or arguments.init == "probe", "--init probe or a plan with linear maps")
     if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):

@@ -115,12 +115,14 @@ def stream_identity(arguments: argparse.Namespace) -> dict[str, Any]:
             "size": arguments.size, "data-seed": arguments.data_seed}
 
 
-def require_output(out: Path, source: Path) -> None:
+def require_output(out: Path, *sources: Path) -> None:
     """Raise UserError, before any work, for an output directory that cannot be written or that holds what is read."""
+    new = out.resolve()
+    for source in sources:
+        read = source.resolve()
+        if new == read or read in new.parents or new in read.parents:
+            raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
     files.require_replaceable(out)
-    new, read = out.resolve(), source.resolve()
-    if new == read or read in new.parents or new in read.parents:
-        raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
 
 
 def require_used(arguments: argparse.Namespace, names: Iterable[str], used: bool, needed: str) -> None:

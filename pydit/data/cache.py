@@ -155,7 +155,8 @@ def _parts(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _remove_parts(out: Path) -> None:
-    """The shards' own files, which nobody reads once the index is complete; a build that was killed has left some."""
+    """What nobody reads once the index is complete: the shards' own files, and what killed writes left."""
+    files.remove_leftovers(out, ".*.part")
     for file in out.glob("shard-*.json"):
         with contextlib.suppress(OSError):  # a cache may lie where nothing can be written
             file.unlink()

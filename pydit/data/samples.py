@@ -104,6 +104,9 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
 
 def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:
     key, parts = None, {}
+    if not path.is_file():  # a pipe would be waited for
+        yield Skipped(name, "not a file")
+        return
     try:
         with _open(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
             while (member := tar.next()) is not None:

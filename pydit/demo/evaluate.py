@@ -7,6 +7,7 @@ bootstrap over prompts within each category.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -149,19 +150,19 @@ def evaluate(pipe, prompts: Sequence, seeds: Sequence[int], *, steps: int, guida
 
     journal = _Journal(log, _fingerprint(prompts, seeds, settings, identity), resume=resume)
     passed, images = list(journal.passed[:len(prompts)]), []
-    bar = _Bar(len(prompts), len(passed), label, progress)
     if keep and passed:
         images = draw(0, min(keep, len(passed)))
-    while len(passed) < len(prompts):
-        first = len(passed)
-        last = min(first + max(CHUNK, batch_size), len(prompts))
-        drawn = draw(first, last)
-        verdicts = [bool(verify(image, prompt).ok) for image, prompt in zip(drawn, prompts[first:last], strict=True)]
-        journal.append(verdicts)
-        passed += verdicts
-        images += drawn[:max(0, keep - len(images))]
-        bar.update(last)
-    bar.close()
+    with contextlib.closing(_Bar(len(prompts), len(passed), label, progress)) as bar:  # before an error is printed
+        while len(passed) < len(prompts):
+            first = len(passed)
+            last = min(first + max(CHUNK, batch_size), len(prompts))
+            drawn = draw(first, last)
+            verdicts = [bool(verify(image, prompt).ok)
+                        for image, prompt in zip(drawn, prompts[first:last], strict=True)]
+            journal.append(verdicts)
+            passed += verdicts
+            images += drawn[:max(0, keep - len(images))]
+            bar.update(last)
     return Result([p.text for p in prompts], [p.category for p in prompts], list(seeds), passed, settings,
                   images[:keep])
 
@@ -253,10 +254,14 @@ class _Journal:
             os.truncate(self.path, len(kept))
 
     def _write(self, text: str, mode: str) -> None:
-        with self.path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # which a write or a flush that fails does not name
+            raise
 
 
 class _Bar:

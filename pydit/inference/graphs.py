@@ -11,7 +11,9 @@ Not measured yet: no GPU has run this.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,12 +111,25 @@ class Recorder(Protocol):
     def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """(what ``run`` returns, a function that computes it anew in the same memory)."""
 
+    def in_turn(self) -> contextlib.AbstractContextManager:
+        """A context whose work on the device begins after that of the contexts before, whichever streams they had."""
+
 
 class CudaRecorder:
     """CUDA graphs of torch, all in one memory pool."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._last: Any = None  # the event that ended the last turn
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        if self._last is not None:
+            torch.cuda.current_stream().wait_event(self._last)
+        try:
+            yield
+        finally:
+            self._last = torch.cuda.current_stream().record_event()
 
     def refuses(self, tensors: list[torch.Tensor]) -> str:
         if not tensors or any(not x.is_cuda or x.device != tensors[0].device for x in tensors):
@@ -157,6 +172,7 @@ class GraphCache:
         self.failed: dict[Any, str] = {}  # shapes that could not be recorded -> why
         self.notes: dict[tuple[str, str], int] = {}
         self._weights: tuple = ()
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> GraphCache:
         return GraphCache(type(self.recorder)(), self.max_entries)  # a copy has weights of its own
@@ -173,6 +189,13 @@ class GraphCache:
         reason = self.recorder.refuses(tensors) or _unfit(model, leaves)
         if reason:
             return self._stock(reason, model, forward, args, kwargs)
+        # One call at a time: they share the memory of the inputs, of the outputs and of what lies between.
+        with self._lock, self.recorder.in_turn():
+            return self._replay(model, forward, leaves, spec, tensors, args, kwargs)
+
+    def _replay(self, model: nn.Module, forward: Callable, leaves: list[Any], spec: pytree.TreeSpec,
+                tensors: list[torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Record what is not recorded yet, and replay."""
         weights = hooked.fingerprint(model)
         if weights != self._weights:
             self.entries.clear()
@@ -195,6 +218,9 @@ class GraphCache:
             while len(self.entries) > self.max_entries:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
+        for x in pytree.tree_leaves([entry.inputs, entry.kept]):
+            if x.is_cuda:
+                x.record_stream(torch.cuda.current_stream())  # which may be another than it was made on
         for to, x in zip(entry.inputs, tensors, strict=True):
             to.copy_(x, non_blocking=True)
         entry.replay()

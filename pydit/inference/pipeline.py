@@ -189,12 +189,18 @@ def check_pipeline(path: str | os.PathLike) -> dict[str, Any]:
     index = read_json(path / "model_index.json", what="pipeline", strict=True)
     if not isinstance(index, dict):
         raise FormatError(f"pipeline: expected an object in {path / 'model_index.json'}, got {type(index).__name__}")
+    if not isinstance(index.get("_class_name", ""), str):  # a list names a file of code
+        raise FormatError(f"pipeline: expected the name of a class as _class_name in {path / 'model_index.json'}, got "
+                          f"{str(index['_class_name'])[:200]}")
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         folder = path / require_file_name(name, what="pipeline", where=path / "model_index.json")
         if not folder.is_dir():
             raise FormatError(f"pipeline: expected the component {name} in {folder}, got no such directory")
+        if not _is_known_library(entry[0]):  # diffusers before 0.42 would import any module of this name
+            raise FormatError(f"pipeline: expected {name} of diffusers, transformers or pydit in "
+                              f"{path / 'model_index.json'}, got one of {str(entry[0])[:200]!r}")
         _check_component(folder, name)
     return index
 
@@ -241,8 +247,38 @@ def _check_component(folder: Path, name: str) -> None:
                 raise FormatError(f"pipeline: expected weights that are not quantized, or by one of "
                                   f"{', '.join(_QUANTIZED)}, in {file}, got {found}, whose kernels may be fetched from "
                                   "the hub and run")
-    for file in weights:
-        read_header(file, what="pipeline")
+    tensors = sum(len(read_header(file, what="pipeline")[0]) for file in weights)
+    if (folder / "adapter_config.json").exists():  # transformers would load another model, which this names, under it
+        raise FormatError(f"pipeline: expected the weights of {name} in {folder}, got an adapter of another model; "
+                          "merge it into that model first")
+    if (folder / "config.json").is_file() and weights:
+        most, (key, count) = max(1024, tensors), _deepest(read_json(folder / "config.json", what="pipeline"))
+        if count > most:
+            raise FormatError(f"pipeline: expected at most {most} as {key} in {folder / 'config.json'}, beside "
+                              f"{tensors} tensors, got {count}")
+
+
+def _is_known_library(library: Any) -> bool:
+    """Whether components are taken from it: none is imported because a file names it."""
+    if library in ("diffusers", "transformers", "pydit", SHIM):
+        return True
+    if not isinstance(library, str) or not library.isidentifier():
+        return False
+    import diffusers.pipelines
+
+    return hasattr(diffusers.pipelines, library)
+
+
+def _deepest(config: Any) -> tuple[str, int]:
+    """(name, number) of the most layers that a configuration announces: so many are made before a tensor is read."""
+    found, left = ("", 0), [("", config)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, (dict, list)):
+            left += value.items() if isinstance(value, dict) else ((name, part) for part in value)
+        elif type(value) is int and value > found[1] and any(word in name for word in ("layers", "blocks", "depth")):
+            found = name, value
+    return found
 
 
 _OWN = {"attn_implementation": ("eager", "sdpa"), "experts_implementation": ("eager", "batched_mm", "grouped_mm")}

@@ -81,7 +81,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     if not path.is_file():
         raise FormatError(f"prompts: expected a text file with one prompt per line, got {path}, which is no file")
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in files.read_text(path, what="prompts").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise FormatError(f"prompts: expected UTF-8 text in {path}, got something else ({error})") from None
     if not prompts:
@@ -121,6 +121,7 @@ def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[i
     captions : the prompt goes beside the image, first, as a ``.txt`` file, which makes a data set.
     """
     out.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(out, ".[0-9]*-seed*.part")  # of killed writes, also of images that are not written again
     numbers = range(len(prompts)) if numbers is None else numbers
     for image, number, prompt, seed in zip(images, numbers, prompts, seeds, strict=True):
         path = out / image_name(number, prompt, seed)

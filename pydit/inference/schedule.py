@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +136,8 @@ class _Baked:
     dtype: torch.dtype | None = None  # of the model then
     refreshed: int = 0
     embedded: BakedTimesteps | None = None
-    pending: tuple[torch.Tensor, Any, dict[str, Any]] | None = None  # whether a forward missed, on its way to the host
+    # Whether forwards missed, on its way to the host, in their order: a host runs ahead by more than a step.
+    pending: deque[tuple[torch.Tensor, Any, dict[str, Any]]] = field(default_factory=deque)
 
 
 class BakedTimesteps(nn.Module):
@@ -324,7 +326,8 @@ def _at_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         flag.copy_(missed, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        baked.pending = flag, event, {name: given.get(name) for name in ("timestep", "pooled_projections", "guidance")}
+        baked.pending.append(
+            (flag, event, {name: given.get(name) for name in ("timestep", "pooled_projections", "guidance")}))
 
 
 def _missed(model: nn.Module, baked: _Baked, given: dict[str, Any]) -> torch.Tensor | None:
@@ -345,14 +348,17 @@ def _missed(model: nn.Module, baked: _Baked, given: dict[str, Any]) -> torch.Ten
 
 
 def _settle(model: nn.Module, baked: _Baked) -> None:
-    """Raise or extend for an earlier step on a GPU, once its answer has come."""
-    if baked.pending is not None and (baked.pending[1] is None or baked.pending[1].query()):
-        flag, _, given = baked.pending
-        baked.pending = None
+    """Raise or extend for earlier steps on a GPU, once their answers have come."""
+    while baked.pending and baked.pending[0][1].query():
+        flag, _, given = baked.pending.popleft()
         if bool(flag.any()) and baked.on_miss == "extend":
-            warnings.warn("timestep: the step before had no row in the baked schedule and its output is NaN; the table "
+            warnings.warn("timestep: an earlier step had no row in the baked schedule and its output is NaN; the table "
                           "now has one", UserWarning, stacklevel=4)
-        _handle(model, baked, flag, given)
+        try:
+            _handle(model, baked, flag, given)
+        except UserError:
+            baked.pending.clear()  # of the run that ends with this
+            raise
 
 
 def _handle(model: nn.Module, baked: _Baked, missed: torch.Tensor, given: dict[str, Any]) -> None:

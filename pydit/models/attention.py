@@ -434,19 +434,26 @@ def _rotation_of_every_second(cos, sin):
     return _once(lambda: torch.complex(cos[:, ::2].float(), sin[:, ::2].float()), cos, sin)
 
 
-_MADE = WeakTensorKeyDictionary()  # a table as the model has it -> (its version, what goes with it, what ops read)
+# A table as the model has it -> stream -> (its version, what goes with it, what ops read).
+_MADE = WeakTensorKeyDictionary()
 
 
 def _once(make, key, *others):
-    """What ``make`` makes of tables that all blocks share, made once and kept for as long as the first one lives."""
+    """What ``make`` makes of tables that all blocks share, made once and kept for as long as the first one lives.
+
+    Once for each stream: another would read it before it is written, and its memory would be free before it is read.
+    """
     if torch.compiler.is_compiling():
         return make()  # one graph finds the common expression by itself
     versions = [None if table.is_inference() else table._version for table in (key, *others)]
-    found = _MADE.get(key)
-    if found is not None and found[0] == versions and all(a is b for a, b in zip(found[1], others, strict=True)):
-        return found[2]
+    capturing = key.is_cuda and torch.cuda.is_current_stream_capturing()
+    stream, kept = backend.stream_of(key), _MADE.get(key) or {}
+    # A capture begins with a synchronisation: what any stream has made is there.
+    for found in tuple(kept.values()) if capturing else filter(None, (kept.get(stream),)):
+        if found[0] == versions and all(a is b for a, b in zip(found[1], others, strict=True)):
+            return found[2]
     made = make()
     # Memory of a CUDA graph's pool is written again with every replay; and a leaf must not keep a graph alive.
-    if not key.requires_grad and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _MADE[key] = (versions, others, made)
+    if not key.requires_grad and not capturing:
+        _MADE[key] = {**kept, stream: (versions, others, made)}
     return made

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -361,6 +363,19 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert pydit(["bench", "--size", "small", "--peers", "none", "--rounds", "3", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("pydit bench: error: ") and re.search(message, error)
+
+
+def test_a_full_disk_says_what_to_do(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out.json").write_text("results")
+    monkeypatch.setattr(os, "fsync", full)
+    assert pydit(["bench", "--size", "small", "--peers", "none", "--filter", "ada_layer_norm/tiny",
+                  "--json", str(tmp_path / "out.json")]) == 2
+    assert re.match(r"pydit bench: error: \S+/out.json: No space left on device; .*make room and run it again$",
+                    capsys.readouterr().err.strip().splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"] and (tmp_path / "out.json").read_text() == "results"
 
 
 def test_rates_stand_against_the_data_sheet():

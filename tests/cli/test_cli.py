@@ -111,6 +111,7 @@ def test_module_entry_point_and_exit_code():
 
 @pytest.mark.parametrize(("argv", "message"), [
     ([], "the following arguments are required: COMMAND"),
+    (["generate"], "the following arguments are required: PIPELINE, --out .see"),  # prompts may come from a file
     (["fly"], "invalid choice: 'fly'"),
     (["doctor", "--fast"], "unrecognized arguments: --fast"),
     (["plan", "--preset", "x", "--show", "y"], "plan: expected exactly one of .*, got --preset and --show"),
@@ -131,6 +132,9 @@ def test_module_entry_point_and_exit_code():
     (["plan", "x", "--trial-lr", "1"], "trial: expected steps with --trial-lr, got none"),
     (["plan", "--preset", "ppcl-qwen-image-12b", "--check", "/nowhere"], "pipeline: expected a pipeline directory"),
     (["plan", "x", "--target", "1.5"], "argument --target: expected a share between 0 and 1, .*, got '1.5'"),
+    (["prune", "/nowhere/x", "--plan", "p", "--out", "/nowhere/y/../x"], "out: expected a directory apart from /nowhere/x, which is read"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "x"], "out: expected a directory apart from x, which is read, got x"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "./y"], "out: expected a directory apart from y, which is read"),
     (["demo", "--budget-minutes", "-1"], "argument --budget-minutes: expected a number above 0, got '-1'"),
     (["demo", "--prompts", "0"], "argument --prompts: expected a whole number of at least 1, got '0'"),
     (["demo", "--teacher", "/nowhere"], "pipeline: expected a pipeline directory, got a path that does not exist"),

@@ -1,7 +1,8 @@
 """Runs one command over and over in forked processes; each meets a full disk or a kill at another change of the disk.
 
-Started with ``disk.c`` preloaded: ``python -m tests.fuzz.disk_driver FOLDER COMMAND:SHARE ...``; SHARE: one in so many
-changes, and one of every kind; 1: all. One JSON line per run tells how it ended and what lay in the output then: what was
+Started with ``disk.c`` preloaded: ``python -m tests.fuzz.disk_driver FOLDER COMMAND:SHARE[:FIRST] ...``; SHARE: one in so
+many changes, and one of every kind; 1: all; FIRST: only from this change on, to go on with a run that was broken off. One
+JSON line per run tells how it ended and what lay in the output then: what was
 there before, what the command writes, or something else. What did not end well is run once more, to see that it then does.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import pydit.cli.demo
 import pydit.cli.distill
 import pydit.cli.model
 import pydit.cli.options
@@ -31,6 +33,8 @@ from pydit.errors import FormatError
 from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 
+IN_PLACE = ("images", "generate")  # directories that grow file by file, in their place
+RESUMED = ("eval", "generate")  # run again with --resume, whether they say so or not
 MODES = {"count": 1, "again": 1, "full": 2, "kill": 3}
 TRAIN = ("--prompts", "demo", "--batch-size", "1")
 
@@ -47,7 +51,7 @@ def commands(folder):
     """command -> (what runs it, what prepares an earlier output); the output is ``folder/work/out``."""
     teacher, work = folder / "teacher", folder / "work"
     before, after, further = folder / "before.json", folder / "after.json", folder / "further.json"
-    stats = folder / "stats.safetensors"
+    stats, measured = folder / "stats.safetensors", folder / "measured.safetensors"
     out = str(work / "out")
     return {
         "plan": (["plan", "--show", after, "--out", out], ["plan", "--show", before, "--out", out]),
@@ -59,6 +63,10 @@ def commands(folder):
                     ["prune", teacher, "--plan", before, "--out", out]),
         "then": (["distill", teacher, folder / "student", *TRAIN, "--steps", 1, "--then", f"{further}:1:1", "--save-every", 1,
                   "--out", out], ["prune", teacher, "--plan", before, "--out", out]),
+        "report": (["plan", measured, "--report", out], lambda: shutil.copy(stats, out)),
+        "eval": (["eval", teacher, "--prompts", 7, "--batch", 4, "--steps", 1, "--out", out], lambda: shutil.copy(stats, out)),
+        "generate": (["generate", teacher, "a red circle", "a blue ring", "--steps", 1, "--dataset", "--out", out],
+                     lambda: None),
         "images": (lambda: build_cache(pipeline(teacher, "teacher"), folder / "images", out, resolution=48, shard_size=2,
                                        progress=False), lambda: None)}
 
@@ -76,7 +84,10 @@ def prepare(folder):
         Image.new("RGB", (48, 48), (80 * number, 0, 0)).save(folder / "images" / f"{number}.png")
         (folder / "images" / f"{number}.txt").write_text("a red circle")
     (folder / "stats.safetensors").write_bytes(b"an earlier file of statistics")
-    main(["prune", str(folder / "teacher"), "--plan", str(folder / "after.json"), "--out", str(folder / "student")])
+    for command in (["prune", folder / "teacher", "--plan", folder / "after.json", "--out", folder / "student"],
+                    ["analyze", folder / "teacher", *TRAIN, "--batches", 4, "--tokens", 8,
+                     "--out", folder / "measured.safetensors"]):
+        assert run(command)[0] == 0
 
 
 def run(command):
@@ -98,6 +109,8 @@ def state(path):
     """A hash of what a file or directory holds, None if there is none."""
     if not path.exists() or path.is_dir():
         return content_hash(path) if path.exists() else None
+    if path.read_bytes()[:1] == b"{":  # the verdicts of an evaluation, but for how long it took
+        return hash(json.dumps(files.read_json(path, what="output") | {"seconds": 0}))
     try:
         tensors, metadata = files.load_safetensors(path, what="output")  # whose order in the file is left to chance
     except FormatError:
@@ -105,8 +118,12 @@ def state(path):
     return hash((*sorted(metadata.items()), *((name, tensors[name].numpy().tobytes()) for name in sorted(tensors))))
 
 
-def unfinished(cache):
-    """Whether it is one that the next build finishes: it is built in its place, a shard at a time."""
+def unfinished(directory, whole):
+    """Whether the next run finishes it: ``whole`` images (name -> content) as far as they go, or a cache's shards."""
+    if whole:
+        return all(path.name.endswith(".part") if path.is_dir() else path.read_bytes() == whole.get(path.name)
+                   for path in directory.iterdir())
+    cache = directory
     if not (cache / "index.json").exists():
         return files.is_unused(cache)
     return not read_index(cache)["complete"] or bool(list(cache.glob("shard-*.json")))
@@ -158,7 +175,7 @@ def sample(changes, share):
             if share == 1 or i % 2 == (mode == "kill")]
 
 
-def drive(shim, folder, name, share):
+def drive(shim, folder, name, share, first=1):
     work, kept = folder / "work", folder / "kept"
     command, earlier = commands(folder)[name]
     for path in (work, kept):
@@ -170,23 +187,26 @@ def drive(shim, folder, name, share):
     whole = attempt(shim, command, work, "count")
     after = state(work / "out")
     states = {after: "after", before: "before"}
+    images = {path.name: path.read_bytes() for path in work.glob("out/*.*")} if name == "generate" else None
 
     def tell(found):
         found["state"] = states.get(state(work / "out"), "other")
-        if name == "images" and found["state"] == "other" and unfinished(work / "out"):
+        if name in IN_PLACE and found["state"] == "other" and unfinished(work / "out", images):
             found["state"] = "unfinished"
-        found["left"] = sorted(path.name for path in work.iterdir() if path.name != "out")
+        found["left"] = sorted(path.name for path in (*work.iterdir(), *work.glob("out/.*.part")) if path.name != "out")
         print(json.dumps(found | {"command": name}), flush=True)
 
     size = sum(path.stat().st_size for path in [work / "out", *work.rglob("out/**/*")] if path.is_file())
     tell(whole | {"size": size})
     for mode, at in sample(whole["changes"], share):
+        if at < first:
+            continue
         shutil.rmtree(work)
         shutil.copytree(kept, work)
         found = attempt(shim, command, work, mode, at)
         tell(found | {"checkpoint": checkpoint_problem(work / "out.checkpoint")})
         if found["code"] != 0:  # with room, and nobody who kills it
-            again = attempt(shim, command, work, "again")
+            again = attempt(shim, [*command, "--resume"] if name in RESUMED else command, work, "again")
             if "--resume" in again["err"] and again["code"] == 2:
                 again = attempt(shim, [*command, "--resume"], work, "again")
             tell(again | {"after": mode, "at": at})
@@ -208,8 +228,8 @@ if __name__ == "__main__":
         prepare(folder)
         for path in ("teacher", "student"):
             load(folder / path, None)
-    for module in (pydit.cli.options, pydit.cli.model, pydit.cli.distill):
+    for module in (pydit.cli.options, pydit.cli.model, pydit.cli.distill, pydit.cli.demo):
         module.load = load
     for job in sys.argv[2:]:
-        name, _, share = job.partition(":")
-        drive(shim, folder, name, int(share))
+        name, *numbers = job.split(":")
+        drive(shim, folder, name, *map(int, numbers))

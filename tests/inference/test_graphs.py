@@ -3,8 +3,10 @@
 A recorder that replays by running again stands in for CUDA's; the last test records for real where there is a GPU.
 """
 
+import contextlib
 import copy
 import itertools
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import pydit
 from pydit.errors import UserError
 from pydit.inference import graphs
 from tests.models import tiny
+from tests.package.test_processes import both
 
 
 class Fake:
@@ -23,6 +26,9 @@ class Fake:
 
     def refuses(self, tensors):
         return ""
+
+    def in_turn(self):
+        return contextlib.nullcontext()
 
     def warm_up(self, run):
         return run()
@@ -207,6 +213,70 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="during capture"):
         graphs.CudaRecorder().capture(lambda: None)
     assert now == ["default"]
+
+
+def test_two_threads_take_turns():
+    """They share the memory that a replay reads and writes: each gets the output of its own inputs."""
+    class Slow(Fake):
+        def capture(self, run):
+            outputs, replay = super().capture(run)
+            return outputs, lambda: (time.sleep(0.02), replay(), time.sleep(0.02))
+
+    model = graphs.enable(pydit.accelerate(tiny.transformer(2).requires_grad_(False)), recorder=Slow())
+    batches = [tiny.batch(seed=seed) for seed in range(2)]
+    expected = [run(pydit.accelerate(tiny.transformer(2)), batch) for batch in batches]
+    found = both(lambda index: [run(model, batches[index]) for _ in range(3)])
+    assert all(torch.equal(x, right) for outputs, right in zip(found, expected, strict=True) for x in outputs)
+
+
+def test_streams_take_turns(monkeypatch):
+    """What is queued on a stream waits for what the turn before queued on another; the first waits for nothing."""
+    queued = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            queued.append((self.name, "waits for", event))
+
+        def record_event(self):
+            queued.append((self.name, "ends", None))
+            return self.name
+
+    recorder = graphs.CudaRecorder()
+    for name in ("a", "b", "a"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda name=name: Stream(name))
+        with recorder.in_turn():
+            queued.append((name, "replays", None))
+    assert queued == [("a", "replays", None), ("a", "ends", None), ("b", "waits for", "a"), ("b", "replays", None),
+                      ("b", "ends", None), ("a", "waits for", "b"), ("a", "replays", None), ("a", "ends", None)]
+
+
+@pytest.mark.cuda
+def test_two_streams_on_a_gpu():
+    """Not run yet: no GPU was at hand."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.use_deterministic_algorithms(False)
+    model = tiny.transformer(2).to("cuda", torch.bfloat16).requires_grad_(False)
+    plain = pydit.accelerate(copy.deepcopy(model))
+    pydit.accelerate(model, cuda_graphs=True)
+    batches = [{name: value.cuda() if isinstance(value, torch.Tensor) else value
+                for name, value in tiny.cast(tiny.batch(seed=seed), torch.bfloat16).items()} for seed in range(2)]
+    expected = [run(plain, batch) for batch in batches]
+    run(model, batches[0])  # while nothing else runs: a capture forbids it
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in batches]
+
+    def work(index):
+        with torch.cuda.stream(streams[index]):
+            found = [run(model, batches[index]) for _ in range(20)]
+        streams[index].synchronize()
+        return found
+
+    for found, right in zip(both(work), expected, strict=True):
+        assert all(torch.equal(x, right) for x in found)
 
 
 @pytest.mark.cuda

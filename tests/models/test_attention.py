@@ -130,6 +130,19 @@ def test_bad_arguments():
 # FLUX.1 and SD3.5 -----------------------------------------------------------------------------------------------------
 
 
+def test_a_stream_reads_tables_that_it_made(monkeypatch):
+    """Another stream's may not be written yet, and their memory may be free before they are read."""
+    from pydit.models import attention
+
+    angles = torch.polar(torch.ones(5, 4), torch.randn(5, 4))
+    made = []
+    for stream in (7, 8, 7, 8):
+        monkeypatch.setattr(attention.backend, "stream_of", lambda table, stream=stream: stream)
+        made.append(attention._cosine_and_sine(angles)[0])
+    assert made[0] is made[2] and made[1] is made[3] and made[0] is not made[1]
+    assert torch.equal(made[0], made[1])
+
+
 def test_tables_are_made_once_and_follow_their_source():
     from pydit.models import attention
 

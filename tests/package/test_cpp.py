@@ -37,7 +37,7 @@ def run(lines, build, prefix):
     for line in lines:
         line = re.sub(r"(\$PWD/)?build/prefix", str(prefix), line)
         line = re.sub(r"(?<![\w-])build/", f"{build}/", line)
-        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout
 

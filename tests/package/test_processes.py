@@ -87,6 +87,67 @@ def test_two_streams_get_what_one_gets(device):
             assert_same(once, expected)
 
 
+def with_workspaces(index, device):
+    """op -> a call of it, of every op whose kernels ask for workspace; ``index`` seeds its tensors."""
+    tensors = make((1, 200, 60, 2, 64), torch.bfloat16, device, seed=index)
+    rows = [x.flatten(2) for x in tensors[:3]]
+    deep = torch.cat([rows[0][:, :72], rows[1][:, :72]], dim=2)  # 256 columns, whose sum is cut into parts
+
+    def backward():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out_img, out_txt = ops.joint_attention(*leaves)
+        return torch.autograd.grad(out_img.float().sum() + out_txt.float().square().sum(), leaves)
+
+    return {"joint_attention backward": backward, "second_moments": lambda: ops.second_moments(rows[0][0], rows[1][0])[1:],
+            "hsic_matrix": lambda: (ops.hsic_matrix([x[0] for x in rows]),),
+            "linear_gelu": lambda: (ops.linear_gelu(deep, deep[0]),)}
+
+
+@pytest.mark.parametrize("device", ["sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+@pytest.mark.parametrize("op", with_workspaces(0, "cpu"))
+def test_launches_at_once_share_no_workspace(op, device, monkeypatch):
+    """Each of two threads, on a GPU each with a stream, has its workspace before either launches: theirs do not overlap.
+
+    A workspace that an op kept for its next call, counters in it that a launch expects to be zero, a scratch of a device:
+    any of them would be shared here.
+    """
+    monkeypatch.setenv("PYDIT_GEMM", "pydit")
+    monkeypatch.setenv("PYDIT_PARTS", "2")
+    calls = [with_workspaces(index, device)[op] for index in (0, 1)]
+    alone = [call() for call in calls]
+    streams = [torch.cuda.Stream(device) for _ in calls] if device.type == "cuda" else None
+    new_empty, met, held = torch.Tensor.new_empty, threading.Barrier(2, timeout=60), []
+    mine = set()  # on a GPU autograd has one thread of its own for both backwards, which would wait for itself
+
+    def allocate(self, *size, **options):
+        found = new_empty(self, *size, **options)
+        if options.get("dtype") is torch.uint8:
+            held.append((found.data_ptr(), *size))
+            if threading.get_ident() in mine:
+                met.wait()
+        return found
+
+    def work(index):
+        mine.add(threading.get_ident())
+        if streams is None:
+            return calls[index]()
+        with torch.cuda.stream(streams[index]):
+            found = calls[index]()
+        streams[index].synchronize()
+        return found
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate)
+    for found, expected in zip(both(work), alone, strict=True):
+        assert_same(found, expected)
+    if op == "linear_gelu" and backend.KERNEL_PATHS[0] not in backend.report()["linear_gelu"]["reason"]:
+        assert held == []  # the portable kernel needs none
+        return
+    (a, size), (b, _) = held
+    assert size > 0 and abs(a - b) >= size
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("op", ["joint_attention", "linear_gelu", "second_moments"])
 def test_first_launch_of_a_thread(op, device, monkeypatch):

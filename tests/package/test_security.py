@@ -3,7 +3,9 @@
 import ast
 import gzip
 import io
+import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from pydit import FormatError, files
+from pydit import FormatError, UserError, files, prune
 from pydit.cli import main
 from pydit.data import CachedDataset, Sample, Skipped, read_samples, samples
+from pydit.demo.teacher import ASSETS
 from pydit.distill import checkpoint
-from pydit.inference.pipeline import check_pipeline
+from pydit.inference.pipeline import check_pipeline, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 from tests.data.test_data import picture
+from tests.demo.pipelines import untrained
 from tests.fuzz import harness
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +159,45 @@ def test_a_shard_whose_members_lead_elsewhere(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_pipe_among_the_shards(tmp_path):
+    """Opened, it would be waited for without end."""
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").mkdir()
+    with harness.bounded():
+        assert list(read_samples(tmp_path)) == [Skipped("a.tar", "not a file"), Skipped("b.tar", "not a file")]
+
+
+def test_an_output_takes_no_place_of_a_pipe(tmp_path):
+    """A rename would: of /dev/null too, for who may write in /dev."""
+    os.mkfifo(tmp_path / "out.json")
+    with pytest.raises(UserError, match=r"out: expected a file or a new path, got a device or a pipe \(.*out.json\)"):
+        files.write_json(tmp_path / "out.json", {})
+    assert (tmp_path / "out.json").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("name", "argv"), [
+    ("x.json", ["plan", "--show", "x.json"]), ("x.safetensors", ["plan", "x.safetensors"]),
+    ("x.txt", ["generate", str(ASSETS), "--prompts-file", "x.txt", "--out", "images"])], ids=lambda value: str(value)[:6])
+def test_a_file_that_announces_more_than_there_is_memory(tmp_path, monkeypatch, name, argv):
+    """A terabyte of nothing; of safetensors, with a header of as much."""
+    monkeypatch.chdir(tmp_path)
+    with open(name, "wb") as file:
+        file.write((10**12 - 8).to_bytes(8, "little") if name == "x.safetensors" else b"")
+        file.truncate(10**12)
+    code, _, err = harness.command(*argv)
+    assert code == 2 and re.search(r"expected .*(of at most 1073741824 bytes, got 1000000000000|more than 100000000)", err), err
+
+
+def test_an_error_does_not_command_the_terminal(tmp_path, capsys):
+    """What a file says is shown, not obeyed: here through a message of diffusers."""
+    shutil.copytree(untrained(), tmp_path / "p")
+    index = files.read_json(tmp_path / "p" / "model_index.json", what="x")
+    files.write_json(tmp_path / "p" / "model_index.json", index | {"scheduler": ["diffusers", "X\x1b[2J\x1b]0;owned\x07"]})
+    assert main(["generate", str(tmp_path / "p"), "a ring", "--out", str(tmp_path / "out")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.isprintable() and r"X\x1b[2J" in last, last
+
+
 def test_a_sparse_member_is_not_unfolded(tmp_path):
     """A terabyte of zeros in a tar file of a few kilobytes."""
     with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -280,6 +323,67 @@ def test_a_component_elsewhere(tmp_path):
     files.write_json(tmp_path / "p" / "model_index.json", {"../x": ["diffusers", "X"]})
     with pytest.raises(FormatError, match="expected a file name beside .*model_index.json, got '../x'"):
         check_pipeline(tmp_path / "p")
+
+
+MARK = "the code of a pipeline ran"
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch):
+    """A pipeline in the current directory, a module that marks its import there and in every part, and where that goes."""
+    shutil.copytree(untrained(), tmp_path / "p")
+    for folder in (tmp_path / "p", *(path for path in (tmp_path / "p").iterdir() if path.is_dir())):
+        (folder / "marking.py").write_text(f"open({str(tmp_path / MARK)!r}, 'w')\nclass X: pass\n")
+    monkeypatch.chdir(tmp_path / "p")
+    monkeypatch.syspath_prepend(tmp_path / "p")
+    yield tmp_path / "p"
+    assert not (tmp_path / MARK).exists() and "marking" not in sys.modules
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ({"_class_name": ["marking", "X"]}, "expected the name of a class as _class_name in .*, got .'marking', 'X'."),
+    ({"scheduler": ["marking", "X"]}, "expected scheduler of diffusers, transformers or pydit in .*, got one of 'marking'"),
+    ({"scheduler": ["os.path", "join"]}, "expected scheduler of .*, got one of 'os.path'"),
+    ({"scheduler": [7, "join"]}, "expected scheduler of .*, got one of '7'")], ids=str)
+def test_a_pipeline_that_brings_code(with_code, entry, message):
+    """diffusers 0.39 imports any module that an index names."""
+    index = files.read_json(with_code / "model_index.json", what="x")
+    files.write_json(with_code / "model_index.json", index | entry)
+    with pytest.raises(FormatError, match=message):
+        load_pipeline(with_code)
+
+
+def test_the_file_beside_a_thinned_transformer_is_not_run(tmp_path):
+    """It is for diffusers alone: here the class is at hand."""
+    pipe = load_pipeline(untrained())
+    with pytest.warns(UserWarning, match="start as the identity"):
+        pipe.register_modules(transformer=prune(pipe.transformer, PruningPlan("qwen-image", 6, linear_ffn=[1])))
+    save_pipeline(pipe, tmp_path / "p", remote_code=True)
+    (file,) = (tmp_path / "p").rglob("*.py")
+    file.write_text(f"open({str(tmp_path / MARK)!r}, 'w')\n")
+    assert type(load_pipeline(tmp_path / "p").transformer) is type(pipe.transformer)
+    assert not (tmp_path / MARK).exists()
+
+
+def test_an_adapter_that_names_a_model_elsewhere(tmp_path):
+    """transformers would load that one in the place of what lies here."""
+    shutil.copytree(untrained(), tmp_path / "p")
+    files.write_json(tmp_path / "p" / "text_encoder" / "adapter_config.json", {
+        "peft_type": "LORA", "base_model_name_or_path": "/etc", "target_modules": ["q_proj"]})
+    with pytest.raises(FormatError, match="expected the weights of text_encoder in .*, got an adapter of another model"):
+        load_pipeline(tmp_path / "p")
+
+
+@pytest.mark.parametrize(("component", "entry"), [
+    ("transformer", {"num_layers": 10**7}), ("text_encoder", {"text_config": {"num_hidden_layers": 10**7}}),
+    ("vae", {"num_res_blocks": 10**7})], ids=str)
+def test_a_configuration_of_more_layers_than_there_are_tensors(tmp_path, component, entry):
+    """Making them takes memory and time without end before the first tensor is missed."""
+    shutil.copytree(untrained(), tmp_path / "p")
+    file = tmp_path / "p" / component / "config.json"
+    files.write_json(file, files.read_json(file, what="x") | entry)
+    with harness.bounded(), pytest.raises(FormatError, match=r"expected at most 1024 as \w+ in .*, beside \d+ tensors, got 10000000"):
+        load_pipeline(tmp_path / "p")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
