@@ -341,6 +341,7 @@ __global__ void forget_to_wait(const float* in, int what) {
   if (threadIdx.x == 0 && what == 0) mbarrier_wait(full, 0);
   if (threadIdx.x == 0 && what > 0) {
     mbarrier_init(full, 1);
+    fence_barrier_init();
     mbarrier_arrive_expect_tx(full, 128);
     if (what == 2) mbarrier_arrive(full);
     bulk_load(shared, in, 128, full);
