@@ -29,9 +29,10 @@ def attention_peers() -> tuple[Peer, ...]:
     return tuple(Peer(name, lambda kernel=kernel: joint(kernel()), available) for name, kernel, available in _kernels())
 
 
-def joined_peers() -> tuple[Peer, ...]:
-    """The fastest of these kernels alone: on streams that lie joined before the clock starts."""
-    return tuple(Peer(f"{name} joined", lambda kernel=kernel: joined(kernel()), available)
+def joined_peers(alone: Callable | None = None) -> tuple[Peer, ...]:
+    """The fastest of these kernels alone (``alone`` of a kernel, else :func:`joined`): on streams that lie joined
+    before the clock starts."""
+    return tuple(Peer(f"{name} joined", lambda kernel=kernel: (alone or joined)(kernel()), available)
                  for name, kernel, available in _kernels() if name in _FASTEST)
 
 

@@ -69,8 +69,8 @@ class Engine {
     Groups<BulkStore> stores;
     Groups<Product> products;
     uint64_t products_issued = 0;
-    bool fenced = false;  // wgmma.fence since the last commit_group
-    int registers = 0;    // by setmaxnreg; 0: as launched
+    bool fenced = false;           // by wgmma.fence
+    int registers = 0;             // by setmaxnreg; 0: as launched
     const void* polled = nullptr;  // by its last acquiring load, and what it saw
     uint64_t seen = 0;
   };

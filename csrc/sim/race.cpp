@@ -34,9 +34,16 @@ struct Accumulator {
   Range range;
   uint64_t token;
 };
+// Of a thread: what products in flight accumulate in, and every place where one did.
 struct Accumulators {
   std::vector<Accumulator> all;
   Range bounds = {UINTPTR_MAX, 0};
+  struct Place {
+    Range range;
+    bool accessed;  // by the thread, since the last fence
+  };
+  std::vector<Place> places;
+  Range place_bounds = {UINTPTR_MAX, 0};
 };
 
 static_assert(kMaxClusterBlocks * kMaxThreads <= 1 << 13, "Access keeps a thread in 13 bits");
@@ -259,9 +266,23 @@ class Detector {
   }
   void accumulates(const void* pointer, size_t bytes, uint64_t token) {
     const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    const Range range = {begin, begin + bytes};
     Accumulators& mine = accumulators_[self()];
-    mine.all.push_back({{begin, begin + bytes}, token});
-    mine.bounds = {std::min(mine.bounds.begin, begin), std::max(mine.bounds.end, begin + bytes)};
+    mine.all.push_back({range, token});
+    widen(mine.bounds, range);
+    const auto overlaps = [&range](const Accumulators::Place& place) {
+      return place.range.begin < range.end && range.begin < place.range.end;
+    };
+    for (const Accumulators::Place& place : mine.places) {
+      if (place.accessed && overlaps(place))
+        fail("wgmma: its accumulator was accessed after the last wgmma.fence, which is to come between");
+    }
+    mine.places.erase(std::remove_if(mine.places.begin(), mine.places.end(), overlaps), mine.places.end());
+    mine.places.push_back({range, false});
+    widen(mine.place_bounds, range);
+  }
+  void register_fence() {
+    for (Accumulators::Place& place : accumulators_[self()].places) place.accessed = false;
   }
   void engine_signals(uint64_t token, const void* object) { objects_[object].operations.push_back(operation(token)); }
 
@@ -294,8 +315,8 @@ class Detector {
   }
 
   Access name(const void* pc, int thread, bool atomic) {
-    return {reinterpret_cast<uintptr_t>(pc), static_cast<uint64_t>(thread), atomic, false, false,
-            clock(thread)[thread], 0};
+    return {
+        reinterpret_cast<uintptr_t>(pc), static_cast<uint64_t>(thread), atomic, false, false, clock(thread)[thread], 0};
   }
 
   // Tokens are numbered as they come; mostly the same one comes again. Each block of a cluster has its own.
@@ -369,8 +390,14 @@ class Detector {
     }
   }
 
+  static void widen(Range& bounds, const Range& by) {
+    bounds = {std::min(bounds.begin, by.begin), std::max(bounds.end, by.end)};
+  }
+
   // A local variable.
-  void access_local(const Accumulators& mine, uintptr_t address, bool write, const void* pc) {
+  void access_local(Accumulators& mine, uintptr_t address, bool write, const void* pc) {
+    if (!mine.place_bounds.holds(address, 1)) return;
+    for (Accumulators::Place& place : mine.places) place.accessed = place.accessed || place.range.holds(address, 1);
     if (!mine.bounds.holds(address, 1)) return;
     for (const Accumulator& a : mine.all) {
       if (!a.range.holds(address, 1)) continue;
@@ -468,8 +495,7 @@ class Detector {
     if (before.epoch == 0 || before.async_proxy) return;
     // By `thread` itself or by the issuing one, after that thread's `epoch`.
     const auto fenced = [&](int thread, uint32_t epoch) {
-      return !fences_.empty() &&
-             (fences_[thread * width_ + thread] >= epoch || fences_[me * width_ + thread] >= epoch);
+      return !fences_.empty() && (fences_[thread * width_ + thread] >= epoch || fences_[me * width_ + thread] >= epoch);
     };
     if (!before.engine && fenced(static_cast<int>(before.thread), before.epoch)) return;
     if (before.engine) {  // of cp.async
@@ -582,6 +608,7 @@ void acquire(const void* object) { detector().acquire(object); }
 void engine_done(uint64_t token) { detector().engine_done(token); }
 void engine_signals(uint64_t token, const void* object) { detector().engine_signals(token, object); }
 void accumulates(const void* pointer, size_t bytes, uint64_t token) { detector().accumulates(pointer, bytes, token); }
+void register_fence() { detector().register_fence(); }
 void touch_mbarrier(const void* barrier, bool anew, const void* pc) { detector().touch_mbarrier(barrier, anew, pc); }
 void forget(const void* object) { detector().forget(object); }
 void generic_proxy_fence() { detector().fence(); }

@@ -55,6 +55,7 @@ void acquire(const void* object);
 void engine_done(uint64_t token);
 void engine_signals(uint64_t token, const void* object);
 void accumulates(const void* pointer, size_t bytes, uint64_t token);
+void register_fence();
 void touch_mbarrier(const void* barrier, bool anew, const void* pc);
 void forget(const void* object);
 void generic_proxy_fence();
@@ -103,12 +104,17 @@ inline void engine_done(uint64_t token) {
 inline void engine_signals(uint64_t token, const void* object) {
   if (__builtin_expect(enabled, false)) detail::engine_signals(token, object);
 }
-// Until the running thread has waited for `token`, these registers of it (a local array) are the engine's.
+// Until the running thread has waited for `token`, these registers of it (a local array) are the engine's. Registers
+// that an earlier product used and the thread has accessed since then must have a register_fence() behind that access.
 inline void accumulates(const void* pointer, size_t bytes, uint64_t token) {
   if (__builtin_expect(enabled, false)) detail::accumulates(pointer, bytes, token);
 }
-// The memory of an mbarrier, which threads may use at once; what makes it one, or no longer one (`anew`), must be ordered
-// with every use.
+// wgmma.fence by the running thread.
+inline void register_fence() {
+  if (__builtin_expect(enabled, false)) detail::register_fence();
+}
+// The memory of an mbarrier, which threads may use at once; what makes it one, or no longer one (`anew`), must be
+// ordered with every use.
 inline void touch_mbarrier(const void* barrier, bool anew = false) {
   if (__builtin_expect(enabled, false)) detail::touch_mbarrier(barrier, anew, __builtin_return_address(0));
 }

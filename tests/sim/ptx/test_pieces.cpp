@@ -424,11 +424,11 @@ TEST(bug_lane_behind_by_a_round_of_a_ring) {
 }
 
 TEST(register_budgets_and_shared_addresses) {
-  uint32_t addresses[256];
-  CHECK_FAILS(PYDIT_LAUNCH(budgets, 1, 256, 1024, nullptr, +addresses), "setmaxnreg");
+  uint32_t addresses[384];
+  CHECK_FAILS(PYDIT_LAUNCH(budgets, 1, 384, 2048, nullptr, +addresses), "setmaxnreg");
   const Hopper hopper;
-  CHECK_EQUAL(PYDIT_LAUNCH(budgets, 1, 256, 1024, nullptr, +addresses), cudaSuccess);
-  for (uint32_t i = 0; i < 256; ++i) CHECK_EQUAL(addresses[i], addresses[0] + 4 * i);
+  CHECK_EQUAL(PYDIT_LAUNCH(budgets, 1, 384, 2048, nullptr, +addresses), cudaSuccess);
+  for (uint32_t i = 0; i < 384; ++i) CHECK_EQUAL(addresses[i], addresses[0] + 4 * i);
 }
 
 TEST(shared_memory_beyond_48_kb_must_be_asked_for) {

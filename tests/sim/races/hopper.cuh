@@ -75,14 +75,15 @@ __global__ void copied(const float* in, float* out) {
 
 enum class ProductsBug {
   kNone,
-  kNoProxyFence,   // between the copies and the products
-  kNoWgmmaFence,   // before the second group
-  kNoCommit,       // of the second group
-  kWaitDepth,      // for the first group, though the second adds to the same accumulator
-  kOverwritten     // an operand in shared memory is written before the wait
+  kNoProxyFence,  // between the copies and the products
+  kNoWgmmaFence,  // between an access of the accumulator and the second group
+  kNoCommit,      // of the second group
+  kWaitDepth,     // for the first group, though the second adds to the same accumulator
+  kOverwritten    // an operand in shared memory is written before the wait
 };
 
-// Two groups of a product of ones, 64 x 16 by 16 x 8, whose operands cp.async brings: twice 16, plus 1.
+// Two groups of a product of ones, 64 x 16 by 16 x 8, whose operands cp.async brings: twice 16, plus 1, and one more in
+// between.
 template <ProductsBug kBug>
 __global__ void products(const __nv_bfloat16* ones, float* out) {
   PYDIT_DYNAMIC_SHARED(char, shared);
@@ -94,6 +95,10 @@ __global__ void products(const __nv_bfloat16* ones, float* out) {
   const uint64_t a = matrix_descriptor<0>(shared, 128, 256), b = matrix_descriptor<0>(shared + 64 * 32, 128, 256);
   float d[4] = {1, 1, 1, 1};
   for (int group = 0; group < 2; ++group) {
+    if (group == 1 && (kBug == ProductsBug::kNone || kBug == ProductsBug::kNoWgmmaFence)) {
+      wgmma_wait_group<0>();
+      d[3] += 1;
+    }
     if (kBug != ProductsBug::kNoWgmmaFence || group == 0) wgmma_fence();
     wgmma<__nv_bfloat16, 8>(d, a, b, true);
     if (kBug != ProductsBug::kNoCommit || group == 0) wgmma_commit_group();

@@ -496,7 +496,8 @@ cudaError_t launch_copied() {
   return PYDIT_LAUNCH(pydit::sim::copied<kBug>, 1, 64, 1024, nullptr, +in, +out);
 }
 TEST(copies_not_committed) {
-  check_pair(__LINE__, launch_copied<CopyBug::kNone>, launch_copied<CopyBug::kNoCommit>, {"race on byte", "the engine"});
+  check_pair(__LINE__, launch_copied<CopyBug::kNone>, launch_copied<CopyBug::kNoCommit>,
+             {"race on byte", "the engine"});
 }
 TEST(copies_waited_for_by_their_own_threads_alone) {
   check_pair(__LINE__, launch_copied<CopyBug::kNone>, launch_copied<CopyBug::kNoBarrier>, {"byte"});
@@ -509,7 +510,7 @@ cudaError_t launch_products() {
   for (__nv_bfloat16& one : ones) one = __float2bfloat16_rn(1.f);
   float out[128];
   const cudaError_t error = PYDIT_LAUNCH(pydit::sim::products<kBug>, 1, 128, 72 * 32, nullptr, +ones, +out);
-  if (kBug == ProductsBug::kNone) CHECK_EQUAL(out[77], 4 * 33.f);
+  if (kBug == ProductsBug::kNone) CHECK_EQUAL(out[77], 4 * 33.f + 1);
   return error;
 }
 template <ProductsBug kBug>
@@ -520,7 +521,7 @@ TEST(copied_operand_without_a_proxy_fence) {
   check_products<ProductsBug::kNoProxyFence>(__LINE__, {"the engine", "async proxy without fence.proxy.async"});
 }
 TEST(products_without_a_wgmma_fence) {
-  check_products<ProductsBug::kNoWgmmaFence>(__LINE__, {"no wgmma.fence before the first product of a group"});
+  check_products<ProductsBug::kNoWgmmaFence>(__LINE__, {"its accumulator was accessed after the last wgmma.fence"});
 }
 TEST(products_not_committed) {
   check_products<ProductsBug::kNoCommit>(__LINE__, {"read of register 0 of a wgmma accumulator before"});
@@ -586,7 +587,8 @@ TEST(barrier_of_two_counts) {
 }
 TEST(write_beyond_the_dynamic_shared_memory) {
   std::vector<int> out(32);
-  PAIR(pydit::sim::overrun, 32, 128, (Words{"write of 4 bytes at byte 128", "the launch gave it 128 bytes"}), out.data());
+  PAIR(pydit::sim::overrun, 32, 128, (Words{"write of 4 bytes at byte 128", "the launch gave it 128 bytes"}),
+       out.data());
 }
 
 TEST(a_multicast_copy_reads_its_tensor_once) {
