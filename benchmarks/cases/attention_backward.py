@@ -48,7 +48,8 @@ def joint_attention_backward(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
     kernels = attention_peers() if lens is None else masked_attention_peers(lengths=False)
     peers = (*(never(peer.name, "it has no backward") if peer.name == "sageattention" else _differentiated(peer)
                for peer in kernels),
-             *(joined_peers(joined_gradients) if lens is None else ()), eager_peer(gradients(eager)), _differentiated(compiled(eager)),
+             *(joined_peers(joined_gradients) if lens is None else ()),
+             eager_peer(gradients(eager)), _differentiated(compiled(eager)),
              Peer("deterministic", lambda: _in_order, rival=False))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     lengths = lens or (s_txt,) * b
@@ -84,9 +85,9 @@ def portable_kernels(s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: 
 
 
 def hopper_kernels(s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: bool, h: int, d: int) -> Work:
-    """The same of the three kernels on a Hopper. Blocks of 128 keys read all queries with what belongs to them, in tiles
-    of 64 for five products, and add a tile of d_q in fp32 each time, which a last kernel reads. Copies of boxes bring
-    the rows past a length as well, as far as the tensor goes."""
+    """The same of the three kernels on a Hopper. Blocks of 128 keys read all queries with what belongs to them, in
+    tiles of 64 for five products, and add a tile of d_q in fp32 each time, which a last kernel reads. Copies of boxes
+    bring the rows past a length as well, as far as the tensor goes."""
     def rows(tokens, length, tile):
         return min(tokens, _tiles(length, tile) * tile)
 
