@@ -120,8 +120,11 @@ def flash(monkeypatch):
 def test_flash_attention_where_it_can_be_imported(module, gpu, flash, tmp_path):
     """Alone on joined streams in the backward, and within a compiled block, at right results."""
     path = tmp_path / "part.json"
+    names = [f"{of}flash-attention {n}{alone}" for n in (3, 4) for of, alone in (("", ""), ("", " joined"),
+                                                                                 ("torch.compile ", ""))]
     assert runner.main(["--size", "small", "--module", module, "--rounds", "3", "--json", str(path), "--filter",
-                        "1x100+40 block_dense block_text_keys block_affine", "--without", "flex,math"]) == 0
+                        "1x100+40 block_dense block_text_keys block_affine", "--peers",
+                        ",".join([*names, "sdpa flash joined"])]) == 0
     rows = {row["op"]: row for row in compare.load(path)["rows"]}
     if module == "attention_backward":
         row, = rows.values()
