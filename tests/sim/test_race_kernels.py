@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import registry
 from benchmarks.cases.attention_backward import hopper_kernels
-from benchmarks.cases.hsic_matrix import gram_work
+from benchmarks.cases.hsic_matrix import contract_bytes, gram_work
 from benchmarks.cases.linear import hopper_bytes as linear_bytes
 from benchmarks.cases.second_moments import hopper_bytes, portable_work
 
@@ -225,7 +225,7 @@ for os.environ["PYDIT_SIM_ARCH"] in ("80", "90a"):
 
 def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
     """Both gram kernels at sizes with whole and with ragged super tiles, and what their heads scale up."""
-    shapes = [(512, 1, 64), (300, 2, 136), (130, 1, 72)]
+    shapes = [(512, 1, 64), (300, 2, 136), (130, 1, 72), (70, 66, 8)]  # the last in two sets of layers
     done = subprocess.run([sys.executable, "-c", GRAM % shapes], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -236,6 +236,7 @@ def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
             model = gram_work(n, layers, d, hopper)
             assert gram["global_loaded"] + gram["global_stored"] == model.bytes and 2 * gram["tensor_ops"] == model.flops
             assert gram["bank_conflicts"] == contract["bank_conflicts"] == 0
+            assert contract["global_loaded"] == contract_bytes(n, layers)
             jobs = layers * (-(-n // 256)) ** 2
             assert gram["warpgroups"] == (2 * min(jobs, 4) if hopper else 0)  # four multiprocessors
     rows = 2 * 3072 * 60  # bytes of a row of all layers
