@@ -121,6 +121,17 @@ def test_blocks_and_models_of_every_family(config, fields, command, tmp_path, ca
                                                        plan.num_parameters(dense)]
 
 
+@pytest.mark.parametrize(("config", "name"), [
+    ("qwen-image", "ppcl-qwen-image-10b"), ("flux.1-dev", "ppcl-flux.1-8b"), ("sd3.5-large", "ppcl-sd3.5-large-5b"),
+    ("sd3.5-medium", "dense")])
+def test_published_models_have_as_many_parameters_as_their_plans_say(config, name):
+    """Made without memory for their weights."""
+    plan = layers.plan_of(name, config)
+    for shape, counted in (("dense", layers.plan_of("dense", config)), ("pruned", plan)):
+        found = model._make(config, plan, shape, "meta")
+        assert sum(p.numel() for p in found.parameters()) == counted.num_parameters(blocks.config_of(config, plan))
+
+
 def test_a_dense_model_alone(command, tmp_path):
     command[1:4] = ["tiny-sd3.5", "--plan", "dense"]
     assert layers.main(command) == 0
