@@ -26,6 +26,8 @@
 #   OUT=searched.json WITHOUT=math MODULES=linear T=260 CASE=120 FILTER=/1x6889+512x benchmarks/gpu_check.sh --no-tests
 #   python -m benchmarks.layers --plan ppcl-qwen-image-10b --seconds 120 --json layers.json
 #   python -m benchmarks.model --plan ppcl-qwen-image-10b --seconds 180 --json model.json
+# and of the other families, with these two commands: --config flux.1-dev --plan ppcl-flux.1-8b, --config sd3.5-large
+# --plan ppcl-sd3.5-large-5b, --config sd3.5-medium --plan dense.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,6 +1,8 @@
 """What each kind of block of a pruned model costs, side by side with the dense one.
 
     pydit bench layers --config qwen-image --plan ppcl-qwen-image-10b --size 1328
+    pydit bench layers --config flux.1-dev --plan ppcl-flux.1-8b
+    pydit bench layers --config sd3.5-medium --plan dense
 
 Per kind of block in the plan: how many there are, time, the ideal (the sum over its ops of the slower of bytes over
 copy bandwidth and FLOPs over GEMM rate, both measured in the same run), its share of the time, GB/s, TFLOP/s, energy
@@ -14,12 +16,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import compare, machine, parts, timing
+from benchmarks import blocks, compare, machine, parts, timing
 from benchmarks.cases import whole_block
 from benchmarks.cases.linear import own_kernel
 from benchmarks.runner import run_case, settle, unwanted_peers
@@ -31,7 +34,7 @@ from pydit.files import write_json
 
 FORMAT = "pydit-bench-layers"
 ENERGY_SECONDS = 2.0  # of nothing but the block, as sensors of power average over one
-_COLUMNS = "{:14} {:>5} {:>10} {:>10} {:>7} {:>8} {:>8} {:>8} {:>8} {:>7}"
+_COLUMNS = "{:20} {:>5} {:>10} {:>10} {:>7} {:>8} {:>8} {:>8} {:>8} {:>7}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,12 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv):
     parser = Parser(prog="pydit bench layers", description=__doc__)
-    parser.add_argument("--config", choices=["qwen-image", "tiny"], default="qwen-image" if torch.cuda.is_available()
-                        else "tiny",
-                        help="widths: the published ones, or ones for a CPU (default: what suits the machine)")
-    parser.add_argument("--plan", required=True, help="a plan file, or the name of a preset")
-    parser.add_argument("--size", type=count, default=1328, help="pixels of a square image's side (default: 1328)")
-    parser.add_argument("--text", type=count, default=512, help="text tokens (default: 512)")
+    add_model(parser)
     parser.add_argument("--rounds", type=count, default=15, help="samples per provider, at least 3 (default: 15)")
     parser.add_argument("--without", metavar="PARTS", default="",
                         help="no peer whose name contains one of these, separated by commas")
@@ -59,38 +57,55 @@ def _parse(argv):
     args = parser.parse_args(argv)
     if args.rounds < 3:
         raise UserError(f"rounds: expected at least 3, got {args.rounds}")
-    if args.size % 16:
-        raise UserError(f"size: expected a multiple of 16, got {args.size}")
+    settle_size(args)
     return args
 
 
-def plan_of(name: str) -> PruningPlan:
-    """A plan from a file, or a preset by its name."""
+def add_model(parser: Parser) -> None:
+    """The options that say which model, which plan and at what size."""
+    parser.add_argument("--config", choices=sorted(blocks.CONFIGS),
+                        default="qwen-image" if torch.cuda.is_available() else "tiny",
+                        help="a published size, or a narrow one for a CPU (default: what suits the machine)")
+    parser.add_argument("--plan", help="a plan file, the name of a preset, or `dense`")
+    parser.add_argument("--size", type=count,
+                        help="pixels of a square image's side (default: 1328 for Qwen-Image, else 1024)")
+    parser.add_argument("--text", type=count, help="text tokens (default: 333 for a published SD3.5, else 512)")
+
+
+def settle_size(args) -> None:
+    """The configuration's own size where none was asked for; UserError where it cannot be."""
+    usual = blocks.CONFIGS[args.config]
+    args.size, args.text = args.size or usual.pixels, args.text or usual.text
+    if args.plan is None:
+        raise UserError("plan: expected a plan file, the name of a preset or `dense`, got none")
+    if args.size % 16:
+        raise UserError(f"size: expected a multiple of 16, got {args.size}")
+
+
+def plan_of(name: str, config: str = "qwen-image") -> PruningPlan:
+    """A plan from a file, a preset by its name, or what removes nothing of a configuration."""
+    if name == "dense":
+        return blocks.dense_plan(config)
     return PruningPlan.load(name) if Path(name).exists() or name.endswith(".json") else PruningPlan.preset(name)
 
 
-def kind_of(spec: BlockSpec) -> str:
-    """The case of :mod:`benchmarks.cases.whole_block` that a block of a plan is timed as."""
-    if spec.form == "affine":
-        return "affine"
-    if spec.form == "single":  # which no plan thins out further
-        return "single_stream"
-    ffn = "_ffn" if spec.ffn == "linear" else ""
-    if spec.text == "full":
-        return "linear_ffn" if ffn else "dense"
-    if spec.text == "linear":
-        return f"{'text_end' if spec.text_output else 'text_linear'}{ffn}"
-    return f"text_keys{ffn}"
+def kinds_of(family: str, config: Mapping[str, Any], plan: PruningPlan) -> tuple[dict[str, BlockSpec], Counter]:
+    """One block of each kind that the dense model or a plan has, by name, and how many a plan has of it."""
+    specs, counts = {}, Counter()
+    for blocks_of_plan, counted in ((PruningPlan(family, plan.num_layers).blocks, 0), (plan.blocks, 1)):
+        for spec in blocks_of_plan:
+            kind = blocks.kind_of(family, config, spec)
+            specs.setdefault(kind, blocks.representative(family, config, spec))
+            counts[kind] += counted
+    return specs, counts
 
 
 def _main(args) -> int:
-    plan, device = plan_of(args.plan), "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.family != "qwen-image":
-        raise UserError(f"plan: expected one of qwen-image, got one of {plan.family}")
-    heads, dim = (24, 128) if args.config == "qwen-image" else (2, 32)
+    plan, device = plan_of(args.plan, args.config), "cuda" if torch.cuda.is_available() else "cpu"
+    family, config = plan.family, blocks.config_of(args.config, plan)
     started, without = time.monotonic(), unwanted_peers(args.without)
-    kinds = Counter(kind_of(spec) for spec in plan.blocks)
-    order = list(dict.fromkeys(["dense", *kinds]))
+    specs, counts = kinds_of(family, config, plan)
+    order = list(specs)
     data = {"format": FORMAT, "version": compare.VERSION, "complete": False, "not_run": list(order),
             "machine": machine.describe(device), "limits": {}, "plan": plan.to_dict(), "rows": []}
     with torch.no_grad():
@@ -99,12 +114,12 @@ def _main(args) -> int:
             if args.seconds is not None and time.monotonic() - started > args.seconds:
                 break
             print(f"{kind} ...", file=sys.stderr, flush=True)
-            case = whole_block.block(args.config, 1, (args.size // 16) ** 2, args.text, heads, dim, "bf16", kind)
+            case = whole_block.block_of(family, config, specs[kind], kind, args.config, 1, (args.size // 16) ** 2,
+                                        args.text, "bf16")
             row = run_case(case, device, data["limits"], rounds=args.rounds, without=without)
-            row |= {"kind": kind, "count": kinds[kind], "energy_j": None, "memory_bytes": None, "ideal_us": None}
+            row |= {"kind": kind, "count": counts[kind], "energy_j": None, "memory_bytes": None, "ideal_us": None}
             try:
-                row |= _details(case, kind, args, {"num_attention_heads": heads, "attention_head_dim": dim}, device,
-                                data["limits"], row)
+                row |= _details(case, family, config, specs[kind], args, device, data["limits"], row)
             except RuntimeError as error:  # the times are worth more
                 row["details_failed"] = " ".join(str(error).split())[:200]
             data["rows"].append(row)
@@ -119,10 +134,9 @@ def _main(args) -> int:
     return 1 if any("wrong" in row for row in data["rows"]) else 0
 
 
-def _details(case, kind: str, args, config: dict, device: str, limits: dict, row: dict) -> dict:
+def _details(case, family: str, config: dict, spec: BlockSpec, args, device: str, limits: dict, row: dict) -> dict:
     """The ideal of a block, where its time goes, and on a GPU its energy and memory."""
-    spec = (whole_block.KINDS | whole_block.MORE_KINDS)[kind]
-    ideal = parts.floors(parts.works(config, spec, 1, (args.size // 16) ** 2, args.text, 2), limits)
+    ideal = parts.floors(parts.works(config, spec, 1, (args.size // 16) ** 2, args.text, 2, family), limits)
     found = {"ideal_us": sum(ideal.values()) if ideal else None}
     if "wrong" in row:
         return found
@@ -158,7 +172,7 @@ def render(rows: list[dict]) -> str:
     lines = [_COLUMNS.format("kind", "count", "us", "ideal us", "% ideal", "GB/s", "TFLOP/s", "mJ", "MiB", "peer/us")]
     for row in rows:
         if "wrong" in row:
-            lines.append(f"{row['kind']:14} {row['count']:5} wrong: {row['wrong']}")
+            lines.append(f"{row['kind']:20} {row['count']:5} wrong: {row['wrong']}")
             continue
         ours = row["providers"]["pydit"]
         peers = [entry["ratio"] for entry in compare.rivals(row).values()]
@@ -169,10 +183,10 @@ def render(rows: list[dict]) -> str:
             _cell(min(peers, default=None), "{:.3f}")))
     names = list(dict.fromkeys(name for row in rows for name in row.get("parts", {})))
     if names:
-        lines += ["", "us by part".ljust(26) + "".join(f"{name:>11}" for name in names)]
+        lines += ["", "us by part".ljust(32) + "".join(f"{name:>11}" for name in names)]
     for row in rows:
         for part in parts.PARTS if "parts" in row else ():
-            lines.append(f"{row['kind']:14} {part:11}" + "".join(
+            lines.append(f"{row['kind']:20} {part:11}" + "".join(
                 f"{_cell((row['parts'].get(name) or {}).get(part), '{:.1f}'):>11}" for name in names))
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
-"""A step of a whole Qwen-Image transformer: dense and pruned, eager, compiled and accelerated, in one run.
+"""A step of a whole transformer: dense and pruned, eager, compiled and accelerated, in one run.
 
     pydit bench model --config qwen-image --plan ppcl-qwen-image-10b --size 1328
+    pydit bench model --config sd3.5-large --plan ppcl-sd3.5-large-5b
 
 Weights are random: latency and memory, never quality. Variants are built and timed one after another, because two dense
 transformers do not fit a GPU; each is timed as the median of --rounds steps after two to warm up. torch.compile takes
@@ -30,16 +31,12 @@ from typing import Any
 import torch
 
 import pydit
-from benchmarks import compare, machine, timing
-from benchmarks.layers import plan_of
+from benchmarks import blocks, compare, machine, timing
+from benchmarks.layers import add_model, plan_of, settle_size
 from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError, one_line
 from pydit.files import write_json
 
-CONFIGS = {
-    "qwen-image": {},
-    "tiny": {"in_channels": 16, "out_channels": 4, "attention_head_dim": 32, "num_attention_heads": 2,
-             "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)}}
 FORMAT = "pydit-bench-model"
 VARIANTS = ("eager", "torch.compile", "accelerate", "accelerate + graphs", "accelerate + table")
 
@@ -55,38 +52,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv):
     parser = Parser(prog="pydit bench model", description=__doc__)
-    parser.add_argument("--config", choices=sorted(CONFIGS),
-                        default="qwen-image" if torch.cuda.is_available() else "tiny",
-                        help="the published architecture, or a narrow one for a CPU (default: what suits this machine)")
+    add_model(parser)
     parser.add_argument("--narrow", action="store_true", help="time narrow models of every family on a CPU instead")
-    parser.add_argument("--plan", help="a plan file, or the name of a preset")
-    parser.add_argument("--size", type=count, default=1328, help="pixels of a square image's side (default: 1328)")
-    parser.add_argument("--text", type=count, default=512, help="text tokens (default: 512)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
     parser.add_argument("--rounds", type=count, default=9, help="steps timed per variant (default: 9)")
     parser.add_argument("--seconds", type=positive, help="start no variant after this time")
     parser.add_argument("--json", type=Path, help="write all figures to this file, after every variant")
     args = parser.parse_args(argv)
-    if not args.narrow and args.plan is None:
-        raise UserError("plan: expected a plan file or the name of a preset, got none")
+    if not args.narrow:
+        settle_size(args)
     if args.narrow and args.rounds < 3:
         raise UserError(f"rounds: expected at least 3, got {args.rounds}")
     args.variants = [name.strip() for name in args.variants.split(",")]
     unknown = sorted(set(args.variants) - set(VARIANTS))
     if unknown:
         raise UserError(f"variants: expected names out of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
-    if args.size % 16:
-        raise UserError(f"size: expected a multiple of 16, got {args.size}")
     return args
 
 
 def _main(args) -> int:
     if args.narrow:
         return _narrow(args)
-    plan, device = plan_of(args.plan), "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.family != "qwen-image":
-        raise UserError(f"plan: expected one of qwen-image, got one of {plan.family}")
-    wanted = [(shape, variant) for variant in args.variants for shape in ("dense", "pruned")]
+    plan, device = plan_of(args.plan, args.config), "cuda" if torch.cuda.is_available() else "cpu"
+    blocks.config_of(args.config, plan)  # which refuses what does not belong together
+    shapes = ("dense",) if plan.is_stock and not plan.removed else ("dense", "pruned")
+    wanted = [(shape, variant) for variant in args.variants for shape in shapes]
     data = {"format": FORMAT, "version": compare.VERSION, "complete": False,
             "not_run": [f"{shape}, {variant}" for shape, variant in wanted], "machine": machine.describe(device),
             "limits": {}, "plan": plan.to_dict(), "rows": []}
@@ -138,12 +128,10 @@ def _compare(rows: list[dict]) -> None:
 def _make(config: str, plan: pydit.PruningPlan, shape: str, device: str) -> torch.nn.Module:
     """A transformer of random weights, bf16, made where it runs. The pruned one is made as it is loaded:
     pruning a dense one would hold both, and keep the layers that it replaces."""
-    from diffusers import QwenImageTransformer2DModel
-
     from pydit.models import get_adapter
     from pydit.models.pruned import entry_of
 
-    adapter, settings = get_adapter("qwen-image"), {"num_layers": plan.num_layers, **CONFIGS[config]}
+    adapter, settings = get_adapter(plan.family), blocks.config_of(config, plan) | blocks.CONFIGS[config].model
     if shape == "pruned":
         settings |= adapter.student_config(settings, plan) | {"pydit": entry_of(plan, "first")}
     torch.manual_seed(0)
@@ -151,7 +139,7 @@ def _make(config: str, plan: pydit.PruningPlan, shape: str, device: str) -> torc
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = (adapter.pruned_class() if shape == "pruned" else QwenImageTransformer2DModel)(**settings)
+            model = (adapter.pruned_class() if shape == "pruned" else adapter.stock_class())(**settings)
     finally:
         torch.set_default_dtype(before)
     return model.to(device, torch.bfloat16).requires_grad_(False).eval()
@@ -167,11 +155,24 @@ def _changed(model: torch.nn.Module, variant: str) -> Callable[..., Any]:
 
 
 def _batch(model: torch.nn.Module, args, device: str) -> dict[str, Any]:
-    side = args.size // 16
-    return {"hidden_states": torch.randn(1, side * side, model.config.in_channels, device=device, dtype=torch.bfloat16),
-            "encoder_hidden_states": torch.randn(1, args.text, model.config.joint_attention_dim, device=device,
-                                                 dtype=torch.bfloat16),
-            "timestep": torch.tensor([0.5], device=device), "img_shapes": [[(1, side, side)]]}
+    side, config, family = args.size // 16, model.config, blocks.CONFIGS[args.config].family
+
+    def draw(*shape):
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    batch = {"encoder_hidden_states": draw(1, args.text, config.joint_attention_dim),
+             "timestep": torch.tensor([0.5], device=device)}
+    if family == "sd3.5":
+        return batch | {"hidden_states": draw(1, config.in_channels, 2 * side, 2 * side),
+                        "pooled_projections": draw(1, config.pooled_projection_dim)}
+    batch["hidden_states"] = draw(1, side * side, config.in_channels)
+    if family == "qwen-image":
+        return batch | {"img_shapes": [[(1, side, side)]]}
+    rows = torch.arange(side, device=device, dtype=torch.float32)
+    return batch | {"pooled_projections": draw(1, config.pooled_projection_dim),
+                    "guidance": torch.tensor([3.5], device=device) if config.guidance_embeds else None,
+                    "img_ids": torch.cartesian_prod(torch.zeros(1, device=device), rows, rows),
+                    "txt_ids": torch.zeros(args.text, 3, device=device)}
 
 
 @torch.no_grad()

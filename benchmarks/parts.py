@@ -14,6 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import blocks
 from benchmarks.cases import Work
 from benchmarks.cases.modulate import ada_layer_norm_work, gated_residual_ada_layer_norm_work, gated_residual_work
 from benchmarks.cases.qk_norm_rope import qk_norm_rope_work
@@ -65,11 +66,13 @@ def _outermost(event: Any) -> str:
     return part or "rest"
 
 
-def works(config: Mapping[str, int], spec: BlockSpec, batch: int, image: int, text: int, size: int
-          ) -> list[tuple[str, Work]]:
-    """The ops of a Qwen-Image block, with their parts; ``size``: bytes of an element."""
+def works(config: Mapping[str, Any], spec: BlockSpec, batch: int, image: int, text: int, size: int,
+          family: str = "qwen-image") -> list[tuple[str, Work]]:
+    """The ops of a block, with their parts; ``size``: bytes of an element. Of a block without text output, what its
+    image needs."""
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     c = heads * dim
+    single, second = (of(family, config, spec) for of in (blocks.is_single, blocks.has_second))
 
     def linear(tokens: int, k: int, n: int) -> tuple[str, Work]:
         return "products", Work(size * (batch * tokens * (k + n) + n * k + n), 2 * batch * tokens * n * k)
@@ -79,22 +82,31 @@ def works(config: Mapping[str, int], spec: BlockSpec, batch: int, image: int, te
 
     if spec.form == "affine":
         return [linear(tokens, c, c) for tokens in (image, text)]
-    chunks, whole = (6 if spec.ffn == "mlp" else 3), spec.text == "full"
-    found = [linear(1, c, chunks * c), rest(ada_layer_norm_work(batch, image, c, size))]
+    whole = spec.text == "full" and not blocks.is_last(family, config, spec)
+    chunks = 3 if single or spec.ffn == "linear" else 6
+    found = [linear(1, c, (chunks + 3 * second) * c), rest(ada_layer_norm_work(batch, image, c, size))]
     if spec.text == "linear":
         found.append(linear(text, c, c))
     else:
         found.append(rest(ada_layer_norm_work(batch, text, c, size)))
-        if spec.form != "single":
+        if spec.form != "single" and not single:
             found.append(linear(1, c, (chunks if whole else 2) * c))
-    turned = [qk_norm_rope_work(batch, tokens, heads, dim, size) for tokens in (image, text)]
+    turned = [_normed(family, batch, tokens, heads, dim, size) for tokens in (image, text)]
     if not whole:  # keys alone
         turned[1] = Work(turned[1].bytes // 2, turned[1].flops // 2)
     queries = image + (text if whole else 0)
     attention = Work(size * batch * c * 2 * (queries + image + text), 4 * batch * queries * (image + text) * c)
     found += [linear(image, c, 3 * c), linear(text, c, (3 if whole else 2) * c), *map(rest, turned),
               ("attention", attention)]
+    if second:
+        found += [rest(ada_layer_norm_work(batch, image, c, size)), linear(image, c, 3 * c), rest(turned[0]),
+                  ("attention", Work(size * batch * c * 4 * image, 4 * batch * image ** 2 * c)),
+                  linear(image, c, c), rest(gated_residual_work(batch, image, c, size))]
     for tokens in (image, text)[:2 if whole else 1]:
+        if single and spec.ffn == "mlp":
+            found += [linear(tokens, c, 4 * c), linear(tokens, 5 * c, c),
+                      rest(gated_residual_work(batch, tokens, c, size))]
+            continue
         found.append(linear(tokens, c, c))
         if spec.ffn == "mlp":
             found += [rest(gated_residual_ada_layer_norm_work(batch, tokens, c, size)), linear(tokens, c, 4 * c),
@@ -103,6 +115,14 @@ def works(config: Mapping[str, int], spec: BlockSpec, batch: int, image: int, te
             found.append(linear(tokens, c, c))
         found.append(rest(gated_residual_work(batch, tokens, c, size)))
     return [*found, *([linear(text, c, c)] if spec.text_output else [])]
+
+
+def _normed(family: str, batch: int, tokens: int, heads: int, dim: int, size: int) -> Work:
+    """Norms of queries and keys, turned where the family turns them."""
+    work = qk_norm_rope_work(batch, tokens, heads, dim, size)
+    if family != "sd3.5":
+        return work
+    return Work(work.bytes - 2 * tokens * (dim // 2) * 4, work.flops - 2 * 3 * batch * tokens * heads * dim)
 
 
 def floors(ops: list[tuple[str, Work]], limits: Mapping[str, Any]) -> dict[str, float] | None:

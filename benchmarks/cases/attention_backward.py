@@ -10,7 +10,7 @@ import torch
 from benchmarks.cases import DTYPES, Case, Work
 from benchmarks.cases.attention import eager
 from benchmarks.peers import Peer, compiled, eager_peer, never
-from benchmarks.peers.attention import attention_peers, masked_attention_peers
+from benchmarks.peers.attention import attention_peers, joined_peers, masked_attention_peers
 
 SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, text lengths or None
     "full": (("qwen-image", 1, 6889, 512, 24, 128, "bf16", None),
@@ -48,12 +48,60 @@ def joint_attention_backward(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
     kernels = attention_peers() if lens is None else masked_attention_peers(lengths=False)
     peers = (*(never(peer.name, "it has no backward") if peer.name == "sageattention" else _differentiated(peer)
                for peer in kernels),
+             *(joined_peers(joined_gradients) if lens is None else ()),
              eager_peer(gradients(eager)), _differentiated(compiled(eager)),
              Peer("deterministic", lambda: _in_order, rival=False))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
-    return Case("joint_attention_backward", model, shape, dtype,
-                joint_attention_backward_work(s_img, s_txt, lens or (s_txt,) * b, h, d), make, _run, _exact,
-                gradients(eager), peers)
+    lengths = lens or (s_txt,) * b
+    work = joint_attention_backward_work(s_img, s_txt, lengths, h, d)
+    own = portable_kernels(s_img, s_txt, lengths, lens is not None, h, d)
+    return Case("joint_attention_backward", model, shape, dtype, work, make, _run, _exact, gradients(eager), peers,
+                Work(own.bytes - work.bytes, own.flops - work.flops))
+
+
+def _tiles(tokens: int, size: int) -> int:
+    return -(-tokens // size)
+
+
+def _delta_bytes(s_img: int, s_txt: int, samples: int, h: int, d: int) -> int:
+    """Of out and its gradient, every row; the gradient of the log-sum-exp in, delta out, in fp32."""
+    return samples * (s_img + s_txt) * h * (2 * 2 * d + 2 * 4)
+
+
+def portable_kernels(s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: bool, h: int, d: int) -> Work:
+    """What the three portable kernels ask of memory, mostly of L2, and multiply. Blocks of 64 queries read all keys and
+    values in tiles of 64 for three products; blocks of 64 keys read all queries, with the gradient of their outputs,
+    log-sum-exp and delta, in tiles of 64 (32 at D = 128) for four; all 128 threads read the length."""
+    size, flops = _delta_bytes(s_img, s_txt, len(lens), h, d), 0
+    for n in lens:
+        tokens, stored, blocks = s_img + n, s_img + s_txt, _tiles(s_img, 64) + _tiles(n, 64)
+        of_rows = 2 * 2 * d * (tokens + blocks * tokens)  # two tensors: the blocks' own rows, then the other side's
+        size += h * (of_rows + 2 * d * stored + 4 * tokens * 8)  # four lanes read a query's two numbers
+        size += h * (of_rows + 2 * 2 * d * stored + blocks * tokens * 8)
+        size += h * 2 * (_tiles(s_img, 64) + _tiles(s_txt, 64)) * 128 * 4 if reads_lens else 0
+        for products, other in ((3, 64), (4, 32 if d == 128 else 64)):
+            flops += products * 2 * d * h * blocks * 64 * other * (_tiles(s_img, other) + _tiles(n, other))
+    return Work(size, flops)
+
+
+def hopper_kernels(s_img: int, s_txt: int, lens: tuple[int, ...], reads_lens: bool, h: int, d: int) -> Work:
+    """The same of the three kernels on a Hopper. Blocks of 128 keys read all queries with what belongs to them, in
+    tiles of 64 for five products, and add a tile of d_q in fp32 each time, which a last kernel reads. Copies of boxes
+    bring the rows past a length as well, as far as the tensor goes."""
+    def rows(tokens, length, tile):
+        return min(tokens, _tiles(length, tile) * tile)
+
+    size, flops = _delta_bytes(s_img, s_txt, len(lens), h, d), 0
+    for n in lens:
+        blocks, steps = (_tiles(s_img, tile) + _tiles(n, tile) for tile in (128, 64))
+        stored = s_img + s_txt
+        size += h * 2 * 2 * d * (s_img + rows(s_txt, n, 128))  # keys and values
+        size += h * blocks * (2 * 2 * d * (s_img + rows(s_txt, n, 64)) + 8 * (s_img + n) + steps * 64 * d * 4)
+        size += h * 2 * 2 * d * stored  # their gradients
+        size += h * ((_tiles(s_img, 64) + _tiles(s_txt, 64)) * 64 * d * 4 + 2 * d * stored)  # d_q
+        size += h * (_tiles(s_img, 128) + _tiles(s_txt, 128)) * 384 * 4 if reads_lens else 0
+        flops += 5 * 2 * d * h * blocks * 128 * steps * 64
+    return Work(size, flops)
 
 
 def gradients(forward: Callable) -> Callable:
@@ -68,6 +116,25 @@ def gradients(forward: Callable) -> Callable:
                 graphs[key] = forward(*leaves, args[6]), leaves
         outs, leaves = graphs[key]
         return torch.autograd.grad(outs, leaves, args[-2:], retain_graph=True)
+
+    return run
+
+
+def joined_gradients(attention: Callable) -> Callable:
+    """The backward of ``attention(q, k, v)`` alone: what goes in lies joined before the clock starts, what comes out is
+    views."""
+    graphs = {}
+
+    def run(*args):
+        key = args[0].data_ptr()
+        if key not in graphs:
+            with torch.enable_grad():
+                leaves = [torch.cat(pair, 1).requires_grad_() for pair in zip(args[:3], args[3:6], strict=True)]
+                graphs[key] = attention(*leaves), leaves, torch.cat(args[-2:], 1)
+        out, leaves, d_out = graphs[key]
+        image, text = args[0].shape[1], args[3].shape[1]
+        parts = [grad.split((image, text), 1) for grad in torch.autograd.grad(out, leaves, d_out, retain_graph=True)]
+        return tuple(part[stream] for stream in range(2) for part in parts)
 
     return run
 

@@ -60,6 +60,15 @@ def gram_work(n: int, layers: int, d: int, hopper: bool) -> Work:
     return Work(bytes=layers * (read * d * 2 + shifts + stored), flops=layers * products * steps * 64 * 2)
 
 
+def contract_bytes(n: int, layers: int, together: int = 64) -> int:
+    """What the contraction loads, mostly of L2: each element of K above its diagonal and in the diagonal's blocks of
+    64 x 64, with the two centres that make it one of U in fp64, of both sets of layers for each pair of sets of so
+    many."""
+    blocks = [min(64, n - first) for first in range(0, n, 64)]
+    elements = sum(size * sum(blocks[i:]) for i, size in enumerate(blocks)) - n
+    return (4 + 2 * 8) * elements * layers * -(-layers // together)
+
+
 def hsic_matrix(model, n, layers, d, dtype) -> Case:
     offset = 64.0 if model.endswith("-offset") else 0.0
 

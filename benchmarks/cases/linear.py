@@ -48,19 +48,25 @@ def linear_work(op: str, b: int, streams: tuple[int, int], k: int, n: int, dim: 
     return Work(bytes=size * itemsize + tables, flops=2 * b * tokens * n * k)
 
 
-def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: int, n: int, itemsize: int) -> Work:
+def portable_kernel(op: str, work: Work, b: int, streams: tuple[int, int], k: int, n: int, dim: int,
+                    itemsize: int) -> Work:
     """What tiles of 128 x 128 add: x is read once per column of tiles and the weight once per row of them; eight lanes
-    read the bias for every 32 rows, and four times as often the gate; products are of whole tiles and steps of 32."""
+    read the bias for every 32 rows, and four times as often the gate; products are of whole tiles and steps of 32.
+    QKV are three layers; in the tiles of queries and keys each thread reads norms and angles for two times 16 rows."""
     def tiles(length, size=128):
         return -(-length // size)
 
     gated, adds = op == "joint_linear_gated_residual", op.endswith("residual")
-    again = flops = 0
+    layers = 3 if op == "joint_qkv" else 1
+    n //= layers
+    again = flops = small = 0
     for tokens in streams:
         rows = b * tiles(tokens)
         again += b * tokens * k * tiles(n) + rows * n * (k + 32 + (128 if gated else 0)) + b * tokens * n * (1 + adds)
         flops += 2 * rows * tiles(n) * 128 * 128 * tiles(k, 32) * 32
-    return Work(again * itemsize - work.bytes, flops - work.flops)
+        if op == "joint_qkv":  # per group of 8 columns a pair of weights, and of each of two rows a cosine and a sine
+            small += 2 * rows * tiles(n) * 128 * 2 * dim // 8 * (2 * itemsize + 2 * 2 * 4)
+    return Work(layers * again * itemsize + small - work.bytes, layers * flops - work.flops)
 
 
 def hopper_bytes(b: int, streams: tuple[int, int], k: int, n: int, cluster: int, itemsize: int, parts: int = 1,
@@ -111,7 +117,7 @@ def case(op, model, b, img, txt, k, n, dim, dtype, forms=False) -> Case:
                                             needs_gpu(capability=(9, 0)), rival=False))
     return Case(op, model, f"{b}x{img}+{txt}x{k}x{n}", dtype, work, make, run,
                 lambda *args: both(*(a.double() for a in args)), both, peers,
-                None if op == "joint_qkv" else portable_kernel(op, work, b, (img, txt), k, n, kind.itemsize))
+                portable_kernel(op, work, b, (img, txt), k, n, dim, kind.itemsize))
 
 
 def own_kernel(function):

@@ -30,6 +30,28 @@ def second_moments_work(n: int, d: int) -> Work:
     return Work(bytes=n * d * 2 + 2 * 8 * (d * (d + 1) // 2 + d), flops=n * d * (d + 1) + n * d)
 
 
+def portable_work(n: int, d: int, d_y: int, processors: int) -> Work:
+    """What the portable kernel asks of memory, mostly of L2, and multiplies, for x^T x and, with so many channels of y,
+    x^T y: both operands of each tile of 128 x 128, the diagonal's once; the sums of a tile in and out for each block
+    that adds to it, once in 32 chunks of its run, and with those its column sums; whole chunks of 256 tokens."""
+    chunks, rows = -(-n // 256), -(-d // 128)
+    tiles = [(row, column, False) for row in range(rows) for column in range(row, rows)]
+    tiles += [(row, column, True) for row in range(rows) for column in range(-(-d_y // 128))]
+    units = len(tiles) * chunks
+    blocks, size = min(units, processors), 0
+    for block in range(blocks):
+        first, last = units * block // blocks, units * (block + 1) // blocks
+        for index in range(first // chunks, -(-last // chunks)):
+            (row, column, cross), begin = tiles[index], max(first - index * chunks, 0)
+            end = min(last - index * chunks, chunks)
+            height, width = min(128, d - row * 128), min(128, (d_y if cross else d) - column * 128)
+            square = not cross and row == column
+            size += 2 * (min(n, end * 256) - begin * 256) * (width if square else height + width)
+            size += 16 * height * width * -(-(end - begin) // 32)
+            size += 16 * width * (square + 2 * (cross and row == 0))
+    return Work(size, 2 * 128 * 128 * 256 * units)
+
+
 def hopper_bytes(n: int, d: int, cluster: int, processors: int) -> int:
     """What the Hopper kernel asks of memory, mostly of L2, in clusters of so many blocks, on so many multiprocessors.
 

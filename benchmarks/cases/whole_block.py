@@ -10,10 +10,12 @@ import copy
 
 import torch
 
-from benchmarks.cases import DTYPES, Case, Work
+from benchmarks import blocks
+from benchmarks.cases import DTYPES, Case
 from benchmarks.cases.linear import own_kernel
 from benchmarks.peers import Peer, compiled, eager_peer, needs_gpu
-from pydit.families import FAMILIES, BlockSpec
+from benchmarks.peers.attention import compiled_with_flash
+from pydit.families import BlockSpec
 
 SHAPES = {  # model, images, image tokens, text tokens, heads, head dim, dtype
     "full": (("qwen-image", 1, 6889, 512, 24, 128, "bf16"),),
@@ -36,84 +38,73 @@ MORE_KINDS = {
 }
 
 
+_PROCESSORS = {"qwen-image": "QwenImageAttnProcessor", "flux.1": "FluxAttnProcessor", "sd3.5": "SD3AttnProcessor"}
+_MODULATION = ("mod.1.bias", "norm1.linear.bias", "norm1_context.linear.bias", "norm.linear.bias")
+
+
 def cases(size: str) -> list[Case]:
     return [block(*shape, kind) for shape in SHAPES[size] for kind in KINDS]
 
 
-def block_work(config: dict, spec: BlockSpec, batch: int, image: int, text: int, element_bytes: int) -> Work:
-    """Weights, both streams in and what is written of them out, the time embedding and the rotary tables; products of
-    :mod:`pydit.families`."""
-    family, width = FAMILIES["qwen-image"], config["num_attention_heads"] * config["attention_head_dim"]
-    parameters = family.block_parameters(config, spec)
-    texts = {"linear": 2 * 2, "keys": 1}.get(spec.text, 2)  # in and out; a text-linear block passes two tensors on,
-    texts -= spec.text_output  # unless it ends its region
-    streams = batch * width * (2 * image + texts * text)
-    tables = 0 if spec.form == "affine" else 8 * config["attention_head_dim"] // 2 * (image + text)
-    embedding = 0 if spec.form == "affine" else batch * width
-    return Work(bytes=element_bytes * (parameters + streams + embedding) + tables,
-                flops=batch * family.block_flops(config, spec, image, text))
-
-
 def block(model, batch, image, text, heads, dim, dtype, kind) -> Case:
-    spec, width = (KINDS | MORE_KINDS)[kind], heads * dim
-    config = {"num_attention_heads": heads, "attention_head_dim": dim}
+    """Of Qwen-Image, by the name of its kind."""
+    return block_of("qwen-image", {"num_attention_heads": heads, "attention_head_dim": dim}, (KINDS | MORE_KINDS)[kind],
+                    kind, model, batch, image, text, dtype)
+
+
+def block_of(family, config, spec, kind, model, batch, image, text, dtype) -> Case:
+    """Of any family; ``spec`` says which block, and ``kind`` is its name."""
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    weights_at = 2 + len(blocks.others(family, config, spec, 1, 1, 1, "cpu", DTYPES[dtype]))
 
     def make(device):
-        """image, text, then but for an affine block the time embedding and both rotary tables, then the weights."""
-        from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
-
+        """image, text, what :func:`benchmarks.blocks.others` gives, then the weights."""
         from pydit.models import attention, fused_blocks, get_adapter
 
         with torch.device(device):
-            stock = QwenImageTransformerBlock(dim=width, num_attention_heads=heads, attention_head_dim=dim)
-        stock = get_adapter("qwen-image").new_block(stock, spec).to(DTYPES[dtype]).requires_grad_(False)
+            stock = blocks.stock_block(family, config, spec)
+        stock = get_adapter(family).new_block(stock, spec).to(DTYPES[dtype]).requires_grad_(False)
         for name, p in stock.named_parameters():
-            if name.endswith("mod.1.bias"):
+            if name.endswith(_MODULATION):
                 p.normal_(std=0.5)  # so that gates let something through
             elif "norm" not in name and p.ndim == 2:
                 p.normal_(std=0.7 * p.shape[1] ** -0.5)
-        fused = copy.copy(stock)
-        fused.__dict__ = {**stock.__dict__, "_modules": dict(stock._modules)}
+        fused = _twin(stock)
         fused.__class__ = fused_blocks.FUSED[type(stock)]
-        if spec.form != "affine":
-            fused.attn = copy.copy(stock.attn)
-            fused.attn.__dict__ = {**stock.attn.__dict__, "_modules": dict(stock.attn._modules)}
-            fused.attn.processor = attention.QwenImageAttnProcessor()
-            attention.pack_projections(stock.attn)
-        streams = [torch.randn(batch, n, width, device=device, dtype=DTYPES[dtype])
+        for name in ("attn", "attn2"):
+            inner = getattr(stock, name, None)
+            if inner is not None:
+                twin = _twin(inner)
+                setattr(fused, name, twin)
+                twin.processor = getattr(attention, _PROCESSORS[family])()
+                attention.pack_projections(inner)
+        streams = [torch.randn(batch, n, heads * dim, device=device, dtype=DTYPES[dtype])
                    for n in (image, text * (2 if spec.text == "linear" else 1))]
-        others = []
-        if spec.form != "affine":
-            others = [torch.randn(batch, width, device=device, dtype=DTYPES[dtype])]
-            others += [torch.polar(torch.ones(n, dim // 2, device=device), torch.randn(n, dim // 2, device=device))
-                       for n in (image, text)]
+        more = blocks.others(family, config, spec, batch, image, text, device, DTYPES[dtype])
         parameters = list(stock.parameters())
         parameters[0].blocks = stock, fused  # which live as long as the inputs do
-        return (*streams, *others, *parameters)
+        return (*streams, *more, *parameters)
 
     def through(which):
         def call(*args):
-            first = args[2 if spec.form == "affine" else 5]
-            return _call(first.blocks[which], spec, args)
+            return blocks.call(family, args[weights_at].blocks[which], spec, args)
         return call
 
     def exact(*args):
-        first = args[2 if spec.form == "affine" else 5]
-        wide = copy.deepcopy(first.blocks[0]).double()
-        return _call(wide, spec, [a.to(torch.complex128) if a.is_complex() else a.double() for a in args])
+        wide = copy.deepcopy(args[weights_at].blocks[0]).double()
+        return blocks.call(family, wide, spec,
+                           tuple(a.to(torch.complex128) if a.is_complex() else a.double() for a in args))
 
     eager = through(0)
+    attends = family == "qwen-image" and spec.form != "affine"
     return Case(f"block_{kind}", model, f"{batch}x{image}+{text}x{heads}x{dim}", dtype,
-                block_work(config, spec, batch, image, text, DTYPES[dtype].itemsize), make, through(1), exact, eager,
-                (eager_peer(eager), compiled(eager),
-                 Peer("pydit grouped linears", lambda: own_kernel(through(1)), needs_gpu(), rival=False)))
+                blocks.block_work(family, config, spec, batch, image, text, DTYPES[dtype].itemsize), make, through(1),
+                exact, eager, (eager_peer(eager), compiled(eager), *(compiled_with_flash(eager) if attends else ()),
+                               Peer("pydit grouped linears", lambda: own_kernel(through(1)), needs_gpu(), rival=False)))
 
 
-def _call(module, spec: BlockSpec, args):
-    """(image, text) of a block, or the image alone where it writes no text."""
-    if spec.form == "affine":
-        text, image = module(args[0], args[1])
-    else:
-        image, text, temb, rotation_image, rotation_text = args[:5]
-        text, image = module(image, text, None, temb, (rotation_image, rotation_text))
-    return image if spec.text == "keys" else (image, text)
+def _twin(module: torch.nn.Module) -> torch.nn.Module:
+    """Another module on the same parameters and children."""
+    twin = copy.copy(module)
+    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    return twin

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Callable
 
 import torch
@@ -29,9 +30,10 @@ def attention_peers() -> tuple[Peer, ...]:
     return tuple(Peer(name, lambda kernel=kernel: joint(kernel()), available) for name, kernel, available in _kernels())
 
 
-def joined_peers() -> tuple[Peer, ...]:
-    """The fastest of these kernels alone: on streams that lie joined before the clock starts."""
-    return tuple(Peer(f"{name} joined", lambda kernel=kernel: joined(kernel()), available)
+def joined_peers(alone: Callable | None = None) -> tuple[Peer, ...]:
+    """The fastest of these kernels alone (``alone`` of a kernel, else :func:`joined`): on streams that lie joined
+    before the clock starts."""
+    return tuple(Peer(f"{name} joined", lambda kernel=kernel: (alone or joined)(kernel()), available)
                  for name, kernel, available in _kernels() if name in _FASTEST)
 
 
@@ -113,6 +115,49 @@ def joined(attention: Callable) -> Callable:
             made[key] = [torch.cat(pair, 1) for pair in ((q_img, q_txt), (k_img, k_txt), (v_img, v_txt))]
         return attention(*made[key]).split((q_img.shape[1], q_txt.shape[1]), 1)
 
+    return run
+
+
+def compiled_with_flash(block: Callable) -> tuple[Peer, ...]:
+    """``block``, by diffusers' operations, through torch.compile with FlashAttention in the place of its attention."""
+    return tuple(Peer(f"torch.compile {name}", lambda kernel=kernel, name=name: _dispatching(block, name, kernel()),
+                      available) for name, kernel, available in _kernels() if name.startswith("flash-attention"))
+
+
+def _dispatching(block: Callable, name: str, kernel: Callable) -> Callable:
+    """What diffusers' processors and those of thinned blocks call for attention is the kernel while ``block`` runs. It
+    is an op of its own, which the compiler does not look into."""
+    from diffusers.models.transformers import transformer_qwenimage
+
+    from pydit.models import thinned
+
+    name = f"pydit_benchmarks::{re.sub(r'[^a-z0-9]', '_', name)}"
+    op = torch.library.custom_op(name, _typed(kernel), mutates_args=())
+    op.register_fake(lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
+    run = fresh(block, fullgraph=True)
+
+    def dispatch(query, key, value, **_options):
+        return op(query, key, value)
+
+    def call(*args):
+        before = [(module, module.dispatch_attention_fn) for module in (transformer_qwenimage, thinned)]
+        try:
+            for module, _ in before:
+                module.dispatch_attention_fn = dispatch
+            return run(*args)
+        finally:
+            for module, function in before:
+                module.dispatch_attention_fn = function
+
+    return call
+
+
+def _typed(kernel: Callable) -> Callable:
+    """With the annotations that an op's schema is made of."""
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return kernel(q, k, v).contiguous()
+
+    run.__annotations__ = dict.fromkeys(("q", "k", "v", "return"), torch.Tensor)
     return run
 
 

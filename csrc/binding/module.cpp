@@ -283,12 +283,7 @@ PYBIND11_MODULE(_C, m) {
   sim.def("last_report", &pydit_sim_last_report);
   sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });
   sim.attr("race_build") = pydit_sim_race_build() != 0;
-  const auto counters = [](const std::string& kernel) {
-    uint64_t counts[PYDIT_SIM_COUNTERS];
-    if (kernel.empty())
-      pydit_sim_counters(counts);
-    else
-      pydit_sim_counters_of(kernel.c_str(), counts);
+  const auto by_name = [](const uint64_t (&counts)[PYDIT_SIM_COUNTERS]) {
     const char* const names[PYDIT_SIM_COUNTERS] = {"global_loaded",  "global_stored", "shared_loaded",
                                                    "shared_stored",  "tensor_ops",    "shared_requests",
                                                    "bank_conflicts", "warpgroups"};
@@ -296,6 +291,19 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) result[names[i]] = counts[i];
     return result;
   };
+  const auto counters = [by_name](const std::string& kernel) {
+    uint64_t counts[PYDIT_SIM_COUNTERS];
+    if (kernel.empty())
+      pydit_sim_counters(counts);
+    else
+      pydit_sim_counters_of(kernel.c_str(), counts);
+    return by_name(counts);
+  };
   sim.def("counters", counters, py::arg("kernel") = "");
+  sim.def("total_counters", [by_name] {
+    uint64_t counts[PYDIT_SIM_COUNTERS];
+    pydit_sim_counters_total(counts);
+    return by_name(counts);
+  });
 #endif
 }

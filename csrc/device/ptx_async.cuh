@@ -113,7 +113,7 @@ __device__ __forceinline__ void mbarrier_invalidate(uint64_t* barrier) {
 // Makes initialised mbarriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
 #ifdef PYDIT_SIM
-  simt::require_hopper("fence.mbarrier_init");
+  simt::mbarrier_init_fence();
 #else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -196,11 +196,12 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // The register budget of the calling warpgroup becomes kRegisters per thread. Needs __launch_bounds__ on the kernel.
+// All budgets together must fit what the block was launched with, or the GPU waits for registers that never come.
 template <int kRegisters>
 __device__ __forceinline__ void set_max_registers_up() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24 to 256 registers in steps of 8");
 #ifdef PYDIT_SIM
-  simt::require_hopper("setmaxnreg");
+  simt::set_max_registers(kRegisters, true);
 #else
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
@@ -210,7 +211,7 @@ template <int kRegisters>
 __device__ __forceinline__ void set_max_registers_down() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24 to 256 registers in steps of 8");
 #ifdef PYDIT_SIM
-  simt::require_hopper("setmaxnreg");
+  simt::set_max_registers(kRegisters, false);
 #else
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif

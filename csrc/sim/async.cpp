@@ -34,6 +34,13 @@ std::string describe(const char* format, const std::string& subject) {
   return text;
 }
 
+// Of a thread when its block starts, as ptxas has it: all that the block's threads can have, if it is alone.
+int launched_registers(const Block& block) {
+  constexpr int kAll = 64 * 1024, kMost = 256;
+  const int each = kAll / ((block.threads() + kLanes - 1) / kLanes * kLanes) / 8 * 8;
+  return each < kMost ? each : kMost;
+}
+
 void land(const Copy& copy) {
   memcpy(copy.to, copy.from, copy.valid);
   memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
@@ -83,11 +90,22 @@ void require_aligned(const char* instruction, const char* what, const void* poin
   fail("%s: %s: expected a multiple of %zu bytes, got %s", instruction, what, alignment, place(pointer).c_str());
 }
 
+void require_inside(const char* instruction, const char* what, const void* pointer, size_t bytes) {
+  const Block* owner = cluster().owner(pointer);
+  if (owner == nullptr) return;
+  const size_t given = owner->kernel().shared_bytes;
+  const size_t end = static_cast<const unsigned char*>(pointer) - static_cast<unsigned char*>(owner->shared()) + bytes;
+  if (end <= given) return;
+  fail("%s: %s: %zu bytes from %s on reach byte %zu; the launch gave it %zu bytes", instruction, what, bytes,
+       place(pointer).c_str(), end, given);
+}
+
 // cp.async -------------------------------------------------------------------------------------------------------
 
 void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t valid) {
   require_aligned("cp.async", "destination", shared, bytes);
   require_aligned("cp.async", "source", global, bytes);
+  require_inside("cp.async", "destination", shared, bytes);
   if (valid > bytes) fail("cp.async: source size: expected at most %u bytes, got %u", bytes, valid);
   const Copy copy{shared, global, bytes, valid, engine().new_token()};
   race::engine_write(shared, bytes, copy.token, false);
@@ -129,6 +147,37 @@ bool elect_one() {
   require_hopper("elect.sync");
   vote("elect.sync", ~0u, 1);
   return current->lane == static_cast<int>(mix(current->block->kernel().seed) % kLanes);
+}
+
+void proxy_fence() {
+  require_hopper("fence.proxy.async");
+  race::generic_proxy_fence();
+  fence_mbarriers();
+}
+
+void set_max_registers(int registers, bool more) {
+  const char* name = more ? "setmaxnreg.inc" : "setmaxnreg.dec";
+  require_hopper(name);
+  int& mine = engine().mine().registers;
+  const int now = mine == 0 ? launched_registers(*current->block) : mine;
+  if (more ? registers < now : registers > now)
+    fail("%s: expected at %s the thread's %d registers, got %d", name, more ? "least" : "most", now, registers);
+  mine = registers;
+}
+
+std::string Engine::check_registers(const Block& block) const {
+  if (threads_.empty()) return "";
+  const int launched = launched_registers(block), warps = (block.threads() + kLanes - 1) / kLanes;
+  int asked = 0;
+  for (int warp = 0; warp < warps; ++warp) {
+    const int mine = threads_[warp * kLanes].registers, first = threads_[warp / 4 * 4 * kLanes].registers;
+    if (mine != first) return "setmaxnreg: warps of a warpgroup ask for different budgets";
+    asked += (mine == 0 ? launched : mine) * kLanes;
+  }
+  const int given = launched * warps * kLanes;
+  if (asked <= given) return "";
+  return "setmaxnreg: the block's warps ask for " + std::to_string(asked) + " registers, it was launched with " +
+         std::to_string(given) + ": the GPU would wait forever";
 }
 
 // Waiting --------------------------------------------------------------------------------------------------------
@@ -190,6 +239,8 @@ void Engine::start_block() {
     thread.stores.clear();
     thread.products.clear();
     thread.products_issued = 0;
+    thread.fenced = false;
+    thread.registers = 0;
     thread.polled = nullptr;
   }
   loads_.clear();
@@ -203,12 +254,13 @@ std::string Engine::end_block(const Block& block) {
     return describe("the block ended with a bulk copy to %s in flight that nobody waited for",
                     place(loads_[0].to, block));
   }
-  for (const uint64_t* barrier : barriers_) {
+  for (const auto& [barrier, by, fenced] : barriers_) {
     const long long bytes = outstanding_bytes(barrier);
     if (bytes == 0) continue;
     return "the block ended with the mbarrier at " + place(barrier, block) + (bytes < 0 ? ": more" : ": fewer") +
            " bytes were copied than announced, by " + std::to_string(bytes < 0 ? -bytes : bytes);
   }
+  if (const std::string reason = check_registers(block); !reason.empty()) return reason;
   for (Thread& thread : threads_) {
     if (!thread.products.empty()) return "the block ended with a wgmma that nobody waited for";
     for (size_t i = thread.stores.due(0); i-- > 0;) {

@@ -69,8 +69,15 @@ class Engine {
     Groups<BulkStore> stores;
     Groups<Product> products;
     uint64_t products_issued = 0;
+    bool fenced = false;           // by wgmma.fence
+    int registers = 0;             // by setmaxnreg; 0: as launched
     const void* polled = nullptr;  // by its last acquiring load, and what it saw
     uint64_t seen = 0;
+  };
+  struct Initialised {
+    const uint64_t* barrier;
+    const Fiber* by;
+    bool fenced;  // by that thread since: copies and other blocks see it
   };
   struct Waiter {
     Fiber* fiber;
@@ -91,8 +98,8 @@ class Engine {
     used_ = true;
     return waiters_;
   }
-  // The mbarriers that the block has initialised, for a look at them when it ends.
-  std::vector<const uint64_t*>& barriers() {
+  // The mbarriers that the block has initialised and not invalidated.
+  std::vector<Initialised>& barriers() {
     used_ = true;
     return barriers_;
   }
@@ -111,12 +118,14 @@ class Engine {
   std::string describe_waiters() const;
 
  private:
+  std::string check_registers(const Block& block) const;
+
   bool used_ = false;
   uint64_t token_ = 0;
   std::vector<Thread> threads_;
   std::vector<BulkLoad> loads_;
   std::vector<Waiter> waiters_;
-  std::vector<const uint64_t*> barriers_;
+  std::vector<Initialised> barriers_;
 };
 
 // cp.async and its groups.
@@ -129,16 +138,17 @@ void named_barrier(int id, int threads, bool wait);
 // One lane, drawn from the seed: a kernel must not count on lane 0.
 bool elect_one();
 // Orders plain accesses before those of copies and products; the simulator runs them in order as it is.
-inline void proxy_fence() {
-  require_hopper("fence.proxy.async");
-  race::generic_proxy_fence();
-}
+void proxy_fence();
+// setmaxnreg.inc (`more`) and .dec. Taken at once; whether the block has so many registers is looked at when it ends.
+void set_max_registers(int registers, bool more);
 
 inline Engine& engine() { return current->block->engine(); }
 // Of the block in whose shared memory `pointer` lies, which may be another of the cluster.
 Engine& engine_of(const void* pointer);
 // "byte 1024 of the dynamic shared memory", or the address of something else; as seen from `block`.
 std::string place(const void* pointer, const Block& block = *current->block);
+// Fails when `bytes` from `pointer` on, in dynamic shared memory, reach beyond what the launch gave.
+void require_inside(const char* instruction, const char* what, const void* pointer, size_t bytes);
 // Fails unless `pointer` is a multiple of `alignment`.
 void require_aligned(const char* instruction, const char* what, const void* pointer, size_t alignment);
 

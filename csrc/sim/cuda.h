@@ -17,10 +17,17 @@
 //   mbarrier.h, tma.h, wgmma.h    Hopper: barriers that count bytes, bulk copies of boxes, products of a warpgroup.
 //   atomics.h, progress.h         Semaphores between blocks: a block that only polls gives its OS thread away, and a
 //                launch in which everybody only polls is reported.
-//   race.h       In a race build: unordered accesses, unwritten memory, accesses outside tensors; counters.
+//   race.h       In a race build: unordered accesses, unwritten memory, accesses outside tensors; counters. shadow.h:
+//                what is remembered of a byte; banks.h: bank conflicts; race_observe.cpp: where plain accesses come
+//                from; race_launch.h: the tensors and counts of a launch; race.cpp: the detector itself.
 //   fault.h      A wild pointer or a stack overflow of a kernel ends the launch, not the process.
+//   symbols.h    From an address to a file and line, for reports; report.cpp writes those of the scheduler.
 //   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.
 //   control.h    C functions of the host side: seed, OS threads, late or early copies, device, last report, launches.
+//
+// In an hour: this head; launch.cpp for how blocks are dealt out; scheduler.h and .cpp for what a thread is and how it
+// waits; warp.h for a collective; async.h and mbarrier.cpp for work in flight; wgmma.h and tma.h for the layouts; and
+// the head of race.h. The rest is read when it is needed. tests/sim has a small kernel for every part.
 //
 // Shared memory: a static __shared__ variable is thread-local to the OS thread, hence one per running block; dynamic
 // shared memory is an arena filled with 0xFF (NaN) before every block. Neither is zero for a block to rely on.
@@ -28,8 +35,10 @@
 // A kernel that throws, traps, touches memory it cannot, deadlocks or misuses a collective makes the launch return
 // cudaErrorLaunchFailure; the reason is in pydit_sim_last_report(), and the next launch works.
 //
-// Not modelled: timing, memory ordering weaker than the host's, bank conflicts. Compile with -ffp-contract=off (a
-// multiply and an add fuse only where the kernel says fmaf) and -fno-strict-aliasing (as nvcc does).
+// Not modelled: timing, memory ordering weaker than the host's, caches, programmatic dependent launch (no kernel uses
+// it). What depends on ptxas (spills, products it serialises) is the static gates' (build_tools/gates.py). Compile with
+// -ffp-contract=off (a multiply and an add fuse only where the kernel says fmaf) and -fno-strict-aliasing (as nvcc
+// does).
 #pragma once
 
 // Qualifiers. All code is host code here; __shared__ works at block scope, where CUDA allows it too.

@@ -43,6 +43,7 @@ struct MatrixDeposit : Deposit {
 void move_matrices(const char* name, uint32_t* registers, char* row, int matrices, bool store, bool transposed) {
   if (current->lane < matrices * 8) {
     require_aligned(name, "row address", row, 16);
+    require_inside(name, "row", row, 16);
     store ? race::write(row, 16) : race::read(row, 16);
   }
   MatrixDeposit deposit;

@@ -1,7 +1,9 @@
 #include "sim/mbarrier.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
 #include "sim/async.h"
 #include "sim/cluster.h"
@@ -53,6 +55,13 @@ void require_own(const uint64_t* barrier, const char* name) {
   fail("%s: expected an mbarrier of the thread's own block, got %s", name, place(barrier).c_str());
 }
 
+const Engine::Initialised* find(Engine& engine, const uint64_t* barrier) {
+  for (const Engine::Initialised& known : engine.barriers()) {
+    if (known.barrier == barrier) return &known;
+  }
+  return nullptr;
+}
+
 // Completes the oldest copy in flight that signals `barrier`.
 bool land_one(const uint64_t* barrier) {
   std::vector<BulkLoad>& loads = engine().loads();
@@ -73,16 +82,39 @@ void mbarrier_init(uint64_t* barrier, uint32_t count) {
   require_aligned("mbarrier.init", "mbarrier", barrier, 8);
   require_own(barrier, "mbarrier.init");
   if (count < 1 || count > kMaxCount) fail("mbarrier.init: count: expected 1 to %u, got %u", kMaxCount, count);
+  if (find(engine(), barrier) != nullptr)
+    fail("mbarrier.init: an mbarrier is initialised at %s already; mbarrier.inval comes first", place(barrier).c_str());
+  race::touch_mbarrier(barrier, true);
   State state = {};
   state.pending = state.count = count;
   state.mark = 1;
   memcpy(barrier, &state, sizeof state);
-  engine().barriers().push_back(barrier);
+  engine().barriers().push_back({barrier, current, false});
 }
 
 void mbarrier_invalidate(uint64_t* barrier) {
   read(barrier, "mbarrier.inval");
+  race::touch_mbarrier(barrier, true);
   memset(barrier, 0xFF, sizeof *barrier);
+  std::vector<Engine::Initialised>& all = engine().barriers();
+  const auto same = [barrier](const Engine::Initialised& other) { return other.barrier == barrier; };
+  all.erase(std::remove_if(all.begin(), all.end(), same), all.end());
+}
+
+void mbarrier_init_fence() {
+  require_hopper("fence.mbarrier_init");
+  fence_mbarriers();
+}
+
+void fence_mbarriers() {
+  for (Engine::Initialised& mine : engine().barriers()) mine.fenced = mine.fenced || mine.by == current;
+}
+
+void require_fenced(const uint64_t* barrier, const char* name) {
+  const Engine::Initialised* found = find(engine_of(barrier), barrier);
+  if (found == nullptr || found->fenced) return;
+  fail("%s: mbarrier at %s: its thread called no fence.mbarrier_init after mbarrier.init", name,
+       place(barrier).c_str());
 }
 
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const char* name) {
@@ -92,6 +124,7 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const char* name) {
          static_cast<unsigned>(state.count));
   }
   add_bytes(state, bytes, barrier, name);
+  race::touch_mbarrier(barrier);
   race::release(barrier);
   state.pending -= 1;
   write(barrier, state);
@@ -101,11 +134,13 @@ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
   constexpr const char* kName = "mbarrier.arrive.shared::cluster";
   void* there = cluster().map(barrier, rank, kName);
   cluster().reach(rank, kName);
+  if (rank != current->block->rank()) require_fenced(static_cast<uint64_t*>(there), kName);
   mbarrier_arrive(static_cast<uint64_t*>(there), 0, kName);
 }
 
 void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   State state = read(barrier, "mbarrier.expect_tx");
+  race::touch_mbarrier(barrier);
   add_bytes(state, bytes, barrier, "mbarrier.expect_tx");
   write(barrier, state);
 }
@@ -118,6 +153,7 @@ void mbarrier_complete(uint64_t* barrier, uint32_t bytes) {
 
 bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   require_own(barrier, "mbarrier.try_wait");
+  race::touch_mbarrier(barrier);
   do {
     const State state = read(barrier, "mbarrier.try_wait");
     if (state.parity != (parity & 1)) {
@@ -133,6 +169,7 @@ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   require_own(barrier, "mbarrier.try_wait");
+  race::touch_mbarrier(barrier);
   current->block->fall_behind();
   for (;;) {
     if (read(barrier, "mbarrier.try_wait").parity != (parity & 1)) return race::acquire(barrier);

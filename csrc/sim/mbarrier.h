@@ -16,6 +16,9 @@ namespace simt {
 
 void mbarrier_init(uint64_t* barrier, uint32_t count);
 void mbarrier_invalidate(uint64_t* barrier);
+void mbarrier_init_fence();  // fence.mbarrier_init
+void fence_mbarriers();      // what that and fence.proxy.async do to those that the running thread initialised
+void require_fenced(const uint64_t* barrier, const char* name);             // for who is not a thread of its block
 void mbarrier_arrive(uint64_t* barrier, uint32_t bytes, const char* name);  // announces `bytes`, then arrives
 void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank);  // at the same place in block `rank` of the cluster
 void mbarrier_expect(uint64_t* barrier, uint32_t bytes);

@@ -34,10 +34,19 @@ struct Accumulator {
   Range range;
   uint64_t token;
 };
+// Of a thread: what products in flight accumulate in, and every place where one did.
 struct Accumulators {
   std::vector<Accumulator> all;
   Range bounds = {UINTPTR_MAX, 0};
+  struct Place {
+    Range range;
+    bool accessed;  // by the thread, since the last fence
+  };
+  std::vector<Place> places;
+  Range place_bounds = {UINTPTR_MAX, 0};
 };
+
+static_assert(kMaxClusterBlocks * kMaxThreads <= 1 << 13, "Access keeps a thread in 13 bits");
 
 // An asynchronous operation, and who waited for it when. Of one thread the first wait alone counts.
 struct Operation {
@@ -124,6 +133,7 @@ class Detector {
     const auto bottom = reinterpret_cast<uintptr_t>(fiber.context.stack_bottom);
     if (address - bottom < fiber.context.stack_bytes) return access_local(accumulators_[me], address, write, pc);
     const ptrdiff_t first = offset(address, bytes);
+    if (first < 0) check_overrun(address, bytes, write, pc);
     if (first < 0 && !is_global(address, bytes)) return;
     if (first >= static_cast<ptrdiff_t>(fixed_offset_) && residents_.size() > 1)
       stop(pc, "static shared memory in a cluster, which the simulator has only once for all blocks");
@@ -134,13 +144,19 @@ class Detector {
     banks_[warp_number(*fiber.block, fiber.warp)].access(fiber.lane, pc, static_cast<uint32_t>(first),
                                                          static_cast<uint32_t>(bytes));
     if (const int rank = rank_of(first); rank != rank_of_thread(me)) visit(rank, pc);
-    touch(first, bytes, write, name(pc, me, atomic, false, 0), me, false);
+    touch(first, bytes, write, name(pc, me, atomic), me);
+  }
+
+  void touch_mbarrier(const void* barrier, bool anew, const void* pc) {
+    const ptrdiff_t first = offset(reinterpret_cast<uintptr_t>(barrier), sizeof(uint64_t));
+    if (first >= 0) touch(first, sizeof(uint64_t), true, name(pc, self(), !anew), self());
   }
 
   void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, bool async_proxy, const void* pc) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     const ptrdiff_t first = offset(address, bytes);
     if (first < 0) {
+      check_overrun(address, bytes, write, pc);
       if (is_global(address, bytes)) access_global(address, bytes, write, pc);
       return;
     }
@@ -148,7 +164,11 @@ class Detector {
     const int me = self();
     if (const int rank = rank_of(first); rank != rank_of_thread(me))
       residents_[rank].operations.push_back(operation(token));
-    touch(first, bytes, write, name(pc, me, false, true, operation(token)), me, async_proxy);
+    Access access = name(pc, me, false);
+    access.engine = true;
+    access.async_proxy = async_proxy;
+    access.operation = operation(token);
+    touch(first, bytes, write, access, me);
   }
 
   void release(const void* object) {
@@ -246,9 +266,23 @@ class Detector {
   }
   void accumulates(const void* pointer, size_t bytes, uint64_t token) {
     const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    const Range range = {begin, begin + bytes};
     Accumulators& mine = accumulators_[self()];
-    mine.all.push_back({{begin, begin + bytes}, token});
-    mine.bounds = {std::min(mine.bounds.begin, begin), std::max(mine.bounds.end, begin + bytes)};
+    mine.all.push_back({range, token});
+    widen(mine.bounds, range);
+    const auto overlaps = [&range](const Accumulators::Place& place) {
+      return place.range.begin < range.end && range.begin < place.range.end;
+    };
+    for (const Accumulators::Place& place : mine.places) {
+      if (place.accessed && overlaps(place))
+        fail("wgmma: its accumulator was accessed after the last wgmma.fence, which is to come between");
+    }
+    mine.places.erase(std::remove_if(mine.places.begin(), mine.places.end(), overlaps), mine.places.end());
+    mine.places.push_back({range, false});
+    widen(mine.place_bounds, range);
+  }
+  void register_fence() {
+    for (Accumulators::Place& place : accumulators_[self()].places) place.accessed = false;
   }
   void engine_signals(uint64_t token, const void* object) { objects_[object].operations.push_back(operation(token)); }
 
@@ -280,13 +314,9 @@ class Detector {
     }
   }
 
-  Access name(const void* pc, int thread, bool atomic, bool engine, uint32_t operation) {
-    return {reinterpret_cast<uintptr_t>(pc),
-            static_cast<uint64_t>(thread),
-            atomic,
-            engine,
-            clock(thread)[thread],
-            operation};
+  Access name(const void* pc, int thread, bool atomic) {
+    return {
+        reinterpret_cast<uintptr_t>(pc), static_cast<uint64_t>(thread), atomic, false, false, clock(thread)[thread], 0};
   }
 
   // Tokens are numbered as they come; mostly the same one comes again. Each block of a cluster has its own.
@@ -349,8 +379,25 @@ class Detector {
     return true;
   }
 
+  // Memory of a block that its launch did not ask for.
+  void check_overrun(uintptr_t address, size_t bytes, bool write, const void* pc) {
+    for (const Resident& resident : residents_) {
+      const Range& given = resident.dynamic;
+      if (address + bytes <= given.end || address < given.begin || address >= given.begin + kMaxSharedBytes) continue;
+      stop(pc, "%s of %zu bytes at byte %zu of the dynamic shared memory; the launch gave it %zu bytes",
+           write ? "write" : "read", bytes, static_cast<size_t>(address - given.begin),
+           static_cast<size_t>(given.end - given.begin));
+    }
+  }
+
+  static void widen(Range& bounds, const Range& by) {
+    bounds = {std::min(bounds.begin, by.begin), std::max(bounds.end, by.end)};
+  }
+
   // A local variable.
-  void access_local(const Accumulators& mine, uintptr_t address, bool write, const void* pc) {
+  void access_local(Accumulators& mine, uintptr_t address, bool write, const void* pc) {
+    if (!mine.place_bounds.holds(address, 1)) return;
+    for (Accumulators::Place& place : mine.places) place.accessed = place.accessed || place.range.holds(address, 1);
     if (!mine.bounds.holds(address, 1)) return;
     for (const Accumulator& a : mine.all) {
       if (!a.range.holds(address, 1)) continue;
@@ -390,7 +437,7 @@ class Detector {
     return false;
   }
 
-  void touch(size_t first, size_t bytes, bool write, const Access& access, int me, bool async_proxy) {
+  void touch(size_t first, size_t bytes, bool write, const Access& access, int me) {
     Access known = {};  // the last write that this access was found to be ordered behind
     for (size_t at = first; at < first + bytes;) {
       const size_t begin = at % Line::kBytes, end = std::min(Line::kBytes, begin + (first + bytes - at));
@@ -400,11 +447,11 @@ class Detector {
         if (!(cell->write == known)) {
           if (!excused(cell->write, access) && !ordered(cell->write, me))
             report(at, cell->write, "write", access, write ? "write" : "read");
-          if (async_proxy) check_proxy(at, cell->write, "write", access, write ? "written" : "read", me);
+          if (access.async_proxy) check_proxy(at, cell->write, "write", access, write ? "written" : "read", me);
           known = cell->write;
         }
         if (write)
-          note_write(*cell, at, access, me, async_proxy);
+          note_write(*cell, at, access, me);
         else
           note_read(*cell, at, access, me);
       }
@@ -417,10 +464,10 @@ class Detector {
     return a.epoch == 0 || (a.atomic && b.atomic) || (a.engine && b.engine && a.operation == b.operation);
   }
 
-  void note_write(Cell& cell, size_t byte, const Access& access, int me, bool async_proxy) {
+  void note_write(Cell& cell, size_t byte, const Access& access, int me) {
     for (const Access& read : cell.reads) {
       if (!excused(read, access) && !ordered(read, me)) report(byte, read, "read", access, "write");
-      if (async_proxy) check_proxy(byte, read, "read", access, "written", me);
+      if (access.async_proxy) check_proxy(byte, read, "read", access, "written", me);
     }
     cell.reads.clear();
     cell.write = access;
@@ -445,11 +492,17 @@ class Detector {
 
   void check_proxy(size_t byte, const Access& before, const char* first, const Access& now, const char* second,
                    int me) {
-    if (before.epoch == 0 || before.engine) return;
-    const auto fenced = [&](int thread) {
-      return !fences_.empty() && fences_[thread * width_ + before.thread] >= before.epoch;
+    if (before.epoch == 0 || before.async_proxy) return;
+    // By `thread` itself or by the issuing one, after that thread's `epoch`.
+    const auto fenced = [&](int thread, uint32_t epoch) {
+      return !fences_.empty() && (fences_[thread * width_ + thread] >= epoch || fences_[me * width_ + thread] >= epoch);
     };
-    if (fenced(before.thread) || fenced(me)) return;
+    if (!before.engine && fenced(static_cast<int>(before.thread), before.epoch)) return;
+    if (before.engine) {  // of cp.async
+      for (const Operation::Wait& wait : operations_[before.operation].waits) {
+        if (fenced(static_cast<int>(wait.thread), wait.epoch)) return;
+      }
+    }
     const std::string how = std::string(second) + " by the async proxy without fence.proxy.async between";
     report(byte, before, first, now, how.c_str());
   }
@@ -555,6 +608,8 @@ void acquire(const void* object) { detector().acquire(object); }
 void engine_done(uint64_t token) { detector().engine_done(token); }
 void engine_signals(uint64_t token, const void* object) { detector().engine_signals(token, object); }
 void accumulates(const void* pointer, size_t bytes, uint64_t token) { detector().accumulates(pointer, bytes, token); }
+void register_fence() { detector().register_fence(); }
+void touch_mbarrier(const void* barrier, bool anew, const void* pc) { detector().touch_mbarrier(barrier, anew, pc); }
 void forget(const void* object) { detector().forget(object); }
 void generic_proxy_fence() { detector().fence(); }
 void pass_on(const void* from, const void* to) { detector().pass_on(from, to); }

@@ -19,7 +19,8 @@
 // the issuing thread at its issue, and ordered before a thread only through engine_done(token) of that thread, or of
 // one that thread has been synchronised with. The async proxy (bulk copies, products) is ordered behind a plain access
 // that it conflicts with only when who made that access, or the issuing thread after it was ordered behind it, has
-// called generic_proxy_fence() since: its reads behind plain writes, its writes behind plain reads and writes.
+// called generic_proxy_fence() since: its reads behind plain writes, its writes behind plain reads and writes. cp.async
+// is plain in this sense, and who waited for it made the access.
 //
 // Clusters. The threads of all blocks of a cluster are one set of threads with one set of clocks, and each byte of each
 // block's dynamic shared memory has its history, whoever reaches for it. Besides, a block that is reached into (a
@@ -54,6 +55,8 @@ void acquire(const void* object);
 void engine_done(uint64_t token);
 void engine_signals(uint64_t token, const void* object);
 void accumulates(const void* pointer, size_t bytes, uint64_t token);
+void register_fence();
+void touch_mbarrier(const void* barrier, bool anew, const void* pc);
 void forget(const void* object);
 void generic_proxy_fence();
 void pass_on(const void* from, const void* to);
@@ -101,9 +104,19 @@ inline void engine_done(uint64_t token) {
 inline void engine_signals(uint64_t token, const void* object) {
   if (__builtin_expect(enabled, false)) detail::engine_signals(token, object);
 }
-// Until the running thread has waited for `token`, these registers of it (a local array) are the engine's.
+// Until the running thread has waited for `token`, these registers of it (a local array) are the engine's. Registers
+// that an earlier product used and the thread has accessed since then must have a register_fence() behind that access.
 inline void accumulates(const void* pointer, size_t bytes, uint64_t token) {
   if (__builtin_expect(enabled, false)) detail::accumulates(pointer, bytes, token);
+}
+// wgmma.fence by the running thread.
+inline void register_fence() {
+  if (__builtin_expect(enabled, false)) detail::register_fence();
+}
+// The memory of an mbarrier, which threads may use at once; what makes it one, or no longer one (`anew`), must be
+// ordered with every use.
+inline void touch_mbarrier(const void* barrier, bool anew = false) {
+  if (__builtin_expect(enabled, false)) detail::touch_mbarrier(barrier, anew, __builtin_return_address(0));
 }
 // fence.proxy.async by the running thread.
 inline void generic_proxy_fence() {

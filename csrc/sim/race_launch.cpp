@@ -17,7 +17,7 @@ namespace {
 std::mutex mutex;
 std::map<const Kernel*, std::unique_ptr<Launch>> launches;
 using Counts = std::array<uint64_t, PYDIT_SIM_COUNTERS>;
-Counts last_counts = {};
+Counts last_counts = {}, total_counts = {};
 std::map<std::string, Counts> counts_of;  // by kernel
 thread_local std::vector<Span> named;     // by allow(), for the next launch of this host thread
 
@@ -42,6 +42,7 @@ LaunchScope::~LaunchScope() {
   const auto found = launches.find(&kernel_);
   if (found == launches.end()) return;
   for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) last_counts[i] = found->second->counts[i];
+  for (int i = 0; i < PYDIT_SIM_COUNTERS; ++i) total_counts[i] += last_counts[i];
   counts_of[kernel_.name] = last_counts;
   launches.erase(found);
 }
@@ -57,6 +58,11 @@ void detail::allow(const void* pointer, size_t bytes, bool writable, const char*
 void pydit_sim_counters(uint64_t counts[PYDIT_SIM_COUNTERS]) {
   const std::lock_guard<std::mutex> lock(simt::race::mutex);
   std::copy(simt::race::last_counts.begin(), simt::race::last_counts.end(), counts);
+}
+
+void pydit_sim_counters_total(uint64_t counts[PYDIT_SIM_COUNTERS]) {
+  const std::lock_guard<std::mutex> lock(simt::race::mutex);
+  std::copy(simt::race::total_counts.begin(), simt::race::total_counts.end(), counts);
 }
 
 void pydit_sim_counters_of(const char* kernel, uint64_t counts[PYDIT_SIM_COUNTERS]) {

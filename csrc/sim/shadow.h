@@ -13,9 +13,10 @@
 
 namespace simt::race {
 
-// Who made an access: a thread in one of its epochs, or an engine for a thread, in an operation of the block.
+// Who made an access: a thread in one of its epochs, or an engine for a thread, in an operation of the block; and
+// whether through the async proxy.
 struct Access {
-  uint64_t pc : 48, thread : 14, atomic : 1, engine : 1;
+  uint64_t pc : 48, thread : 13, atomic : 1, engine : 1, async_proxy : 1;
   uint32_t epoch;      // 0: no access
   uint32_t operation;  // of an engine
 

@@ -91,6 +91,8 @@ void observe_box(const TensorMap& map, const Coordinates& at, uint64_t token, bo
 
 // Sends off the copy to one block, whose threads land it when they wait.
 void deliver(const BulkLoad& load, uint64_t token, Engine& there) {
+  require_inside("cp.async.bulk", "destination", load.to, load.bytes);
+  require_fenced(load.barrier, "cp.async.bulk");
   race::engine_write(load.to, load.bytes, token);
   race::engine_signals(token, load.barrier);
   if (eager()) return land_load(load);
@@ -180,6 +182,7 @@ void tma_store(const TensorMap& map, Coordinates at, const void* shared, bool ad
   const char* name = add ? "cp.reduce.async.bulk.tensor" : "cp.async.bulk.tensor (store)";
   require_hopper(name);
   require_aligned(name, "source", shared, 128);
+  require_inside(name, "source", shared, map.box_bytes());
   BulkStore& store = engine().mine().stores.add({map, at, shared, engine().new_token(), add, false, {}});
   race::engine_read(shared, map.box_bytes(), store.token);
   if (race::enabled) observe_box(map, at, store.token, true);

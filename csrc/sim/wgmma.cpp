@@ -168,6 +168,7 @@ uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes, uint32_t s
 
 void wgmma(const Product& product) {
   require_hopper("wgmma.mma_async");
+  if (!engine().mine().fenced) fail("wgmma: no wgmma.fence before the first product");
   if (current->lane == 0 && current->warp % 4 == 0 && engine().mine().products_issued == 0) count::warpgroup();
   Product& mine = engine().mine().products.add(product);
   // All lanes of a warp issue the same products, so counting them gives one token per product and warp; the high bit
@@ -177,7 +178,11 @@ void wgmma(const Product& product) {
   if (race::enabled && current->lane == 0) observe(mine);
 }
 
-void wgmma_fence() { require_hopper("wgmma.fence"); }
+void wgmma_fence() {
+  require_hopper("wgmma.fence");
+  engine().mine().fenced = true;
+  race::register_fence();
+}
 
 void wgmma_commit() {
   require_hopper("wgmma.commit_group");

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from torch.autograd import DeviceType
 
 import pydit
-from benchmarks import compare, layers, model, parts
+from benchmarks import blocks, compare, layers, model, parts
 from benchmarks.cases import whole_block
 from benchmarks.runner import run_case
 from pydit.families import FAMILIES
@@ -46,28 +47,98 @@ def test_layers_are_counted_by_kind_and_timed(command, tmp_path, capsys):
 
 
 def test_every_kind_of_block_is_timed_as_what_it_is():
-    """Each block of every preset and of plans beyond them costs what the case of its kind computes."""
-    config = {"num_attention_heads": 24, "attention_head_dim": 128}
-    plans = [pydit.PruningPlan.preset(name) for name in PRESETS]
-    plans.append(pydit.PruningPlan("qwen-image", 60, [(0, 1)], text_linear=[(2, 9)], linear_ffn=[3, 9, 20]))
-    specs = {spec for plan in plans if plan.family == "qwen-image" for spec in plan.blocks}
-    kinds = whole_block.KINDS | whole_block.MORE_KINDS
-    assert len({layers.kind_of(spec) for spec in specs}) >= 7
-    for spec in [*specs, *kinds.values()]:
-        flops = FAMILIES["qwen-image"].block_flops(config, spec, 6889, 512)
-        assert flops == FAMILIES["qwen-image"].block_flops(config, kinds[layers.kind_of(spec)], 6889, 512), spec
+    """Each block of every preset and of plans beyond them costs what the block of its kind computes."""
+    for name, plan in PLANS:
+        config = blocks.config_of(name, plan)
+        specs, counts = layers.kinds_of(plan.family, config, plan)
+        assert sum(counts.values()) == plan.num_student_layers
+        for spec in [*plan.blocks, *pydit.PruningPlan(plan.family, plan.num_layers).blocks]:
+            of_kind = specs[blocks.kind_of(plan.family, config, spec)]
+            flops = [FAMILIES[plan.family].block_flops(config, s, 6889, 512) for s in (spec, of_kind)]
+            assert flops[0] == flops[1], (name, spec, of_kind)
+            weights = [FAMILIES[plan.family].block_parameters(config, s) for s in (spec, of_kind)]
+            assert weights[0] == weights[1] or (spec.dead_query and spec.text == "linear" and weights[1] < weights[0])
+    qwen = [layers.kinds_of("qwen-image", blocks.config_of(name, plan), plan)[0] for name, plan in PLANS
+            if plan.family == "qwen-image"]
+    named = whole_block.KINDS | whole_block.MORE_KINDS
+    found = {kind: spec for specs in qwen for kind, spec in specs.items()}
+    assert len(found) >= 7 and all(
+        replace(named[kind], dead_query=False) == replace(spec, source=(0,)) for kind, spec in found.items())
 
 
-@pytest.mark.parametrize("kind", [*whole_block.KINDS, *whole_block.MORE_KINDS])
-def test_parts_of_a_block_add_up_to_it(kind):
+PLANS = [*(({"qwen-image": "qwen-image", "flux.1": "flux.1-dev", "sd3.5": "sd3.5-large"}[fields[0]],
+            pydit.PruningPlan.preset(name)) for name, fields in PRESETS.items()),
+         ("qwen-image", pydit.PruningPlan("qwen-image", 60, [(0, 1)], text_linear=[(2, 9)], linear_ffn=[3, 9, 20])),
+         ("flux.1-dev", pydit.PruningPlan("flux.1", 57, [(3, 4)], text_linear=[(6, 8), (30, 33)], linear_ffn=[5, 7, 31, 40])),
+         ("sd3.5-medium", pydit.PruningPlan("sd3.5", 24, [(3, 4)], text_linear=[(15, 17)], linear_ffn=[5, 16])),
+         ("sd3.5-medium", pydit.PruningPlan("sd3.5", 24))]
+OF_PLANS = {(name, kind): spec for name, plan in PLANS for kind, spec in layers.kinds_of(
+    plan.family, blocks.config_of(name, plan), plan)[0].items()}
+OF_PLANS |= {("qwen-image", kind): spec for kind, spec in (whole_block.KINDS | whole_block.MORE_KINDS).items()}
+
+
+@pytest.mark.parametrize(("name", "kind"), OF_PLANS)
+def test_parts_of_a_block_add_up_to_it(name, kind):
     """FLOPs of products and attention are the family's; the floor of the ops is none below that of the whole."""
-    config, spec = {"num_attention_heads": 24, "attention_head_dim": 128}, (whole_block.KINDS | whole_block.MORE_KINDS)[kind]
-    ops = parts.works(config, spec, 2, 6889, 512, 2)
-    assert sum(work.flops for part, work in ops if part != "rest") == 2 * FAMILIES["qwen-image"].block_flops(
-        config, spec, 6889, 512)
+    family, config, spec = blocks.CONFIGS[name].family, blocks.CONFIGS[name].config, OF_PLANS[name, kind]
+    ops = parts.works(config, spec, 2, 6889, 512, 2, family)
+    work = blocks.block_work(family, config, spec, 2, 6889, 512, 2)
+    assert sum(work.flops for part, work in ops if part != "rest") == work.flops
+    if not kind.endswith("_last"):
+        assert work.flops == 2 * FAMILIES[family].block_flops(config, spec, 6889, 512)
     ideal = parts.floors(ops, {"copy_gb_s": 4300.0, "gemm_tflop_s": 790.0})
     assert (ideal["attention"] == ideal["rest"] == 0) == (kind == "affine") and ideal["products"] > 0
     assert parts.floors(ops, {"copy_gb_s": 4300.0}) is None
+    assert sum(ideal.values()) >= max(work.bytes / 4300e3, work.flops / 790e6) * 0.999
+
+
+def test_the_published_families_have_their_own_kinds():
+    kinds = {name: {kind for of, kind in OF_PLANS if of == name} for name in ("flux.1-dev", "sd3.5-large", "sd3.5-medium")}
+    assert {"dense", "single_dense", "single_linear_ffn", "single_text_linear"} <= kinds["flux.1-dev"]
+    assert kinds["sd3.5-large"] == {"dense", "dense_last"}
+    assert {"dense", "dense_attn2", "dense_last", "linear_ffn_attn2"} <= kinds["sd3.5-medium"]
+
+
+@pytest.mark.parametrize(("config", "fields"), [
+    ("tiny-flux.1", {"num_layers": 6, "intervals": [(0, 1)], "text_linear": [(4, 5)], "linear_ffn": [3]}),
+    ("tiny-sd3.5", {"num_layers": 6, "intervals": [(2, 3)], "linear_ffn": [1]})])
+def test_blocks_and_models_of_every_family(config, fields, command, tmp_path, capsys):
+    """Every kind computes what its float64 block does (the runner refuses figures else); whole models run."""
+    plan = pydit.PruningPlan(blocks.CONFIGS[config].family, **fields)
+    plan.save(tmp_path / "plan.json")
+    command[1] = config
+    assert layers.main(command) == 0
+    rows = {row["kind"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert "wrong" not in capsys.readouterr().out and sum(row["count"] for row in rows.values()) == plan.num_student_layers
+    assert set(rows) >= ({"dense", "single_dense", "single_linear_ffn", "single_text_end"} if "flux" in config else
+                         {"dense", "dense_attn2", "linear_ffn_attn2", "dense_last"}), rows.keys()
+    assert all(row["ideal_us"] > 0 and "details_failed" not in row for row in rows.values())
+    assert model.main([*command, "--variants", "eager,accelerate"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["ms"] > 0 for row in rows), rows
+    dense = blocks.config_of(config, plan)
+    assert [row["parameters"] for row in rows[:2]] == [pydit.PruningPlan(plan.family, plan.num_layers).num_parameters(dense),
+                                                       plan.num_parameters(dense)]
+
+
+@pytest.mark.parametrize(("config", "name"), [
+    ("qwen-image", "ppcl-qwen-image-10b"), ("flux.1-dev", "ppcl-flux.1-8b"), ("sd3.5-large", "ppcl-sd3.5-large-5b"),
+    ("sd3.5-medium", "dense")])
+def test_published_models_have_as_many_parameters_as_their_plans_say(config, name):
+    """Made without memory for their weights."""
+    plan = layers.plan_of(name, config)
+    for shape, counted in (("dense", layers.plan_of("dense", config)), ("pruned", plan)):
+        found = model._make(config, plan, shape, "meta")
+        assert sum(p.numel() for p in found.parameters()) == counted.num_parameters(blocks.config_of(config, plan))
+
+
+def test_a_dense_model_alone(command, tmp_path):
+    command[1:4] = ["tiny-sd3.5", "--plan", "dense"]
+    assert layers.main(command) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {row["kind"]: row["count"] for row in rows} == {"dense_attn2": 2, "dense": 3, "dense_last": 1}
+    assert model.main([*command, "--variants", "eager"]) == 0
+    assert [row["model"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["dense"]
 
 
 def test_kernels_are_told_apart_by_name():
@@ -145,7 +216,9 @@ def test_models_leave_what_they_have_when_time_is_over(command, tmp_path, monkey
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (["--size", "33"], "size: expected a multiple of 16, got 33"), (["--plan", "no-such"], "no-such")])
+    (["--size", "33"], "size: expected a multiple of 16, got 33"), (["--plan", "no-such"], "no-such"),
+    (["--config", "flux.1-dev"], "plan: expected one of flux.1 for flux.1-dev, got one of qwen-image"),
+    (["--config", "qwen-image"], "plan: expected one of 60 layers for qwen-image, got one of 6")])
 @pytest.mark.parametrize("main", [layers.main, model.main])
 def test_bad_options(main, change, words, command, capsys):
     assert main([*command, *change]) == 2

@@ -4,7 +4,8 @@ and sensors answer. Says that nothing there is misspelt or forgotten, and nothin
 import contextlib
 import sys
 import time
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,45 @@ def gpu(monkeypatch):
     monkeypatch.setattr(timing, "GPU_PRODUCTS", ((64, 64, 64), (32, 32, 32)))
     with OnCpu():
         yield
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """FlashAttention-3 and 4 by torch, in the modules that a machine with them has; the second returns the log-sum-exp
+    too. Nothing is compiled."""
+    def attention(q, k, v):
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+
+    for name, found in (("flash_attn_interface", attention), ("flash_attn", None), ("flash_attn.cute", None),
+                        ("flash_attn.cute.interface", lambda q, k, v: (attention(q, k, v), None))):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__path__ = []
+        if found is not None:
+            module.flash_attn_func = found
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("module", ["attention_backward", "whole_block"])
+def test_flash_attention_where_it_can_be_imported(module, gpu, flash, tmp_path):
+    """Alone on joined streams in the backward, and within a compiled block, at right results."""
+    path = tmp_path / "part.json"
+    names = [f"{of}flash-attention {n}{alone}" for n in (3, 4) for of, alone in (("", ""), ("", " joined"),
+                                                                                 ("torch.compile ", ""))]
+    assert runner.main(["--size", "small", "--module", module, "--rounds", "3", "--json", str(path), "--filter",
+                        "1x100+40 block_dense block_text_keys block_affine", "--peers",
+                        ",".join([*names, "sdpa flash joined"])]) == 0
+    rows = {row["op"]: row for row in compare.load(path)["rows"]}
+    if module == "attention_backward":
+        row, = rows.values()
+        assert {"flash-attention 3", "flash-attention 4", "flash-attention 3 joined", "flash-attention 4 joined",
+                "sdpa flash joined"} <= set(row["providers"]), row
+    else:
+        for op in ("block_dense", "block_text_keys"):
+            assert {"torch.compile flash-attention 3", "torch.compile flash-attention 4"} <= set(rows[op]["providers"]), rows
+        assert not any("flash" in name for name in rows["block_affine"]["providers"])
 
 
 @pytest.mark.parametrize("module", ["modulate", "attention", "linear", "second_moments"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import registry
+from benchmarks.cases.attention_backward import gradients, joined_gradients
 from benchmarks.peers import Peer, compiled, installed, needs_gpu, never
 from benchmarks.peers.attention import (
     FLASH_3,
@@ -44,6 +45,37 @@ def test_sdpa_math_is_attention_over_both_streams():
     assert_accurate(out_img, exact[:, :9], eager[:, :9], name="image")
     assert_accurate(out_txt, exact[:, 9:], eager[:, 9:], name="text")
     assert out_img.is_contiguous() and out_txt.is_contiguous()
+
+
+def test_the_backward_of_a_kernel_alone_gets_streams_that_lie_joined():
+    (*image, d_image), (*text, d_text) = ([draw(2, s, 3, 8) for _ in range(4)] for s in (9, 4))
+    args = (*image, *text, None, *[None] * 4, d_image, d_text)
+    run = joined_gradients(sdpa("math"))
+    found = run(*args), run(*args)
+    wide = [x.double().requires_grad_() for x in (*image, *text)]
+    q, k, v = (torch.cat(pair, 1) for pair in zip(wide[:3], wide[3:], strict=True))
+    exact = torch.autograd.grad(attention(q, k, v), wide, torch.cat((d_image, d_text), 1).double())
+    plain = gradients(joint(sdpa("math")))(*args)
+    for first, second, right, other in zip(*found, exact, plain, strict=True):
+        assert torch.equal(first, second)
+        assert_accurate(first, right, other, name="gradient")
+    for size in registry.SIZES:
+        for case in registry.cases(size, "attention_backward"):
+            names = {peer.name for peer in case.peers}
+            assert ("flash-attention 3 joined" in names) == ("/" not in case.shape), case.name
+    reasons = {peer.name: peer.available() for peer in registry.cases("full", "attention_backward")[0].peers}
+    assert torch.cuda.is_available() or reasons["flash-attention 4 joined"] == (
+        False, "flash_attn.cute.interface is not installed")
+
+
+def test_every_block_with_attention_races_the_compiler_with_flash_attention():
+    for size in registry.SIZES:
+        for case in registry.cases(size, "whole_block"):
+            peers = {peer.name: peer for peer in case.peers if "flash-attention" in peer.name}
+            assert list(peers) == ([] if case.op == "block_affine" else [
+                "torch.compile flash-attention 4", "torch.compile flash-attention 3"])
+            for peer in peers.values():
+                assert peer.rival and (torch.cuda.is_available() or "is not installed" in peer.available()[1])
 
 
 def test_every_attention_kernel_of_the_plan_is_named():

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import registry
-from benchmarks.cases.hsic_matrix import gram_work
+from benchmarks.cases.attention_backward import hopper_kernels
+from benchmarks.cases.hsic_matrix import contract_bytes, gram_work
 from benchmarks.cases.linear import hopper_bytes as linear_bytes
-from benchmarks.cases.second_moments import hopper_bytes
+from benchmarks.cases.second_moments import hopper_bytes, portable_work
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")]
@@ -31,9 +32,12 @@ assert module.sim.race_build
 from benchmarks.cases.attention import joint_attention
 more = [joint_attention("counted", 1, image, text, 1, dim, "bf16", None) for image, text, dim in %s]
 for case in more or registry.cases("small"):
-    case.run(*case.make("cpu"))
+    inputs = case.make("cpu")
+    before = module.sim.total_counters()
+    case.run(*inputs)
+    found = {name: total - before[name] for name, total in module.sim.total_counters().items()}
     beyond = case.beyond and [case.beyond.bytes, case.beyond.flops]
-    print(json.dumps([case.name, case.work.bytes, case.work.flops, beyond, module.sim.counters()]))
+    print(json.dumps([case.name, case.work.bytes, case.work.flops, beyond, found]))
 """
 
 
@@ -75,17 +79,80 @@ def counts(environment, arch, attention=()):
 
 
 def test_counts_match_the_models_of_the_benchmarks(environment):
-    """A kernel that reads a tensor once more than its case says, or multiplies more, fails."""
-    modelled = 0
+    """A kernel that reads a tensor once more than its case says, or multiplies more, fails. Of some cases the model is
+    that of their kernels, below; a block is those of other cases, and products of the library, which is not observed."""
+    elsewhere = {"collect_xx", "collect_xx_xy", "hsic_matrix", "second_moments"}
     for name, (size, flops, beyond, found) in counts(environment, "80").items():
         assert found["bank_conflicts"] <= 0.05 * found["shared_requests"], (name, found)
+        op = name.split("/")[0]
+        assert (beyond is None) == (op in elsewhere or op.startswith("block_")), name
         if beyond is None:
             continue
-        modelled += 1
-        assert found["global_loaded"] + found["global_stored"] == pytest.approx(size + beyond[0], rel=0.05), name
+        assert found["global_loaded"] + found["global_stored"] == pytest.approx(size + beyond[0], rel=0.001), name
         if found["tensor_ops"]:
-            assert 2 * found["tensor_ops"] == pytest.approx(flops + beyond[1], rel=0.05), name
-    assert modelled >= 5
+            assert 2 * found["tensor_ops"] == flops + beyond[1], name
+
+
+BACKWARD = """
+import json
+from benchmarks.cases.attention_backward import joint_attention_backward
+from pydit import backend
+module, _ = backend.extension()
+for shape in %s:
+    case = joint_attention_backward("counted", *shape)
+    inputs = case.make("cpu")
+    before = module.sim.total_counters()
+    case.run(*inputs)
+    found = {name: total - before[name] for name, total in module.sim.total_counters().items()}
+    print(json.dumps([backend.report()["joint_attention_backward"]["reason"], found]))
+"""
+
+
+def test_the_hopper_backward_reads_and_multiplies_as_its_model_says(environment):
+    """Its three launches together; and what its head says of 6889 + 512 tokens."""
+    shapes = [(1, 100, 40, 1, 64, "bf16", None), (1, 200, 140, 2, 128, "bf16", None), (2, 70, 40, 1, 128, "fp16", (40, 9)),
+              (2, 90, 140, 1, 64, "bf16", (140, 0))]
+    done = subprocess.run([sys.executable, "-c", BACKWARD % shapes], cwd=ROOT, capture_output=True, text=True,
+                          env={**environment, "PYDIT_SIM_ARCH": "90a"})
+    assert done.returncode == 0, done.stderr
+    for (batch, image, text, heads, dim, _, lens), line in zip(shapes, done.stdout.splitlines(), strict=True):
+        reason, found = json.loads(line)
+        model = hopper_kernels(image, text, lens or (text,) * batch, lens is not None, heads, dim)
+        zeros = 0 if lens is None else sum(n == 0 for n in lens)
+        assert "the Hopper kernel" in reason
+        assert found["global_loaded"] + found["global_stored"] == pytest.approx(model.bytes, rel=0.001 if not zeros else 0.01)
+        assert 2 * found["tensor_ops"] == model.flops and found["bank_conflicts"] == 0
+    full = hopper_kernels(6889, 512, (512,), False, 24, 128)
+    queries = 24 * 58 * 2 * 2 * 128 * 7401  # of 58 tiles of keys
+    sums = 24 * 58 * 116 * 64 * 128 * 4
+    assert queries / 1e9 == pytest.approx(5.3, rel=0.01) and sums / 1e9 == pytest.approx(5.3, rel=0.01)
+    assert full.bytes == pytest.approx(queries + sums, rel=0.05)
+
+
+MOMENTS = """
+import json, torch
+from pydit import backend
+from pydit.ops.second_moments import add_second_moments, zeros
+module, _ = backend.extension()
+for n, d, d_y in %s:
+    x, y = torch.randn(n, d).bfloat16(), torch.randn(n, d_y).bfloat16() if d_y else None
+    add_second_moments(x, y, zeros(d, d_y, torch.device("cpu")))
+    print(json.dumps(module.sim.counters()))
+"""
+
+
+def test_the_portable_second_moments_read_and_multiply_as_their_model_says(environment):
+    """With and without a second matrix, as the cases of ``collect`` ask for them; four multiprocessors."""
+    shapes = [(300, 136, 0), (40, 104, 0), (520, 392, 0), (300, 136, 72), (600, 72, 264)]
+    done = subprocess.run([sys.executable, "-c", MOMENTS % shapes], cwd=ROOT, capture_output=True, text=True,
+                          env={**environment, "PYDIT_SIM_ARCH": "80", "PYDIT_SIM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for shape, line in zip(shapes, done.stdout.splitlines(), strict=True):
+        found, model = json.loads(line), portable_work(*shape, 4)
+        assert found["global_loaded"] + found["global_stored"] == pytest.approx(model.bytes, rel=0.001)
+        assert 2 * found["tensor_ops"] == model.flops
+    full = portable_work(7401, 3072, 0, 132)
+    assert full.bytes / 1e6 == pytest.approx(1.1e3 + 113, rel=0.05) and full.flops / 1e9 == pytest.approx(72.8, rel=0.01)
 
 
 CLUSTERS = """
@@ -158,10 +225,13 @@ for os.environ["PYDIT_SIM_ARCH"] in ("80", "90a"):
 
 def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
     """Both gram kernels at sizes with whole and with ragged super tiles, and what their heads scale up."""
-    shapes = [(512, 1, 64), (300, 2, 136), (130, 1, 72)]
-    done = subprocess.run([sys.executable, "-c", GRAM % shapes], cwd=ROOT, capture_output=True, text=True, env=environment)
+    shapes, two_sets = [(512, 1, 64), (300, 2, 136), (130, 1, 72)], (70, 66, 8)
+    done = subprocess.run([sys.executable, "-c", GRAM % [*shapes, two_sets]], cwd=ROOT, capture_output=True, text=True,
+                          env=environment)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for arch in (7, 3):  # more layers than the Hopper kernel takes
+        assert lines.pop(arch)[2]["global_loaded"] == contract_bytes(70, 66)
     for hopper in (False, True):
         for n, layers, d in shapes:
             reason, gram, contract = lines.pop(0)
@@ -169,6 +239,7 @@ def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
             model = gram_work(n, layers, d, hopper)
             assert gram["global_loaded"] + gram["global_stored"] == model.bytes and 2 * gram["tensor_ops"] == model.flops
             assert gram["bank_conflicts"] == contract["bank_conflicts"] == 0
+            assert contract["global_loaded"] == contract_bytes(n, layers)
             jobs = layers * (-(-n // 256)) ** 2
             assert gram["warpgroups"] == (2 * min(jobs, 4) if hopper else 0)  # four multiprocessors
     rows = 2 * 3072 * 60  # bytes of a row of all layers

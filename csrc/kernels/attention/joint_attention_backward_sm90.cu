@@ -122,10 +122,11 @@ __device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64
   mbarrier_wait(landed, landed_parity);
   landed_parity ^= 1;
   constexpr int kVectors = Shape::kSpan / 16;  // of a row of a box, whose swizzle stays inside the row
+  const uint4 zero = make_uint4(0, 0, 0, 0);
   for (int i = valid * kVectors + static_cast<int>(threadIdx.x) % 32; i < kRows * kVectors; i += 32) {
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box)
-      *reinterpret_cast<uint4*>(to + box * kRows * Shape::kSpan + i * 16) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(to + box * kRows * Shape::kSpan + i * 16) = zero;
   }
   fence_proxy_async();
   __syncwarp();

@@ -1,7 +1,7 @@
 // Second moments of activations: xx += x^T x (blocks on and above the diagonal), xy += x^T y, and column sums of x, y
 // and y^2, of 16-bit tokens in fp64; see pydit.h. The portable kernel (sm_80 and up), and the entry point.
 //
-// Cost at N = 7401, d = 3072: the triangle is 69.9 GFLOP, 72.2 with whole diagonal tiles: 73 us at 989 TFLOP/s. Memory:
+// Cost at N = 7401, d = 3072: the triangle is 69.9 GFLOP, 72.8 with whole diagonal tiles: 74 us at 989 TFLOP/s. Memory:
 // x once (45 MB; each of 24 x 25 / 2 tiles reads 2 x 1.9 MB of it from L2, 1.1 GB), and 128 KB read and written per
 // tile and block, 300 + 132 times: 113 MB, mostly L2.
 //

@@ -76,7 +76,7 @@ __global__ void shared_ring(const __grid_constant__ TensorMap map, float* sums, 
   if (kBug != RingBug::kNoEnd && kBug != RingBug::kUnread) cluster_sync();
 }
 
-enum class ExchangeBug { kNone, kNoStart, kNoBarrier, kBetween, kNoEnd, kStatic };
+enum class ExchangeBug { kNone, kNoStart, kNoBarrier, kBetween, kNoEnd, kLateWrite, kStatic };
 
 // What thread t of a block has, thread t of the next block of its cluster writes.
 template <ExchangeBug kBug>
@@ -90,11 +90,12 @@ __global__ void exchange(int* out) {
   if (kBug != ExchangeBug::kNoStart) cluster_sync();
   values[place] = static_cast<int>(blockIdx.x) * 100 + place;
   if (kBug == ExchangeBug::kBetween) cluster_arrive();
-  if (kBug == ExchangeBug::kNone || kBug == ExchangeBug::kNoEnd) cluster_sync();
+  if (kBug == ExchangeBug::kNone || kBug == ExchangeBug::kNoEnd || kBug == ExchangeBug::kLateWrite) cluster_sync();
   const int offset = kBug == ExchangeBug::kStatic ? fixed : 0;
   out[blockIdx.x * blockDim.x + threadIdx.x] = *cluster_map(values + place, next) + offset;
   if (kBug == ExchangeBug::kBetween) cluster_wait();
   if (kBug != ExchangeBug::kNoEnd) cluster_sync();
+  if (kBug == ExchangeBug::kLateWrite) *cluster_map(values + place, next) = 0;
 }
 
 }  // namespace pydit::PYDIT_BACKEND

@@ -10,8 +10,8 @@ __global__ void vector_atomics(float2* pair, float4* quadruple) {
   add_vector(quadruple, make_float4(1.f, -1.f, 0.25f, 3.f));
 }
 
-// One warpgroup gives registers, the other takes them; what is written are the addresses of neighbours.
-__global__ void __launch_bounds__(256, 1) budgets(uint32_t* addresses) {
+// One warpgroup gives registers, two others take them; what is written are the addresses of neighbours.
+__global__ void __launch_bounds__(384, 1) budgets(uint32_t* addresses) {
   PYDIT_DYNAMIC_SHARED(float, shared);
   if (threadIdx.x < 128)
     set_max_registers_down<40>();

@@ -341,6 +341,7 @@ __global__ void forget_to_wait(const float* in, int what) {
   if (threadIdx.x == 0 && what == 0) mbarrier_wait(full, 0);
   if (threadIdx.x == 0 && what > 0) {
     mbarrier_init(full, 1);
+    fence_barrier_init();
     mbarrier_arrive_expect_tx(full, 128);
     if (what == 2) mbarrier_arrive(full);
     bulk_load(shared, in, 128, full);
@@ -423,11 +424,11 @@ TEST(bug_lane_behind_by_a_round_of_a_ring) {
 }
 
 TEST(register_budgets_and_shared_addresses) {
-  uint32_t addresses[256];
-  CHECK_FAILS(PYDIT_LAUNCH(budgets, 1, 256, 1024, nullptr, +addresses), "setmaxnreg");
+  uint32_t addresses[384];
+  CHECK_FAILS(PYDIT_LAUNCH(budgets, 1, 384, 2048, nullptr, +addresses), "setmaxnreg");
   const Hopper hopper;
-  CHECK_EQUAL(PYDIT_LAUNCH(budgets, 1, 256, 1024, nullptr, +addresses), cudaSuccess);
-  for (uint32_t i = 0; i < 256; ++i) CHECK_EQUAL(addresses[i], addresses[0] + 4 * i);
+  CHECK_EQUAL(PYDIT_LAUNCH(budgets, 1, 384, 2048, nullptr, +addresses), cudaSuccess);
+  for (uint32_t i = 0; i < 384; ++i) CHECK_EQUAL(addresses[i], addresses[0] + 4 * i);
 }
 
 TEST(shared_memory_beyond_48_kb_must_be_asked_for) {

@@ -5,8 +5,11 @@
 #include <vector>
 
 #include "../ptx/clusters.cuh"
+#include "../ptx/gemm_wgmma.cuh"
+#include "../ptx/pieces_90.cuh"
 #include "../selftest.h"
 #include "device/ptx.cuh"
+#include "hopper.cuh"
 #include "sim/matrix.h"
 #include "sim/race.h"
 
@@ -415,9 +418,179 @@ TEST(read_between_arrival_and_wait) {
   check_exchange<pydit::sim::ExchangeBug::kBetween>(__LINE__, {"race on byte", "of block (", "then"});
 }
 TEST(block_exits_while_it_is_read) { check_exchange<pydit::sim::ExchangeBug::kNoEnd>(__LINE__, {"the block's exit"}); }
+TEST(block_exits_while_it_is_written) {
+  check_exchange<pydit::sim::ExchangeBug::kLateWrite>(__LINE__, {"the block's exit"});
+}
 TEST(static_shared_memory_in_a_cluster) {
   check_exchange<pydit::sim::ExchangeBug::kStatic>(__LINE__, {"static shared memory in a cluster", "clusters.cuh:"});
 }
+// 37. to 62. What Hopper kernels get wrong within a block (hopper.cuh).
+template <typename T>
+pydit::sim::TensorMap map_of(const std::vector<T>& data, uint64_t width, uint32_t columns, uint32_t rows,
+                             pydit::sim::Swizzle swizzle = pydit::sim::Swizzle::kNone) {
+  pydit::sim::TensorMap map;
+  const uint64_t size[2] = {width, data.size() / width}, stride[1] = {width * sizeof(T)};
+  const uint32_t box[2] = {columns, rows};
+  CHECK(pydit::sim::encode_tensor_map(&map, data.data(), 2, size, stride, box, swizzle) == nullptr);
+  return map;
+}
+// Both twins on a Hopper.
+template <typename Clean, typename Bug>
+void check_on_hopper(int line, Clean clean, Bug bug, const Words& words) {
+  pydit_sim_set_arch(90);
+  check_pair(line, clean, bug, words);
+  pydit_sim_set_arch(80);
+}
+
+using pydit::sim::StageBug;
+template <StageBug kBug>
+cudaError_t launch_staged() {
+  constexpr int kTiles = 5;
+  static std::vector<float> in(kTiles * pydit::sim::kStageBytes / 4, 1.f);
+  std::vector<float> out(2 * pydit::sim::kStageThreads);
+  const uint32_t rows = pydit::sim::kStageRows * (kBug == StageBug::kBoxTooLarge ? 2 : 1);
+  const int bytes = pydit::sim::kStageShared - (kBug == StageBug::kBeyondMemory ? 64 : 0) +
+                    (kBug == StageBug::kBoxTooLarge ? pydit::sim::kStageBytes : 0);
+  const cudaError_t error = PYDIT_LAUNCH(pydit::sim::staged<kBug>, 2, pydit::sim::kStageThreads, bytes, nullptr,
+                                         map_of(in, 32, 32, rows), out.data(), kTiles);
+  if (kBug == StageBug::kNone) CHECK_EQUAL(out[77], kTiles * 4.f);
+  return error;
+}
+template <StageBug kBug>
+void check_staged(int line, const Words& words) {
+  check_on_hopper(line, launch_staged<StageBug::kNone>, launch_staged<kBug>, words);
+}
+TEST(mbarrier_used_before_others_know_of_it) {
+  check_staged<StageBug::kNotSynchronised>(__LINE__, {"byte 20"});  // not initialised there, or a race
+}
+TEST(mbarrier_unknown_to_the_copy_engine) {
+  check_staged<StageBug::kNoInitFence>(__LINE__, {"no fence.mbarrier_init after mbarrier.init"});
+}
+TEST(mbarrier_initialised_twice) {
+  check_staged<StageBug::kInitialisedTwice>(__LINE__, {"an mbarrier is initialised at byte 2048", "already"});
+}
+TEST(mbarrier_invalidated_while_in_use) {
+  check_staged<StageBug::kInvalidatedEarly>(__LINE__, {"byte 2048"});  // no mbarrier any more, or a race
+}
+TEST(wait_for_the_wrong_parity) {
+  check_staged<StageBug::kParity>(__LINE__, {"of the dynamic shared memory"});  // unwritten, or a race
+}
+TEST(too_few_bytes_announced) { check_staged<StageBug::kTooFewBytes>(__LINE__, {"bytes"}); }
+TEST(too_many_bytes_announced) {
+  check_staged<StageBug::kTooManyBytes>(__LINE__, {"deadlock", "0 of 1 arrivals", "bytes outstanding"});
+}
+TEST(box_larger_than_its_stage) { check_staged<StageBug::kBoxTooLarge>(__LINE__, {"race on byte", "the engine for"}); }
+TEST(box_beyond_the_shared_memory) {
+  check_staged<StageBug::kBeyondMemory>(
+      __LINE__, {"destination: 1024 bytes from byte 1280", "reach byte 2304; the launch gave it 2112 bytes"});
+}
+TEST(proxy_fence_on_the_wrong_side_of_the_barrier) {
+  check_staged<StageBug::kFenceTooEarly>(__LINE__, {"then written by the async proxy without fence.proxy.async"});
+}
+
+using pydit::sim::CopyBug;
+template <CopyBug kBug>
+cudaError_t launch_copied() {
+  alignas(16) static float in[256] = {};
+  float out[64];
+  return PYDIT_LAUNCH(pydit::sim::copied<kBug>, 1, 64, 1024, nullptr, +in, +out);
+}
+TEST(copies_not_committed) {
+  check_pair(__LINE__, launch_copied<CopyBug::kNone>, launch_copied<CopyBug::kNoCommit>,
+             {"race on byte", "the engine"});
+}
+TEST(copies_waited_for_by_their_own_threads_alone) {
+  check_pair(__LINE__, launch_copied<CopyBug::kNone>, launch_copied<CopyBug::kNoBarrier>, {"byte"});
+}
+
+using pydit::sim::ProductsBug;
+template <ProductsBug kBug>
+cudaError_t launch_products() {
+  alignas(16) static __nv_bfloat16 ones[72 * 16];
+  for (__nv_bfloat16& one : ones) one = __float2bfloat16_rn(1.f);
+  float out[128];
+  const cudaError_t error = PYDIT_LAUNCH(pydit::sim::products<kBug>, 1, 128, 72 * 32, nullptr, +ones, +out);
+  if (kBug == ProductsBug::kNone) CHECK_EQUAL(out[77], 4 * 33.f + 1);
+  return error;
+}
+template <ProductsBug kBug>
+void check_products(int line, const Words& words) {
+  check_on_hopper(line, launch_products<ProductsBug::kNone>, launch_products<kBug>, words);
+}
+TEST(copied_operand_without_a_proxy_fence) {
+  check_products<ProductsBug::kNoProxyFence>(__LINE__, {"the engine", "async proxy without fence.proxy.async"});
+}
+TEST(products_without_a_wgmma_fence) {
+  check_products<ProductsBug::kNoWgmmaFence>(__LINE__, {"its accumulator was accessed after the last wgmma.fence"});
+}
+TEST(products_not_committed) {
+  check_products<ProductsBug::kNoCommit>(__LINE__, {"read of register 0 of a wgmma accumulator before"});
+}
+TEST(accumulator_of_a_later_product) {
+  check_products<ProductsBug::kWaitDepth>(__LINE__, {"read of register 0 of a wgmma accumulator before"});
+}
+TEST(operand_overwritten_before_the_wait) {
+  check_products<ProductsBug::kOverwritten>(__LINE__, {"race on byte", "the engine for thread"});
+}
+
+template <bool kBug>
+cudaError_t launch_store_rows() {
+  alignas(16) static float in[64] = {}, copy[32];
+  std::vector<float> out(64);
+  return PYDIT_LAUNCH(pydit::sim::store_rows<kBug>, 1, 32, 320, nullptr, map_of(out, 32, 32, 1), +in, +copy);
+}
+TEST(buffer_rewritten_before_the_store_has_read_it) {
+  check_on_hopper(__LINE__, launch_store_rows<false>, launch_store_rows<true>,
+                  {"race on byte", "read the engine for thread", "then write"});
+}
+
+using pydit::sim::WgmmaBug;
+template <WgmmaBug kBug>
+cudaError_t launch_gemm() {
+  using pydit::sim::OperandA;
+  using pydit::sim::Swizzle;
+  static std::vector<__nv_bfloat16> a(64 * 256), b(32 * 256);
+  std::vector<float> c(64 * 32);
+  constexpr int kBytes = pydit::sim::wgmma_shared_bytes<32, 64, OperandA::kShared, false>();
+  return PYDIT_LAUNCH((pydit::sim::gemm_wgmma<__nv_bfloat16, 32, 64, OperandA::kShared, false, kBug>), 1,
+                      pydit::sim::kWgmmaThreads, kBytes, nullptr, map_of(a, 256, 32, 64, Swizzle::k64),
+                      map_of(b, 256, 32, 32, Swizzle::k64), c.data(), 64, 32, 256);
+}
+TEST(stage_released_before_its_products_are_done) {
+  check_on_hopper(__LINE__, launch_gemm<WgmmaBug::kNone>, launch_gemm<WgmmaBug::kEarlyRelease>,
+                  {"race on byte", "read the engine for", "then write the engine for"});
+}
+
+using pydit::sim::BudgetBug;
+template <BudgetBug kBug>
+cudaError_t launch_budgets() {
+  std::vector<int> out(2 * 384);
+  return PYDIT_LAUNCH(pydit::sim::budgets_of_three<kBug>, 2, 384, 0, nullptr, out.data());
+}
+template <BudgetBug kBug>
+void check_budgets(int line, const Words& words) {
+  check_on_hopper(line, launch_budgets<BudgetBug::kNone>, launch_budgets<kBug>, words);
+}
+TEST(registers_beyond_what_the_block_has) {
+  check_budgets<BudgetBug::kBeyondThePool>(__LINE__, {"ask for 66560 registers, it was launched with 64512"});
+}
+TEST(registers_taken_that_are_to_be_given) {
+  check_budgets<BudgetBug::kUp>(__LINE__, {"setmaxnreg.inc: expected at least the thread's 168 registers, got 24"});
+}
+TEST(registers_of_half_a_warpgroup) {
+  check_budgets<BudgetBug::kHalf>(__LINE__, {"warps of a warpgroup ask for different budgets"});
+}
+
+TEST(barrier_of_two_counts) {
+  std::vector<int> out(32);
+  PAIR(pydit::sim::handed_over, 64, 0, (Words{"at barrier 1"}), out.data());  // where others wait, or nobody comes
+}
+TEST(write_beyond_the_dynamic_shared_memory) {
+  std::vector<int> out(32);
+  PAIR(pydit::sim::overrun, 32, 128, (Words{"write of 4 bytes at byte 128", "the launch gave it 128 bytes"}),
+       out.data());
+}
+
 TEST(a_multicast_copy_reads_its_tensor_once) {
   pydit_sim_set_arch(90);
   uint64_t counts[PYDIT_SIM_COUNTERS];
