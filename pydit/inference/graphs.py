@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models.attention import active_backend
 
 _KEY = "_pydit_graphs"
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -178,7 +179,7 @@ class GraphCache:
             self.entries.clear()
             self.failed.clear()
             self._weights = weights
-        key = (repr(spec), torch.is_autocast_enabled(), model.training,
+        key = (repr(spec), torch.is_autocast_enabled(), model.training, active_backend(),
                *((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves))
         if key in self.failed:
             return self._stock(self.failed[key], model, forward, args, kwargs)

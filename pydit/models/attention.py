@@ -24,16 +24,31 @@ from pydit.ops import direct
 from pydit.ops.direct import ops_for
 from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
+try:
+    from diffusers.models import attention_dispatch
+except ImportError:  # without diffusers nothing chooses a backend
+    attention_dispatch = None
+
 _ONE_PRODUCT = "torch's matrix product, one per stream"
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
 
 
+def active_backend():
+    """The backend that diffusers gives processors without one of their own, by ``with attention_backend(...)``, by
+    DIFFUSERS_ATTN_BACKEND or after another model's ``set_attention_backend``; "" for "native", what it is without a
+    choice."""
+    active = None if attention_dispatch is None else attention_dispatch._AttentionBackendRegistry._active_backend
+    return "" if active is None or active == "native" else active.value
+
+
 class Replacing:
-    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
+    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` or
+    ``with attention_backend(...)`` chooses a backend."""
 
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     stock = None
+    dispatched = True  # whether the stock processor lets diffusers choose a backend
     options: frozenset[str] = frozenset()  # what attend takes beside the streams and kit, the ops to run on
 
     @property
@@ -45,6 +60,8 @@ class Replacing:
         """Why the stock processor is to run; "" where this one does."""
         if self.stock is not None and self._attention_backend is not None:
             return f"set_attention_backend chose {getattr(self._attention_backend, 'value', self._attention_backend)}"
+        if self.stock is not None and self.dispatched and (name := active_backend()):
+            return f"diffusers' attention_backend chose {name}"
         return "" if self.context is None else context_parallel.unsupported(self.context)
 
     def masked(self, args, kwargs):
@@ -53,14 +70,12 @@ class Replacing:
 
     def chosen(self, masked=False):
         """The stock processor with what the user has chosen; None where this one runs."""
-        if self._attention_backend is None and self._parallel_config is None and not masked:
-            return None
         reason = self.why_stock()
         if not reason and masked and self.stock is not None:
             reason = "the stock processor runs where an attention_mask comes"
-            backend.record("joint_attention", "torch", reason)
         if not reason:
             return None
+        backend.record("joint_attention", "torch", reason)
         if self.context is not None and not hasattr(self.stock, "_parallel_config"):
             name = "no stock processor" if self.stock is None else type(self.stock).__name__
             raise ValueError(f"{reason}; expected that the stock processor takes part in context parallelism, got "
@@ -171,6 +186,7 @@ class SD3AttnProcessor(Replacing):
     """
 
     options = frozenset({"attention_mask"})
+    dispatched = False  # by torch's scaled_dot_product_attention itself
 
     def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, kit=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> what goes into the output

@@ -43,7 +43,7 @@ class Fused(Stock):
     def attend(cls, attn: nn.Module, image: torch.Tensor, text: torch.Tensor | None, options: dict[str, Any]
                ) -> list[Output | None]:
         processor = attn.processor
-        ours = isinstance(processor, attention.Replacing) and processor.chosen() is None and _plain(attn, type(attn))
+        ours = isinstance(processor, attention.Replacing) and not processor.why_stock() and _plain(attn, type(attn))
         if not (ours and options.keys() <= processor.options and options.get("attention_mask") is None):
             return super().attend(attn, image, text, options)
         out_image, out_text = processor.attend(attn, image, text, **options, kit=cls.ops)
