@@ -25,11 +25,14 @@ from pydit.ops.direct import ops_for
 from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
 try:
-    from diffusers.models import attention_dispatch
+    from diffusers.models import attention_dispatch, normalization
+    _RMS_NORMS = (torch.nn.RMSNorm, normalization.RMSNorm)
 except ImportError:  # without diffusers nothing chooses a backend
     attention_dispatch = None
+    _RMS_NORMS = (torch.nn.RMSNorm,)
 
 _ONE_PRODUCT = "torch's matrix product, one per stream"
+PLAIN_TENSORS = (torch.nn.Parameter, torch.Tensor)  # others compute their product by themselves: quantized, for example
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
 
 
@@ -182,7 +185,7 @@ class SD3AttnProcessor(Replacing):
     """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
 
     In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
-    it. Models without QK norm (SD3 medium) are attended as they are.
+    it; its query's weights get no gradient, where the stock processor gives them zeros. Models without QK norm (SD3 medium) are attended as they are.
     """
 
     options = frozenset({"attention_mask"})
@@ -250,14 +253,14 @@ def _packed(attn, streams):
     something other than one product per stream makes queries, keys and values, or where a norm is missing."""
     products, weights, dim = [], [], attn.inner_dim // attn.heads
     for x, names, norms, _ in streams:
-        if len(names) != 3 or None in names or None in norms or any(map(_elsewhere, norms)):
+        if len(names) != 3 or None in names or None in norms:
             return None
         product = _adjacent([getattr(attn, name) for name in names], x)
         if product is None or len({*product[2]}) != 1 or not direct.attends(x):
             return None
         products.append(product)
         weights += [norm.weight for norm in norms]
-    if any(weight is None for weight in weights):
+    if not _fuse([norm for stream in streams for norm in stream.norms]) or any(weight is None for weight in weights):
         return None
     packed = []
     for (x, *_), (weight, bias, sizes) in zip(streams, products, strict=True):
@@ -277,7 +280,7 @@ def _in_one_launch(kit, attn, streams):
     for x, names, norms, table in streams:
         linears = [getattr(attn, name) for name in names if name is not None]
         norms = norms[1:] if names[0] is None else norms
-        if not _alike(linears) or any(norm is None or _elsewhere(norm) for norm in norms):
+        if not _alike(linears):
             return None
         parts = [(linear.weight, linear.bias) for linear in linears]
         if len(names) == 1:
@@ -285,7 +288,9 @@ def _in_one_launch(kit, attn, streams):
             parts = zip(weight.chunk(3), [None] * 3 if bias is None else bias.chunk(3), strict=True)
         weights, biases = zip(*([(None, None)] if names[0] is None else []), *parts, strict=True)
         found_norms += norms
-        arguments.append((x, weights, biases, [None, *(n.weight for n in norms)][-2:], table))
+        arguments.append((x, weights, biases, [None, *(n and n.weight for n in norms)][-2:], table))
+    if not _fuse(found_norms):
+        return None
     if len(streams) == 1:
         arguments.append((streams[0].x[:, :0], *arguments[0][1:4], None))
     found = kit.joint_qkv(*(part for pair in zip(*arguments, strict=True) for part in pair), head_dim=dim,
@@ -360,7 +365,7 @@ def _alike(linears):
                 or "forward" in linear.__dict__):
             return False
         weight, bias = map(linear._parameters.get, ("weight", "bias"))
-        if weight is None or not weight.is_contiguous():
+        if type(weight) not in PLAIN_TENSORS or not weight.is_contiguous():
             return False
         kind = (linear.in_features, weight.dtype, weight.device, bias is None)
         like = like or kind
@@ -402,7 +407,7 @@ def _norm_and_rotate(kit, norms, streams, tables):
     flat = [norm for pair in norms for norm in pair]
     if any(norm is None for norm in flat):
         raise ValueError(_NO_NORM)
-    if any(map(_elsewhere, flat)):
+    if not _fuse(flat):
         return [tuple(_called(norm, x, table) for norm, x in zip(pair, stream, strict=True))
                 for pair, stream, table in zip(norms, streams, tables, strict=True)]
     if len(streams) == 1:
@@ -412,14 +417,18 @@ def _norm_and_rotate(kit, norms, streams, tables):
     return [(q_img, k_img), (q_txt, k_txt)]
 
 
-def _elsewhere(norm):
-    """Whether a norm's weight only comes when the norm is called, as offloading layer by layer leaves it."""
-    return "forward" in norm.__dict__
+def _fuse(norms):
+    """Whether norms are the RMSNorm that the ops compute, alike, and nothing listens to them or has replaced their
+    forward, as offloading layer by layer does, which brings the weight only then."""
+    return all(norm is not None and type(norm) in _RMS_NORMS and getattr(norm, "bias", None) is None
+               and not (norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__)
+               and norm.eps is not None and norm.eps == norms[0].eps for norm in norms)
 
 
 def _called(norm, x, table):
     """A norm called as it is, then the rotation."""
-    backend.record("qk_norm_rope", "torch", "a hook brings the norm's weight when the norm is called")
+    backend.record("qk_norm_rope", "torch", "something listens to a norm, has replaced its forward, or stands in the "
+                                            "place of RMSNorm: it is called as it is")
     x = norm(x)
     if table is None:
         return x
