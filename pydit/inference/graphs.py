@@ -6,12 +6,13 @@ A step of a short schedule, a small image or a pruned model can spend more time 
 graph launches all of them at once. What a recording depends on is looked at before every replay: the shapes and every
 other argument, where the weights lie and how often they were written (``_version``), adapters and their scales, the
 modules themselves. A weight that moved or changed, a LoRA that came, went or got another scale drops the recordings.
-Not measured yet: no GPU has run this.
+Threads take turns; they must run on one stream. Not measured yet: no GPU has run this.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class GraphCache:
         self.failed: dict[Any, str] = {}  # shapes that could not be recorded -> why
         self.notes: dict[tuple[str, str], int] = {}
         self._weights: tuple = ()
+        self._turn = threading.RLock()  # inputs, replay and outputs of one thread before those of the next
 
     def __deepcopy__(self, memo: dict) -> GraphCache:
         return GraphCache(type(self.recorder)(), self.max_entries)  # a copy has weights of its own
@@ -174,6 +176,11 @@ class GraphCache:
         reason = self.recorder.refuses(tensors) or _unfit(model, leaves)
         if reason:
             return self._stock(reason, model, forward, args, kwargs)
+        with self._turn:
+            return self._replayed(model, forward, args, kwargs, leaves, spec, tensors)
+
+    def _replayed(self, model: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any], leaves: list[Any],
+                  spec: pytree.TreeSpec, tensors: list[torch.Tensor]) -> Any:
         weights = hooked.fingerprint(model)
         if weights != self._weights:
             self.entries.clear()

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import threading
 import types
 
 import pytest
@@ -296,3 +297,24 @@ def test_projections_fused_and_unfused_on_sd3():
         assert set(rows(model, "attention")) == {("pydit", "") if again else ("stock", "pydit.accelerate was not called")}
     assert torch.equal(run(model, batch), stock)
     assert not [p for p in model.attn_processors.values() if type(p).__module__.startswith("pydit")]
+
+
+def test_threads_with_target_images_of_their_own():
+    """Two modulation rows: where the second begins is a forward's own matter, whoever else runs the model meanwhile."""
+    model = pydit.accelerate(tiny.transformer(3, zero_cond_t=True))
+    batch = tiny.batch(images=1, masked=False)
+    batches = [{**batch, "img_shapes": [[(1, rows, 4), (1, 4 - rows, 4)]]} for rows in (1, 2, 3)]
+    expected, wrong = [run(model, one) for one in batches], []
+    assert not torch.equal(expected[0], expected[1])
+
+    def work(index):
+        for _ in range(20):
+            if not torch.equal(run(model, batches[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -5,6 +5,7 @@ A recorder that replays by running again stands in for CUDA's; the last test rec
 
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -54,6 +55,25 @@ FAMILIES = {"qwen-image": (lambda: tiny.transformer(2), tiny.batch),
             "qwen-image edit": (lambda: tiny.transformer(2, zero_cond_t=True),
                                 lambda seed=0: {**tiny.batch(seed=seed), "img_shapes": [[(1, 2, 4), (1, 2, 4)]] * 3}),
             "flux": (tiny.flux, tiny.flux_batch), "sd3.5": (tiny.sd3, tiny.sd3_batch)}
+
+
+def test_threads_take_turns():
+    """A replay reads the inputs and writes the outputs of whoever was last."""
+    model, fake = recorded()
+    batches = [tiny.batch(seed=seed) for seed in range(3)]
+    expected, wrong = [run(model, batch) for batch in batches], []
+
+    def work(index):
+        for _ in range(8):
+            if not torch.equal(run(model, batches[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and fake.captures == 1 and fake.replays == 27
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,7 +41,8 @@ def flux_controlnet():
 
 
 def sd3_controlnet():
-    return enlarged(diffusers.SD3ControlNetModel.from_transformer(tiny.sd3(), num_layers=2))
+    return enlarged(diffusers.SD3ControlNetModel.from_transformer(tiny.sd3(), num_layers=2,
+                                                                   num_extra_conditioning_channels=0))
 
 
 SIZE, TEXT = {"height": 16, "width": 16}, {"max_sequence_length": 16}
@@ -69,7 +70,7 @@ def draw(pipe, options):
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(2)
     with torch.no_grad():
-        return pipe("abc d", num_inference_steps=3, **options, **TEXT, output_type="latent",
+        return pipe(prompt="abc d", num_inference_steps=3, **options, **TEXT, output_type="latent",
                     generator=torch.Generator().manual_seed(1)).images
 
 
