@@ -185,7 +185,8 @@ class SD3AttnProcessor(Replacing):
     """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
 
     In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
-    it; its query's weights get no gradient, where the stock processor gives them zeros. Models without QK norm (SD3 medium) are attended as they are.
+    it; its query's weights get no gradient, where the stock processor gives them zeros. Models without QK norm (SD3
+    medium) are attended as they are.
     """
 
     options = frozenset({"attention_mask"})
@@ -223,7 +224,7 @@ def _attend(kit, attn, image, text, tables, context, mask=None):
         fused = getattr(attn, "fused_projections", False) and modules.projections[0] is not None
         names = ("to_added_qkv",) if fused else modules.projections
         streams.append(_Stream(text, names, modules.norms, tables[1]))
-    if kit is direct and mask is None and context is None and (out := _packed(attn, streams)) is not None:
+    if kit is direct and context is None and (out := _packed(attn, streams, mask)) is not None:
         return (out, None) if text is None else (out[:, :image.shape[1]], out[:, image.shape[1]:])
     found = _in_one_launch(kit, attn, streams) or _one_by_one(kit, attn, streams)
     q_img, k_img, v_img = found[:3]
@@ -248,7 +249,7 @@ class _Stream(NamedTuple):
     table: list[torch.Tensor] | torch.Tensor | None
 
 
-def _packed(attn, streams):
+def _packed(attn, streams, mask):
     """All streams behind one another after attention, by :func:`pydit.ops.direct.packed_attention`; None where
     something other than one product per stream makes queries, keys and values, or where a norm is missing."""
     products, weights, dim = [], [], attn.inner_dim // attn.heads
@@ -267,8 +268,9 @@ def _packed(attn, streams):
         backend.record("projections", "torch", _ONE_PRODUCT)
         packed.append(F.linear(x, weight, bias).view(*x.shape[:2], 3, sizes[0] // dim, dim))
     tables = [stream.table for stream in streams]
+    keep = None if mask is None else _once(lambda: mask.bool()[:, :, None, None], mask)
     return direct.packed_attention(packed, weights, None if tables[0] is None else tables,
-                                   eps=streams[0].norms[0].eps).flatten(2)
+                                   eps=streams[0].norms[0].eps, keep=keep).flatten(2)
 
 
 def _in_one_launch(kit, attn, streams):
@@ -350,7 +352,8 @@ def pack_projections(attn):
         for name in ("weight", "bias"):
             parts = [getattr(linear, name) for linear in linears]
             if parts[0] is not None:
-                whole = torch.cat([part.detach() for part in parts])
+                with torch.inference_mode(parts[0].is_inference()):  # weights stay fit to be trained
+                    whole = torch.cat([part.detach() for part in parts])
                 for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                     part.data = place
         done = True

@@ -25,7 +25,6 @@ from pydit.models.dual_stream import Modulation, Output, Stock, Stream
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
 
-
 _LISTENED = "something listens to a norm, has replaced its forward, or stands in its place: it is called as it is"
 
 
@@ -176,8 +175,9 @@ def _normalizes(norm: nn.Module) -> bool:
 def _plain(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
     """Whether a module is of exactly this class (or one of these), and nothing listens to it or has replaced its
     forward."""
-    return type(module) in (kind if isinstance(kind, tuple) else (kind,)) and not (module._forward_hooks or module._forward_pre_hooks
-                                         or "forward" in module.__dict__)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks
+                                          or "forward" in module.__dict__)
 
 
 def _idle(module: nn.Module) -> bool:

@@ -318,3 +318,21 @@ def test_threads_with_target_images_of_their_own():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_inference_mode_models_stay_fit_to_be_trained(family):
+    make, batches = FAMILIES[family]
+    model, batch = make(), one(batches())
+    batch = {**batch, "timestep": torch.tensor([0.5])}
+    options = {name: batch[name] for name in ("pooled_projections",) if name in batch}
+    with torch.inference_mode():
+        pydit.bake_schedule(pydit.accelerate(model), [0.5], **options)
+        expected = model(**batch, return_dict=False)[0]
+    for _ in range(2):
+        found = model(**batch, return_dict=False)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found.square().mean().backward()
+        assert model.proj_out.weight.grad is not None
+        pydit.restore(model)
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_inference()]
