@@ -1,5 +1,6 @@
 """What users do to an accelerated or baked model afterwards: pickle, cast, compile, prune, route, adapt."""
 
+import copy
 import io
 import pickle
 import threading
@@ -336,3 +337,21 @@ def test_under_inference_mode_models_stay_fit_to_be_trained(family):
         assert model.proj_out.weight.grad is not None
         pydit.restore(model)
     assert not [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_that_were_moved_are_one_product_again(family, monkeypatch):
+    make, batches = FAMILIES[family]
+    model, batch = pydit.accelerate(make().requires_grad_(False)), batches()
+    low = tiny.cast(batch, torch.bfloat16)
+    moves = (lambda m: m, lambda m: m.to(torch.bfloat16), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
+             lambda m: (m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True), m)[1])
+    for move in moves:
+        model = move(model)
+        monkeypatch.setattr(backend, "_taken", {})
+        run(model, batch if model.dtype == torch.float32 else low)
+        assert pydit.report()["projections"]["reason"] == "torch's matrix product, one per stream"
+        place = model.transformer_blocks[0].attn.to_q.weight.data_ptr()
+        run(model, batch if model.dtype == torch.float32 else low)
+        assert model.transformer_blocks[0].attn.to_q.weight.data_ptr() == place  # not laid out anew for every forward
+
