@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models import attention_dispatch
 from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models.attention import attention_dispatch
 
 
 def guard(model: nn.Module) -> list[str]:
