@@ -21,6 +21,7 @@ from pydit.errors import UserError
 from pydit.inference import graphs, hooked, schedule, traps
 from pydit.inference.hooked import change_class, has_offloading
 from pydit.models import caches
+from pydit.models.attention import PLAIN_TENSORS, pack_projections
 
 _KEY = "_pydit_accelerated"
 _PROCESSORS = {  # stock class -> ours
@@ -56,8 +57,10 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
     -------
     The argument. Call it where the model will run, in its dtype: the attention kernels take 16 bits. What the kernels
     round once eager rounds two or three times; without ``exact``, results differ by rounding. An attention backend
-    chosen with ``set_attention_backend`` stays. Hooks of diffusers and of accelerate may come before or after; so may
-    ``enable_parallelism``, with context parallelism (Ulysses, ring) over the fused attention, or tensor parallelism.
+    chosen with ``set_attention_backend``, or with diffusers' ``attention_backend`` for a while (any but ``"native"``,
+    which is what diffusers takes without a choice), stays; the report says so. Hooks of diffusers and of accelerate may
+    come before or after; so may ``enable_parallelism``, with context parallelism (Ulysses, ring) over the fused
+    attention, or tensor parallelism.
 
     Raises
     ------
@@ -89,14 +92,29 @@ def _swap(model: nn.Module) -> None:
     state = model.__dict__[_KEY]
     _swap_processors(model, state, state.exact_only)
     _swap_blocks(model, state, state.exact_only)
+    state.places = _places(state)
 
 
 def _adopt(model: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: tell processors that were made anew of ours what runs where a backend is chosen."""
-    if not torch.compiler.is_compiling():
-        for module, processor, ours in model.__dict__[_KEY].processors:
-            if module.processor is not ours and type(module.processor) is type(ours) and hasattr(ours, "stock"):
-                module.processor.stock = processor
+    """A forward pre-hook: tell processors that were made anew of ours what runs where a backend is chosen, and lay
+    projections next to each other again where ``to``, copying or loading has moved them."""
+    if torch.compiler.is_compiling():
+        return
+    state = model.__dict__[_KEY]
+    for module, processor, ours in state.processors:
+        if module.processor is not ours and type(module.processor) is type(ours) and hasattr(ours, "stock"):
+            module.processor.stock = processor
+    if _places(state) != state.places and not has_offloading(model):
+        with torch.no_grad():
+            for module, _, _ in state.processors:
+                pack_projections(module)
+        state.places = _places(state)
+
+
+def _places(state: _Accelerated) -> list[int]:
+    """Where the first projection of every attention module lies."""
+    weights = (getattr(getattr(module, "to_q", None), "weight", None) for module, _, _ in state.processors)
+    return [weight.data_ptr() if type(weight) in PLAIN_TENSORS else 0 for weight in weights]
 
 
 def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None:
@@ -140,7 +158,7 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
         state.processors.append((module, processor, ours))
         module.processor = ours
         with torch.no_grad():
-            attention.pack_projections(module)
+            pack_projections(module)
 
 
 def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
@@ -307,6 +325,7 @@ class _Accelerated:
     exact_only: bool = False
     processors: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     blocks: list[tuple[nn.Module, type]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # of projections, when they were laid next to each other
     hooks: list[Any] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)  # names of the model's attributes that refuse what does not work
     # kind of module, the module, the processor it had, path, reason

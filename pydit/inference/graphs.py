@@ -6,7 +6,7 @@ A step of a short schedule, a small image or a pruned model can spend more time 
 graph launches all of them at once. What a recording depends on is looked at before every replay: the shapes and every
 other argument, where the weights lie and how often they were written (``_version``), adapters and their scales, the
 modules themselves. A weight that moved or changed, a LoRA that came, went or got another scale drops the recordings.
-Not measured yet: no GPU has run this.
+Threads and streams take turns. Not measured yet: no GPU has run this.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models.attention import active_backend
 
 _KEY = "_pydit_graphs"
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -201,7 +202,7 @@ class GraphCache:
             self.entries.clear()
             self.failed.clear()
             self._weights = weights
-        key = (repr(spec), torch.is_autocast_enabled(), model.training,
+        key = (repr(spec), torch.is_autocast_enabled(), model.training, active_backend(),
                *((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves))
         if key in self.failed:
             return self._stock(self.failed[key], model, forward, args, kwargs)

@@ -205,6 +205,7 @@ class BakedRows(nn.Module):
 # Making the table. ------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # weights that move and tables stay fit for a forward with gradients
 def _fill(model: nn.Module, baked: _Baked) -> None:
     """Compute every row by the modules in place, one module on the device at a time, and put tables there instead."""
     device, dtype = _place(model)
@@ -264,6 +265,7 @@ def _swap(baked: _Baked, owner: nn.Module, name: str, table: nn.Module) -> None:
     baked.originals.append((owner, name, module.to("cpu")))
 
 
+@torch.inference_mode(False)
 def _put_back(baked: _Baked, device: torch.device | None, dtype: torch.dtype) -> None:
     """The modules as they were, in the dtype of the model as it is now; without a device they stay on the CPU."""
     for hook in baked.refusals:

@@ -3,7 +3,8 @@
 What is guarded, in diffusers 0.42, beside layer skip (:mod:`pydit.models.caches`): ``fuse_qkv_projections`` does
 nothing to Qwen-Image and leaves SD3.5 without its norms, and says nothing; ``compile_repeated_blocks`` gives up in
 the middle of a run when blocks have more shapes than torch keeps graphs for; attention processors that know of no
-context parallelism attend to their own process's tokens and say nothing.
+context parallelism attend to their own process's tokens and say nothing; ``reset_attention_backend`` leaves the
+backend chosen for every model.
 """
 
 from __future__ import annotations
@@ -18,16 +19,35 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models.attention import attention_dispatch
 
 
 def guard(model: nn.Module) -> list[str]:
     """Put guards on an accelerated model; returns the names of the attributes that hold them."""
-    guards = {"fuse_qkv_projections": _fuse_qkv_projections, "compile_repeated_blocks": _compile_repeated_blocks}
+    guards = {"fuse_qkv_projections": _fuse_qkv_projections, "compile_repeated_blocks": _compile_repeated_blocks,
+              "set_attention_backend": _set_attention_backend, "reset_attention_backend": _reset_attention_backend}
     names = [name for name in guards if hasattr(type(model), name)]
     for name in names:
         guarded = functools.partial(guards[name], model)  # can be pickled, as a method in its place cannot
         model.__dict__[name] = functools.update_wrapper(guarded, getattr(type(model), name).__get__(model))
-    return names
+    return [*names, _BEFORE]
+
+
+_BEFORE = "_pydit_backend_before"
+
+
+def _set_attention_backend(model: nn.Module, backend: str) -> None:
+    """``set_attention_backend`` of the model's class, which diffusers makes the choice for every other model too."""
+    before = attention_dispatch._AttentionBackendRegistry._active_backend
+    type(model).set_attention_backend(model, backend)
+    model.__dict__.setdefault(_BEFORE, before)
+
+
+def _reset_attention_backend(model: nn.Module) -> None:
+    """``reset_attention_backend`` of the model's class, and an end to the choice that it leaves for all models."""
+    type(model).reset_attention_backend(model)
+    if _BEFORE in model.__dict__:
+        attention_dispatch._AttentionBackendRegistry.set_active_backend(model.__dict__.pop(_BEFORE))
 
 
 def refuse_local_attention(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -24,16 +24,34 @@ from pydit.ops import direct
 from pydit.ops.direct import ops_for
 from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
+try:
+    from diffusers.models import attention_dispatch, normalization
+    _RMS_NORMS = (torch.nn.RMSNorm, normalization.RMSNorm)
+except ImportError:  # without diffusers nothing chooses a backend
+    attention_dispatch = None
+    _RMS_NORMS = (torch.nn.RMSNorm,)
+
 _ONE_PRODUCT = "torch's matrix product, one per stream"
+PLAIN_TENSORS = (torch.nn.Parameter, torch.Tensor)  # others compute their product by themselves: quantized, for example
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
 
 
+def active_backend():
+    """The backend that diffusers gives processors without one of their own, by ``with attention_backend(...)``, by
+    DIFFUSERS_ATTN_BACKEND or after another model's ``set_attention_backend``; "" for "native", what it is without a
+    choice."""
+    active = None if attention_dispatch is None else attention_dispatch._AttentionBackendRegistry._active_backend
+    return "" if active is None or active == "native" else active.value
+
+
 class Replacing:
-    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` chooses a backend."""
+    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` or
+    ``with attention_backend(...)`` chooses a backend."""
 
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     stock = None
+    dispatched = True  # whether the stock processor lets diffusers choose a backend
     options: frozenset[str] = frozenset()  # what attend takes beside the streams and kit, the ops to run on
 
     @property
@@ -45,6 +63,8 @@ class Replacing:
         """Why the stock processor is to run; "" where this one does."""
         if self.stock is not None and self._attention_backend is not None:
             return f"set_attention_backend chose {getattr(self._attention_backend, 'value', self._attention_backend)}"
+        if self.stock is not None and self.dispatched and (name := active_backend()):
+            return f"diffusers' attention_backend chose {name}"
         return "" if self.context is None else context_parallel.unsupported(self.context)
 
     def masked(self, args, kwargs):
@@ -53,14 +73,12 @@ class Replacing:
 
     def chosen(self, masked=False):
         """The stock processor with what the user has chosen; None where this one runs."""
-        if self._attention_backend is None and self._parallel_config is None and not masked:
-            return None
         reason = self.why_stock()
         if not reason and masked and self.stock is not None:
             reason = "the stock processor runs where an attention_mask comes"
-            backend.record("joint_attention", "torch", reason)
         if not reason:
             return None
+        backend.record("joint_attention", "torch", reason)
         if self.context is not None and not hasattr(self.stock, "_parallel_config"):
             name = "no stock processor" if self.stock is None else type(self.stock).__name__
             raise ValueError(f"{reason}; expected that the stock processor takes part in context parallelism, got "
@@ -167,10 +185,12 @@ class SD3AttnProcessor(Replacing):
     """Drop-in for ``JointAttnProcessor2_0`` of SD3 and SD3.5, the image-only second attention of SD3.5 included.
 
     In the last block, whose text output nothing reads, the text gives keys and values only, and None is returned for
-    it. Models without QK norm (SD3 medium) are attended as they are.
+    it; its query's weights get no gradient, where the stock processor gives them zeros. Models without QK norm (SD3
+    medium) are attended as they are.
     """
 
     options = frozenset({"attention_mask"})
+    dispatched = False  # by torch's scaled_dot_product_attention itself
 
     def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, kit=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] or None -> what goes into the output
@@ -204,7 +224,7 @@ def _attend(kit, attn, image, text, tables, context, mask=None):
         fused = getattr(attn, "fused_projections", False) and modules.projections[0] is not None
         names = ("to_added_qkv",) if fused else modules.projections
         streams.append(_Stream(text, names, modules.norms, tables[1]))
-    if kit is direct and mask is None and context is None and (out := _packed(attn, streams)) is not None:
+    if kit is direct and context is None and (out := _packed(attn, streams, mask)) is not None:
         return (out, None) if text is None else (out[:, :image.shape[1]], out[:, image.shape[1]:])
     found = _in_one_launch(kit, attn, streams) or _one_by_one(kit, attn, streams)
     q_img, k_img, v_img = found[:3]
@@ -229,27 +249,28 @@ class _Stream(NamedTuple):
     table: list[torch.Tensor] | torch.Tensor | None
 
 
-def _packed(attn, streams):
+def _packed(attn, streams, mask):
     """All streams behind one another after attention, by :func:`pydit.ops.direct.packed_attention`; None where
     something other than one product per stream makes queries, keys and values, or where a norm is missing."""
     products, weights, dim = [], [], attn.inner_dim // attn.heads
     for x, names, norms, _ in streams:
-        if len(names) != 3 or None in names or None in norms or any(map(_elsewhere, norms)):
+        if len(names) != 3 or None in names or None in norms:
             return None
         product = _adjacent([getattr(attn, name) for name in names], x)
         if product is None or len({*product[2]}) != 1 or not direct.attends(x):
             return None
         products.append(product)
         weights += [norm.weight for norm in norms]
-    if any(weight is None for weight in weights):
+    if not _fuse([norm for stream in streams for norm in stream.norms]) or any(weight is None for weight in weights):
         return None
     packed = []
     for (x, *_), (weight, bias, sizes) in zip(streams, products, strict=True):
         backend.record("projections", "torch", _ONE_PRODUCT)
         packed.append(F.linear(x, weight, bias).view(*x.shape[:2], 3, sizes[0] // dim, dim))
     tables = [stream.table for stream in streams]
+    keep = None if mask is None else _once(lambda: mask.bool()[:, :, None, None], mask)
     return direct.packed_attention(packed, weights, None if tables[0] is None else tables,
-                                   eps=streams[0].norms[0].eps).flatten(2)
+                                   eps=streams[0].norms[0].eps, keep=keep).flatten(2)
 
 
 def _in_one_launch(kit, attn, streams):
@@ -261,7 +282,7 @@ def _in_one_launch(kit, attn, streams):
     for x, names, norms, table in streams:
         linears = [getattr(attn, name) for name in names if name is not None]
         norms = norms[1:] if names[0] is None else norms
-        if not _alike(linears) or any(norm is None or _elsewhere(norm) for norm in norms):
+        if not _alike(linears):
             return None
         parts = [(linear.weight, linear.bias) for linear in linears]
         if len(names) == 1:
@@ -269,7 +290,9 @@ def _in_one_launch(kit, attn, streams):
             parts = zip(weight.chunk(3), [None] * 3 if bias is None else bias.chunk(3), strict=True)
         weights, biases = zip(*([(None, None)] if names[0] is None else []), *parts, strict=True)
         found_norms += norms
-        arguments.append((x, weights, biases, [None, *(n.weight for n in norms)][-2:], table))
+        arguments.append((x, weights, biases, [None, *(n and n.weight for n in norms)][-2:], table))
+    if not _fuse(found_norms):
+        return None
     if len(streams) == 1:
         arguments.append((streams[0].x[:, :0], *arguments[0][1:4], None))
     found = kit.joint_qkv(*(part for pair in zip(*arguments, strict=True) for part in pair), head_dim=dim,
@@ -329,7 +352,8 @@ def pack_projections(attn):
         for name in ("weight", "bias"):
             parts = [getattr(linear, name) for linear in linears]
             if parts[0] is not None:
-                whole = torch.cat([part.detach() for part in parts])
+                with torch.inference_mode(parts[0].is_inference()):  # weights stay fit to be trained
+                    whole = torch.cat([part.detach() for part in parts])
                 for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                     part.data = place
         done = True
@@ -344,7 +368,7 @@ def _alike(linears):
                 or "forward" in linear.__dict__):
             return False
         weight, bias = map(linear._parameters.get, ("weight", "bias"))
-        if weight is None or not weight.is_contiguous():
+        if type(weight) not in PLAIN_TENSORS or not weight.is_contiguous():
             return False
         kind = (linear.in_features, weight.dtype, weight.device, bias is None)
         like = like or kind
@@ -386,7 +410,7 @@ def _norm_and_rotate(kit, norms, streams, tables):
     flat = [norm for pair in norms for norm in pair]
     if any(norm is None for norm in flat):
         raise ValueError(_NO_NORM)
-    if any(map(_elsewhere, flat)):
+    if not _fuse(flat):
         return [tuple(_called(norm, x, table) for norm, x in zip(pair, stream, strict=True))
                 for pair, stream, table in zip(norms, streams, tables, strict=True)]
     if len(streams) == 1:
@@ -396,14 +420,18 @@ def _norm_and_rotate(kit, norms, streams, tables):
     return [(q_img, k_img), (q_txt, k_txt)]
 
 
-def _elsewhere(norm):
-    """Whether a norm's weight only comes when the norm is called, as offloading layer by layer leaves it."""
-    return "forward" in norm.__dict__
+def _fuse(norms):
+    """Whether norms are the RMSNorm that the ops compute, alike, and nothing listens to them or has replaced their
+    forward, as offloading layer by layer does, which brings the weight only then."""
+    return all(norm is not None and type(norm) in _RMS_NORMS and getattr(norm, "bias", None) is None
+               and not (norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__)
+               and norm.eps is not None and norm.eps == norms[0].eps for norm in norms)
 
 
 def _called(norm, x, table):
     """A norm called as it is, then the rotation."""
-    backend.record("qk_norm_rope", "torch", "a hook brings the norm's weight when the norm is called")
+    backend.record("qk_norm_rope", "torch", "something listens to a norm, has replaced its forward, or stands in the "
+                                            "place of RMSNorm: it is called as it is")
     x = norm(x)
     if table is None:
         return x

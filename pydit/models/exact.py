@@ -23,6 +23,7 @@ from torch import nn
 
 from pydit import backend, ops
 from pydit.models import attention
+from pydit.models.flux_blocks import listened, modulation
 
 
 class ExactOps:
@@ -123,9 +124,11 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
+        if listened(self.norm1, self.norm1_context):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         exact, image, text = ops_of(self), hidden_states, encoder_hidden_states
-        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2 = _modulation(self.norm1, temb).chunk(6, dim=1)
-        shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = _modulation(self.norm1_context, temb).chunk(6, dim=1)
+        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2 = modulation(self.norm1, temb).chunk(6, dim=1)
+        shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = modulation(self.norm1_context, temb).chunk(6, dim=1)
         out_image, out_text, *adapted = self.attn(
             hidden_states=exact.modulate(self.norm1.norm(image), scale_i, shift_i),
             encoder_hidden_states=exact.modulate(self.norm1_context.norm(text), scale_t, shift_t),
@@ -145,9 +148,11 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
+        if listened(self.norm):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         exact, tokens = ops_of(self), encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shift, scale, gate = _modulation(self.norm, temb).chunk(3, dim=1)
+        shift, scale, gate = modulation(self.norm, temb).chunk(3, dim=1)
         normed = exact.modulate(self.norm.norm(both), scale, shift)
         hidden = self.act_mlp(self.proj_mlp(normed))
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
@@ -160,17 +165,17 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
         """As the parent's; chunked feed-forward takes the parent's path."""
-        if self._chunk_size is not None:
+        if self._chunk_size is not None or listened(self.norm1, self.norm1_context):
             return super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
         exact, text, options = ops_of(self), encoder_hidden_states, joint_attention_kwargs or {}
         image = hidden_states.contiguous()  # a ControlNet's patches come with tokens innermost
-        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *twice = _modulation(self.norm1, temb).chunk(
+        shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *twice = modulation(self.norm1, temb).chunk(
             9 if self.use_dual_attention else 6, dim=1)
         normed = self.norm1.norm(image)
         if self.context_pre_only:  # this norm has scale before shift
-            scale_t, shift_t = _modulation(self.norm1_context, temb).chunk(2, dim=1)
+            scale_t, shift_t = modulation(self.norm1_context, temb).chunk(2, dim=1)
         else:
-            mod = _modulation(self.norm1_context, temb)
+            mod = modulation(self.norm1_context, temb)
             shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = mod.chunk(6, dim=1)
         out_image, out_text = self.attn(
             hidden_states=exact.modulate(normed, scale_i, shift_i),
@@ -191,11 +196,6 @@ class JointTransformerBlock(diffusers_attention.JointTransformerBlock):
 
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {exact.__mro__[1]: exact for exact in (
     QwenImageTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock, JointTransformerBlock)}
-
-
-def _modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:
-    """The shifts, scales and gates of an AdaLayerNorm, [B, n C]."""
-    return norm.linear(norm.silu(temb))
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
+from pydit import backend
 from pydit.families import BlockSpec
 from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, rows_of
 from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
@@ -110,3 +111,12 @@ class PrunedFluxSingleTransformerBlock(ThinnedBlock, FluxSingleTransformerBlock)
 def modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:
     """The shifts, scales and gates of an AdaLayerNorm, [B, n C]."""
     return norm.linear(norm.silu(temb))
+
+
+def listened(*norms: nn.Module) -> bool:
+    """Whether something listens to an AdaLayerNorm, or has replaced its forward: fused blocks do not call that."""
+    found = any(norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__ for norm in norms)
+    if found:
+        backend.record("ada_layer_norm", "torch", "something listens to an AdaLayerNorm, or has replaced its forward: "
+                                                  "the stock block runs")
+    return found

@@ -19,11 +19,13 @@ from diffusers.models import attention as diffusers_attention
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 from torch import nn
 
-from pydit import ops
+from pydit import backend, ops
 from pydit.models import attention, flux_blocks, pruned, qwen_image_blocks, sd3_blocks
 from pydit.models.dual_stream import Modulation, Output, Stock, Stream
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
+
+_LISTENED = "something listens to a norm, has replaced its forward, or stands in its place: it is called as it is"
 
 
 class Fused(Stock):
@@ -37,13 +39,17 @@ class Fused(Stock):
 
     @classmethod
     def modulate(cls, norm: nn.Module, x: torch.Tensor, mod: Modulation) -> torch.Tensor:
+        if not _normalizes(norm):
+            backend.record("ada_layer_norm", "torch", _LISTENED)
+            shift, scale = (ops.reference.per_token(row, x, mod.split) for row in mod.rows[:2])
+            return norm(x) * (1 + scale) + shift
         return cls.ops.ada_layer_norm(x, mod.rows[1], mod.rows[0], eps=norm.eps, split=mod.split)
 
     @classmethod
     def attend(cls, attn: nn.Module, image: torch.Tensor, text: torch.Tensor | None, options: dict[str, Any]
                ) -> list[Output | None]:
         processor = attn.processor
-        ours = isinstance(processor, attention.Replacing) and processor.chosen() is None and _plain(attn, type(attn))
+        ours = isinstance(processor, attention.Replacing) and not processor.why_stock() and _plain(attn, type(attn))
         if not (ours and options.keys() <= processor.options and options.get("attention_mask") is None):
             return super().attend(attn, image, text, options)
         out_image, out_text = processor.attend(attn, image, text, **options, kit=cls.ops)
@@ -68,7 +74,7 @@ class Fused(Stock):
 
     @classmethod
     def project(cls, linear: nn.Module, x: torch.Tensor) -> Output:
-        if cls.ops.in_one_launch(x) and _plain(linear, nn.Linear):
+        if cls.ops.in_one_launch(x) and _multiplies(linear):
             return Output(x, linear)
         return Output(linear(x))
 
@@ -90,7 +96,7 @@ class Fused(Stock):
     @classmethod
     def add_modulate(cls, norms: list[nn.Module], streams: list[Stream], outputs: list[Output]
                      ) -> tuple[list[Stream], list[torch.Tensor]]:
-        if any(out.linear is not None for out in outputs):
+        if any(out.linear is not None for out in outputs) or not all(map(_normalizes, norms)):
             return super().add_modulate(norms, streams, outputs)
         pairs = [cls.ops.gated_residual_ada_layer_norm(stream.x, out.x, stream.mod.rows[2], stream.mod.rows[4],
                                                        stream.mod.rows[3], eps=norm.eps, split=stream.mod.split)
@@ -133,7 +139,7 @@ class Fused(Stock):
     @classmethod
     def linear_residual(cls, linears: list[nn.Module], xs: list[torch.Tensor]) -> list[torch.Tensor]:
         """``x + linear(x)``; a module that LoRA or quantisation has put there is called as it is."""
-        plain = [_plain(linear, nn.Linear) for linear in linears]
+        plain = [_multiplies(linear) for linear in linears]
         if len(xs) == 2 and all(plain) and cls.ops.in_one_launch(xs[0]):
             return _joint(cls.ops.joint_linear_residual, linears, xs)
         return [cls.ops.linear_residual(x, linear.weight, linear.bias) if fuses else x + linear(x)
@@ -153,13 +159,25 @@ def _joint(op: Any, linears: list[nn.Module], xs: list[torch.Tensor]) -> list[to
 
 def _fuses(linear: nn.Module, gelu: nn.Module) -> bool:
     """Whether a linear layer and its GELU are what :func:`pydit.ops.linear_gelu` computes."""
-    return _plain(linear, nn.Linear) and not gelu._forward_hooks and gelu.approximate == "tanh"
+    return _multiplies(linear) and _plain(gelu, (nn.GELU, diffusers_activations.GELU)) and gelu.approximate == "tanh"
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of exactly this class, and nothing listens to it or has replaced its forward."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks
-                                         or "forward" in module.__dict__)
+def _multiplies(linear: nn.Module) -> bool:
+    """Whether a module is a linear layer of plain weights and nothing more."""
+    return _plain(linear, nn.Linear) and type(linear.weight) in attention.PLAIN_TENSORS
+
+
+def _normalizes(norm: nn.Module) -> bool:
+    """Whether a module is a LayerNorm without weights and nothing more."""
+    return _plain(norm, nn.LayerNorm) and norm.weight is None
+
+
+def _plain(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of exactly this class (or one of these), and nothing listens to it or has replaced its
+    forward."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks
+                                          or "forward" in module.__dict__)
 
 
 def _idle(module: nn.Module) -> bool:
@@ -197,12 +215,20 @@ class FluxTransformerBlock(flux_blocks.FluxForward, transformer_flux.FluxTransfo
 
     operations = Fused
 
+    def forward(self, *args: Any, **kwargs: Any):
+        """As the parent's."""
+        if flux_blocks.listened(self.norm1, self.norm1_context):
+            return transformer_flux.FluxTransformerBlock.forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
+
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     """FLUX.1's single-stream block: attention and MLP side by side, one output projection, one stream."""
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
+        if flux_blocks.listened(self.norm):
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         do, tokens = Fused.suited(hidden_states, encoder_hidden_states), encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         mod = Modulation(flux_blocks.modulation(self.norm, temb).chunk(3, dim=-1))
@@ -222,8 +248,8 @@ class JointTransformerBlock(sd3_blocks.JointForward, diffusers_attention.JointTr
     operations = Fused
 
     def forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
-        """As the parent's; chunked feed-forward takes the parent's path."""
-        if self._chunk_size is not None:
+        """As the parent's, whose path chunked feed-forward takes, and a norm that something listens to."""
+        if self._chunk_size is not None or flux_blocks.listened(self.norm1, self.norm1_context):
             return diffusers_attention.JointTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb,
                                                                      joint_attention_kwargs)
         # A ControlNet's patches come with tokens innermost.

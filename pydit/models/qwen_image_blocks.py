@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import torch
@@ -75,12 +76,14 @@ class PrunedQwenImageTransformerBlock(ThinnedBlock, QwenImageForward, QwenImageT
 class TargetTokens:
     """A forward pre-hook of a model with two modulation rows: how many tokens the target image has.
 
-    ``tokens`` is the same number for every sample of the batch at hand, or None where it is not, or is not known.
-    Blocks find it under ``_pydit_target``; reading it from ``modulate_index`` would wait for the device.
+    ``tokens`` is the same number for every sample of the batch at hand, or None where it is not, or is not known;
+    ``of_thread`` has that of each thread's forward. Blocks find it under ``_pydit_target``; reading it from
+    ``modulate_index`` would wait for the device.
     """
 
     def __init__(self) -> None:
         self.tokens: int | None = None
+        self.of_thread: dict[int, int | None] = {}
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Context parallelism gives this process a part of the tokens, wherever the target image ends.
@@ -88,9 +91,13 @@ class TargetTokens:
         shapes = () if local else kwargs.get("img_shapes") or ()
         found = {math.prod(sample[0]) for sample in shapes}
         self.tokens = found.pop() if len(found) == 1 else None
+        if not torch.compiler.is_compiling():
+            self.of_thread[threading.get_ident()] = self.tokens
 
 
 def target_tokens(block: nn.Module) -> int | None:
     """Tokens of the target image, where a block has two modulation rows and the number is known."""
     target = block.__dict__.get("_pydit_target")
-    return None if target is None else target.tokens
+    if target is None or torch.compiler.is_compiling():  # a graph is keyed on the number
+        return None if target is None else target.tokens
+    return target.of_thread.get(threading.get_ident(), target.tokens)

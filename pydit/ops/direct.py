@@ -4,8 +4,9 @@ What a public op does around its arithmetic (checks with words, the dispatcher, 
 than the arithmetic where a tensor is small. A block whose streams have passed :func:`ops_for` needs none of it: its
 shapes fit by construction, no kernel of this package runs, and nothing traces the ops or wants a gradient.
 
-Signatures and results are those of :mod:`pydit.ops`, except that ``freqs`` is one complex table [S, D/2]; what
-``pydit.report()`` counts is the same.
+Signatures and results are those of :mod:`pydit.ops`, except that ``freqs`` is one complex table [S, D/2], and that
+torch's kernels round as they do in eager models where rounding once would take longer: a sum before it is normalised,
+several samples' LayerNorm before it is modulated. What ``pydit.report()`` counts is the same.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ def in_one_launch(x) -> bool:
 
 def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
     _count("ada_layer_norm")
-    return fallback.ada_layer_norm(x, _rows(scale), _rows(shift), eps=eps, split=split)
+    return _modulated(x, _rows(scale), _rows(shift), eps, split)
+
+
+def _modulated(x, scale, shift, eps, split):
+    if x.shape[0] == 1 or split is not None:
+        return fallback.ada_layer_norm(x, scale, shift, eps=eps, split=split)
+    return torch.addcmul(shift, torch.layer_norm(x, x.shape[-1:], None, None, eps), 1 + scale)
 
 
 def gated_residual(x, y, gate, *, split=None):
@@ -57,7 +64,8 @@ def gated_residual(x, y, gate, *, split=None):
 
 def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=None):
     _count("gated_residual_ada_layer_norm")
-    return fallback.gated_residual_ada_layer_norm(x, y, _rows(gate), _rows(scale), _rows(shift), eps=eps, split=split)
+    total = fallback.gated_residual(x, y, _rows(gate), split=split)
+    return total, _modulated(total, _rows(scale), _rows(shift), eps, split)
 
 
 def linear_gelu(x, weight, bias=None):
@@ -91,11 +99,11 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt):
     return out[:, :q_img.shape[1]], out[:, q_img.shape[1]:]
 
 
-def packed_attention(packed, weights, rotations, *, eps=1e-6):
+def packed_attention(packed, weights, rotations, *, eps=1e-6, keep=None):
     """:func:`pydit.ops.fallback.packed_attention`, which is two ops at once."""
     _count("qk_norm_rope" if len(packed) == 1 else "joint_qk_norm_rope")
     _count("joint_attention")
-    return fallback.packed_attention(packed, weights, rotations, eps, 1 / math.sqrt(packed[0].shape[-1]))
+    return fallback.packed_attention(packed, weights, rotations, eps, 1 / math.sqrt(packed[0].shape[-1]), keep)
 
 
 def _rows(row):

@@ -1,7 +1,8 @@
 """The ops by torch's own kernels, for tensors that none of ours takes: what a CPU runs.
 
 The formulas of :mod:`pydit.ops.reference`, in as few passes as torch has for them; arithmetic is fp32 and every output
-is rounded once, as in the kernels. float64 takes the formulas themselves.
+is rounded once, as in the kernels, but for products of 16 bits, which torch rounds before what follows: in float32 they
+would take longer. float64 takes the formulas themselves.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _pairs(value):
     return torch.view_as_complex(value.view(*value.shape[:-1], value.shape[-1] // 2, 2))
 
 
-def packed_attention(packed, weights, rotations, eps, scale):
+def packed_attention(packed, weights, rotations, eps, scale, keep=None):
     """:func:`pydit.ops.joint_qk_norm_rope` and :func:`pydit.ops.joint_attention` of one stream or two, on a CPU.
 
     Streams are put behind one another once, before the norms, in the place of three times after them.
@@ -72,11 +73,18 @@ def packed_attention(packed, weights, rotations, eps, scale):
     ----------
     packed : tensors [B, S, 3, H, D], queries, keys and values of each stream. weights : those of the norms of queries
         and keys, (D,), stream by stream. rotations : complex64 [S, D/2] of each stream, or None for no rotation.
+    keep : bool [B, S, 1, 1] of the last stream's tokens: the others take no part, whatever they hold, and their rows
+        are 0. None keeps all.
 
     Returns
     -------
     torch.Tensor, shape (B, S, H, D), of all streams.
     """
+    mask = None
+    if keep is not None:
+        packed = [*packed[:-1], torch.where(keep[..., None], packed[-1], 0)]
+        mask = torch.zeros(keep.shape[0], 1, 1, sum(x.shape[1] for x in packed), dtype=packed[0].dtype)
+        mask[:, 0, 0, -keep.shape[1]:].masked_fill_(~keep[:, :, 0, 0], -torch.inf)
     both = packed[0] if len(packed) == 1 else torch.cat(packed, 1)
     turned = torch.rms_norm(both[:, :, :2].float(), both.shape[-1:], None, eps)
     weights = torch.cat(weights).view(len(packed), 2, 1, -1).unbind(0)
@@ -87,13 +95,16 @@ def packed_attention(packed, weights, rotations, eps, scale):
             _pairs(part).mul_(rotation[:, None, None])
     q, k = turned.to(both.dtype).unbind(2)
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), k.transpose(1, 2), both[:, :, 2].transpose(1, 2), scale=scale)
-    return out.transpose(1, 2)
+        q.transpose(1, 2), k.transpose(1, 2), both[:, :, 2].transpose(1, 2), attn_mask=mask, scale=scale)
+    out = out.transpose(1, 2)
+    if keep is not None:
+        out[:, -keep.shape[1]:].masked_fill_(~keep, 0)
+    return out
 
 
 def linear(x, weight, bias, residual, gate, *, gelu, split):
     """As :func:`pydit.ops.reference.linear`."""
-    if x.dtype != torch.float32:
+    if x.dtype == torch.float64:
         return reference.linear(x, weight, bias, residual, gate, gelu=gelu, split=split)
     out = F.linear(x, weight, bias)
     if gelu:

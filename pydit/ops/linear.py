@@ -29,6 +29,7 @@ from pydit.ops.reference import wide
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _GELU = 1  # pydit_activation in pydit.h
+_CUT = ", tiles of the last wave cut along K"
 
 
 def linear_gelu(x, weight, bias=None):
@@ -267,12 +268,16 @@ def _kernels(op, x, *features):
 
 
 def _launch(op, kernels, layers, gelu, eps):
-    x = layers[0][0]
+    x, sums = layers[0][0], []
+
+    def allocate(size):  # called where tiles are cut, for the sums of their parts
+        sums.append(x.new_empty(size, dtype=torch.uint8))
+        return sums[0]
+
     with backend.device_of(x):
-        taken = kernels.grouped_linear(layers, _GELU if gelu else 0, eps,
-                                       lambda size: x.new_empty(size, dtype=torch.uint8), backend.cluster(),
-                                       backend.parts(), backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
-    backend.explain(op, backend.KERNEL_PATHS[taken])
+        taken = kernels.grouped_linear(layers, _GELU if gelu else 0, eps, allocate, backend.cluster(), backend.parts(),
+                                       backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
+    backend.explain(op, backend.KERNEL_PATHS[taken] + (_CUT if sums else ""))
 
 
 def _empty(x, weight):

@@ -1,7 +1,9 @@
 """What users do to an accelerated or baked model afterwards: pickle, cast, compile, prune, route, adapt."""
 
+import copy
 import io
 import pickle
+import threading
 import types
 
 import pytest
@@ -296,3 +298,60 @@ def test_projections_fused_and_unfused_on_sd3():
         assert set(rows(model, "attention")) == {("pydit", "") if again else ("stock", "pydit.accelerate was not called")}
     assert torch.equal(run(model, batch), stock)
     assert not [p for p in model.attn_processors.values() if type(p).__module__.startswith("pydit")]
+
+
+def test_threads_with_target_images_of_their_own():
+    """Two modulation rows: where the second begins is a forward's own matter, whoever else runs the model meanwhile."""
+    model = pydit.accelerate(tiny.transformer(3, zero_cond_t=True))
+    batch = tiny.batch(images=1, masked=False)
+    batches = [{**batch, "img_shapes": [[(1, rows, 4), (1, 4 - rows, 4)]]} for rows in (1, 2, 3)]
+    expected, wrong = [run(model, one) for one in batches], []
+    assert not torch.equal(expected[0], expected[1])
+
+    def work(index):
+        for _ in range(20):
+            if not torch.equal(run(model, batches[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_inference_mode_models_stay_fit_to_be_trained(family):
+    make, batches = FAMILIES[family]
+    model, batch = make(), one(batches())
+    batch = {**batch, "timestep": torch.tensor([0.5])}
+    options = {name: batch[name] for name in ("pooled_projections",) if name in batch}
+    with torch.inference_mode():
+        pydit.bake_schedule(pydit.accelerate(model), [0.5], **options)
+        expected = model(**batch, return_dict=False)[0]
+    for _ in range(2):
+        found = model(**batch, return_dict=False)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found.square().mean().backward()
+        assert model.proj_out.weight.grad is not None
+        pydit.restore(model)
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_that_were_moved_are_one_product_again(family, monkeypatch):
+    make, batches = FAMILIES[family]
+    model, batch = pydit.accelerate(make().requires_grad_(False)), batches()
+    low = tiny.cast(batch, torch.bfloat16)
+    moves = (lambda m: m, lambda m: m.to(torch.bfloat16), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
+             lambda m: (m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True), m)[1])
+    for move in moves:
+        model = move(model)
+        monkeypatch.setattr(backend, "_taken", {})
+        run(model, batch if model.dtype == torch.float32 else low)
+        assert pydit.report()["projections"]["reason"] == "torch's matrix product, one per stream"
+        place = model.transformer_blocks[0].attn.to_q.weight.data_ptr()
+        run(model, batch if model.dtype == torch.float32 else low)
+        assert model.transformer_blocks[0].attn.to_q.weight.data_ptr() == place  # not laid out anew for every forward
+

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pydit
 from pydit import backend
 from pydit.models.attention import FluxAttnProcessor, QwenImageAttnProcessor, SD3AttnProcessor
 from pydit.testing import assert_accurate
@@ -215,3 +216,18 @@ def test_fused_projections_of_flux():
 def test_other_families_refuse_masks(processor):
     with pytest.raises(ValueError, match=r"attention_mask: expected None, got a mask of shape \[1, 4\]"):
         processor()(None, torch.zeros(1, 2, 64), attention_mask=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_text_of_several_samples_may_hold_anything(dtype):
+    """On a CPU: attention over packed projections, with a mask whose holes are anywhere."""
+    batch, model = tiny.cast(tiny.batch(), dtype), tiny.transformer(2).to(dtype)
+    batch["encoder_hidden_states_mask"][:, 1] = 0
+    with torch.no_grad():
+        expected = tiny.transformer(2).double()(**tiny.cast(batch, torch.float64), return_dict=False)[0]
+        stock = model(**batch, return_dict=False)[0]
+        found = pydit.accelerate(model)(**batch, return_dict=False)[0]
+        holes = batch["encoder_hidden_states_mask"][..., None] == 0
+        text = batch["encoder_hidden_states"].masked_fill(holes, torch.nan)
+        assert torch.equal(model(**{**batch, "encoder_hidden_states": text}, return_dict=False)[0], found)
+    assert_accurate(found, expected, stock)

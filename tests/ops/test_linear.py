@@ -340,6 +340,14 @@ def test_workspace_of_cut_tiles(cluster, device):
 
 
 @pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
+def test_the_report_says_what_was_cut(device, monkeypatch):
+    for parts in ("2", "1"):
+        monkeypatch.setenv("PYDIT_PARTS", parts)
+        ops.linear_gelu(*inputs("xw", torch.bfloat16, device, 1, 71, 200, 136))
+        assert path_of("linear_gelu")[1].endswith(", tiles of the last wave cut along K") == (parts == "2")
+
+
+@pytest.mark.parametrize("device", ["sim-90a"], indirect=True)
 def test_an_unaligned_workspace_is_refused(device):
     with pytest.raises(RuntimeError, match="grouped_linear: workspace: expected a multiple of 16, got 0x"):
         cut(device, 200, parts=2, allocate=lambda size: torch.empty(size + 4, dtype=torch.uint8)[4:])
