@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     images = generate(pipe, prompts, seeds=seeds, steps=arguments.steps or steps,
                       guidance=guidance if arguments.guidance is None else arguments.guidance,
                       height=arguments.height or size, width=arguments.width or size)
-    for path in save_images(progress(images, len(prompts), "image"), prompts, seeds, arguments.out,
-                            numbers=numbers, captions=arguments.dataset):
-        print(path)
+    with contextlib.closing(progress(images, len(prompts), "image")) as shown:  # ends before an error
+        for path in save_images(shown, prompts, seeds, arguments.out, numbers=numbers, captions=arguments.dataset):
+            print(path)
 
 
 def add_eval(commands: Any) -> None:

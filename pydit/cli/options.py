@@ -195,12 +195,14 @@ def progress(items: Any, total: int, unit: str) -> Any:
     from pydit.demo import console
 
     bar = console.bar(total, unit=unit)
-    for item in items:
-        yield item
+    try:
+        for item in items:
+            yield item
+            if bar is not None:
+                bar.update(1)
+    finally:
         if bar is not None:
-            bar.update(1)
-    if bar is not None:
-        bar.close()
+            bar.close()
 
 
 def _number(text: str, kind: Callable[[str], Any], accepts: Callable[[Any], bool], expected: str) -> Any:
