@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from pydit.errors import FormatError, UserError
-from pydit.files import SafetensorsReader, read_json
+from pydit.files import read_json
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
 from pydit.presets import PRESETS
+from pydit.weights import SafetensorsReader
 
 _NAMES = {"img_ffn_proj": "img_ffn", "txt_ffn_proj": "txt_ffn", "ehs_proj": "txt_out_proj", "txt_proj": "txt_proj"}
 _LISTS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")

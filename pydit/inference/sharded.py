@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from pydit.distill import distributed
 from pydit.errors import FormatError
-from pydit.files import SafetensorsReader
 from pydit.inference.streaming import WEIGHTS
 from pydit.models import get_adapter
+from pydit.weights import SafetensorsReader
 
 
 def load_sharded(folder: str | Path, kind: type[nn.Module], *, dtype: torch.dtype | None,

@@ -19,12 +19,13 @@ from torch import nn
 
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
-from pydit.files import SafetensorsReader, SafetensorsWriter, read_json, replace_directory, write_json
+from pydit.files import read_json, replace_directory, write_json
 from pydit.inference.pipeline import PLAN_FILE, check_pipeline, use_remote_code, write_plan
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
 from pydit.pruning import INITS, initial_block, weighted_mean
+from pydit.weights import SafetensorsReader, SafetensorsWriter
 
 WEIGHTS = "diffusion_pytorch_model"
 

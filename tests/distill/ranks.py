@@ -17,6 +17,7 @@ from pydit.errors import FormatError
 from pydit.inference.pipeline import load_pipeline
 from pydit.inference.sharded import load_sharded
 from pydit.models import get_adapter
+from pydit.weights import SafetensorsReader
 from tests.distill import tiny
 
 STEPS = DistillConfig(layers_steps=4, layers_lr=1e-3, output_steps=3, output_lr=1e-3, output_trainable="all",
@@ -120,14 +121,14 @@ def velocity(transformer, dtype):
 
 def load_in_shards(rank, out):
     """Read pipelines, counting the bytes; a big one under a limit on memory; one that is broken."""
-    read, taken = files.SafetensorsReader._read, []
+    read, taken = SafetensorsReader._read, []
 
     def counting(reader, key, first, last):
         found = read(reader, key, first, last)
         taken.append(found.numel() * found.element_size())
         return found
 
-    files.SafetensorsReader._read = counting
+    SafetensorsReader._read = counting
     for name, dtype in (("teacher", torch.bfloat16), ("shorter", torch.float32), ("thinned", torch.float32)):
         taken.clear()
         model = load_pipeline(f"{out}/{name}", dtype=dtype, shard=True).transformer

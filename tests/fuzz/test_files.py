@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pydit
-from pydit import UserError, files
+from pydit import UserError, files, weights
 from pydit.analysis import ActivationStats
 from pydit.analysis.ablation import Ablation
 from pydit.analysis.criteria import base
@@ -266,7 +266,7 @@ def test_a_header_that_announces_more_than_the_file_holds(tmp_path, count):
     header = {"x": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}
     (tmp_path / "x.safetensors").write_bytes(mutate.join(header, b"\0" * 16))
     for read in (lambda path: files.load_safetensors(path, what="x"), ActivationStats.load,
-                 lambda path: files.SafetensorsReader(path.parent, "x", what="x")):
+                 lambda path: weights.SafetensorsReader(path.parent, "x", what="x")):
         with harness.bounded(2**25), pytest.raises(pydit.FormatError, match=f"16 bytes of tensors instead of {4 * count}"):
             read(tmp_path / "x.safetensors")
 

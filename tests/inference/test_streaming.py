@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from pydit import files
+from pydit import files, weights
 from pydit.errors import FormatError, UserError
 from pydit.inference.pipeline import PLAN_FILE
 from pydit.inference.streaming import WEIGHTS, prune_pipeline
@@ -96,7 +96,7 @@ def test_bounded_memory(tmp_path):
         """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    reader = files.SafetensorsReader(tmp_path / "out" / "transformer", WEIGHTS, what="test")
+    reader = weights.SafetensorsReader(tmp_path / "out" / "transformer", WEIGHTS, what="test")
     assert sum(1 for key in reader.keys() if key.endswith("attn.to_q.weight")) == 10  # noqa: SIM118
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from pydit import files
+from pydit import files, weights
 from pydit.errors import FormatError, UserError
 
 
@@ -199,7 +199,7 @@ def test_replace_directory_never_deletes_something_else(tmp_path):
 def test_rows_of_a_file(tmp_path):
     tensors = {"a": torch.arange(12, dtype=torch.bfloat16).view(4, 3), "b": torch.ones(5)}
     files.save_safetensors(tmp_path / "w.safetensors", tensors)
-    reader = files.SafetensorsReader(tmp_path, "w", what="test")
+    reader = weights.SafetensorsReader(tmp_path, "w", what="test")
     for start, stop in ((0, 4), (1, 3), (3, 4), (2, 2)):
         assert torch.equal(reader.rows("a", start, stop), tensors["a"][start:stop])
     assert torch.equal(reader.rows("b", 1, 3), tensors["b"][1:3]) and torch.equal(reader["b"], tensors["b"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pydit import FormatError, UserError, files, prune
+from pydit import FormatError, UserError, files, prune, weights
 from pydit.cli import main
 from pydit.data import CachedDataset, Sample, Skipped, read_samples, samples
 from pydit.demo.teacher import ASSETS
@@ -262,7 +262,7 @@ def test_a_file_that_names_files_elsewhere(tmp_path, name):
     index = tmp_path / "p" / "transformer" / "w.safetensors.index.json"
     files.write_json(index, {"weight_map": {"a": name}})
     files.write_json(tmp_path / "p" / "model_index.json", {"transformer": ["diffusers", "X"]})
-    readers = [lambda: files.SafetensorsReader(index.parent, "w", what="pipeline"), lambda: check_pipeline(tmp_path / "p")]
+    readers = [lambda: weights.SafetensorsReader(index.parent, "w", what="pipeline"), lambda: check_pipeline(tmp_path / "p")]
     files.write_json(tmp_path / "index.json", {
         "format": "pydit-cached-dataset", "version": 1, "read": 1, "complete": True, "shards": [name], "skipped": [],
         "made_of": {"source": "x", "resolution": 48, "shard_size": 1, "latent_channels": 4, "text_channels": 4},
