@@ -267,6 +267,13 @@ def require_replaceable(path: str | os.PathLike) -> None:
         raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
 
 
+def require_apart(out: str | os.PathLike, source: str | os.PathLike) -> None:
+    """Raise UserError for an output directory that is, holds or lies in one that is read."""
+    new, read = Path(out).resolve(), Path(source).resolve()
+    if new == read or read in new.parents or new in read.parents:
+        raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
+
+
 def remove_directory(path: str | os.PathLike) -> None:
     """Remove a directory in one step: a kill leaves it whole, or gone but for what the next removal clears away."""
     path = Path(path)

@@ -117,11 +117,8 @@ def stream_identity(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def require_output(out: Path, *sources: Path) -> None:
     """Raise UserError, before any work, for an output directory that cannot be written or that holds what is read."""
-    new = out.resolve()
     for source in sources:
-        read = source.resolve()
-        if new == read or read in new.parents or new in read.parents:
-            raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
+        files.require_apart(out, source)
     files.require_replaceable(out)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
-from pydit.files import read_json, replace_directory, write_json
+from pydit.files import read_json, replace_directory, require_apart, write_json
 from pydit.inference.pipeline import PLAN_FILE, check_pipeline, use_remote_code, write_plan
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.pruned import entry_of
@@ -48,7 +48,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     Raises
     ------
     UserError
-        An init that needs batches, a plan that does not fit, or weights that are quantized.
+        An init that needs batches, a plan that does not fit, weights that are quantized, or ``out`` at ``path``.
     FormatError
         A directory that is broken, or weights that its configuration does not explain.
 
@@ -61,6 +61,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     if init not in INITS or init == "probe":
         raise UserError(f"init: expected one of {', '.join(INITS[:-1])} without loading the model, got {init!r}")
     check_pipeline(path)
+    require_apart(out, path)
     folder = path / "transformer"
     config = read_json(folder / "config.json", what="pipeline", strict=True)
     adapter = _adapter_of(config, folder)

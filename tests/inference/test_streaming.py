@@ -108,6 +108,8 @@ def test_refusals_leave_nothing_behind(tmp_path):
             ((path, plan, tmp_path / "out", {"init": "probe"}), UserError, "init: expected one of first, middle, average"),
             ((path, PruningPlan("flux.1", 4), tmp_path / "out", {}), UserError, "plan: expected a plan for qwen-image"),
             ((path, PruningPlan.from_intervals(5, [(1, 2)]), tmp_path / "out", {}), UserError, "is for 5 layers"),
+            ((path, plan, path, {}), UserError, "out: expected a directory apart from"),
+            ((path, plan, path / "transformer", {}), UserError, "out: expected a directory apart from"),
             ((tmp_path, plan, tmp_path / "out", {}), FormatError, "expected a directory with model_index.json")):
         *given, options = arguments
         with pytest.raises(error, match=message):
