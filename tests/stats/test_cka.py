@@ -141,6 +141,17 @@ def test_merge_and_state_round_trip():
     assert torch.allclose(right.merge(left).matrix(), whole.matrix(), atol=1e-14)
 
 
+@given(st.permutations(range(5)), st.lists(st.integers(0, 2), min_size=5, max_size=5), st.permutations(range(3)))
+def test_any_order_and_any_merge_of_the_same_batches(order, part_of, merged):
+    """Of three parts, some empty, each with its batches in any order."""
+    batches = [features(n, (6, 8), seed=n) for n in (10, 11, 12, 13, 4)]
+    parts = [CKA(2) for _ in range(3)]
+    for index in order:
+        parts[part_of[index]].update(batches[index])
+    whole = parts[merged[0]].merge(parts[merged[1]]).merge(parts[merged[2]])
+    assert torch.allclose(whole.matrix(), reference_matrix(batches), atol=1e-12) and whole.batches == 5
+
+
 def test_interval_is_a_paired_bootstrap():
     cka = CKA(3)
     for seed in range(30):
