@@ -225,11 +225,14 @@ def test_bad_options(main, change, words, command, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_narrow_models_of_every_family_are_timed_in_turn(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("dtype", "samples"), [("fp32", 1), ("bf16", 2)])
+def test_narrow_models_of_every_family_are_timed_in_turn(tmp_path, monkeypatch, capsys, dtype, samples):
     monkeypatch.setattr(model, "NARROW", ((64, 4),))
-    assert model.main(["--narrow", "--rounds", "3", "--json", str(tmp_path / "out.json")]) == 0
+    assert model.main(["--narrow", "--rounds", "3", "--json", str(tmp_path / "out.json"), "--dtype", dtype,
+                       "--samples", str(samples)]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) == 5 and all(row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"] for row in rows), rows
+    assert all((row["dtype"], row["samples"]) == (dtype, samples) for row in rows)
     assert "sd3.5" in capsys.readouterr().out
     assert model.main(["--narrow", "--rounds", "2"]) == model.main([]) == 2
 
