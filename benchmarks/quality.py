@@ -64,7 +64,7 @@ class Goal:
 
 
 GOALS = (
-    # Without 8 blocks but with all FFNs, 3,200 steps ended at 7.5 % (one run): the teacher's redundancy is 7 blocks.
+    # The teacher's redundancy is 7 blocks: the rest of a half is linear FFNs and not an eighth block.
     Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.005),
     Goal(HYBRID_MOST, share=0.25, dual=10, steps=2000, rate=0.005),
     Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),

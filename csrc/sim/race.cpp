@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "sim/accumulators.h"
 #include "sim/banks.h"
 #include "sim/cluster.h"
 #include "sim/control.h"
@@ -29,22 +30,6 @@ enum Kind : uint8_t { kPlain, kAtomic };  // as in race_observe.cpp
 void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc);
 
 namespace {
-
-struct Accumulator {
-  Range range;
-  uint64_t token;
-};
-// Of a thread: what products in flight accumulate in, and every place where one did.
-struct Accumulators {
-  std::vector<Accumulator> all;
-  Range bounds = {UINTPTR_MAX, 0};
-  struct Place {
-    Range range;
-    bool accessed;  // by the thread, since the last fence
-  };
-  std::vector<Place> places;
-  Range place_bounds = {UINTPTR_MAX, 0};
-};
 
 static_assert(kMaxClusterBlocks * kMaxThreads <= 1 << 13, "Access keeps a thread in 13 bits");
 
@@ -259,31 +244,14 @@ class Detector {
   void engine_done(uint64_t token) {
     const int me = self();
     finish(operation(token), me);
-    Accumulators& mine = accumulators_[me];
-    const auto finished = [token](const Accumulator& a) { return a.token == token; };
-    mine.all.erase(std::remove_if(mine.all.begin(), mine.all.end(), finished), mine.all.end());
-    if (mine.all.empty()) mine.bounds = {UINTPTR_MAX, 0};
+    accumulators_[me].done(token);
   }
   void accumulates(const void* pointer, size_t bytes, uint64_t token) {
     const auto begin = reinterpret_cast<uintptr_t>(pointer);
-    const Range range = {begin, begin + bytes};
-    Accumulators& mine = accumulators_[self()];
-    mine.all.push_back({range, token});
-    widen(mine.bounds, range);
-    const auto overlaps = [&range](const Accumulators::Place& place) {
-      return place.range.begin < range.end && range.begin < place.range.end;
-    };
-    for (const Accumulators::Place& place : mine.places) {
-      if (place.accessed && overlaps(place))
-        fail("wgmma: its accumulator was accessed after the last wgmma.fence, which is to come between");
-    }
-    mine.places.erase(std::remove_if(mine.places.begin(), mine.places.end(), overlaps), mine.places.end());
-    mine.places.push_back({range, false});
-    widen(mine.place_bounds, range);
+    if (!accumulators_[self()].add({begin, begin + bytes}, token))
+      fail("wgmma: its accumulator was accessed after the last wgmma.fence, which is to come between");
   }
-  void register_fence() {
-    for (Accumulators::Place& place : accumulators_[self()].places) place.accessed = false;
-  }
+  void register_fence() { accumulators_[self()].fence(); }
   void engine_signals(uint64_t token, const void* object) { objects_[object].operations.push_back(operation(token)); }
 
   void fence() {
@@ -390,20 +358,11 @@ class Detector {
     }
   }
 
-  static void widen(Range& bounds, const Range& by) {
-    bounds = {std::min(bounds.begin, by.begin), std::max(bounds.end, by.end)};
-  }
-
   // A local variable.
   void access_local(Accumulators& mine, uintptr_t address, bool write, const void* pc) {
-    if (!mine.place_bounds.holds(address, 1)) return;
-    for (Accumulators::Place& place : mine.places) place.accessed = place.accessed || place.range.holds(address, 1);
-    if (!mine.bounds.holds(address, 1)) return;
-    for (const Accumulator& a : mine.all) {
-      if (!a.range.holds(address, 1)) continue;
+    if (const ptrdiff_t place = mine.access(address); place >= 0)
       stop(pc, "%s of register %zu of a wgmma accumulator before wgmma.wait_group", write ? "write" : "read",
-           (address - a.range.begin) / sizeof(float));
-    }
+           static_cast<size_t>(place));
   }
 
   void access_global(uintptr_t address, size_t bytes, bool write, const void* pc) {

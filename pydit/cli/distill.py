@@ -19,6 +19,7 @@ from pydit.cli.options import (
     batch_stream,
     command,
     count,
+    is_given,
     load,
     not_negative,
     parse_list,
@@ -32,7 +33,7 @@ from pydit.cli.options import (
     warnings_as_lines,
     whole,
 )
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 
 
 def add_distill(commands: Any) -> None:
@@ -182,7 +183,7 @@ def _alone(distributed: Any):
         try:
             yield
         except (OSError, ValueError, TypeError) as error:
-            print(f"pydit: process {distributed.rank()}: error: {' '.join(str(error).split())}", file=complain)
+            print(f"pydit: process {distributed.rank()}: error: {one_line(error)}", file=complain)
             raise SystemExit(2) from None
 
 
@@ -192,7 +193,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write (or --estimate), got none")
-    _require_batches(arguments)
+    prompts = _require_batches(arguments)
     require_output(arguments.out, arguments.teacher, arguments.student)
     kept = arguments.out.with_name(arguments.out.name + ".checkpoint")
     if arguments.resume and not checkpoint.exists(kept):
@@ -207,7 +208,7 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
                    shard=config.shard == "all")
     student = _student(arguments.student, arguments, shard=config.shard != "none")
     if arguments.data is None:
-        batches, data = batch_stream(teacher, arguments), stream_identity(arguments)
+        batches, data = batch_stream(teacher, arguments), prompts
     else:
         batches, data = _image_batches(teacher, arguments)
     config = dataclasses.replace(config, data=data)
@@ -239,7 +240,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         raise UserError("out: expected a directory to write, got none")
     for name in ("prompts", "data", "steps", "output_steps", "intervals", "then", "resume"):
-        if getattr(arguments, name) not in (None, False, [], arguments.defaults(name)):
+        if is_given(arguments, name):
             raise UserError(f"merge: expected nothing to train, got --{name.replace('_', '-')}")
     for source in (arguments.teacher, arguments.student, *arguments.merge):
         require_output(arguments.out, source)
@@ -268,8 +269,11 @@ def _merge(arguments: argparse.Namespace) -> None:
                                       if left else ""))
 
 
-def _require_batches(arguments: argparse.Namespace) -> None:
-    """Raise UserError, before anything is loaded, where the options on batches do not fit together."""
+def _require_batches(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What decides the batches of --prompts, None with --data.
+
+    Raises UserError, before anything is loaded, where the options on batches do not fit together.
+    """
     from pydit.data.batches import require_options
 
     if arguments.data is not None and arguments.prompts is not None:
@@ -279,12 +283,13 @@ def _require_batches(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         require_options(**_image_options(arguments))
         require_used(arguments, ("sampling_steps", "size"), False, "--prompts with a file")
-    else:
-        stream_identity(arguments)
-        require_used(arguments, _OF_IMAGES, False, "--data")
-        if arguments.flow_weight and arguments.prompts != "demo":
-            raise UserError("flow-weight: expected --data or --prompts demo to go with it, because prompts alone come "
-                            f"without images to learn from, got {arguments.prompts}")
+        return None
+    found = stream_identity(arguments)
+    require_used(arguments, _OF_IMAGES, False, "--data")
+    if arguments.flow_weight and arguments.prompts != "demo":
+        raise UserError("flow-weight: expected --data or --prompts demo to go with it, because prompts alone come "
+                        f"without images to learn from, got {arguments.prompts}")
+    return found
 
 
 def _student(path: Path, arguments: argparse.Namespace, *, shard: bool = False) -> Any:

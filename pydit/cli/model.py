@@ -18,6 +18,7 @@ from pydit.cli.options import (
     command,
     count,
     inputs,
+    is_given,
     load,
     parse_list,
     positive,
@@ -304,7 +305,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "method", *_OF_STATS,
                                                  "text_linear", "linear_ffn", "affine", "single_stream", "lean",
                                                  "num_layers", "family")
-             if getattr(arguments, name) not in (None, False, [], arguments.defaults(name))]
+             if is_given(arguments, name)]
     if arguments.stats is None or given:
         raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
                         f"got {'--' + given[0] if given else 'no statistics file'}")

@@ -67,7 +67,7 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
 
 def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
     """Calibration or training batches as a function start -> endless iterator from batch ``start``."""
-    stream_identity(arguments)
+    _require_stream(arguments)
     if arguments.prompts == "demo":
         from pydit.demo.data import make_batches
 
@@ -101,10 +101,7 @@ def stream_identity(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises UserError for options that no such batches can be made by, or that none of them would read.
     """
-    if arguments.prompts is None:
-        raise UserError("prompts: expected a file with one prompt per line or demo, got none")
-    require_used(arguments, ("sampling_steps", "size"), arguments.prompts != "demo", "--prompts with a file")
-    require_used(arguments, ("batch_size",), arguments.prompts == "demo", "--prompts demo or --data")
+    _require_stream(arguments)
     if arguments.prompts == "demo":
         return {"prompts": "demo", "batch-size": arguments.batch_size, "data-seed": arguments.data_seed}
     from pydit.inference.sampling import read_prompts
@@ -115,6 +112,13 @@ def stream_identity(arguments: argparse.Namespace) -> dict[str, Any]:
             "size": arguments.size, "data-seed": arguments.data_seed}
 
 
+def _require_stream(arguments: argparse.Namespace) -> None:
+    if arguments.prompts is None:
+        raise UserError("prompts: expected a file with one prompt per line or demo, got none")
+    require_used(arguments, ("sampling_steps", "size"), arguments.prompts != "demo", "--prompts with a file")
+    require_used(arguments, ("batch_size",), arguments.prompts == "demo", "--prompts demo or --data")
+
+
 def require_output(out: Path, *sources: Path) -> None:
     """Raise UserError, before any work, for an output directory that cannot be written or that holds what is read."""
     for source in sources:
@@ -122,10 +126,15 @@ def require_output(out: Path, *sources: Path) -> None:
     files.require_replaceable(out)
 
 
+def is_given(arguments: argparse.Namespace, name: str) -> bool:
+    """Whether an option says something other than without it."""
+    return getattr(arguments, name) not in (None, False, arguments.defaults(name))
+
+
 def require_used(arguments: argparse.Namespace, names: Iterable[str], used: bool, needed: str) -> None:
     """Raise UserError for an option that was given although nothing would read it."""
     for name in names:
-        if not used and getattr(arguments, name) not in (None, False, arguments.defaults(name)):
+        if not used and is_given(arguments, name):
             flag = {"output_trainable": "train"}.get(name, name.replace("_", "-"))
             raise UserError(f"{flag}: expected {needed} to go with it, got none")
 

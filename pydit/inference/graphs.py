@@ -16,7 +16,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pydit import backend
 from pydit.errors import UserError
 from pydit.inference import hooked
 from pydit.models.attention import active_backend
@@ -162,6 +163,7 @@ class _Recording:
     outputs: Any  # which a replay writes
     replay: Callable[[], None]
     kept: list[Any]  # what it reads beside inputs and weights, and nothing else might keep alive
+    streams: set[int] = field(default_factory=set)  # that the allocator knows to use this memory
 
 
 class GraphCache:
@@ -219,9 +221,11 @@ class GraphCache:
             while len(self.entries) > self.max_entries:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
-        for x in pytree.tree_leaves([entry.inputs, entry.kept]):
-            if x.is_cuda:
-                x.record_stream(torch.cuda.current_stream())  # which may be another than it was made on
+        if (stream := backend.stream_of(tensors[0])) not in entry.streams:  # it may be another than all was made on
+            entry.streams.add(stream)
+            for x in pytree.tree_leaves([entry.inputs, entry.kept]):
+                if x.is_cuda:
+                    x.record_stream(torch.cuda.current_stream())
         for to, x in zip(entry.inputs, tensors, strict=True):
             to.copy_(x, non_blocking=True)
         entry.replay()

@@ -231,6 +231,7 @@ def _check_component(folder: Path, name: str) -> None:
     if pickles and not weights:
         raise FormatError(f"pipeline: expected {name} as safetensors, got a pickle ({pickles[0]}); loading a pickle "
                           "runs code from whoever wrote it, so it is refused")
+    most, where = ("", 0), folder / "config.json"  # layers that the configuration announces
     for file in files:
         if file.name.endswith(".safetensors.index.json"):
             for shard in shard_names(file, what="pipeline"):
@@ -238,8 +239,10 @@ def _check_component(folder: Path, name: str) -> None:
                     raise FormatError(f"pipeline: expected the weight file {folder / shard}, got no such file")
         elif file.suffix == ".json":
             data = read_json(file, what="pipeline")
-            if file.name == "config.json" and not isinstance(data, dict):
-                raise FormatError(f"pipeline: expected an object in {file}, got {type(data).__name__}")
+            if file == where:
+                if not isinstance(data, dict):
+                    raise FormatError(f"pipeline: expected an object in {file}, got {type(data).__name__}")
+                most = _deepest(data)
             if found := _from_the_hub(data):
                 raise FormatError(f"pipeline: expected attention of the library itself in {file}, got {found!r}, which "
                                   "may be fetched from the hub")
@@ -251,11 +254,9 @@ def _check_component(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").exists():  # transformers would load another model, which this names, under it
         raise FormatError(f"pipeline: expected the weights of {name} in {folder}, got an adapter of another model; "
                           "merge it into that model first")
-    if (folder / "config.json").is_file() and weights:
-        most, (key, count) = max(1024, tensors), _deepest(read_json(folder / "config.json", what="pipeline"))
-        if count > most:
-            raise FormatError(f"pipeline: expected at most {most} as {key} in {folder / 'config.json'}, beside "
-                              f"{tensors} tensors, got {count}")
+    if weights and most[1] > max(1024, tensors):
+        raise FormatError(f"pipeline: expected at most {max(1024, tensors)} as {most[0]} in {where}, beside {tensors} "
+                          f"tensors, got {most[1]}")
 
 
 def _is_known_library(library: Any) -> bool:

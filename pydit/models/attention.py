@@ -44,6 +44,11 @@ def active_backend():
     return "" if active is None or active == "native" else active.value
 
 
+def is_watched(module):
+    """Whether something listens to a module or has replaced its forward: what it does is then known by calling it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 class Replacing:
     """A processor in the place of a stock one, which runs again where ``set_attention_backend`` or
     ``with attention_backend(...)`` chooses a backend."""
@@ -364,8 +369,7 @@ def _alike(linears):
     """Plain linear layers of one input width, dtype and device, all with a bias or none, that nothing listens to."""
     like = None
     for linear in linears:
-        if (type(linear) is not torch.nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
-                or "forward" in linear.__dict__):
+        if type(linear) is not torch.nn.Linear or is_watched(linear):
             return False
         weight, bias = map(linear._parameters.get, ("weight", "bias"))
         if type(weight) not in PLAIN_TENSORS or not weight.is_contiguous():
@@ -424,8 +428,7 @@ def _fuse(norms):
     """Whether norms are the RMSNorm that the ops compute, alike, and nothing listens to them or has replaced their
     forward, as offloading layer by layer does, which brings the weight only then."""
     return all(norm is not None and type(norm) in _RMS_NORMS and getattr(norm, "bias", None) is None
-               and not (norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__)
-               and norm.eps is not None and norm.eps == norms[0].eps for norm in norms)
+               and not is_watched(norm) and norm.eps is not None and norm.eps == norms[0].eps for norm in norms)
 
 
 def _called(norm, x, table):

@@ -19,6 +19,7 @@ from torch import nn
 
 from pydit import backend
 from pydit.families import BlockSpec
+from pydit.models.attention import is_watched
 from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, rows_of
 from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 
@@ -115,7 +116,7 @@ def modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:
 
 def listened(*norms: nn.Module) -> bool:
     """Whether something listens to an AdaLayerNorm, or has replaced its forward: fused blocks do not call that."""
-    found = any(norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__ for norm in norms)
+    found = any(map(is_watched, norms))
     if found:
         backend.record("ada_layer_norm", "torch", "something listens to an AdaLayerNorm, or has replaced its forward: "
                                                   "the stock block runs")

@@ -159,7 +159,7 @@ def _joint(op: Any, linears: list[nn.Module], xs: list[torch.Tensor]) -> list[to
 
 def _fuses(linear: nn.Module, gelu: nn.Module) -> bool:
     """Whether a linear layer and its GELU are what :func:`pydit.ops.linear_gelu` computes."""
-    return _multiplies(linear) and _plain(gelu, (nn.GELU, diffusers_activations.GELU)) and gelu.approximate == "tanh"
+    return _multiplies(linear) and _plain(gelu, nn.GELU, diffusers_activations.GELU) and gelu.approximate == "tanh"
 
 
 def _multiplies(linear: nn.Module) -> bool:
@@ -172,12 +172,9 @@ def _normalizes(norm: nn.Module) -> bool:
     return _plain(norm, nn.LayerNorm) and norm.weight is None
 
 
-def _plain(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module is of exactly this class (or one of these), and nothing listens to it or has replaced its
-    forward."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks
-                                          or "forward" in module.__dict__)
+def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of exactly one of these classes, and nothing listens to it or has replaced its forward."""
+    return type(module) in kinds and not attention.is_watched(module)
 
 
 def _idle(module: nn.Module) -> bool:
