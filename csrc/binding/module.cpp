@@ -279,6 +279,13 @@ PYBIND11_MODULE(_C, m) {
   sim.def("set_async", [](bool eager) { pydit_sim_set_async(eager); });
   sim.def("set_arch", &pydit_sim_set_arch);
   sim.def("set_device", &pydit_sim_set_device);
+  sim.def("streams", [] {
+    uint64_t handles[16];
+    const int used = pydit_sim_streams(handles, 16);
+    py::list result;
+    for (int i = 0; i < used && i < 16; ++i) result.append(handles[i]);
+    return result;
+  });
   sim.def("launch_count", &pydit_sim_launch_count);
   sim.def("last_report", &pydit_sim_last_report);
   sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });

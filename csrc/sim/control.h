@@ -21,6 +21,9 @@ int pydit_sim_set_arch(int arch);
 // The current device of this host thread, as cudaSetDevice: 0 (the default), or 1, which is of compute capability 8.0
 // whatever pydit_sim_set_arch says, as in a machine of unlike GPUs. Returns 1 on another.
 int pydit_sim_set_device(int device);
+// Streams on which this host thread launched a kernel or cleared memory since it last asked: how many, their handles in
+// the first `capacity` of `handles`. Work is done in the order in which it comes, whatever its stream.
+int pydit_sim_streams(uint64_t* handles, int capacity);
 // The race detector (race.h): on or off, from the next launch. It sees the accesses of kernels only in a race build
 // (cmake -DPYDIT_SIM_RACE=on), where it is on from the start; pydit_sim_race_build says whether this is one.
 void pydit_sim_set_race(int on);

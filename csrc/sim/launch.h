@@ -17,8 +17,9 @@ void run_grid(Kernel& kernel, const void* function);
 // gets its own copy.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*function)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
-            size_t shared_bytes, cudaStream_t /*stream*/, const Arguments&... arguments) {
+            size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel has another number of parameters");
+  use_stream(stream);
   struct Call {
     void (*function)(Parameters...);
     std::tuple<Parameters...> arguments;

@@ -50,6 +50,8 @@ size_t shared_limit(const void* function);
 // Sets the last error of this host thread, and its report.
 [[gnu::format(printf, 2, 3)]] void set_error(cudaError_t error, const char* format, ...);
 const char* last_report();
+// Notes that this host thread put work on `stream`.
+void use_stream(cudaStream_t stream);
 
 }  // namespace simt
 
@@ -57,9 +59,8 @@ template <typename Function>
 cudaError_t cudaFuncSetAttribute(Function* function, cudaFuncAttribute attribute, int value) {
   return simt::set_function_attribute(reinterpret_cast<const void*>(function), attribute, value);
 }
-inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
+  simt::use_stream(stream);
   memset(pointer, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

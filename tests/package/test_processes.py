@@ -219,6 +219,32 @@ def test_the_guard_goes_to_the_device_of_the_tensor(monkeypatch):
     assert [backend.stream_of(x) for x in on] == [100, 101] and backend.stream_of(torch.zeros(1)) == 0
 
 
+@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
+def test_all_that_an_op_puts_on_a_device_is_on_its_stream(device, monkeypatch):
+    """Two streams at once: what each is given, kernels and the clearing of their counters, stays on it.
+
+    The simulator does work as it comes, so that a wrong stream would change no result there; it tells which were used.
+    """
+    monkeypatch.setenv("PYDIT_GEMM", "pydit")
+    monkeypatch.setenv("PYDIT_PARTS", "2")
+    sim, given = backend.extension()[0].sim, threading.local()
+    monkeypatch.setattr(backend, "stream_of", lambda tensor: given.stream)
+    x = make((1, 40, 12, 2, 32), torch.bfloat16, device, seed=0)[0]
+    angle = torch.zeros(40, 16)
+    calls = {**with_workspaces(0, device), "qk_norm_rope": lambda: ops.qk_norm_rope(x, x, None, None, (angle, angle)),
+             "ada_layer_norm": lambda: ops.ada_layer_norm(x.flatten(2), x[:, 0].flatten(1), x[:, 1].flatten(1))}
+
+    def work(index):
+        given.stream, found = 7 + index, {}
+        for op, call in calls.items():
+            assert sim.streams() == []
+            call()
+            found[op] = sim.streams()
+        return found
+
+    assert both(work) == [{op: [stream] for op in calls} for stream in (7, 8)]
+
+
 def test_every_launch_is_guarded_and_takes_the_current_stream():
     """Calls of the compiled module in pydit.ops stand inside ``with backend.device_of`` and pass ``stream_of``."""
     module, error = backend.extension()
