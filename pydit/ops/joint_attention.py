@@ -51,7 +51,8 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     -----
     Online softmax: Milakov & Gimelshein 2018; tiling: Dao et al. 2022 (FlashAttention). Differentiable in all six
     tensors, through lse as well; on Hopper the gradients of the queries are sums in no fixed order, unless
-    ``torch.use_deterministic_algorithms(True)`` asks for one. The order of the streams is of no consequence.
+    ``torch.use_deterministic_algorithms(True)`` asks for one. Second derivatives raise NotImplementedError. The order
+    of the streams is of no consequence.
     """
     _check_stream("img", q_img, k_img, v_img, q_img)
     _check_stream("txt", q_txt, k_txt, v_txt, q_img)
@@ -293,3 +294,11 @@ define("joint_attention_backward(Tensor q_img, Tensor k_img, Tensor v_img, Tenso
        "Tensor? txt_lens, Tensor out_img, Tensor out_txt, Tensor lse_img, Tensor lse_txt, Tensor d_out_img, "
        "Tensor d_out_txt, Tensor d_lse_img, Tensor d_lse_txt, float scale) -> Tensor[]", _gradients, _gradients_like)
 define_backward(_OP, _backward, _setup)
+
+
+def _no_second_derivative(*_):
+    # Without this torch warns and goes on with zeros.
+    raise NotImplementedError(f"{_OP}: expected first derivatives only, got a second one, which is not implemented")
+
+
+define_backward(f"{_OP}_backward", _no_second_derivative, lambda ctx, inputs, output: None)

@@ -41,6 +41,7 @@ def second_moments(x, y=None, *, shift_x=None, shift_y=None):
     by torch. No gradient.
     """
     _check(x, y, shift_x, shift_y)
+    x, y, shift_x, shift_y = (t if t is None else t.detach() for t in (x, y, shift_x, shift_y))
     sums = zeros(x.shape[1], 0 if y is None else y.shape[1], x.device)
     add_second_moments(x, y, sums)
     xx, xy, sum_x, sum_y, _ = sums

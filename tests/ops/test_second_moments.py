@@ -236,6 +236,16 @@ def test_bad_shifts(shifts, error, words):
         ops.second_moments(torch.ones(3, 4), **shifts)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_gradient(dtype, device):
+    """On every path alike: sums that kept a graph would keep all activations with it."""
+    x = torch.ones(8, 4, dtype=dtype, device=device).requires_grad_()
+    shift = torch.ones(4, device=device).requires_grad_()
+    results = [*ops.second_moments(x, x, shift_x=shift, shift_y=shift)[1:], ops.hsic_matrix([x, x])]
+    assert not any(result.requires_grad for result in results)
+
+
 def test_opcheck(device):
     x, y = make((20, 10, 6), torch.bfloat16, device)
     torch.library.opcheck(torch.ops.pydit.add_second_moments.default, (x, y, *zeros(10, 6, x.device)))
