@@ -473,6 +473,8 @@ W4 = torch.ones(4, 4)
 
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: ops.linear_gelu(1, W), TypeError, "linear_gelu: x: expected a torch.Tensor, got int"),
+    (lambda: ops.linear_gelu(X[0, 0, 0], W), ValueError, r"x: expected shape \[..., K\], got \[\]"),
+    (lambda: ops.in_one_launch(1), TypeError, "in_one_launch: x: expected a torch.Tensor, got int"),
     (lambda: ops.linear_gelu(X, W.half()), TypeError, "weight: expected torch.float32"),
     (lambda: ops.linear_gelu(X, W.T), ValueError, r"weight: expected shape \[N, 4\], got \[4, 5\]"),
     (lambda: ops.linear_gelu(X, W, torch.ones(4)), ValueError, r"bias: expected shape \[5\], got \[4\]"),
