@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydit.errors import FormatError, UserError
 from pydit.files import (
     PICKLE_SUFFIXES,
+    as_path,
     read_header,
     read_json,
     replace_directory,
@@ -64,8 +65,9 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
     Raises
     ------
     UserError
-        ``path`` is a file, or a directory that holds something else than a model. Or a component would not come back
-        as it is: offloading has emptied it, adapters sit in it, or its projections are fused.
+        ``pipe`` is no pipeline. ``path`` is a file, or a directory that holds something else than a model. Or a
+        component would not come back as it is: offloading has emptied it, adapters sit in it, or its projections are
+        fused.
     OSError
         The disk is full or not writable. Nothing half-written remains, and an earlier directory stays.
     """
@@ -99,7 +101,12 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
 
 def _require_savable(pipe: Any) -> None:
     """UserError where what is written would be broken: diffusers writes it without a word, or fails in the middle."""
-    for name, model in getattr(pipe, "components", {}).items():
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UserError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}"
+                        + ("; a model by itself has save_pretrained" if hasattr(pipe, "save_pretrained") else ""))
+    for name, model in pipe.components.items():
         if not hasattr(model, "named_parameters"):
             continue
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -152,9 +159,10 @@ def load_pipeline(path: str | os.PathLike, *, dtype: torch.dtype | None = None, 
         diffusers or transformers is not installed.
     """
     _need_diffusers()
-    path = Path(path)
-    index = check_pipeline(path)
     from diffusers import DiffusionPipeline
+
+    path = as_path(path, what="pipeline")
+    index = check_pipeline(path)
 
     models = _load_models(path, index, dtype, device if shard else None)
     if SHIM in (index.get("transformer") or ()):  # diffusers asks where the class is from, of a model passed to it too
@@ -180,7 +188,7 @@ def check_pipeline(path: str | os.PathLike) -> dict[str, Any]:
     FormatError
         Something is missing, truncated or a pickle; the message names the file.
     """
-    path = Path(path)
+    path = as_path(path, what="pipeline")
     if not path.is_dir():
         got = "a file" if path.exists() else "a path that does not exist"
         raise FormatError(f"pipeline: expected a pipeline directory, got {got} ({path})")

@@ -330,7 +330,7 @@ def test_wrong_models_and_batches_are_named():
         run(teacher, teacher)
     with pytest.raises(UserError, match="student: expected a plan that replaces at least one block"):
         run(teacher, pydit.prune(teacher, PruningPlan.from_intervals(6, [])))
-    with pytest.raises(UserError, match="plan: the plan is for 6 layers, the model has 5"):
+    with pytest.raises(UserError, match="plan: expected a plan for the model's 5 layers, got one for 6"):
         run(tiny.make_teacher(5), student)
     with pytest.raises(UserError, match=r"student: expected the teacher's device and dtype \(cpu, torch.float64\)"):
         run(copy.deepcopy(teacher).double(), student)

@@ -160,7 +160,17 @@ def test_what_would_not_come_back_is_not_written(pruned, tmp_path):
     model.proj_out.to("meta")
     with pytest.raises(UserError, match="pipe: expected weights at hand, got transformer, which offloading has emptied"):
         save_pipeline(pruned, tmp_path / "x")
+    with pytest.raises(UserError, match="pipe: expected a diffusers pipeline, got PrunedQwen.*save_pretrained"):
+        save_pipeline(model, tmp_path / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["fused"]
+
+
+@pytest.mark.parametrize(("call", "name"), [
+    (lambda: load_pipeline(3), "pipeline"), (lambda: PruningPlan.load(3), "plan"),
+    (lambda: PruningPlan("qwen-image", 3).save(3), "out")])
+def test_what_is_no_path_is_refused(call, name):
+    with pytest.raises(UserError, match=f"{name}: expected a path, got int"):
+        call()
 
 
 def test_a_compiled_transformer_is_saved_as_itself(pruned, tmp_path):
