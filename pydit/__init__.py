@@ -1,7 +1,7 @@
 """pydit: fused CUDA kernels for diffusion transformers, and the pruning and distillation built on them.
 
-Importing the package imports torch and nothing else of weight: no GPU, driver, diffusers or compiled extension is
-needed until something is used that needs it.
+Importing the package imports nothing of weight: torch, diffusers, the compiled extension, a driver and a GPU are
+needed by what uses them, when it is used.
 """
 
 from __future__ import annotations

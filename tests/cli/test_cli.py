@@ -383,7 +383,7 @@ IMAGES = {"--timesteps logit-normal": ("timesteps", "logit-normal"), "--shift 3"
 
 
 def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
-    """A switch of the authors' script is shadowed and does nothing (ppcl.md F.1, item 3)."""
+    """A switch of the authors' script is shadowed and does nothing; none here is."""
     import pydit.cli.distill as module
     from pydit import data, distill
 
