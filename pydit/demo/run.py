@@ -177,7 +177,7 @@ class _Demo:
         console.heading(f"Evaluate teacher and pruned model on {len(prompts)} held-out prompts")
         for name, transformer in (("teacher", self.teacher), ("pruned", student)):
             self._evaluate(name, transformer, prompts, seeds)
-        history = self._distill(student, len(prompts))
+        history = self._distill(student)
         console.heading("Evaluate the distilled model on the same prompts and noise")
         self._evaluate("distilled", student, prompts, seeds)
         return self._finish(stats, plan, student, history)
@@ -262,7 +262,7 @@ class _Demo:
             identity=f"{self.work.fingerprint} {name}", keep=self.settings.gallery, label=name)
         log.unlink(missing_ok=True)
 
-    def _distill(self, student, count: int) -> list[dict[str, Any]]:
+    def _distill(self, student) -> list[dict[str, Any]]:
         settings = self.settings
 
         def minutes() -> float | None:

@@ -113,7 +113,7 @@ def test_the_layer_loss_is_the_paper_formula_on_teacher_activations():
 
 
 def test_magnitude_holds_the_scale_of_the_streams():
-    """The direction alone leaves it free, as in the authors' loss (F.1, item 7): it drifts, and here it comes back."""
+    """The direction alone leaves it free, as in the authors' loss: it drifts, and here it comes back."""
     def off_scale(magnitude):
         teacher, student = tiny.make_pair(intervals=((1, 2),))
         block = student.transformer_blocks[1]
