@@ -13,7 +13,7 @@ from pydit.errors import FormatError, UserError
 from pydit.version import __version__
 
 if TYPE_CHECKING:
-    from pydit import analysis, data, distill, inference, models, ops, stats
+    from pydit import analysis, data, demo, distill, inference, models, ops, stats
     from pydit.backend import info as backend_info
     from pydit.backend import report
     from pydit.inference.accelerate import accelerate, restore
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydit.plan import PruningPlan
     from pydit.pruning import prune
 
-_MODULES = ("analysis", "data", "distill", "inference", "models", "ops", "stats")
+_MODULES = ("analysis", "data", "demo", "distill", "inference", "models", "ops", "stats")
 _NAMES = {
     "PruningPlan": ("pydit.plan", "PruningPlan"),
     "prune": ("pydit.pruning", "prune"),
