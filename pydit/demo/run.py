@@ -25,7 +25,8 @@ from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.distill import DistillConfig
 from pydit.errors import UserError
 from pydit.files import read_json, remove_directory, write_json
-from pydit.inference.pipeline import check_pipeline, content_hash, load_pipeline, save_pipeline
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 
 FORMAT = 1  # of OUT/work; another number makes earlier work unusable

@@ -20,7 +20,8 @@ from torch import nn
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
 from pydit.files import read_json, replace_directory, require_apart, write_json
-from pydit.inference.pipeline import PLAN_FILE, check_pipeline, use_remote_code, write_plan
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import PLAN_FILE, use_remote_code, write_plan
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan

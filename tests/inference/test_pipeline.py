@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 
 from pydit import files
 from pydit.errors import FormatError, UserError
-from pydit.inference.pipeline import PLAN_FILE, check_pipeline, content_hash, load_pipeline, save_pipeline
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import PLAN_FILE, content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 from tests.demo.pipelines import untrained
