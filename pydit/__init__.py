@@ -1,7 +1,7 @@
 """pydit: fused CUDA kernels for diffusion transformers, and the pruning and distillation built on them.
 
-Importing the package imports torch and nothing else of weight: no GPU, driver, diffusers or compiled extension is
-needed until something is used that needs it.
+Importing the package imports nothing of weight: torch, diffusers, the compiled extension, a driver and a GPU are
+needed by what uses them, when it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydit.errors import FormatError, UserError
 from pydit.version import __version__
 
 if TYPE_CHECKING:
-    from pydit import analysis, data, distill, inference, models, ops, stats
+    from pydit import analysis, data, demo, distill, inference, models, ops, stats
     from pydit.backend import info as backend_info
     from pydit.backend import report
     from pydit.inference.accelerate import accelerate, restore
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydit.plan import PruningPlan
     from pydit.pruning import prune
 
-_MODULES = ("analysis", "data", "distill", "inference", "models", "ops", "stats")
+_MODULES = ("analysis", "data", "demo", "distill", "inference", "models", "ops", "stats")
 _NAMES = {
     "PruningPlan": ("pydit.plan", "PruningPlan"),
     "prune": ("pydit.pruning", "prune"),

@@ -208,7 +208,7 @@ def require_file_name(name: Any, *, what: str, where: str | os.PathLike) -> str:
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a path for a new file that takes the place of ``path`` on success and vanishes on failure."""
-    path = Path(path)
+    path = as_path(path, what="out")
     if path.exists() and not path.is_file():  # the rename would take the place of a device or a pipe
         raise UserError(f"out: expected a file or a new path, got {_kind(path)} ({path})")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def replace_directory(path: str | os.PathLike) -> Iterator[Path]:
 
     What exists is replaced under the conditions of :func:`require_replaceable`.
     """
-    path = Path(path)
+    path = as_path(path, what="out")
     if path.is_symlink():
         path = path.resolve()  # what it points to is replaced, and it goes on pointing there
     require_replaceable(path)
@@ -364,9 +364,16 @@ def put_directory(temporary: Path, path: Path) -> None:
     _fsync(path.parent)
 
 
+def as_path(path: str | os.PathLike, *, what: str) -> Path:
+    """``path`` as a Path; UserError when it is none."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"{what}: expected a path, got {type(path).__name__}")
+    return Path(path)
+
+
 def existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
     """``path``, when it is a file; else FormatError."""
-    path = Path(path)
+    path = as_path(path, what=what)
     if not path.exists():
         raise FormatError(f"{what}: expected {expected}, got a path that does not exist ({path})")
     if not path.is_file():

@@ -287,22 +287,24 @@ class PruningPlan:
 
     def matches(self, transformer: object) -> bool:
         """Whether the plan is for this transformer's family and depth."""
-        return self._mismatch(transformer) is None
+        return self._mismatch(*_family_and_depth(transformer)) is None
 
     def require_match(self, transformer: object) -> None:
         """Raise UserError when the plan is for another family or depth than ``transformer``."""
-        reason = self._mismatch(transformer)
-        if reason:
-            raise UserError(reason)
+        self.require_teacher(*_family_and_depth(transformer))
         self._require_segments(transformer.config)
 
-    def _mismatch(self, transformer: object) -> str | None:
-        family = family_of(transformer)
-        if family.name != self.family:
-            return f"plan: expected a plan for {family.name}, got one for {self.family}"
-        layers = sum(len(getattr(transformer, name)) for name in family.block_lists)
-        if layers != self.num_layers:
-            return f"plan: the plan is for {self.num_layers} layers, the model has {layers}"
+    def require_teacher(self, family: str, num_layers: int) -> None:
+        """The same for a teacher of which no more than its family and depth is known."""
+        reason = self._mismatch(family, num_layers)
+        if reason:
+            raise UserError(reason)
+
+    def _mismatch(self, family: str, num_layers: int) -> str | None:
+        if family != self.family:
+            return f"plan: expected a plan for {family}, got one for {self.family}"
+        if num_layers != self.num_layers:
+            return f"plan: expected a plan for the model's {num_layers} layers, got one for {self.num_layers}"
         return None
 
     def num_parameters(self, config: Mapping[str, Any] | None = None) -> int:
@@ -428,6 +430,11 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike) -> PruningPlan:
         """Read a plan written by :meth:`save`. Raises FormatError naming the file."""
         return cls.from_dict(files.read_json(path, what="plan", strict=True), what=f"plan {os.fspath(path)}")
+
+
+def _family_and_depth(transformer: object) -> tuple[str, int]:
+    family = family_of(transformer)
+    return family.name, sum(len(getattr(transformer, name)) for name in family.block_lists)
 
 
 def _without_dead(specs: Sequence[BlockSpec], used: bool) -> tuple[BlockSpec, ...]:

@@ -6,8 +6,10 @@ What a plan adds to the teacher, the linear maps of thinned-out blocks, is fitte
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -68,8 +70,8 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     ------
     UserError
         An unknown family or init, a plan for another family or depth, a model that is already pruned, baked or
-        quantized or carries LoRA layers, ``init="probe"`` without batches, or an average of layers that differ in
-        structure.
+        quantized or carries LoRA layers, ``init="probe"`` without batches, an average of layers that differ in
+        structure, or a ridge, number of tokens or seed that is none.
 
     Warns
     -----
@@ -93,6 +95,13 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     plan.require_match(transformer)
     if init == "probe" and batches is None:
         raise UserError('batches: expected calibration batches for init="probe", got none')
+    for name, value, expected, fits in (
+            ("ridge", ridge, "a number >= 0", isinstance(ridge, Real) and 0 <= ridge < math.inf),
+            ("tokens_per_batch", tokens_per_batch, "a whole number of 1 or more",
+             isinstance(tokens_per_batch, Integral) and tokens_per_batch >= 1),
+            ("seed", seed, "a whole number", isinstance(seed, Integral))):
+        if not fits:
+            raise UserError(f"{name}: expected {expected}, got {value!r}")
     if dry_run:
         return f"{plan.describe(transformer.config)}\ninit: {init}"
 

@@ -58,6 +58,8 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         raise UserError(f"tokens_per_batch: expected at least 4, got {tokens_per_batch!r}")
     if max_batches is not None and max_batches < 2:
         raise UserError(f"max_batches: expected at least 2, got {max_batches!r}")
+    if not isinstance(batches, Iterable):
+        raise UserError(f"batches: expected an iterable of dicts of forward arguments, got {type(batches).__name__}")
     adapter = get_adapter(transformer)
     layers = adapter.num_layers(transformer)
     device = next(transformer.parameters()).device

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydit.cli.options import batch_stream, count, inputs, load, positive, progress
+from pydit.cli.options import batch_stream, count, first_batches, load, positive, progress
 from pydit.errors import UserError
 
 
@@ -19,9 +19,9 @@ def add_check(parser: argparse.ArgumentParser) -> None:
                        help="error of the output with all of a plan's blocks left out, against the sum of the errors\n"
                             "with one of them left out, which is what criteria go by")
     group.add_argument("--trial", type=count, metavar="STEPS",
-                       help="with --check: also train each plan's student so long, on other batches, and say what is\n"
-                            "left of the error; the best plan before training need not be the best after")
-    group.add_argument("--trial-lr", type=positive, help="learning rate of --trial (default: that of the API)")
+                       help="with --check: also train each plan's student for so many steps, on other batches, and\n"
+                            "say what is left of the error; the best plan before training need not be the best after")
+    group.add_argument("--trial-lr", type=positive, help="learning rate of --trial (default: 1e-5)")
 
 
 def require_check(arguments: argparse.Namespace) -> None:
@@ -47,9 +47,7 @@ def measure(arguments: argparse.Namespace, plans: Mapping[str, Any]) -> list[dic
     pipe = load(arguments.check, arguments)
     for plan in different.values():
         plan.require_match(pipe.transformer)
-    stream = batch_stream(pipe, arguments)
-    first = stream(0)
-    judge = [inputs(next(first)) for _ in range(arguments.batches)]
+    judge = first_batches(pipe, arguments)
     ablation = ablate(pipe.transformer, progress(judge, len(judge), "batch"))
     rows = [{"plan": name, "blocks": plan.num_student_layers,
              **joint_removal(pipe.transformer, plan, judge, ablation=ablation)} for name, plan in different.items()]
@@ -57,6 +55,7 @@ def measure(arguments: argparse.Namespace, plans: Mapping[str, Any]) -> list[dic
         row["ratio"] = row["ratio"] if math.isfinite(row["ratio"]) else None  # nothing was predicted
     if arguments.trial:
         settings = {} if arguments.trial_lr is None else {"output_lr": arguments.trial_lr}
+        stream = batch_stream(pipe, arguments)
         found = recoverability(pipe.transformer, different, lambda start: stream(len(judge) + start),
                                steps=arguments.trial, judge=judge, config=DistillConfig(**settings), progress=True)
         after = {row["plan"]: row["after"] for row in found}

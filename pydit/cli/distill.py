@@ -67,8 +67,8 @@ def add_distill(commands: Any) -> None:
     apart.add_argument("--merge", type=Path, action="append", default=[], metavar="DISTILLED",
                        help="train nothing: put the new blocks that were trained in this output of --intervals into\n"
                             "STUDENT and write it; may be repeated")
-    parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: that of the API)")
-    parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase")
+    parser.add_argument("--lr", type=positive, help="learning rate of the first phase (default: 1e-5)")
+    parser.add_argument("--output-lr", type=positive, help="learning rate of the second phase (default: 1e-5)")
     parser.add_argument("--loss", choices=("direction", "normalized_mse", "mse", "masked_mse"), help="per stream and "
                         "block of the first phase (default: direction)")
     parser.add_argument("--magnitude", type=not_negative, help="weight of the difference of log norms (default: 0)")

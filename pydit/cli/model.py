@@ -17,6 +17,7 @@ from pydit.cli.options import (
     batch_stream,
     command,
     count,
+    first_batches,
     inputs,
     is_given,
     load,
@@ -144,8 +145,8 @@ def add_plan(commands: Any) -> None:
     parser = command(
         commands, "plan", _plan, "decide which blocks to merge, or show a plan",
         "A plan is made from statistics (STATS), by measuring what leaving out each block does to a pipeline's output\n"
-        "(--search), from a published layout (--preset) or by hand (--intervals). An\n"
-        "interval [s, e] puts one trained block in the place of the teacher's blocks s to e, both included.",
+        "(--search), from a published layout (--preset) or by hand (--intervals). An interval [s, e] puts one trained\n"
+        "block in the place of the teacher's blocks s to e, both included.",
         "pydit plan stats.safetensors --method ppcl --target 0.4 --out plan.json\n"
         "  pydit plan stats.safetensors --compare --target 0.4\n"
         "  pydit plan stats.safetensors --compare --check ./my-pipeline --prompts prompts.txt --trial 50\n"
@@ -229,10 +230,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         from pydit.analysis import greedy_search
 
         pipe = load(arguments.search, arguments)
-        stream = batch_stream(pipe, arguments)(0)
-        batches = [inputs(next(stream)) for _ in range(arguments.batches)]
         with warnings_as_lines("plan"):
-            plan = greedy_search(pipe.transformer, batches, target=arguments.target)
+            plan = greedy_search(pipe.transformer, first_batches(pipe, arguments), target=arguments.target)
         config = pipe.transformer.config
     else:
         with warnings_as_lines("plan"):
@@ -357,7 +356,7 @@ def add_prune(commands: Any) -> None:
         "only initialised: distil next. Without a probe and without maps to fit, blocks are read and written one at a\n"
         "time: a transformer of 41 GB does not need them in memory.",
         "pydit prune ./my-pipeline --plan plan.json --init first --out ./pruned", figures=False)
-    add_pipeline(parser)
+    add_pipeline(parser, stored=True)
     parser.add_argument("--plan", type=Path, required=True, help="plan file")
     parser.add_argument("--init", default="first", choices=("first", "middle", "average", "position-average", "probe"),
                         help="what a new block starts from (default: first); probe needs --prompts, and so do the\n"
@@ -365,7 +364,6 @@ def add_prune(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="pipeline directory to write")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, write nothing")
     add_batches(parser, batches=8, required=False)
-    parser.set_defaults(dtype=None)  # as it is stored
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -393,8 +391,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     pipe = load(arguments.pipeline, arguments)
     batches = None
     if arguments.init == "probe" or (not plan.is_stock and arguments.prompts and not arguments.dry_run):
-        stream = batch_stream(pipe, arguments)(0)
-        batches = [inputs(next(stream)) for _ in range(arguments.batches)]
+        batches = first_batches(pipe, arguments)
     with warnings_as_lines("prune"):
         result = prune(pipe.transformer, plan, init=arguments.init, batches=batches, dry_run=arguments.dry_run)
     if arguments.dry_run:
@@ -405,5 +402,5 @@ def _prune(arguments: argparse.Namespace) -> None:
     _pruned(arguments.out, plan)
 
 
-def _pruned(out: str, plan: Any) -> None:
+def _pruned(out: Path, plan: Any) -> None:
     print(f"wrote {out}: {plan.num_layers} blocks became {plan.num_student_layers}")

@@ -37,28 +37,29 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | 
     return parser
 
 
-def add_pipeline(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """The positional PIPELINE, with device and dtype."""
+def add_pipeline(parser: argparse.ArgumentParser, *, optional: bool = False, stored: bool = False) -> None:
+    """The positional PIPELINE, with device and dtype as in :func:`add_device`."""
     parser.add_argument("pipeline", type=Path, metavar="PIPELINE", nargs="?" if optional else None,
                         help="pipeline directory" + (" (default: the committed demo teacher)" if optional else ""))
-    add_device(parser)
+    add_device(parser, stored=stored)
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where and in what dtype models run."""
+def add_device(parser: argparse.ArgumentParser, *, stored: bool = False) -> None:
+    """Where and in what dtype models run; ``stored``: without --dtype weights that are only copied stay as they are."""
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of the weights (default: float32)")
+    parser.add_argument("--dtype", default=None if stored else "float32", choices=("float32", "bfloat16", "float16"),
+                        help="of the weights (default: " + ("as they are stored, float32 where batches run)" if stored
+                                                            else "float32)"))
 
 
 def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, required: bool = True) -> None:
-    """Where calibration or training batches come from."""
+    """Where calibration batches come from, or with ``batches=None`` those to train on, which --data may give too."""
     parser.add_argument("--prompts", required=required, metavar="FILE|demo",
                         help="a text file with one prompt per line, or demo for the demo world's training prompts")
     if batches is not None:
         parser.add_argument("--batches", type=count, default=batches, help=f"calibration batches (default: {batches})")
     parser.add_argument("--batch-size", type=count, default=16,
-                        help="images per batch, with --prompts demo or --data (default: 16)")
+                        help=f"images per batch, with --prompts demo{'' if batches else ' or --data'} (default: 16)")
     parser.add_argument("--sampling-steps", type=count, default=20,
                         help="denoising steps per prompt, with a file; each is one batch (default: 20)")
     parser.add_argument("--size", type=count, help="image height and width, with a file (default: the pipeline's)")
@@ -83,6 +84,12 @@ def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
     seed = arguments.data_seed + rank * 1_000_003
     return lambda start: endless_batches(pipe, prompts, start=start, steps=arguments.sampling_steps, seed=seed,
                                          size=arguments.size)
+
+
+def first_batches(pipe, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """So many of them as --batches says, without targets."""
+    stream = batch_stream(pipe, arguments)(0)
+    return [inputs(next(stream)) for _ in range(arguments.batches)]
 
 
 def stored_plan(directory: Path) -> Any:
@@ -116,7 +123,8 @@ def _require_stream(arguments: argparse.Namespace) -> None:
     if arguments.prompts is None:
         raise UserError("prompts: expected a file with one prompt per line or demo, got none")
     require_used(arguments, ("sampling_steps", "size"), arguments.prompts != "demo", "--prompts with a file")
-    require_used(arguments, ("batch_size",), arguments.prompts == "demo", "--prompts demo or --data")
+    require_used(arguments, ("batch_size",), arguments.prompts == "demo",
+                 "--prompts demo or --data" if hasattr(arguments, "data") else "--prompts demo")
 
 
 def require_output(out: Path, *sources: Path) -> None:

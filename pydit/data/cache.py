@@ -63,26 +63,10 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
                "shard_size": shard_size,
                "latent_channels": int(pipe.vae.config.z_dim), "text_channels": int(
                    pipe.transformer.config.joint_attention_dim)}
-    index = {"format": FORMAT, "version": VERSION, "made_of": made_of, "read": 0, "complete": False, "shards": [],
-             "samples": [], "skipped": []}
-    if (out / INDEX).exists():
-        index = read_index(out)
-        other = [name for name, value in made_of.items() if value not in (None, index["made_of"].get(name, value))]
-        if other:
-            raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out}), which differs "
-                            f"in {', '.join(other)}; give another directory, or delete this one")
-        if index["complete"]:
-            _remove_parts(out)
-            return index
-        for part in _parts(out):
-            for name in ("shards", "samples", "skipped"):
-                index[name] += part[name]
-            index["read"] = part["read"]
-    elif not files.is_unused(out):
-        raise UserError(f"out: expected a new directory or a cache, got {out} with other files in it")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / INDEX).exists():
-        files.write_json(out / INDEX, index)  # from here on the directory is known as an unfinished cache
+    index = _begun(out, made_of)
+    if index["complete"]:
+        _remove_parts(out)
+        return index
     if not (out / EMPTY).exists():
         files.save_safetensors(out / EMPTY, {"embeds": _embeds(pipe, "")}, {"format": FORMAT})
 
@@ -105,7 +89,7 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
             entries.clear()
 
     read = 0
-    for read, sample in enumerate(_bar(read_samples(source), progress, index["read"]), 1):
+    for read, sample in enumerate(_bar(read_samples(source), progress), 1):
         if read <= index["read"]:
             continue
         problem = sample if isinstance(sample, Skipped) else None
@@ -131,6 +115,28 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
     index["complete"] = True
     files.write_json(out / INDEX, index)
     _remove_parts(out)
+    return index
+
+
+def _begun(out: Path, made_of: dict[str, Any]) -> dict[str, Any]:
+    """The index of the cache in ``out`` as far as it is: whole, with what finished shards hold, or new and written."""
+    if (out / INDEX).exists():
+        index = read_index(out)
+        other = [name for name, value in made_of.items() if value not in (None, index["made_of"].get(name, value))]
+        if other:
+            raise UserError(f"out: expected a cache of {made_of}, got one of {index['made_of']} ({out}), which differs "
+                            f"in {', '.join(other)}; give another directory, or delete this one")
+        for part in () if index["complete"] else _parts(out):
+            for name in ("shards", "samples", "skipped"):
+                index[name] += part[name]
+            index["read"] = part["read"]
+        return index
+    if not files.is_unused(out):
+        raise UserError(f"out: expected a new directory or a cache, got {out} with other files in it")
+    index = {"format": FORMAT, "version": VERSION, "made_of": made_of, "read": 0, "complete": False, "shards": [],
+             "samples": [], "skipped": []}
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / INDEX, index)  # from here on the directory is known as an unfinished cache
     return index
 
 
@@ -217,9 +223,9 @@ def _embeds(pipe, caption: str) -> torch.Tensor:
     return embeds[0] if mask is None else embeds[0][mask[0].bool()]
 
 
-def _bar(samples, show: bool, done: int):
+def _bar(samples, show: bool):
     if not show:
         return samples
     from tqdm import tqdm
 
-    return tqdm(samples, desc="encode", unit="image", initial=0)
+    return tqdm(samples, desc="encode", unit="image")

@@ -46,13 +46,6 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return patches.reshape(n, height * width // 4, 4 * z)
 
 
-def unpack(tokens: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`pack`."""
-    n, _, channels = tokens.shape
-    return (tokens.view(n, GRID, GRID, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-            .reshape(n, channels // 4, 2 * GRID, 2 * GRID))
-
-
 def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_size: int, seed: int,
                  start_step: int = 0, images: int | None = None,
                  prompt_dropout: float = 0.0) -> Iterator[tuple[dict, torch.Tensor]]:

@@ -25,7 +25,8 @@ from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.distill import DistillConfig
 from pydit.errors import UserError
 from pydit.files import read_json, remove_directory, write_json
-from pydit.inference.pipeline import check_pipeline, content_hash, load_pipeline, save_pipeline
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 
 FORMAT = 1  # of OUT/work; another number makes earlier work unusable
@@ -177,7 +178,7 @@ class _Demo:
         console.heading(f"Evaluate teacher and pruned model on {len(prompts)} held-out prompts")
         for name, transformer in (("teacher", self.teacher), ("pruned", student)):
             self._evaluate(name, transformer, prompts, seeds)
-        history = self._distill(student, len(prompts))
+        history = self._distill(student)
         console.heading("Evaluate the distilled model on the same prompts and noise")
         self._evaluate("distilled", student, prompts, seeds)
         return self._finish(stats, plan, student, history)
@@ -262,7 +263,7 @@ class _Demo:
             identity=f"{self.work.fingerprint} {name}", keep=self.settings.gallery, label=name)
         log.unlink(missing_ok=True)
 
-    def _distill(self, student, count: int) -> list[dict[str, Any]]:
+    def _distill(self, student) -> list[dict[str, Any]]:
         settings = self.settings
 
         def minutes() -> float | None:

@@ -296,7 +296,7 @@ class DistillConfig:
             fields["schedule"] = tuple(Stage(PruningPlan.from_dict(plan, what="schedule"), *steps)
                                        for plan, *steps in fields["schedule"])
         if isinstance(fields.get("intervals"), list):
-            fields["intervals"] = tuple(tuple(pair) for pair in fields["intervals"] if isinstance(pair, (list, tuple)))
+            fields["intervals"] = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in fields["intervals"])
         config = cls(**fields)
         config.validate()
         return config

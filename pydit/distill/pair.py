@@ -81,8 +81,13 @@ def merge(student: nn.Module, parts: Mapping[tuple[int, int], nn.Module]) -> nn.
     Raises
     ------
     UserError
-        A part of another plan, or a pair that the plan does not have.
+        A student that is not pruned, parts that are no such mapping, a part of another plan, or a pair that the plan
+        does not have.
     """
+    if not hasattr(student, "replaced"):
+        raise UserError(f"student: expected a model made by pydit.prune, got {type(student).__name__}")
+    if not isinstance(parts, Mapping):
+        raise UserError(f"parts: expected a dict of (first layer, last layer) and student, got {type(parts).__name__}")
     place = {entry[1:]: entry[0] for entry in student.replaced}
     for pair, part in parts.items():
         if tuple(pair) not in place:

@@ -159,7 +159,7 @@ class LayerPhase(Phase):
 
     def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: Seen,
                      mask: torch.Tensor | None) -> torch.Tensor:
-        """PPCL's L_linear: squared error of what the linear maps of a block stand for (C.1 of the method's notes)."""
+        """PPCL's L_linear: squared error of what the linear maps of a block stand for."""
         spec, capture = self.specs[index], observation.capture
         start, target = capture.states[spec.source[0]], capture.states[spec.source[-1] + 1]
         pairs = []

@@ -16,6 +16,7 @@ from torch import nn
 from pydit.errors import UserError
 from pydit.families import BlockSpec
 from pydit.models import get_adapter
+from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
 
 
@@ -73,7 +74,8 @@ def change_plan(student: nn.Module, plan: PruningPlan, teacher: nn.Module) -> nn
     """Turn a student of ``teacher`` into that of a further plan, in place; returns it.
 
     A block that the plan leaves alone stays the same module. One that stands for several blocks of before goes on from
-    the first of them; one that is thinned out keeps what it still has, and its new linear maps are the identity.
+    the first of them; one that is thinned out keeps what it still has, and its new linear maps are the identity. What
+    the student remembers of how its blocks began (``init``), by which a teacher's LoRA is put in its place, stays.
 
     Raises
     ------
@@ -97,7 +99,7 @@ def change_plan(student: nn.Module, plan: PruningPlan, teacher: nn.Module) -> nn
             block.spec = spec  # anchors are counted anew
         blocks.append(block)
     student.register_to_config(**adapter.student_config(adapter.teacher_config(student), plan),
-                               pydit={"plan": plan.to_dict()})
+                               pydit=entry_of(plan, student.init))
     student.install(plan, blocks)
     student.attach_teacher(teacher)
     return student

@@ -91,9 +91,9 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
         change (every parameter in the output phase with ``output_trainable="all"``); mode and ``requires_grad`` are
         restored.
     batches : an iterable of batches, or a function ``start -> iterator`` that begins at batch ``start``, which lets a
-        resumed run continue the stream without replaying it. A batch is a dict of ``transformer.forward`` arguments,
-        or a pair of it and a velocity, true or recorded, which only ``flow_weight`` reads. Text tokens that the mask
-        leaves out take no part, whatever they hold.
+        resumed run continue the stream without replaying it. A list starts over at its end. A batch is a dict of
+        ``transformer.forward`` arguments, or a pair of it and a velocity, true or recorded, which only ``flow_weight``
+        reads. Text tokens that the mask leaves out take no part, whatever they hold.
     config : DistillConfig
     progress : show a progress bar, if tqdm is installed.
 

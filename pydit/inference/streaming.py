@@ -20,7 +20,8 @@ from torch import nn
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
 from pydit.files import read_json, replace_directory, require_apart, write_json
-from pydit.inference.pipeline import PLAN_FILE, check_pipeline, use_remote_code, write_plan
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import PLAN_FILE, use_remote_code, write_plan
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
@@ -67,13 +68,10 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     adapter = _adapter_of(config, folder)
     if config.get("quantization_config") is not None:
         raise UserError(f"transformer: expected plain weights, got quantized ones in {folder}; prune before quantizing")
-    if adapter.family != plan.family:
-        raise UserError(f"plan: expected a plan for {adapter.family}, got one for {plan.family}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     full = {**_defaults(adapter), **settings}
-    depth = FAMILIES[plan.family].depth(FAMILIES[plan.family].require(full))
-    if depth != plan.num_layers:
-        raise UserError(f"plan: the plan is for {plan.num_layers} layers, the model has {depth}")
+    family = FAMILIES[adapter.family]
+    plan.require_teacher(family.name, family.depth(family.require(full)))
     plan.full_config(full)
     if any(spec.ffn == "linear" or spec.text == "linear" or spec.form == "affine" for spec in plan.blocks):
         warnings.warn("the linear maps of the plan start as the identity, because there are no batches to fit them to",

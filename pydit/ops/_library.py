@@ -60,6 +60,7 @@ for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "Autoc
              "BackendSelect"):
     _PLAIN |= DispatchKeySet(getattr(DispatchKey, _key)).raw_repr()
 _BEYOND = ~_PLAIN
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -208,10 +209,11 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name}: expected a floating-point tensor, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise ValueError(f"{op}: {name}: expected a dense tensor, got one of layout {x.layout}")
+    if x.dtype not in _FLOATS:  # is_floating_point() is true of 8 bits too, which nothing here computes with
+        raise TypeError(f"{op}: {name}: expected a floating-point tensor of 16, 32 or 64 bits, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"{op}: {name}: expected a dense tensor, got "
+                         + ("a nested one" if x.is_nested else f"one of layout {x.layout}"))
     if like is not None and x.dtype != like.dtype:
         raise TypeError(f"{op}: {name}: expected {like.dtype} like the first argument, got {x.dtype}")
     if like is not None and x.device != like.device:

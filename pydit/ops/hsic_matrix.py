@@ -53,7 +53,7 @@ def hsic_matrix(features: Sequence[torch.Tensor]) -> torch.Tensor:
             raise ValueError(f"{_OP}: {name}: expected shape [{rows}, d], got {list(x.shape)}")
     if features[0].shape[0] < 4:
         raise ValueError(f"{_OP}: features: expected at least 4 rows for the unbiased HSIC, got {features[0].shape[0]}")
-    return torch.ops.pydit.hsic_matrix([x.detach() for x in features])
+    return torch.ops.pydit.hsic_matrix([x.detach() for x in features])  # a graph would promise a gradient
 
 
 def _hsic_matrix(features):

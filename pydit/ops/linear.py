@@ -127,7 +127,14 @@ def in_one_launch(x):
     Returns
     -------
     bool
+
+    Raises
+    ------
+    TypeError
+        ``x`` is no tensor.
     """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"in_one_launch: x: expected a torch.Tensor, got {type(x).__name__}")
     return x.dtype in KERNEL_DTYPES and _kernel_runs(x.device.type)
 
 
@@ -410,9 +417,10 @@ def _check_linear(op, x, weight, bias, suffix="", weight_name=None, bias_name=No
     weight_name, bias_name = weight_name or f"weight{suffix}", bias_name or f"bias{suffix}"
     _check_tensor(op, f"x{suffix}", x, like)
     _check_tensor(op, weight_name, weight, x)
-    if x.ndim < 1 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-        width = x.shape[-1] if x.ndim else "K"
-        raise ValueError(f"{op}: {weight_name}: expected shape [N, {width}], got {list(weight.shape)}")
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x{suffix}: expected shape [..., K], got []")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: {weight_name}: expected shape [N, {x.shape[-1]}], got {list(weight.shape)}")
     if bias is not None:
         _check_tensor(op, bias_name, bias, x)
         if tuple(bias.shape) != (weight.shape[0],):

@@ -41,7 +41,7 @@ def second_moments(x, y=None, *, shift_x=None, shift_y=None):
     by torch. No gradient.
     """
     _check(x, y, shift_x, shift_y)
-    x, y, shift_x, shift_y = (t if t is None else t.detach() for t in (x, y, shift_x, shift_y))
+    shift_x, shift_y = (None if shift is None else shift.detach() for shift in (shift_x, shift_y))
     sums = zeros(x.shape[1], 0 if y is None else y.shape[1], x.device)
     add_second_moments(x, y, sums)
     xx, xy, sum_x, sum_y, _ = sums
@@ -73,7 +73,8 @@ def add_second_moments(x: torch.Tensor, y: torch.Tensor | None, sums: tuple[torc
 
     What xx holds below its diagonal is undefined until :func:`mirror`. Arguments are not checked.
     """
-    torch.ops.pydit.add_second_moments(x, y, *sums)
+    # Without a backward of its own the op would give gradients where torch computes it, none where the kernel does.
+    torch.ops.pydit.add_second_moments(x.detach(), None if y is None else y.detach(), *sums)
 
 
 def mirror(xx: torch.Tensor) -> torch.Tensor:

@@ -176,6 +176,8 @@ def test_bad_options(model, options, message):
 def test_bad_batches(model):
     with pytest.raises(UserError, match="got 1 probe and 0 sample batches"):
         collect(model, batches(1), progress=False)
+    with pytest.raises(UserError, match="batches: expected an iterable of dicts of forward arguments, got NoneType"):
+        collect(model, None)
     with pytest.raises(UserError, match="batch: expected a dict of forward arguments, got list"):
         collect(model, [[1], [2]], progress=False)
     broken = tiny.batch()

@@ -294,7 +294,7 @@ def test_joint_removal(model, batches):
     singles = ablate(model, batches[:2])
     assert abs(found["predicted"] - float(singles.losses[:, [1, 3, 4]].sum() / singles.norms.sum())) < 1e-12
     assert abs(found["ratio"] - found["measured"] / found["predicted"]) < 1e-12
-    with pytest.raises(UserError, match="plan: the plan is for 5 layers, the model has 6"):
+    with pytest.raises(UserError, match="plan: expected a plan for the model's 6 layers, got one for 5"):
         analysis.joint_removal(model, PruningPlan.from_intervals(5, [(0, 1)]), batches[:1])
 
 

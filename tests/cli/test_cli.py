@@ -68,7 +68,7 @@ def test_a_plan_is_checked_before_it_is_written(tmp_path, fails, capfd):
     capfd.readouterr()  # what making it printed
     argv = ("plan", "--intervals", "[[1,2]]", "--num-layers", 6, "--out", tmp_path / "plan.json", "--check", untrained())
     assert "prompts: expected a file with one prompt per line or demo" in fails(*argv)
-    assert "the plan is for 60 layers, the model has 6" in fails(
+    assert "plan: expected a plan for the model's 6 layers, got one for 60" in fails(
         "plan", "--preset", "ppcl-qwen-image-12b", "--out", tmp_path / "p.json", "--check", untrained(), "--prompts", "demo")
     assert _tree(tmp_path) == []
 
@@ -171,7 +171,7 @@ def test_a_search_without_prompts(fails):
 def test_a_plan_for_another_depth(fails, tmp_path):
     PruningPlan.preset("ppcl-qwen-image-12b").save(tmp_path / "plan.json")
     line = fails("prune", untrained(), "--plan", tmp_path / "plan.json", "--out", tmp_path / "out")
-    assert "the plan is for 60 layers, the model has 6" in line
+    assert "plan: expected a plan for the model's 6 layers, got one for 60" in line
     assert _tree(tmp_path) == ["plan.json"]
 
 
@@ -383,7 +383,7 @@ IMAGES = {"--timesteps logit-normal": ("timesteps", "logit-normal"), "--shift 3"
 
 
 def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
-    """A switch of the authors' script is shadowed and does nothing (ppcl.md F.1, item 3)."""
+    """A switch of the authors' script is shadowed and does nothing; none here is."""
     import pydit.cli.distill as module
     from pydit import data, distill
 

@@ -40,6 +40,16 @@ def test_prompts_that_nothing_is_fitted_to(tmp_path, fails, plan_file):  # noqa:
         "prune", untrained(), "--plan", plan_file, "--prompts", "demo", "--out", tmp_path / "out")
 
 
+def test_help_and_errors_name_only_options_that_the_command_has(tmp_path, fails, capfd):  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    line = fails("analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--batch-size", 3, "--out", tmp_path / "x")
+    assert line.endswith("batch-size: expected --prompts demo to go with it, got none")
+    for command in ("analyze", "plan", "prune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--data " not in capfd.readouterr().out
+
+
 def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path, fails, student, monkeypatch):  # noqa: F811
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")

@@ -74,8 +74,13 @@ def test_figures_are_reproducible(tmp_path):
 def test_figures_take_any_depth(layers):
     rng = np.random.default_rng(0)
     intervals = [(0, layers - 1)] if layers > 1 else []
-    figures.cka_maps({"image": rng.random((layers, layers))}, intervals).canvas.draw()
-    figures.depth_axis(layers, intervals, {"image": rng.random(layers)}).canvas.draw()
+    maps = figures.cka_maps({"image": rng.random((layers, layers))}, intervals)
+    depth = figures.depth_axis(layers, intervals, {"image": rng.random(layers)})
+    for figure in (maps, depth):
+        figure.canvas.draw()
+    assert maps.axes[0].images[0].get_array().shape == (layers, layers)
+    assert len(maps.axes[0].patches) == 2 * len(intervals)  # each outlined in two colours
+    assert len(depth.axes[0].lines[0].get_xdata()) == layers
 
 
 def test_no_half_picture_is_left(tmp_path, monkeypatch):

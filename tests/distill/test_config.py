@@ -77,6 +77,10 @@ def test_a_config_survives_json():
                            cache_dir=Path("there"), cache_batches=2)
     again = DistillConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == dataclasses.replace(config, cache_dir="there")
+    config = DistillConfig(intervals=((1, 2), (4, 6)))
+    assert DistillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match=r"intervals: expected pairs of whole numbers, or None, got \(\(1, 2\), 4\)"):
+        DistillConfig.from_dict({"intervals": [[1, 2], 4]})
 
 
 def test_unknown_fields_and_non_mappings_are_refused():

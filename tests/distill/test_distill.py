@@ -113,7 +113,7 @@ def test_the_layer_loss_is_the_paper_formula_on_teacher_activations():
 
 
 def test_magnitude_holds_the_scale_of_the_streams():
-    """The direction alone leaves it free, as in the authors' loss (F.1, item 7): it drifts, and here it comes back."""
+    """The direction alone leaves it free, as in the authors' loss: it drifts, and here it comes back."""
     def off_scale(magnitude):
         teacher, student = tiny.make_pair(intervals=((1, 2),))
         block = student.transformer_blocks[1]
@@ -330,7 +330,7 @@ def test_wrong_models_and_batches_are_named():
         run(teacher, teacher)
     with pytest.raises(UserError, match="student: expected a plan that replaces at least one block"):
         run(teacher, pydit.prune(teacher, PruningPlan.from_intervals(6, [])))
-    with pytest.raises(UserError, match="plan: the plan is for 6 layers, the model has 5"):
+    with pytest.raises(UserError, match="plan: expected a plan for the model's 5 layers, got one for 6"):
         run(tiny.make_teacher(5), student)
     with pytest.raises(UserError, match=r"student: expected the teacher's device and dtype \(cpu, torch.float64\)"):
         run(copy.deepcopy(teacher).double(), student)

@@ -58,6 +58,10 @@ def test_wrong_intervals():
             trained(intervals=wrong)
     _, student = tiny.make_pair()
     other = pydit.prune(tiny.make_teacher(), PruningPlan.from_intervals(6, [(1, 2)]))
+    with pytest.raises(UserError, match="student: expected a model made by pydit.prune, got QwenImage"):
+        merge(tiny.make_teacher(), {})
+    with pytest.raises(UserError, match="parts: expected a dict of .* got list"):
+        merge(student, [student])
     with pytest.raises(UserError, match=r"parts: expected some of \[\(1, 2\), \(4, 5\)\], got \(0, 1\)"):
         merge(student, {(0, 1): student})
     with pytest.raises(UserError, match=r"parts: expected students of the same plan, got another for \(1, 2\)"):

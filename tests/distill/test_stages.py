@@ -65,6 +65,16 @@ def test_a_switch_keeps_every_weight_that_stays():
     assert torch.equal(velocity, teacher(**tiny.make_batch(0)[0], return_dict=False)[0])  # still attached
 
 
+@pytest.mark.parametrize("init", ["first", "middle", "average"])
+def test_a_switch_does_not_forget_how_blocks_began(tmp_path, init):
+    """A LoRA of the teacher is put in its place by it, also after the student was saved and loaded."""
+    teacher = tiny.make_teacher()
+    student = prune(teacher, START, init=init)
+    stages.change_plan(student, STAGES[0].plan, teacher)
+    student.save_pretrained(tmp_path)
+    assert student.init == type(student).from_pretrained(tmp_path).init == init
+
+
 @pytest.mark.parametrize("after, message", [
     (PruningPlan("qwen-image", 8), "expected plans for qwen-image with 6 layers, got one for qwen-image with 8"),
     (PruningPlan("qwen-image", 6, [(2, 3)]), "expected intervals that join blocks of the plan before"),

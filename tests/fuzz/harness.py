@@ -56,6 +56,6 @@ def complaint(code, err):
     if code == 0:
         return None
     last = lines[-1] if lines else ""
-    if code != 2 or not re.match(r"pydit: error: .*(expected .*got |is for \d+ layers, the model has)", last):
+    if code != 2 or not re.match(r"pydit: error: .*expected .*got ", last):
         return f"exit code {code}: {last[:300]}"
     return None if sum(line.startswith("pydit: error") for line in lines) == 1 else f"more than a line: {err[:300]}"

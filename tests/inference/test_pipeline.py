@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 
 from pydit import files
 from pydit.errors import FormatError, UserError
-from pydit.inference.pipeline import PLAN_FILE, check_pipeline, content_hash, load_pipeline, save_pipeline
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import PLAN_FILE, content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 from tests.demo.pipelines import untrained
@@ -160,7 +161,17 @@ def test_what_would_not_come_back_is_not_written(pruned, tmp_path):
     model.proj_out.to("meta")
     with pytest.raises(UserError, match="pipe: expected weights at hand, got transformer, which offloading has emptied"):
         save_pipeline(pruned, tmp_path / "x")
+    with pytest.raises(UserError, match="pipe: expected a diffusers pipeline, got PrunedQwen.*save_pretrained"):
+        save_pipeline(model, tmp_path / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["fused"]
+
+
+@pytest.mark.parametrize(("call", "name"), [
+    (lambda: load_pipeline(3), "pipeline"), (lambda: PruningPlan.load(3), "plan"),
+    (lambda: PruningPlan("qwen-image", 3).save(3), "out")])
+def test_what_is_no_path_is_refused(call, name):
+    with pytest.raises(UserError, match=f"{name}: expected a path, got int"):
+        call()
 
 
 def test_a_compiled_transformer_is_saved_as_itself(pruned, tmp_path):

@@ -18,7 +18,7 @@ WIDTH = 64
 
 
 def checkpoint(path, depth, single=(), ffn=(), output=(), *, first=False):
-    """Random weights under the authors' names, by the table of specs C.4; returns them."""
+    """Random weights under the authors' names; returns them."""
     model = tiny.transformer(depth)
     for index, block in enumerate(model.transformer_blocks):
         if index in single:
@@ -69,7 +69,7 @@ def test_layouts(tmp_path, depth, lists, first):
 
 
 def test_the_published_10b_is_the_preset(tmp_path):
-    """By its configuration alone: 35 blocks with the indices of specs D.3."""
+    """By its configuration alone: 35 blocks with the published indices."""
     from pydit.inference.published import _fitting_plan
 
     indices = [(19, 23, 29, 30, 31, 32, 33, 34), (2, 33, 34), (19, 23, 34)]

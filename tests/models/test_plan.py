@@ -159,7 +159,7 @@ def test_describe():
 def test_matches():
     model = tiny.transformer(4)
     assert PruningPlan("qwen-image", 4).matches(model) and not PruningPlan("qwen-image", 5).matches(model)
-    with pytest.raises(UserError, match="plan: the plan is for 60 layers, the model has 4"):
+    with pytest.raises(UserError, match="plan: expected a plan for the model's 4 layers, got one for 60"):
         PruningPlan.preset("ppcl-qwen-image-12b").require_match(model)
 
 

@@ -264,7 +264,7 @@ def test_truncated_teacher_file(tmp_path, student):
 
 
 def test_prune_errors(teacher, student):
-    with pytest.raises(UserError, match="the plan is for 60 layers, the model has 6"):
+    with pytest.raises(UserError, match="plan: expected a plan for the model's 6 layers, got one for 60"):
         pydit.prune(teacher, PruningPlan.preset("ppcl-qwen-image-12b"))
     with pytest.raises(UserError, match="init: expected one of first, middle, average, position-average, probe, got 'last'"):
         pydit.prune(teacher, PLAN, init="last")
@@ -274,6 +274,11 @@ def test_prune_errors(teacher, student):
         pydit.prune(teacher, [[1, 2]])
     with pytest.raises(UserError, match="transformer: expected QwenImageTransformer2DModel"):
         pydit.prune(torch.nn.Linear(1, 1), PLAN)
+    for wrong, message in (({"ridge": "1"}, "ridge: expected a number >= 0, got '1'"),
+                           ({"tokens_per_batch": 0}, "tokens_per_batch: expected a whole number of 1 or more, got 0"),
+                           ({"seed": 0.5}, "seed: expected a whole number, got 0.5")):
+        with pytest.raises(UserError, match=message):
+            pydit.prune(teacher, PLAN, **wrong)
 
 
 def test_dry_run_and_pruning_again(teacher, student):

@@ -325,7 +325,7 @@ def test_a_fit_is_least_squares_on_all_rows_of_all_batches_without_padding():
 
 
 def test_every_text_map_gets_its_own_fit():
-    """The authors' export fills every output map from the first one (ppcl.md F.1, item 2)."""
+    """The authors' export fills every output map from the first one."""
     teacher = tiny.transformer(8)
     student = fit(teacher, PruningPlan("qwen-image", 8, text_linear=[(0, 1), (2, 3), (4, 7)]))
     maps = [block.txt_out_proj.weight for block in student.transformer_blocks if hasattr(block, "txt_out_proj")]
@@ -335,7 +335,7 @@ def test_every_text_map_gets_its_own_fit():
 
 
 def test_a_text_map_aims_at_the_modulation_of_its_own_block():
-    """Not of the teacher's layer at that place (F.1, item 5): keys and values read what their own block was made for."""
+    """Not of the teacher's layer at that place: keys and values read what their own block was made for."""
     teacher, chosen = tiny.transformer(8), PruningPlan("qwen-image", 8, [(4, 6)], text_linear=[(3, 6)])
     student = fit(teacher, chosen, init="middle", ridge=0.0)
     adapter, layers = get_adapter(teacher), teacher.transformer_blocks
@@ -413,7 +413,7 @@ def test_a_file_with_more_or_less_is_refused(change):
 
 
 def test_lean_sizes():
-    """Dead tensors of the last block, diffusers' facts: 132,154,496; of the 10B's text queries, ppcl.md C.4: 151 M."""
+    """Dead tensors of the last block, diffusers' facts: 132,154,496; of the 10B's text queries, as published: 151 M."""
     teacher = PruningPlan("qwen-image", 60)
     assert teacher.num_parameters() - teacher.lean().num_parameters() == 132_154_496
     ten = PruningPlan.preset("ppcl-qwen-image-10b")
@@ -424,7 +424,7 @@ def test_lean_sizes():
 
 
 def test_student_index_map_of_the_published_10b():
-    """specs/ppcl.md D.3, written out."""
+    """The layout that PPCL publishes, written out."""
     blocks = PruningPlan.preset("ppcl-qwen-image-10b").blocks
     first = [0, 1, 2, 3, 5, 8, 11, 13, 14, 15, 25, 28, 29, *range(31, 37), 37, 38, 39, 40, 41, 42, 44, 45, 48, 50, 51,
              52, 54, 56, 58, 59]
@@ -492,7 +492,7 @@ def test_distillation_trains_what_was_thinned_out(name):
 
 
 def test_the_output_phase_trains_maps_on_what_the_student_feeds_them():
-    """Anchors made by the pruned model itself, as at run time (F.1, item 5); every map moves and the error falls."""
+    """Anchors made by the pruned model itself, as at run time; every map moves and the error falls."""
     teacher = tiny.transformer(8)
     student = student_of(teacher, plan("ffn of an anchor and of a text-linear block"))
     before, error = tiny.fingerprint(student), velocity_error(teacher, student)

@@ -165,8 +165,10 @@ def test_compiles_fullgraph(device):
 
 @pytest.mark.parametrize("change, error, message", [
     ({"x": torch.zeros(2, 3)}, ValueError, r"x: expected shape \[B, S, C\], got \[2, 3\]"),
-    ({"x": torch.zeros(2, 3, 8, dtype=torch.int32)}, TypeError, "x: expected a floating-point tensor, got torch.int32"),
+    ({"x": torch.zeros(2, 3, 8, dtype=torch.int32)}, TypeError, "x: expected a floating-point tensor of 16, 32 or 64 bits, got torch.int32"),
     ({"x": [[1.0]]}, TypeError, "x: expected a torch.Tensor, got list"),
+    ({"x": torch.zeros(2, 3, 8).to(torch.float8_e4m3fn)}, TypeError, "x: expected a floating-point tensor of 16, 32 or"),
+    ({"x": torch.nested.nested_tensor([torch.zeros(3, 8)])}, ValueError, "x: expected a dense tensor, got a nested one"),
     ({"x": torch.zeros(1, 1, 8193)}, ValueError, "expected 1 to 8192 channels, got 8193"),
     ({"x": torch.zeros(2, 8, 3).transpose(1, 2)}, ValueError, "x: expected a contiguous last dimension, got stride 3"),
     ({"y": torch.zeros(2, 4, 8)}, ValueError, r"y: expected shape \[2, 3, 8\] like x, got \[2, 4, 8\]"),

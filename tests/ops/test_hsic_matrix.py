@@ -254,5 +254,10 @@ def test_bad_arguments(features, error, words):
         ops.hsic_matrix(features)
 
 
+def test_no_gradient_is_promised(device):
+    features = [x.requires_grad_() for x in make(10, (6, 9), torch.float32, device)]
+    assert not ops.hsic_matrix(features).requires_grad
+
+
 def test_opcheck(device):
     torch.library.opcheck(torch.ops.pydit.hsic_matrix.default, (make(10, (6, 9), torch.bfloat16, device),))

@@ -459,8 +459,9 @@ def test_the_library_is_named_when_it_runs(device, monkeypatch):
     args = joint_inputs("xwb", torch.float32, device, 9)
     torch.testing.assert_close(ops.joint_linear(*args)[1], F.linear(*args[1::2]))
     qkv = qkv_inputs(torch.float32, device, 32, text_queries=False)
-    for a, b in zip(ops.joint_qkv(*qkv, head_dim=32), qkv_plain(qkv, 32), strict=True):
-        assert a is b is None or torch.allclose(a, b, atol=1e-5)
+    exact, same = qkv_plain(qkv, 32, lambda x: x.double().cpu()), qkv_plain(qkv, 32)
+    for a, b, c in zip(ops.joint_qkv(*qkv, head_dim=32), exact, same, strict=True):
+        assert a is b is None or assert_accurate(a, b, c) is None
     if device.type == "cuda":
         monkeypatch.setenv("PYDIT_GEMM", "auto")
         ops.linear_gelu(*inputs("xwb", torch.bfloat16, device))
@@ -473,6 +474,8 @@ W4 = torch.ones(4, 4)
 
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: ops.linear_gelu(1, W), TypeError, "linear_gelu: x: expected a torch.Tensor, got int"),
+    (lambda: ops.linear_gelu(X[0, 0, 0], W), ValueError, r"x: expected shape \[..., K\], got \[\]"),
+    (lambda: ops.in_one_launch(1), TypeError, "in_one_launch: x: expected a torch.Tensor, got int"),
     (lambda: ops.linear_gelu(X, W.half()), TypeError, "weight: expected torch.float32"),
     (lambda: ops.linear_gelu(X, W.T), ValueError, r"weight: expected shape \[N, 4\], got \[4, 5\]"),
     (lambda: ops.linear_gelu(X, W, torch.ones(4)), ValueError, r"bias: expected shape \[5\], got \[4\]"),

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -114,6 +115,22 @@ def test_commands_within_a_sentence_exist(capfd):
             for option in re.findall(r"--[a-z][\w-]+", text):
                 assert re.search(rf"{option}\b", known), (page, text, option)
     assert seen == {"pydit", "python", "pytest"}
+
+
+def test_names_in_a_sentence_are_found_behind_import_pydit():
+    """`pydit.a.b` is what a reader types after ``import pydit``, where nothing else of pydit has been imported."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.S | re.M)
+    names = sorted(set(re.findall(r"`[^`\n]*?\b(pydit(?:\.\w+){2,})[^`\n]*`", prose)))
+    assert "pydit.models.attention.QwenImageAttnProcessor" in names and len(names) > 10
+    each = ("import os, sys, torch, diffusers, pydit\n"  # what is the same for all, once
+            "for name in sys.argv[1:]:\n"
+            "    if os.fork() == 0:\n"
+            "        eval(name)\n"
+            "        os._exit(0)\n"
+            "    if os.wait()[1]:\n"
+            "        sys.exit(name)\n")
+    subprocess.run([sys.executable, "-c", each, *names], cwd=ROOT, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

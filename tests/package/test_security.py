@@ -19,7 +19,8 @@ from pydit.cli import main
 from pydit.data import CachedDataset, Sample, Skipped, read_samples, samples
 from pydit.demo.teacher import ASSETS
 from pydit.distill import checkpoint
-from pydit.inference.pipeline import check_pipeline, load_pipeline, save_pipeline
+from pydit.inference.checks import check_pipeline
+from pydit.inference.pipeline import load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
 from tests.data.test_data import picture
 from tests.demo.pipelines import untrained

@@ -12,7 +12,8 @@
  *   - An empty problem (B, S or H of 0) returns 0 without a launch; its pointers may be NULL.
  *   - The library never allocates: the caller owns outputs. Outputs may alias an input exactly (same pointer and
  *     strides) where an op says so, never partially.
- *   - All arithmetic is fp32; each output is rounded once, to nearest even.
+ *   - Arithmetic and sums are fp32, long sums of second_moments and hsic_matrix fp64; an output of 16 bits is rounded
+ *     once, to nearest even.
  */
 #ifndef PYDIT_PYDIT_H_
 #define PYDIT_PYDIT_H_

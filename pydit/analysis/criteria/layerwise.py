@@ -275,7 +275,7 @@ class Laptop(_Global):
         return self._plan(scores, target, removed, self._margin(scores, order, len(removed)))
 
 
-def least_loss(losses: list[float], sizes: list[int], allowed: range, budget: float) -> list[int] | None:
+def least_loss(losses: list[float], sizes: list[int], allowed: list[int], budget: float) -> list[int] | None:
     """The 0-1 knapsack: layers of at least ``budget`` size together and the least sum of losses, worst last.
 
     Exact: layers of one size are taken from the least loss on, and there are few sizes. None if nothing is enough.
