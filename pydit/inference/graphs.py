@@ -117,6 +117,22 @@ class Recorder(Protocol):
         """A context whose work on the device begins after that of the contexts before, whichever streams they had."""
 
 
+def clean_up_after_capture(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """What torch leaves undone where a capture into ``pool`` failed: see torch's CUDAGraph::capture_end.
+
+    Its stream stays the current one, and what follows would not wait for what came before; its allocator goes on
+    recording to the pool; and random numbers from the device raise for the rest of the process, as the default
+    generator takes itself to be in the capture.
+    """
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # raises where that is over
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # the same seed and offset, in no capture
+
+
 class CudaRecorder:
     """CUDA graphs of torch, all in one memory pool; of the current GPU."""
 
@@ -153,12 +169,9 @@ class CudaRecorder:
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream()):
                 out = run()
-        except BaseException:  # where a capture fails, torch leaves its stream and its allocator as during the capture
-            torch.cuda.set_stream(stream)  # else what follows would not wait for what came before
-            pool, self._pool = self._pool, None  # one that no recording is left in cannot be captured into again
-            with contextlib.suppress(RuntimeError):  # raises where that is over
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        except BaseException:
+            clean_up_after_capture(stream, self._pool)
+            self._pool = None  # one that no recording is left in cannot be captured into again
             raise
         return out, graph.replay
 

@@ -197,10 +197,12 @@ def test_memory_that_only_a_cache_of_the_model_keeps_stays_alive():
 
 
 def test_a_capture_that_fails_leaves_no_trace(monkeypatch):
-    """A stand-in for ``torch.cuda.graph``: it changes the stream and has the allocator record to the pool, and its exit
-    raises before it ends either. A pool that is recorded to already, or that nothing is left in, takes no other capture.
+    """A stand-in for ``torch.cuda.graph``: it changes the stream, has the allocator record to the pool and the generator
+    count for the capture, and its exit raises before it ends any of it. A pool that is recorded to already, or that
+    nothing is left in, takes no other capture.
     """
     now, pools, ended = ["default"], [], []
+    generator = SimpleNamespace(clone_state=lambda: "free", graphsafe_set_state=lambda state: now.append(state))
 
     class Graph:
         def __init__(self, graph, pool, stream):
@@ -216,13 +218,14 @@ def test_a_capture_that_fails_leaves_no_trace(monkeypatch):
     for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "graph_pool_handle": lambda: (0, len(pools) + 1),
                         "current_device": lambda: 0, "Stream": lambda: "capture", "current_stream": lambda: now[0], "set_stream": lambda to: now.__setitem__(0, to)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *args, name=name: ended.append((name, *args)), raising=False)
     recorder = graphs.CudaRecorder()
     for number in (1, 2):
         with pytest.raises(RuntimeError, match="during capture"):
             recorder.capture(lambda: None)
-        assert now == ["default"] and pools[-1] == (0, number)
+        assert now == ["default"] + ["free"] * number and pools[-1] == (0, number)
         assert ended[-2:] == [("_cuda_endAllocateToPool", 0, (0, number)), ("_cuda_releasePool", 0, (0, number))]
 
 
