@@ -7,7 +7,6 @@ a stream between two events.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -109,11 +108,10 @@ def _graph_timer(function, inputs):
     try:
         with torch.cuda.graph(graph, pool=pool):
             kept = [function(*args) for args in inputs]  # all outputs live: none is written twice in a walk
-    except BaseException:  # where a capture fails, torch leaves its stream and its allocator as during the capture
-        torch.cuda.set_stream(stream)
-        with contextlib.suppress(RuntimeError):  # raises where that is over
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    except BaseException:
+        from pydit.inference.graphs import clean_up_after_capture  # imports diffusers, which takes seconds
+
+        clean_up_after_capture(stream, pool)
         raise
     graph.replay()
     torch.cuda.synchronize()

@@ -123,8 +123,9 @@ def unusable(device: int) -> str:
 
     Machine code runs on GPUs of its major compute capability from its own minor on; any newer GPU takes the PTX of the
     lowest one, which the driver compiles if it knows that version of PTX. The CUDA runtime inside the module needs a
-    driver of its own major version (CUDA compatibility guide). Where torch does not tell the driver's version, that
-    part is left to the launch.
+    driver of its own major version (CUDA compatibility guide). Code that a toolkit from 12.8 on compresses, as
+    CMakeLists.txt asks for, needs a driver of CUDA 12.4 (nvcc's manual, --compress-mode). Where torch does not tell the
+    driver's version, those parts are left to the launch.
     """
     module, _ = extension()
     built, versions = sorted(map(int, module.cuda_archs.split(","))), module.cuda_version.split(".")
@@ -137,6 +138,8 @@ def unusable(device: int) -> str:
     if driver and driver // 1000 < toolkit // 1000:
         return (f"the kernels are built with {made}, {knows}: update it, or build with a toolkit of CUDA "
                 f"{driver // 1000}")
+    if toolkit >= 12080 and 0 < driver < 12040:
+        return f"the kernels are built with {made}, whose code needs a driver of CUDA 12.4, {knows}: update it"
     if not any(arch // 10 == major and arch % 10 <= minor for arch in built) and 0 < driver < toolkit:
         return (f"the kernels are built without machine code for compute capability {major}.{minor} and as PTX of "
                 f"{made}, {knows}: update it, or build with PYDIT_CUDA_ARCHS={major}{minor}")

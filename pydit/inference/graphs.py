@@ -117,11 +117,28 @@ class Recorder(Protocol):
         """A context whose work on the device begins after that of the contexts before, whichever streams they had."""
 
 
+def clean_up_after_capture(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """What torch leaves undone where a capture into ``pool`` failed: see torch's CUDAGraph::capture_end.
+
+    Its stream stays the current one, and what follows would not wait for what came before; its allocator goes on
+    recording to the pool; and random numbers from the device raise for the rest of the process, as the default
+    generator takes itself to be in the capture.
+    """
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # raises where that is over
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # the same seed and offset, in no capture
+
+
 class CudaRecorder:
-    """CUDA graphs of torch, all in one memory pool."""
+    """CUDA graphs of torch, all in one memory pool; of the current GPU."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._streams: dict[int, torch.cuda.Stream] = {}  # GPU -> what warms up and captures there
         self._last: Any = None  # the event that ended the last turn
 
     @contextlib.contextmanager
@@ -139,7 +156,7 @@ class CudaRecorder:
         return "another capture is running" if torch.cuda.is_current_stream_capturing() else ""
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
-        side = torch.cuda.Stream()
+        side = self._stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             out = run()
@@ -150,11 +167,20 @@ class CudaRecorder:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream()):
                 out = run()
-        finally:  # where a capture fails, torch stays on its stream: what follows would not wait for what came before
-            torch.cuda.set_stream(stream)
+        except BaseException:
+            clean_up_after_capture(stream, self._pool)
+            self._pool = None  # one that no recording is left in cannot be captured into again
+            raise
         return out, graph.replay
+
+    def _stream(self) -> torch.cuda.Stream:
+        """Torch's own for captures is of the GPU that captured first in this process; on another it records nothing."""
+        device = torch.cuda.current_device()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream()
+        return self._streams[device]
 
 
 @dataclass
@@ -192,8 +218,9 @@ class GraphCache:
         reason = self.recorder.refuses(tensors) or _unfit(model, leaves)
         if reason:
             return self._stock(reason, model, forward, args, kwargs)
-        # One call at a time: they share the memory of the inputs, of the outputs and of what lies between.
-        with self._lock, self.recorder.in_turn():
+        # One call at a time: they share the memory of the inputs, of the outputs and of what lies between. With the
+        # inputs' GPU current: a capture on another records nothing, without an error, and replays return old outputs.
+        with self._lock, backend.device_of(tensors[0]), self.recorder.in_turn():
             return self._replay(model, forward, leaves, spec, tensors, args, kwargs)
 
     def _replay(self, model: nn.Module, forward: Callable, leaves: list[Any], spec: pytree.TreeSpec,
@@ -204,7 +231,9 @@ class GraphCache:
             self.entries.clear()
             self.failed.clear()
             self._weights = weights
-        key = (repr(spec), torch.is_autocast_enabled(), model.training, active_backend(),
+        kind = tensors[0].device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (repr(spec), autocast, model.training, active_backend(),
                *((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves))
         if key in self.failed:
             return self._stock(self.failed[key], model, forward, args, kwargs)

@@ -326,8 +326,7 @@ def _at_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     elif not torch.cuda.is_current_stream_capturing():
         flag = torch.empty(len(missed), dtype=torch.bool, pin_memory=True)
         flag.copy_(missed, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.current_stream(missed.device).record_event()  # of the copy's GPU, current or not
         baked.pending.append(
             (flag, event, {name: given.get(name) for name in ("timestep", "pooled_projections", "guidance")}))
 

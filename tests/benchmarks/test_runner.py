@@ -228,10 +228,12 @@ def test_an_allocator_that_cannot_is_no_fault_of_the_gpu(monkeypatch):
     assert not runner.settle("cuda")
 
 
-def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch):
+def test_a_failed_capture_leaves_no_trace(monkeypatch):
     """Stand-ins for CUDA: ``torch.cuda.graph`` changes the stream, and its exit raises before it changes it back and
-    before the allocator ends the capture, which then refuses to give memory back for good."""
-    now, recording = ["default"], []
+    before the allocator and the generator end the capture. They would give neither memory back nor random numbers."""
+    now, recording, states = ["default"], [], []
+    generator = SimpleNamespace(clone_state=lambda: "free", graphsafe_set_state=states.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
 
     class Graph:
         def __init__(self, graph, pool):
@@ -254,7 +256,7 @@ def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: recording.remove(pool))
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append(pool))
     assert timing.timer(lambda x: x, [(1,), (2,)], "cuda")[1] == "stream" and now == ["default"]
-    assert recording == [] and released == [(0, 7)]
+    assert recording == [] and released == [(0, 7)] and states == ["free"]
 
 
 def test_the_ceiling_is_the_fastest_of_several_products(monkeypatch):

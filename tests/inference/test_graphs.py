@@ -7,11 +7,14 @@ import contextlib
 import copy
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import pydit
+from pydit import backend
 from pydit.errors import UserError
 from pydit.inference import graphs
 from tests.models import tiny
@@ -193,13 +196,18 @@ def test_memory_that_only_a_cache_of_the_model_keeps_stays_alive():
     assert any(isinstance(x, torch.Tensor) and x.is_complex() for x in kept)  # rotary tables, of an lru_cache
 
 
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
-    """A stand-in for ``torch.cuda.graph``: it changes the stream, and its exit raises before it changes it back."""
-    now = ["default"]
+def test_a_capture_that_fails_leaves_no_trace(monkeypatch):
+    """A stand-in for ``torch.cuda.graph``: it changes the stream, has the allocator record to the pool and the generator
+    count for the capture, and its exit raises before it ends any of it. A pool that is recorded to already, or that
+    nothing is left in, takes no other capture.
+    """
+    now, pools, ended = ["default"], [], []
+    generator = SimpleNamespace(clone_state=lambda: "free", graphsafe_set_state=lambda state: now.append(state))
 
     class Graph:
-        def __init__(self, graph, pool):
-            now[0] = "capture"
+        def __init__(self, graph, pool, stream):
+            now[0] = stream
+            pools.append(pool)
 
         def __enter__(self):
             pass
@@ -207,12 +215,77 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
         def __exit__(self, *error):
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "graph_pool_handle": lambda: 1,
-                        "current_stream": lambda: now[0], "set_stream": lambda to: now.__setitem__(0, to)}.items():
+    for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "graph_pool_handle": lambda: (0, len(pools) + 1),
+                        "current_device": lambda: 0, "Stream": lambda: "capture", "current_stream": lambda: now[0], "set_stream": lambda to: now.__setitem__(0, to)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    with pytest.raises(RuntimeError, match="during capture"):
-        graphs.CudaRecorder().capture(lambda: None)
-    assert now == ["default"]
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: ended.append((name, *args)), raising=False)
+    recorder = graphs.CudaRecorder()
+    for number in (1, 2):
+        with pytest.raises(RuntimeError, match="during capture"):
+            recorder.capture(lambda: None)
+        assert now == ["default"] + ["free"] * number and pools[-1] == (0, number)
+        assert ended[-2:] == [("_cuda_endAllocateToPool", 0, (0, number)), ("_cuda_releasePool", 0, (0, number))]
+
+
+def test_a_gpu_captures_on_a_stream_of_its_own(monkeypatch):
+    """torch.cuda.graph's own stream is of the first GPU that captured; pytorch/pytorch#87894 is what becomes of that."""
+    on, device = [], [0]
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream):
+        on.append(stream)
+        yield
+
+    for name, value in {"graph": graph, "CUDAGraph": lambda: SimpleNamespace(replay=None), "graph_pool_handle": lambda: 1,
+                        "current_device": lambda: device[0], "Stream": lambda: ("stream of", device[0]),
+                        "current_stream": lambda: None, "set_stream": lambda to: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = graphs.CudaRecorder()
+    for device[0] in (0, 1, 0):
+        recorder.capture(lambda: None)
+    assert on == [("stream of", 0), ("stream of", 1), ("stream of", 0)]
+
+
+def test_the_gpu_of_the_inputs_is_current(monkeypatch):
+    """While a forward warms up, is recorded and replayed, and while its turn begins and ends."""
+    current, seen = ["another"], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current[0] = tensor.device
+        yield
+        current[0] = "another"
+
+    class Watched(Fake):
+        @contextlib.contextmanager
+        def in_turn(self):
+            seen.append(current[0])
+            yield
+            seen.append(current[0])
+
+        def warm_up(self, run):
+            seen.append(current[0])
+            return run()
+
+        def capture(self, run):
+            outputs, replay = super().capture(run)
+            return outputs, lambda: (seen.append(current[0]), replay())
+
+    model = graphs.enable(nn.Linear(4, 4).requires_grad_(False), recorder=Watched())
+    monkeypatch.setattr(backend, "device_of", device_of)
+    model(torch.ones(2, 4))
+    assert seen == [torch.device("cpu")] * 5 and current == ["another"]
+
+
+def test_each_dtype_of_autocast_is_recorded():
+    fake, model = Fake(), nn.Linear(4, 4).requires_grad_(False)
+    graphs.enable(model, recorder=fake)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert model(torch.ones(2, 4)).dtype == dtype
+    assert fake.captures == 2
 
 
 def test_two_threads_take_turns():

@@ -281,6 +281,21 @@ def test_tables_per_prompt(family):
         pydit.bake_schedule(model, times)
 
 
+def test_the_answer_of_a_gpu_is_there_when_that_gpu_says_so(monkeypatch):
+    """Which need not be the current one: the event is of the stream that copies the answer."""
+    class Missed(torch.Tensor):
+        is_cuda, device = True, "cuda:1"
+
+    model = pydit.bake_schedule(tiny.transformer(2), TIMES)
+    empty, copying = torch.empty, SimpleNamespace(record_event=lambda: SimpleNamespace(query=lambda: False))
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", {"cuda:1": copying}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(schedule, "_missed", lambda *_: torch.tensor([False]).as_subclass(Missed))
+    run(model, next(single()))
+    assert len(model.__dict__[schedule._KEY].pending) == 1
+
+
 def test_a_miss_on_a_gpu_is_settled_at_the_next_step():
     """The device's answers, as they come back later, raise there or add the row: none is lost to one behind it."""
     ready = SimpleNamespace(query=lambda: True)

@@ -49,6 +49,14 @@ def test_ptx_that_the_driver_does_not_know(monkeypatch):
     assert backend.unusable(0) == ""
 
 
+@pytest.mark.parametrize(("version", "driver", "works"), [
+    ("12.9.86", 12030, False), ("12.9.86", 12040, True), ("12.9.86", 0, True), ("12.6.85", 12020, True)])
+def test_compressed_code_that_the_driver_cannot_unpack(monkeypatch, version, driver, works):
+    gpu(monkeypatch, (9, 0), driver, version)
+    assert backend.unusable(0) == ("" if works else "the kernels are built with CUDA 12.9, whose code needs a driver of "
+                                   "CUDA 12.4, the driver knows CUDA 12.3: update it")
+
+
 def test_a_process_that_has_not_used_its_gpu_is_left_so(monkeypatch):
     gpu(monkeypatch, (7, 5), 13000)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
