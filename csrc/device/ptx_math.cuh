@@ -1,4 +1,4 @@
-// Approximate functions of the special function units.
+// Approximate functions of the special function units, and what CUDA has no name for.
 #pragma once
 
 #include <cmath>
@@ -26,6 +26,17 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#endif
+}
+
+// The smaller one; NaN if either is, which fminf leaves out.
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+#ifdef PYDIT_SIM
+  return x < y || x != x ? x : y;
+#else
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 #endif
 }
 

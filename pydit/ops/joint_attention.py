@@ -16,6 +16,7 @@ from pydit.ops.reference import wide
 
 _OP = "joint_attention"
 _HEAD_DIMS = (32, 64, 128)
+_TINIEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2  # kernels multiply by 1.44
 _CHUNK = 1 << 25  # scores that the backward holds at once
 
 
@@ -33,7 +34,8 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
         no part whatever they hold (NaN included): their keys are not seen, their outputs and all their gradients are
         0. It is read on the device, without a synchronisation, and clamped to 0 .. S_txt; with ``PYDIT_CHECK=1`` a
         length outside raises, at the price of a synchronisation. For a mask with holes see :func:`pack_text`.
-    scale : float > 0, or None for 1 / sqrt(D).
+    scale : float > 0, or None for 1 / sqrt(D). A scaled score may be as large as float32 holds; where float32 no
+        longer tells such scores apart, in the millions, gradients are finite but mean little.
     return_lse : also return the log-sum-exp of the scaled scores.
 
     Returns
@@ -59,9 +61,9 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     _check_lens(txt_lens, k_txt)
     if scale is None:
         scale = 1 / math.sqrt(q_img.shape[3])
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
+    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not _TINIEST <= scale <= _LARGEST:
         what = type(scale).__name__ if isinstance(scale, torch.Tensor) else repr(scale)  # which would take many lines
-        raise ValueError(f"{_OP}: scale: expected a finite number above 0 or None, got {what}")
+        raise ValueError(f"{_OP}: scale: expected a number above 0, of float32's range, or None, got {what}")
     inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
     lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
     out_img, out_txt, lse_img, lse_txt = call("joint_attention", q_img, k_img, v_img, q_txt, k_txt, v_txt,
@@ -272,7 +274,7 @@ def _formula(tensors, txt_lens, outs, lses, d_outs, d_lses, scale):
             scores = torch.einsum("bqhd,bkhd->bhqk", query, keys) * scale
             if seen is not None:
                 scores = scores.masked_fill(~seen, -math.inf)
-            weights = torch.where(none, 0, torch.exp(scores - torch.where(none, 0, bottom)))
+            weights = torch.where(none, 0, torch.exp((scores - torch.where(none, 0, bottom)).clamp(max=0)))
             inner = torch.einsum("bqhd,bkhd->bhqk", grad, values)
             delta = (grad * rows_of(out)).sum(-1).transpose(1, 2)[..., None]
             delta = delta - torch.where(none, 0, d_lse[:, :, part, None].to(keys.dtype))

@@ -163,7 +163,8 @@ def _attend(query, keys, values, seen, scale):
         if seen is not None:
             scores = scores.masked_fill(~seen[:, None, None], -math.inf)
         lse = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - torch.where(lse == -math.inf, 0, lse)[..., None])
+        none = (lse == -math.inf)[..., None]  # the softmax of nothing is NaN
+        weights = torch.softmax(scores.masked_fill(none, 0), -1).masked_fill(none, 0)
         outs.append(torch.einsum("bhqk,bkhd->bqhd", weights, values))
         sums.append(lse)
     return torch.cat(outs, 1), torch.cat(sums, 2)

@@ -67,15 +67,19 @@ def check(tensors, device, *, lens=None, scale=None, lse=True):
     lengths = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
     with torch.no_grad():
         found = ops.joint_attention(*tensors, txt_lens=lengths, scale=scale, return_lse=True)
+        outs = found[:2]
+        if backend.choose("joint_attention", tensors[0]).kernels is None:  # on a CPU another function without lse
+            outs += ops.joint_attention(*tensors, txt_lens=lengths, scale=scale)
     host = [None if t is None else t.detach().cpu() for t in tensors]
     exact = expected([None if t is None else t.double() for t in host], lens, scale)
     same = expected(host, lens, scale)
-    for name, a, r, t in zip(("out_img", "out_txt"), found[:2], exact[:2], same[:2], strict=True):
+    for index, a in enumerate(outs):
+        r, t = exact[index % 2], same[index % 2]
         if r is None:
             assert a is None
             continue
         assert a.dtype == tensors[0].dtype and a.is_contiguous()
-        assert_accurate(a, r, t, name=name)
+        assert_accurate(a, r, t, name=("out_img", "out_txt", "out_img without lse", "out_txt without lse")[index])
     if not lse:
         return
     single = expected([None if t is None else t.float() for t in host], lens, scale)  # the dtype of lse
@@ -100,9 +104,13 @@ def test_values_of_wide_dtypes(dtype):
     tensors = make(SHAPES[0], dtype, "cpu")
     exact = expected([t.double() for t in tensors], [70, 5])
     found = ops.joint_attention(*tensors, txt_lens=torch.tensor([70, 5], dtype=torch.int32), return_lse=True)
-    for a, r in zip(found[:2], exact[:2], strict=True):
-        torch.testing.assert_close(a.double(), r, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-13)
-    assert found[2].dtype == dtype
+    joined = [torch.cat(pair, 1).transpose(1, 2) for pair in zip(tensors[:3], tensors[3:], strict=True)]
+    seen = (torch.arange(220) < torch.tensor([[220], [155]]))[:, None, None]
+    plain = torch.nn.functional.scaled_dot_product_attention(*joined, attn_mask=seen).transpose(1, 2)
+    plain[1, 155:] = 0
+    for a, r, t in zip(found[:2], exact[:2], plain.split((150, 70), 1), strict=True):
+        assert_accurate(a, r, t)
+    assert found[0].dtype == found[2].dtype == dtype
 
 
 @every_kernel
@@ -320,30 +328,6 @@ def test_gradient_of_lse():
 
 
 @every_kernel
-def test_gradients_through_lse(device):
-    """Of padded rows the logarithm, -inf, passes nothing on."""
-    shape, lens = (2, 150, 70, 2, 64), [70, 9]
-    tensors, generator = make(shape, torch.bfloat16, device), torch.Generator().manual_seed(5)
-    grads = [torch.randn(x.shape, generator=generator) for x in (tensors[0], tensors[3])]
-    weights = [torch.randn(2, 2, x.shape[1], generator=generator) for x in (tensors[0], tensors[3])]
-    for b, n in enumerate(lens):
-        grads[1][b, n:] = weights[1][b, :, n:] = 0
-
-    def of(tensors, attention):
-        leaves = [x.detach().clone().requires_grad_() for x in tensors]
-        outs = attention(leaves)
-        outs = [*outs[:2], *(x.where(x.isfinite(), 0) for x in outs[2:])]
-        torch.autograd.backward(outs, [w.to(x) for w, x in zip([*grads, *weights], outs, strict=True)])
-        return [x.grad for x in leaves]
-
-    host, lengths = [x.cpu() for x in tensors], torch.tensor(lens, dtype=torch.int32, device=device)
-    exact = of([x.double() for x in host], lambda x: expected(x, lens))
-    found = of(tensors, lambda x: ops.joint_attention(*x, txt_lens=lengths, return_lse=True))
-    for name, a, r, t in zip(NAMES, found, exact, of(host, lambda x: expected(x, lens)), strict=True):
-        assert_accurate(a, r, t, name=name)
-
-
-@every_kernel
 def test_second_derivatives_are_refused(device):
     tensors = [t.requires_grad_() for t in make((1, 8, 4, 1, 32), torch.bfloat16, device)]
     first = torch.autograd.grad(sum(x.sum() for x in ops.joint_attention(*tensors)), tensors, create_graph=True)
@@ -409,6 +393,7 @@ def test_report_names_the_kernel(device, layout, words):
         assert words in backend.report()[op]["reason"]
 
 
+@every_kernel
 def test_a_mask_with_holes(device):
     """Packing by the mask equals attention that sees the kept tokens only."""
     tensors = make((2, 30, 12, 1, 32), torch.bfloat16, device)
@@ -419,9 +404,9 @@ def test_a_mask_with_holes(device):
     assert (out_txt[~mask] == 0).all()
     for b in range(2):
         kept = [t[b:b + 1].cpu() for t in tensors[:3]] + [t[b:b + 1, mask[b]].cpu() for t in tensors[3:]]
-        for found, r, t in zip((out_img[b], out_txt[b, mask[b]]), expected([x.double() for x in kept]), expected(kept),
-                               strict=False):
-            assert_accurate(found, r[0], t[0])
+        exact, same = expected([t.double() for t in kept]), expected(kept)
+        for a, r, t in zip((out_img[b], out_txt[b, mask[b]]), exact[:2], same[:2], strict=True):
+            assert_accurate(a, r[0], t[0])
     with pytest.raises(TypeError, match=r"mask: expected a bool tensor \[B, S\], got torch.float32 \[2, 3\]"):
         ops.pack_text(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"expected tensors \[2, 12, ...\] like mask, got \[2, 5\]"):
@@ -485,8 +470,11 @@ def test_packing_waits_for_nothing_and_is_recorded_in_a_graph(device):
     (dict(txt_lens=[3]), TypeError, "txt_lens: expected a torch.Tensor or None, got list"),
     (dict(txt_lens=torch.tensor([3])), TypeError, "txt_lens: expected torch.int32, got torch.int64"),
     (dict(txt_lens=torch.tensor([3, 1], dtype=torch.int32)), ValueError, r"txt_lens: expected shape \[1\], got \[2\]"),
-    (dict(scale=0), ValueError, "scale: expected a finite number above 0 or None, got 0"),
-    (dict(scale="x"), ValueError, "scale: expected a finite number above 0 or None, got 'x'")])
+    (dict(txt_lens=torch.tensor([3], dtype=torch.int32, device="meta")), ValueError,
+     "txt_lens: expected device cpu like k_txt, got meta"),
+    *((dict(scale=scale), ValueError, f"scale: expected a number above 0, of float32's range, or None, got {words}$")
+      for scale, words in ((0, "0"), (-0.5, "-0.5"), (math.inf, "inf"), (math.nan, "nan"), (1e39, r"1e\+39"),
+                           (1e-46, "1e-46"), ("x", "'x'"), (True, "True"), (torch.tensor(1.0), "Tensor")))])
 def test_bad_arguments(change, error, words):
     arguments = dict(zip(NAMES, make((1, 8, 4, 2, 32), torch.bfloat16, "cpu"), strict=True))
     for name, value in change.items():

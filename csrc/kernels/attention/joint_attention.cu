@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
   char* stages = shared + Shape::kQBytes;
   const float scale = p.scale * kLog2E;
 
+  // A text query past the length is not copied, so its row of Q is zero here; finish() makes its output zero.
   copy_rows<T, kD, kM, kThreads, kAligned>(shared, work.image ? p.q_img : p.q_txt, work.batch, work.head,
                                            work.first_query, work.queries);
   cp_async_commit_group();
@@ -108,7 +109,6 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-// A text query past the length is not copied, so its row of Q is zero here; finish() makes its output zero.
 template <typename T, int kD, bool kAligned>
 int launch(const pydit_joint_attention_params& p) {
   const auto tiles = [](int64_t tokens) { return (tokens + kM - 1) / kM; };

@@ -9,6 +9,7 @@
 namespace pydit::PYDIT_BACKEND {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kFineScores = 8388608;  // 2^23; floats beyond lie a whole power of 2 of probability apart, and more
 
 // Tiles ----------------------------------------------------------------------------------------------------------
 
@@ -67,6 +68,11 @@ __device__ __forceinline__ void store_nothing(const pydit_joint_attention_params
   }
 }
 
+// Of a backward, which has the log-sum-exp, in base 2. Of huge scores the rounding of both would have it overflow.
+__device__ __forceinline__ float probability(float score, float scale, float lse) {
+  return exp2_approx(min_or_nan(fmaf(score, scale, -lse), 0.f));
+}
+
 // Online softmax -------------------------------------------------------------------------------------------------
 //
 // A warp holds 16 rows (queries) of scores as the tensor cores leave them: lane l has of each group of 8 columns
@@ -100,16 +106,24 @@ struct Softmax {
       }
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-      largest *= scale;
-      const float before = maximum[row];
-      const float now = first ? largest : fmaxf(before, largest);
+      const float scaled = largest * scale, before = maximum[row];
+      const float now = first ? scaled : fmaxf(before, scaled);
       factor[row] = first ? 0.f : exp2_approx(before - now);
       maximum[row] = now;
+      float less = now;
+      if (fabsf(now) > kFineScores) {
+        // The rounding of `scaled` would be an exponent of its own, up to an overflow, or until no key has a share.
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i) {
+          if (i / 2 % 2 == row) scores[i] -= largest;
+        }
+        less = now - scaled;
+      }
       float total = 0;
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
         if (i / 2 % 2 != row) continue;
-        scores[i] = exp2_approx(fmaf(scores[i], scale, -now));
+        scores[i] = exp2_approx(fmaf(scores[i], scale, -less));
         total += scores[i];
       }
       sum[row] = first ? total : fmaf(sum[row], factor[row], total);

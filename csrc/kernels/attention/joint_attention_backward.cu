@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_backward_kernel(c
       const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       const float bottom = kKeys ? rows[column] : lse[i / 2 % 2];
       const float subtracted = kKeys ? rows[kN + column] : delta[i / 2 % 2];
-      scores[i] = exp2_approx(fmaf(scores[i], scale, -bottom));
+      scores[i] = probability(scores[i], scale, bottom);
       inner[i] = scores[i] * (inner[i] - subtracted);
     }
     uint32_t left[kN / 16][4];

@@ -343,7 +343,7 @@ struct Consumer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float& score = scores[4 * i + j];
-        score = exp2_approx(fmaf(score, scale, j % 2 == 0 ? -lse.x : -lse.y));
+        score = probability(score, scale, j % 2 == 0 ? lse.x : lse.y);
       }
     }
     uint32_t weights[kM / 16][4];
@@ -562,6 +562,7 @@ int launch(const BackwardParams& p) {
   const int64_t converted = p.batch * p.heads * query_tiles(p);
   if (blocks > INT32_MAX || converted > INT32_MAX / 64)
     return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kBackward);
+  if (blocks == 0) return kOk;  // no key, so no query either
   Maps maps;
   if (const char* reason = encode_all<T, kD>(maps, p)) return bad_argument("%s: %s", kBackward, reason);
   const auto stream = static_cast<cudaStream_t>(p.stream);
