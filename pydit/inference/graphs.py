@@ -138,7 +138,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._streams: dict[int, torch.cuda.Stream] = {}  # GPU -> what warms up and captures there
+        self._streams: dict[int, torch.cuda.Stream] = {}  # GPU -> what captures there
         self._last: Any = None  # the event that ended the last turn
 
     @contextlib.contextmanager
@@ -156,7 +156,7 @@ class CudaRecorder:
         return "another capture is running" if torch.cuda.is_current_stream_capturing() else ""
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
-        side = self._stream()
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             out = run()

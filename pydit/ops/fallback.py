@@ -1,4 +1,4 @@
-"""The ops by torch's own kernels, for tensors that none of ours takes: what a CPU runs.
+"""The ops by torch's own kernels, for tensors that none of ours takes: what a CPU runs, or a GPU without our kernels.
 
 The formulas of :mod:`pydit.ops.reference`, in as few passes as torch has for them; arithmetic is fp32 and every output
 is rounded once, as in the kernels, but for products of 16 bits, which torch rounds before what follows: in float32 they
@@ -17,6 +17,8 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
     """As :func:`pydit.ops.reference.ada_layer_norm`; modulation rows are [B, R, C]."""
     if x.dtype == torch.float64 or not 0 < x.shape[0] <= 8:
         return reference.ada_layer_norm(x, scale, shift, eps=eps, split=split)
+    if x.dtype != torch.float32 and not x.is_cpu:  # only on a CPU may a LayerNorm's affine map be wider than its input
+        return ada_layer_norm(x.float(), scale, shift, eps=eps, split=split).to(x.dtype)
     weights, biases = 1 + scale.float(), shift.float()
     if split is None and x.shape[0] == 1:
         return torch.layer_norm(x, x.shape[-1:], weights.view(-1), biases.view(-1), eps)

@@ -353,6 +353,23 @@ def test_two_streams_on_a_gpu():
 
 
 @pytest.mark.cuda
+def test_a_capture_that_fails_on_a_gpu_leaves_no_trace():
+    """Not run yet: no GPU was at hand."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    recorder, stream, x = graphs.CudaRecorder(), torch.cuda.current_stream(), torch.ones(4, device="cuda")
+    recorder.warm_up(lambda: x * 2)
+    with pytest.raises(RuntimeError):
+        recorder.capture(lambda: x.sum().item())  # waits, which a capture must not
+    assert torch.cuda.current_stream() == stream
+    torch.rand(4, device="cuda")
+    found, replay = recorder.capture(lambda: x * 2)
+    x.fill_(3)
+    replay()
+    assert torch.equal(found, x * 2)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(family):
     """Not run yet: no GPU was at hand."""

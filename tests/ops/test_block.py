@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pydit import ops
+from pydit.ops import fallback
 from pydit.testing import assert_accurate
 from tests.ops import cases
 
@@ -194,6 +195,41 @@ def test_bad_arguments(change, error, message):
     if set(change) <= {"x", "y", "gate"}:
         with pytest.raises(error, match=message):
             ops.gated_residual(args["x"], args["y"], args["gate"])
+
+
+@pytest.mark.parametrize("split", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_of_a_gpu_takes_one_dtype(monkeypatch, dtype, split):
+    """A stand-in for tensors of a GPU that no kernel runs on. torch's LayerNorm there takes no float32 affine map for 16
+    bits (pytorch/pytorch#138128)."""
+    class OnGpu(torch.Tensor):
+        is_cpu = False
+
+    real = torch.layer_norm
+
+    def one_dtype(x, shape, weight, bias, *rest):
+        assert x.dtype == weight.dtype == bias.dtype
+        return real(x, shape, weight, bias, *rest)
+
+    x, _, _, scale, shift = _inputs((1, 5, 64), dtype, "cpu", rows=1 if split is None else 2)
+    rows = (scale[:, None], shift[:, None]) if split is None else (scale, shift)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "layer_norm", one_dtype)
+        out = fallback.ada_layer_norm(x.as_subclass(OnGpu), *rows, split=split).as_subclass(torch.Tensor)
+    assert out.dtype == dtype
+    assert_accurate(out, cases.ada_layer_norm(*_double(x, scale, shift), 1e-6, split),
+                    cases.ada_layer_norm(x, scale, shift, 1e-6, split), name="ada_layer_norm")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_gpu_without_kernels(monkeypatch, dtype):
+    """Not run yet: no GPU was at hand."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setenv("PYDIT_BACKEND", "reference")
+    _check_all(*_inputs((2, 3, 96), dtype, "cuda"))
+    _check_all(*_inputs((2, 5, 64), dtype, "cuda", rows=2), split=2)
 
 
 def test_float64_needs_the_reference(device, kernel_only):
