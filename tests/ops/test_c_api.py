@@ -78,6 +78,21 @@ def test_joint_attention_arguments(kernels, arguments, message):
     assert str(caught.value) == f"joint_attention: {message}"
 
 
+@pytest.mark.parametrize(("image", "scale", "dtype", "message"), [
+    ((1, 2, 3, 48), 1.0, 2, "head_dim: expected 32, 64 or 128, got 48"),
+    ((1, 1 << 31, 3, 64), 1.0, 2, "tokens: expected 0 to 2^30, got 2147483648"),
+    ((-1, 2, 3, 64), 1.0, 2, "batch, heads: expected 0 or more, got -1, 3"),
+    ((1, 2, 3, 64), 0.0, 2, "scale: expected more than 0, got 0"),
+    ((1, 2, 3, 64), float("nan"), 2, "scale: expected more than 0, got nan"),
+    ((1, 2, 3, 64), 1.0, 0, "dtype: expected float16 (1) or bfloat16 (2), got 0")], ids=str)
+def test_joint_attention_backward_arguments(kernels, image, scale, dtype, message):
+    i, t = Shaped(*image), Shaped(1, 2, 3, 64)
+    with pytest.raises(RuntimeError) as caught:
+        kernels.joint_attention_backward((i, i, i, t, t, t), None, (i, t), (i, t), (i, t), (i, t), (i, i, i, t, t, t),
+                                         scale, False, Shaped, dtype, 0)
+    assert str(caught.value) == f"joint_attention_backward: {message}"
+
+
 @pytest.mark.parametrize(("image", "text", "message"), [
     ((1, 2, 3, 8), (1, 2, 4, 8), "expected the same batch, heads, head_dim, dtype and stream for both streams"),
     ((1, (1 << 31) - 1, 3, 8), (1, 2, 3, 8),

@@ -4,8 +4,8 @@
 //
 // A block has 128 queries of one stream, head and sample, 16 a warp, and walks through all keys in tiles of kN that
 // never mix the streams; while it multiplies one tile the next is copied. Queries stay in registers. FLOPs 4 D S per
-// query; bytes: Q and O once, K and V once per tile of queries, which neighbouring blocks share through L2. mma.sync
-// reaches about 60 % of wgmma's rate on Hopper; on sm_80 it is the way to the tensor cores.
+// query; bytes: Q and O once, K and V once per tile of queries, which neighbouring blocks share through L2. On
+// Hopper mma.sync does not reach the rate of wgmma; on sm_80 it is the way to the tensor cores.
 //
 // Text padding: rows past the sample's length are filled with zeros by the copy, whatever they hold, and their scores
 // become -inf.

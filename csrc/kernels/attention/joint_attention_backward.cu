@@ -365,6 +365,7 @@ extern "C" int PYDIT_ENTRY(joint_attention_backward)(const pydit_joint_attention
     return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kBackward, p->dtype);
   if (p->head_dim != 32 && p->head_dim != 64 && p->head_dim != 128)
     return bad_argument("%s: head_dim: expected 32, 64 or 128, got %d", kBackward, p->head_dim);
+  if (!(p->scale > 0)) return bad_argument("%s: scale: expected more than 0, got %g", kBackward, p->scale);
   for (const int64_t tokens : {p->img_tokens, p->txt_tokens}) {
     if (tokens < 0 || tokens > INT32_MAX / 2)
       return bad_argument("%s: tokens: expected 0 to 2^30, got %lld", kBackward, static_cast<long long>(tokens));

@@ -13,7 +13,7 @@
 //
 // Overlap. Inside a warpgroup S_j = Q K_j^T is issued together with O += P_{j-1} V_{j-1}, and the softmax of S_j runs
 // while the second product does. Between warpgroups a ring of named barriers lets one issue its products while the
-// other is in its softmax (ping-pong): exponentials take about as long as half a product at D = 128. Between tiles the
+// other is in its softmax (ping-pong): at D = 128 exponentials take half as long as both products. Between tiles the
 // first K and V are loaded while the outputs are finished and stored; Q, whose place these take, only then.
 //
 // Text padding. Tiles of queries past the sample's length are given out last, tiles of keys past it are not loaded. In
