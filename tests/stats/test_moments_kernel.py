@@ -37,16 +37,16 @@ def test_streamed_equals_whole(dtype, sizes, device):
     assert torch.equal(moments.m_xx, moments.m_xx.T)
 
 
-@pytest.mark.parametrize("ratio", [3, 30])
+@pytest.mark.parametrize("ratio", [0, 1, 3, 30, 100, 1000])
 def test_error_of_a_mean_of_many_deviations(ratio, device):
-    """Inside the documented bound on a variance, 1.8e-5 (1 + r^2)."""
+    """Inside the documented bound on a variance, 1.8e-5 (1 + r^2): that of 288 additions in float32."""
     x, y = half_rows(torch.float16, device, offset=ratio)
     moments, right = accumulate(x, y, [600]), exact(x, y)
     spread = right["m_xx"].diagonal()
     r = 600 * right["mean_x"].square() / spread
     error = (moments.m_xx.diagonal() - spread).abs() / spread
-    assert (error <= 1.5e-5 * (1 + r)).all()
-    assert (moments.mean_x - right["mean_x"]).abs().max() < 1e-5 * ratio
+    assert (error <= 288 * 2.0 ** -24 * (1 + r)).all()
+    assert (moments.mean_x - right["mean_x"]).abs().max() < 1e-5 * max(ratio, 1)
 
 
 def test_reading_between_updates_changes_nothing(device):
