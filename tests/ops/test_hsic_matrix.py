@@ -186,6 +186,20 @@ def test_values_with_massive_channels(device):
     check(features)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_row_beyond_what_a_shift_takes_exactly(dtype, device):
+    """It is rounded once more and decides the HSIC, which is off by up to an ulp, as documented; CKA hardly changes."""
+    features = make(140, (128, 64), dtype, device)
+    for x in features:
+        x[:, 5] = 4000 + 16 * x[:, 5]
+        x[71, 5] = -1000 + x[71, 6]
+    check(features, bound=torch.finfo(dtype).eps)
+    hsic, exact = ops.hsic_matrix(features).cpu(), three_term(features)
+    found, right = (m[0, 1] / (m[0, 0] * m[1, 1]).sqrt() for m in (hsic, exact))
+    assert (found - right).abs() < torch.finfo(dtype).eps / 4
+
+
 def test_unrelated_wide_features(device):
     """Debiased: near 0 where the plain formula gives 0.98."""
     generator = torch.Generator().manual_seed(0)
