@@ -3,6 +3,9 @@
 Peers: all Gram matrices in one ``bmm`` with float32 sums, U-centred, and one product V V^T of L rows (eager and
 compiled); and one pair of layers after another, as torch_cka and its relatives do.
 
+Goals on an H200 with 60 layers of 512 x 3072: 130 us, 2.5 times as fast as eager and 20 times as fast as pairwise; of
+256 rows 60 us, of 1024 430 us, of 2048 1.6 ms.
+
 Of the model "...-offset" every channel has a mean that pydit subtracts: the Hopper kernel does more for those.
 """
 

@@ -2,6 +2,10 @@
 
 pydit adds to float64 sums and makes the column sums on the way; the peers add x^T x to float32 sums and nothing else.
 On a Hopper both forms of its kernel are raced, whichever it would take: blocks alone, and in clusters of two.
+
+Goals on an H200 at 7401 x 3072: 1.45 times as fast as eager, 1.75 times where four or more layers follow one another,
+1.15 times as fast as quack. Layers are launched one by one (second_moments_sm90.cu says why), so that one case
+stands for both.
 """
 
 from __future__ import annotations

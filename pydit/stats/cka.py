@@ -216,7 +216,9 @@ def debiased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """n (n - 3) HSIC_1 of column-centred features [n, p], [n, q] without any n x n matrix."""
     n = len(x)
     a, b = x.square().sum(1), y.square().sum(1)
-    return (y.T @ x).square().sum() - n / (n - 2) * (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
+    first = (y.T @ x).square().sum()
+    hsic = first - n / (n - 2) * (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
+    return torch.where(hsic.abs() <= 1e-12 * first, 0.0, hsic)  # rounding alone, as in u_centred_gram
 
 
 def _require_tensor(name: str, x: torch.Tensor) -> None:

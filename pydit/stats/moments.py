@@ -61,8 +61,10 @@ class Moments:
     mean_x, mean_y : float64 [d], [e]
     m_xx, m_xy : float64 [d, d], [d, e], centred sums sum (x - mean_x)(y - mean_y)^T, not divided by anything
     s_yy : float64 [e], centred sum of squares of every channel of y
+    rounded : int, how many of the rows a kernel summed in float32
     """
 
+    _COUNTS = ("count", "rounded")
     _FIELDS = ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy", "shift_x", "shift_y")
     mean_x, mean_y, m_xx, m_xy, s_yy = (_centred(name) for name in ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy"))
 
@@ -72,7 +74,7 @@ class Moments:
                 raise UserError(f"{name}: expected a positive integer, got {dim!r}")
         self.dim_x, self.dim_y = dim_x, dim_y
         e = dim_y or 0
-        self.count = 0
+        self.count = self.rounded = 0
         self._sums = False  # whether the tensors hold sums: mean_x that of x, m_xx that of x x^T, and so on
         self.mean_x, self.mean_y, self.m_xx, self.m_xy, self.s_yy, self.shift_x, self.shift_y = (
             torch.zeros(shape, dtype=torch.float64, device=device)
@@ -124,15 +126,16 @@ class Moments:
                 self.shift_x, self.shift_y = other.shift_x.to(self.shift_x), other.shift_y.to(self.shift_y)
             self._merge(other.count, *(getattr(other, name).to(self.m_xx)
                                        for name in ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy")))
+            self.rounded += other.rounded
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Replace the state on every rank by that of all ranks' rows together. Call once. Returns self."""
-        count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.m_xx.device)
+        count = torch.tensor([self.count, self.rounded], dtype=torch.float64, device=self.m_xx.device)
         sum_x, sum_y = self.mean_x * self.count, self.mean_y * self.count
         for tensor in (count, sum_x, sum_y):
             dist.all_reduce(tensor, group=group)
-        total = int(count.item())
+        total, rounded = map(int, count.tolist())
         if total == 0:
             return self
         # Move every rank's moments to the common mean; they then add up.
@@ -145,33 +148,48 @@ class Moments:
             dist.all_reduce(tensor, group=group)
         if self.count == 0:
             self.shift_x, self.shift_y = mean_x.clone(), mean_y.clone()
-        self.count, self.mean_x, self.mean_y = total, mean_x, mean_y
+        self.count, self.rounded, self.mean_x, self.mean_y = total, rounded, mean_x, mean_y
         return self
+
+    def rounding(self) -> torch.Tensor:
+        """How far float32 sums of a kernel may have moved m_xx, float64 [d]: with these numbers added to its diagonal
+        it is positive again where rows are fewer than channels. 0 where all rows were summed in float64.
+
+        Its elements are off by e sqrt(a_i a_j), with a the sums of squares and e some 1e-7, much of it at random, so
+        that eigenvalues of m_xx / sqrt(a_i a_j) move by 2 e sqrt(d); this is about five times as much.
+        """
+        squares = self.m_xx.diagonal() + self.count * self.mean_x.square()
+        return squares * (self.rounded / max(self.count, 1) * self.dim_x ** 0.5 * 2.0 ** -20)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Name -> tensor, for saving; continue with :meth:`load_state_dict`."""
-        return {"count": torch.tensor(self.count), **{name: getattr(self, name).clone() for name in self._FIELDS}}
+        return {**{name: torch.tensor(getattr(self, name)) for name in self._COUNTS},
+                **{name: getattr(self, name).clone() for name in self._FIELDS}}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state saved by :meth:`state_dict`. UserError when it is of another kind."""
-        missing = {"count", *self._FIELDS} ^ set(state)
+        names = (*self._COUNTS, *self._FIELDS)
+        missing = {*names} ^ set(state)
         if missing:
-            raise UserError(f"state: expected {', '.join(('count', *self._FIELDS))}; {', '.join(sorted(missing))} "
-                            "is missing or unknown")
+            raise UserError(f"state: expected {', '.join(names)}; {', '.join(sorted(missing))} is missing or unknown")
         for name in self._FIELDS:
             if state[name].shape != getattr(self, name).shape:
                 raise UserError(f"state: expected {name} {list(getattr(self, name).shape)}, "
                                 f"got {list(state[name].shape)}")
             if state[name].dtype != torch.float64 or not bool((state[name].abs() <= _LARGEST).all()):
                 raise UserError(f"state: expected {name} in float64 and finite, got {state[name].dtype}")
-        count, squares = state["count"], state["m_xx"].diagonal()
-        if count.dtype != torch.int64 or count.numel() != 1 or not 0 <= int(count) < 2**53:
-            raise UserError(f"state: expected a count of rows, got {count.dtype} {count.flatten()[:2].tolist()}")
+        squares, most = state["m_xx"].diagonal(), 2**53 - 1
+        for name in self._COUNTS:
+            rows = state[name]
+            if rows.dtype != torch.int64 or rows.numel() != 1 or not 0 <= int(rows) <= most:
+                raise UserError(f"state: expected {name} to be a number of rows up to {most}, "
+                                f"got {rows.dtype} {rows.flatten()[:2].tolist()}")
+            most = int(rows)
         if bool((squares < 0).any() or (state["s_yy"] < 0).any()) or bool(
                 state["m_xx"].abs().amax() > (1 + 1e-9) * squares.amax()):
             raise UserError("state: expected m_xx and s_yy to be sums of squares, got some below 0, or products above "
                             "their squares")
-        self.count, self._sums = int(count), False
+        self.count, self.rounded, self._sums = int(state["count"]), int(state["rounded"]), False
         for name in self._FIELDS:
             setattr(self, name, state[name].detach().to(getattr(self, name)).clone())
 
@@ -183,6 +201,7 @@ class Moments:
         add_second_moments(x, y if self.dim_y else None, (self._m_xx, self._m_xy, self._mean_x, self._mean_y,
                                                           self._s_yy))
         self.count += len(x)
+        self.rounded += len(x)
         return self
 
     def _centre(self) -> None:

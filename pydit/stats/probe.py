@@ -39,7 +39,8 @@ class LinearProbe:
             Of x and y, at least two rows.
         ridge : float
             Relative to the mean variance of x. The bias is not shrunk. 0 takes the minimum-norm solution where
-            M_xx is singular.
+            M_xx is singular. Moments from a kernel get :meth:`Moments.rounding` on top, channel by channel: with fewer
+            rows than channels the rounding of float32 sums is larger than a small ridge.
         residual : bool
             Fit y - x (needs d == e), as PPCL Eq. 1 does: the ridge then pulls W to the identity instead of 0.
             ``weight`` is the full map either way.
@@ -74,14 +75,15 @@ class LinearProbe:
     @classmethod
     def _fit_batch(cls, moments: Sequence[Moments], ridge: float, residual: bool) -> Iterator[LinearProbe]:
         m_xx, m_xy = torch.stack([one.m_xx for one in moments]), torch.stack([one.m_xy for one in moments])
-        shrink = ridge * m_xx.diagonal(dim1=1, dim2=2).mean(1)
+        shrink = ridge * m_xx.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        shrink = shrink + torch.stack([one.rounding() for one in moments])
         solved, conditions = _solve(m_xx, m_xy - m_xx if residual else m_xy, shrink)
         for one, xx, xy, transposed, condition in zip(moments, m_xx, m_xy, solved, conditions, strict=True):
             weight = transposed.T
             if residual:
                 weight = weight + torch.eye(one.dim_x, dtype=weight.dtype, device=weight.device)
             total = float(one.s_yy.sum())
-            error = total - 2 * float((weight.T * xy).sum()) + float(((weight @ xx) * weight).sum())
+            error = max(total - 2 * float((weight.T * xy).sum()) + float(((weight @ xx) * weight).sum()), 0.0)
             yield cls(weight, one.mean_y - weight @ one.mean_x, 1.0 - error / total if total > 0 else 1.0, condition)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,9 +95,10 @@ class LinearProbe:
 
 
 def _solve(matrices: torch.Tensor, targets: torch.Tensor, shrink: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """(matrix + shrink I)^-1 target of semi-definite matrices [B, d, d], least norm where singular; conditions."""
+    """(matrix + diag(shrink))^-1 target of semi-definite matrices [B, d, d] and shrink [B, d], least norm where
+    singular; conditions."""
     shifted = matrices.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(shrink[:, None])
+    shifted.diagonal(dim1=1, dim2=2).add_(shrink)
     factors, failed = torch.linalg.cholesky_ex(shifted)
     # A tiny pivot means that Cholesky got through a singular matrix on rounding errors.
     pivots = factors.diagonal(dim1=1, dim2=2).square()
@@ -103,7 +106,9 @@ def _solve(matrices: torch.Tensor, targets: torch.Tensor, shrink: torch.Tensor) 
     factors[singular] = torch.eye(shifted.shape[1], dtype=shifted.dtype, device=shifted.device)
     solved = torch.cholesky_solve(targets, factors)
     for index in singular.nonzero().flatten().tolist():
-        solved[index] = torch.linalg.pinv(shifted[index], hermitian=True, rtol=1e-12) @ targets[index]
+        values, vectors = torch.linalg.eigh(shifted[index])
+        inverse = torch.where(values > 1e-12 * values[-1], 1 / values, 0.0)  # those below 0 are rounding too
+        solved[index] = vectors @ (inverse[:, None] * (vectors.T @ targets[index]))
     largest = _largest_eigenvalue(lambda v: shifted @ v, shifted)
     smallest = 1 / _largest_eigenvalue(lambda v: torch.cholesky_solve(v, factors), shifted)
     conditions = torch.where(singular, torch.inf, largest / smallest)

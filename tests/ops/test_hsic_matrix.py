@@ -74,9 +74,23 @@ def test_values_of_super_tiles(n, widths, copies, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
-@pytest.mark.parametrize("n", [5, 63, 64, 65, 127, 128, 130, 256, 513])
-def test_any_number_of_rows(n, device):
+@pytest.mark.parametrize("n", [4, 5, 63, 64, 65, 127, 128, 130, 256, 513])
+def test_any_number_of_rows(n, device, monkeypatch):
+    """As a kernel takes them, those too that the op gives to float64 instead."""
+    monkeypatch.setattr(sys.modules["pydit.ops.hsic_matrix"], "_MIN_KERNEL_ROWS", 4)
     check(make(n, (8,), torch.bfloat16, device))
+    assert "torch multiplies" not in backend.report()["hsic_matrix"]["reason"]
+
+
+@every_kernel
+@pytest.mark.parametrize(("n", "draws"), [(4, 10), (16, 3), (130, 1)])
+def test_means_too_small_for_a_shift(n, draws, device):
+    """Of six deviations, in all channels: K is a thousand times U, and few rows do not average the rounding."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(3072, generator=generator).sign()
+    for _ in range(draws):
+        check([((torch.randn(n, 3072, generator=generator) + 6) * signs).half().to(device) for _ in range(2)])
+    assert n >= 16 or f"{n} rows: torch multiplies in float64" in backend.report()["hsic_matrix"]["reason"]
 
 
 @every_kernel
@@ -172,6 +186,20 @@ def test_values_with_massive_channels(device):
     check(features)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_row_beyond_what_a_shift_takes_exactly(dtype, device):
+    """It is rounded once more and decides the HSIC, which is off by up to an ulp, as documented; CKA hardly changes."""
+    features = make(140, (128, 64), dtype, device)
+    for x in features:
+        x[:, 5] = 4000 + 16 * x[:, 5]
+        x[71, 5] = -1000 + x[71, 6]
+    check(features, bound=torch.finfo(dtype).eps)
+    hsic, exact = ops.hsic_matrix(features).cpu(), three_term(features)
+    found, right = (m[0, 1] / (m[0, 0] * m[1, 1]).sqrt() for m in (hsic, exact))
+    assert (found - right).abs() < torch.finfo(dtype).eps / 4
+
+
 def test_unrelated_wide_features(device):
     """Debiased: near 0 where the plain formula gives 0.98."""
     generator = torch.Generator().manual_seed(0)
@@ -181,11 +209,25 @@ def test_unrelated_wide_features(device):
 
 
 @every_kernel
-@pytest.mark.parametrize("n", [20, 140])
+@pytest.mark.parametrize("n", [5, 20, 140])
 def test_constant_rows_give_exactly_zero(n, device):
     x, = make(n, (24,), torch.bfloat16, device)
     for constant in (torch.zeros_like(x), x[:1].expand(n, -1), x[:1].expand(n, -1).clone(), torch.full_like(x, 0.1)):
         hsic = ops.hsic_matrix([x, constant])
+        assert hsic[0, 0] > 0 and not hsic[1].any() and not hsic[:, 1].any()
+
+
+@every_kernel
+@pytest.mark.parametrize("n", [5, 20, 140])
+@pytest.mark.parametrize("row", [0, 3])
+def test_one_row_unlike_the_rest_gives_exactly_zero(n, row, device):
+    """HSIC_1 does not see a single row; what rounding leaves of it would be a CKA of anything between -1 and 1."""
+    x, rest, other = make(n, (24, 24, 24), torch.bfloat16, device)
+    half = torch.arange(24, device=device) < 12
+    for like, unlike in ((torch.zeros_like(rest), other), (rest[:1].repeat(n, 1), other),
+                         (rest[:1].repeat(n, 1) * half, other * ~half + 1e-6 * rest)):  # the last with small products
+        like[row] = unlike[row]
+        hsic = ops.hsic_matrix([x, like])
         assert hsic[0, 0] > 0 and not hsic[1].any() and not hsic[:, 1].any()
 
 

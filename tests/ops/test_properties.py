@@ -65,11 +65,11 @@ def test_any_statistics_values(device, data):
     draw = properties.Draw(data, data.draw(st.sampled_from(HALF), "dtype"), device)
     n, d, e = draw.number(0, 40, "n"), draw.number(0, 24, "d"), draw.number(0, 24, "e")
     test_second_moments.check(draw.tensor(n, d), draw.tensor(n, e) if e else None, device)
-    n, layers = draw.number(4, 24, "rows"), draw.number(1, 3, "L")
+    n, layers = draw.number(4, 40, "rows"), draw.number(1, 3, "L")
     features = [draw.tensor(n, draw.number(1, 24, "d_l")) for _ in range(layers)]
     hsic = ops.hsic_matrix(features)
     if min(x.stride(0) for x in features) > 0:  # rows that are all alike have an HSIC of 0, exactly
-        test_hsic_matrix.check(features, bound=1e-3)
+        test_hsic_matrix.check(features)
     for x, row in zip(features, hsic, strict=True):
         assert x.stride(0) > 0 or not row.any()
 

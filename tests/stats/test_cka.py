@@ -56,7 +56,7 @@ def test_matrix_averages_hsic_over_unequal_batches():
     for batch in batches:
         cka.update(batch)
     assert torch.allclose(cka.matrix(), reference_matrix(batches), atol=1e-12)
-    assert torch.allclose(cka.matrix().diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-12)
+    assert (cka.matrix().diagonal() - 1).abs().max() <= 1e-6
 
 
 def test_large_offset_in_float32():
@@ -121,12 +121,39 @@ def test_invariant_to_rotation_scale_and_translation(n, scale, seed):
     assert math.isclose(linear_cka(x, y), linear_cka(scale * x @ rotation + 3, y), abs_tol=1e-9)
 
 
-def test_constant_layer_gives_zero():
-    x, _ = features(10, (5, 5))
-    constant = torch.full((10, 5), 0.1, dtype=torch.float64)
-    matrix = CKA(2).update([x, constant]).matrix()
-    assert torch.equal(matrix[1], torch.zeros(2, dtype=torch.float64))
-    assert linear_cka(x, constant) == 0.0
+@pytest.mark.parametrize("gram_rows", [2, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n", [5, 41])
+def test_layers_without_an_hsic_give_zero(n, dtype, gram_rows, monkeypatch):
+    """Constant ones, and those of which one row alone is unlike the rest, which HSIC_1 does not see."""
+    monkeypatch.setattr("pydit.stats.cka._MAX_GRAM_ROWS", gram_rows)
+    x, other, row = features(n, (5, 5, 5), dtype=dtype)
+    constant = torch.full_like(x, 0.1)
+    for nothing in (torch.zeros_like(x), constant, constant.index_copy(0, torch.tensor([1]), row[1:2])):
+        matrix = CKA(3).update([x, nothing, other]).matrix()
+        assert not matrix[1].any() and not matrix[:, 1].any()
+        assert (matrix.diagonal()[::2] - 1).abs().max() <= 1e-6
+        assert linear_cka(x, nothing) == linear_cka(nothing, nothing) == 0.0
+    assert linear_cka(x, constant, debiased=False) == 0.0
+
+
+@given(n=st.integers(4, 12), kinds=st.lists(st.sampled_from(["plain", "offset", "massive", "same", "zero", "constant",
+                                                             "one row", "tiny", "huge"]), min_size=1, max_size=4),
+       dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]), seed=st.integers(0, 99))
+def test_never_nan_and_diagonal_one(n, kinds, dtype, seed):
+    """Whatever the layers are: 1 on the diagonal or, without an HSIC, 0; nothing beyond 1."""
+    layers = features(n, (6,) * len(kinds), seed=seed)
+    for kind, x in zip(kinds, layers, strict=True):
+        x += {"offset": 1000.0, "massive": torch.eye(n, 6) * 1e4}.get(kind, 0.0)
+        x *= {"zero": 0.0, "constant": 0.0, "one row": torch.eye(n)[:, 2:3], "tiny": 1e-8, "huge": 1e8}.get(kind, 1.0)
+        x += kind == "constant"
+    matrix = CKA(len(kinds)).update([(layers[0] if kind == "same" else x).to(dtype)
+                                     for kind, x in zip(kinds, layers, strict=True)]).matrix()
+    assert matrix.isfinite().all() and matrix.abs().max() <= 1 + 1e-6
+    diagonal = matrix.diagonal()
+    assert (torch.minimum((diagonal - 1).abs(), diagonal.abs()) <= 1e-6).all()
+    nothing = {"zero", "constant", "one row", "same"} | ({"offset"} if dtype == torch.bfloat16 else set())
+    assert all(value > 0.5 for kind, value in zip(kinds, diagonal.tolist(), strict=True) if kind not in nothing)
 
 
 def test_merge_and_state_round_trip():

@@ -181,9 +181,11 @@ typedef struct {
 /* hsic[i, j] = unbiased HSIC_1 (Song et al. 2012) of features i and j, <U_i, U_j> / (n (n - 3)), where U is the Gram
  * matrix x x^T with its diagonal set to 0, U-centred (Szekely and Rizzo 2014).
  *   features[l]: [n, dim[l]] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  n = rows >= 4
- *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike has HSIC 0 exactly.
+ *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike, or all but one, has HSIC 0
+ *   exactly.
  * workspace: hsic_matrix_workspace() bytes at a multiple of 16, of any content; free again when the stream is past
  * this call. At most `gram_bytes` of it are Gram matrices, or 256 x 256 elements of each; what is more is made twice.
+ * Sums of their rows over 64 columns each take n^2 / 8 bytes of every layer, a 32nd of its Gram matrix.
  * Run to run the bits are the same on one device. FLOPs: n (n + 1) sum(dim) + n^2 layers (layers + 1) / 2. */
 #define PYDIT_MAX_LAYERS 128
 typedef struct {

@@ -24,11 +24,12 @@
 // made a group at a time, and once more before that for the sums of rows alone.
 //
 // Numbers. Products of 16-bit values are exact in fp32 and 256 of them are summed by the tensor cores before the sum is
-// rounded once more (on Hopper all, see there). U is formed in fp64: with rows that are all alike it is 0, as all K are
-// the same number. Channels that are nearly constant would make K larger than U, and its rounding with it, as the
-// massive channels of diffusion transformers do. HSIC does not change if the same number is subtracted from a channel
-// in all rows. So where the mean of eight rows is above four times their spread it is subtracted before the values are
-// multiplied: exactly, for values between half and twice the number (Sterbenz), else rounded once to 16 bits.
+// rounded once more (on Hopper all, see there). U is formed in fp64, and what is only rounding is made 0: all of it
+// with rows that are all alike, or all but one. Channels that are nearly constant would make K larger than U, and its
+// rounding with it, as the massive channels of diffusion transformers do. HSIC does not change if the same number is
+// subtracted from a channel in all rows. So where the mean of eight rows is above four times their spread it is
+// subtracted before the values are multiplied: exactly, for values between half and twice the number (Sterbenz), else
+// rounded once to 16 bits.
 #include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
@@ -271,8 +272,10 @@ __device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan,
     if (exists && layer < plan.layers) {
       const double gram = grams[layer * kTileElements + place];
       const double* centres = plan.centres + layer * plan.padded;
-      u = gram - centres[row] - centres[column];
-      if (fabs(u) <= 1e-12 * fabs(gram)) u = 0;  // rounding: rows that are all alike
+      const double of_row = centres[row], of_column = centres[column];
+      u = gram - of_row - of_column;
+      // Rounding: of rows that are all alike, or all but one, whose products with the others may be small themselves.
+      if (fabs(u) <= 1e-12 * (fabs(of_row) + fabs(of_column))) u = 0;
     }
     side[i][place] = static_cast<float>(u);
   }
