@@ -204,7 +204,9 @@ class GraphCache:
             self.entries.clear()
             self.failed.clear()
             self._weights = weights
-        key = (repr(spec), torch.is_autocast_enabled(), model.training, active_backend(),
+        kind = tensors[0].device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (repr(spec), autocast, model.training, active_backend(),
                *((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves))
         if key in self.failed:
             return self._stock(self.failed[key], model, forward, args, kwargs)
