@@ -148,9 +148,9 @@ class DualStreamBlock:
         """Whether the block has no text output in the teacher already."""
         return False
 
-    def _operations_now(self) -> type:
+    def _operations_on(self, x: torch.Tensor) -> type:
         """The class's, but where torch.autocast has tensors of several dtypes meet."""
-        return Stock if self.operations is not Stock and is_recast(self.attn.to_q) else self.operations
+        return Stock if self.operations is not Stock and is_recast(self.attn.to_q, x) else self.operations
 
     def _run(self, image: torch.Tensor, text: torch.Tensor, image_mod: Modulation, text_mod: Modulation | None,
              options: dict[str, Any], do: type | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ class DualStreamBlock:
         ``text_mod`` is None where the text is linear; ``options`` are attention's; ``do``: the operations, if they are
         chosen already.
         """
-        spec, do = self.spec, (do or self._operations_now()).suited(image, text)
+        spec, do = self.spec, (do or self._operations_on(image)).suited(image, text)
         own, other = self.image_branch, self.image_branch if spec.form == "single" else self.text_branch
         image_in = do.modulate(_below(self, own.norm1), image, image_mod)
         if spec.text == "linear":
@@ -199,12 +199,12 @@ class DualStreamBlock:
         return [stream.x for stream in do.add(streams, outputs, [stream.mod.rows[5] for stream in streams])]
 
 
-def is_recast(linear: nn.Module) -> bool:
-    """Whether torch.autocast gives the products of a linear layer another dtype than its weight has.
+def is_recast(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether torch.autocast gives the product of a linear layer and ``x`` another dtype than the weight has.
 
     Then tensors of several dtypes meet in a block, which torch's operations take and fused ones do not.
     """
-    kind = linear.weight.device.type
+    kind = x.device.type  # a weight that is offloaded is elsewhere
     found = (kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
              and torch.get_autocast_dtype(kind) != linear.weight.dtype)
     if found:

@@ -199,7 +199,7 @@ class AffineBlock(pruned.AffineBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, *_args: Any, **_kwargs: Any):
         """As the parent's."""
-        if is_recast(self.img_map):
+        if is_recast(self.img_map, hidden_states):
             return super().forward(hidden_states, encoder_hidden_states)
         do = Fused.suited(hidden_states, encoder_hidden_states)
         if self.txt_map is None:
@@ -226,7 +226,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
-        if flux_blocks.listened(self.norm) or is_recast(self.proj_mlp):
+        if flux_blocks.listened(self.norm) or is_recast(self.proj_mlp, hidden_states):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         do, tokens = Fused.suited(hidden_states, encoder_hidden_states), encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
