@@ -77,17 +77,6 @@ def test_shapes_on_the_meta_device_which_knows_no_autocast(name):
     assert found.is_meta and found.shape == expected.shape
 
 
-def test_weights_that_are_offloaded():
-    from accelerate import cpu_offload
-
-    batch, cpu = tiny.batch(), torch.device("cpu")
-    with torch.no_grad():
-        expected = run(cpu_offload(tiny.transformer(2), execution_device=cpu), batch, torch.bfloat16)
-        found = run(cpu_offload(pydit.accelerate(tiny.transformer(2)), execution_device=cpu), batch, torch.bfloat16)
-        exact = tiny.transformer(2).double()(**tiny.cast(batch, torch.float64), return_dict=False)[0]
-    assert_accurate(found, exact, expected)
-
-
 @pytest.mark.slow  # importing the compiler
 def test_compiles_whole():
     batch, model = tiny.batch(masked=False), pydit.accelerate(tiny.transformer(2))
