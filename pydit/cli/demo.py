@@ -21,6 +21,7 @@ from pydit.cli.options import (
     quiet,
     sampling_defaults,
     story_to,
+    warnings_as_lines,
 )
 from pydit.errors import UserError
 
@@ -47,7 +48,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from pydit.demo.run import run
 
     quiet()
-    with story_to(arguments.json):
+    with story_to(arguments.json), warnings_as_lines("demo"):
         metrics = run(arguments.out, budget_minutes=arguments.budget_minutes, prompts=arguments.prompts,
                       seed=arguments.seed, quick=arguments.quick, fresh=arguments.fresh, teacher=arguments.teacher)
     if arguments.json:

@@ -291,12 +291,20 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def warnings_as_lines(name: str) -> Iterator[None]:
-    """What the body warns of, on one line each on the standard error."""
-    with warnings.catch_warnings(record=True) as caught:
+    """What the body warns of, on one line each on the standard error, as it comes: a run may take hours, or fail."""
+    def show(message: Warning | str, *_where: Any, **_more: Any) -> None:
+        line = f"pydit {name}: warning: {message}"
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            print(line, file=sys.stderr)
+        else:
+            tqdm.write(line, file=sys.stderr)  # around bars
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
         yield
-    for warning in caught:
-        print(f"pydit {name}: warning: {warning.message}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -56,11 +56,12 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
     Returns
     -------
     The argument. Call it where the model will run, in its dtype: the attention kernels take 16 bits. What the kernels
-    round once eager rounds two or three times; without ``exact``, results differ by rounding. An attention backend
-    chosen with ``set_attention_backend``, or with diffusers' ``attention_backend`` for a while (any but ``"native"``,
-    which is what diffusers takes without a choice), stays; the report says so. Hooks of diffusers and of accelerate may
-    come before or after; so may ``enable_parallelism``, with context parallelism (Ulysses, ring) over the fused
-    attention, or tensor parallelism.
+    round once eager rounds two or three times; without ``exact``, results differ by rounding. Under torch.autocast to
+    another dtype than that of the weights blocks run stock operations, and ``pydit.report()`` says so. An attention
+    backend chosen with ``set_attention_backend``, or with diffusers' ``attention_backend`` for a while (any but
+    ``"native"``, which is what diffusers takes without a choice), stays; the report says so. Hooks of diffusers and of
+    accelerate may come before or after; so may ``enable_parallelism``, with context parallelism (Ulysses, ring) over
+    the fused attention, or tensor parallelism.
 
     Raises
     ------

@@ -287,7 +287,7 @@ def _in_one_launch(kit, attn, streams):
     for x, names, norms, table in streams:
         linears = [getattr(attn, name) for name in names if name is not None]
         norms = norms[1:] if names[0] is None else norms
-        if not _alike(linears):
+        if not _alike(linears) or linears[0].weight.dtype != x.dtype:
             return None
         parts = [(linear.weight, linear.bias) for linear in linears]
         if len(names) == 1:
@@ -296,7 +296,7 @@ def _in_one_launch(kit, attn, streams):
         weights, biases = zip(*([(None, None)] if names[0] is None else []), *parts, strict=True)
         found_norms += norms
         arguments.append((x, weights, biases, [None, *(n and n.weight for n in norms)][-2:], table))
-    if not _fuse(found_norms):
+    if not _fuse(found_norms, arguments[0][0].dtype):
         return None
     if len(streams) == 1:
         arguments.append((streams[0].x[:, :0], *arguments[0][1:4], None))
@@ -414,7 +414,7 @@ def _norm_and_rotate(kit, norms, streams, tables):
     flat = [norm for pair in norms for norm in pair]
     if any(norm is None for norm in flat):
         raise ValueError(_NO_NORM)
-    if not _fuse(flat):
+    if not _fuse(flat, streams[0][0].dtype):
         return [tuple(_called(norm, x, table) for norm, x in zip(pair, stream, strict=True))
                 for pair, stream, table in zip(norms, streams, tables, strict=True)]
     if len(streams) == 1:
@@ -424,22 +424,24 @@ def _norm_and_rotate(kit, norms, streams, tables):
     return [(q_img, k_img), (q_txt, k_txt)]
 
 
-def _fuse(norms):
+def _fuse(norms, dtype=None):
     """Whether norms are the RMSNorm that the ops compute, alike, and nothing listens to them or has replaced their
-    forward, as offloading layer by layer does, which brings the weight only then."""
+    forward, as offloading layer by layer does, which brings the weight only then. dtype : that weights must have."""
     return all(norm is not None and type(norm) in _RMS_NORMS and getattr(norm, "bias", None) is None
-               and not is_watched(norm) and norm.eps is not None and norm.eps == norms[0].eps for norm in norms)
+               and not is_watched(norm) and norm.eps is not None and norm.eps == norms[0].eps
+               and (dtype is None or norm.weight is None or norm.weight.dtype == dtype) for norm in norms)
 
 
 def _called(norm, x, table):
     """A norm called as it is, then the rotation."""
     backend.record("qk_norm_rope", "torch", "something listens to a norm, has replaced its forward, or stands in the "
-                                            "place of RMSNorm: it is called as it is")
-    x = norm(x)
+                                            "place of RMSNorm: it is called as it is; or its weight has another dtype "
+                                            "(torch.autocast)")
+    dtype, x = x.dtype, norm(x)
     if table is None:
-        return x
+        return x.to(dtype)
     cos, sin = (table.real, table.imag) if isinstance(table, torch.Tensor) else table
-    return ops.reference.rotate(ops.reference.wide(x), cos, sin).to(x.dtype)
+    return ops.reference.rotate(ops.reference.wide(x), cos, sin).to(dtype)
 
 
 def _cosine_and_sine(rotation):

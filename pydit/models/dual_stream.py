@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from pydit import backend
 from pydit.families import BlockSpec
 
 
@@ -147,14 +148,18 @@ class DualStreamBlock:
         """Whether the block has no text output in the teacher already."""
         return False
 
+    def _operations_on(self, x: torch.Tensor) -> type:
+        """The class's, but where torch.autocast has tensors of several dtypes meet."""
+        return Stock if self.operations is not Stock and is_recast(self.attn.to_q, x) else self.operations
+
     def _run(self, image: torch.Tensor, text: torch.Tensor, image_mod: Modulation, text_mod: Modulation | None,
              options: dict[str, Any], do: type | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(text, image) after the block.
 
-        ``text_mod`` is None where the text is linear; ``options`` are attention's; ``do``: other operations than the
-        class's.
+        ``text_mod`` is None where the text is linear; ``options`` are attention's; ``do``: the operations, if they are
+        chosen already.
         """
-        spec, do = self.spec, (do or self.operations).suited(image, text)
+        spec, do = self.spec, (do or self._operations_on(image)).suited(image, text)
         own, other = self.image_branch, self.image_branch if spec.form == "single" else self.text_branch
         image_in = do.modulate(_below(self, own.norm1), image, image_mod)
         if spec.text == "linear":
@@ -192,6 +197,20 @@ class DualStreamBlock:
                                           outputs)
         outputs = do.feed_forward([_below(self, stream.branch.mlp) for stream in streams], normed)
         return [stream.x for stream in do.add(streams, outputs, [stream.mod.rows[5] for stream in streams])]
+
+
+def is_recast(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether torch.autocast gives the product of a linear layer and ``x`` another dtype than the weight has.
+
+    Then tensors of several dtypes meet in a block, which torch's operations take and fused ones do not.
+    """
+    kind = x.device.type  # a weight that is offloaded is elsewhere
+    found = (kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+             and torch.get_autocast_dtype(kind) != linear.weight.dtype)
+    if found:
+        backend.record("ada_layer_norm", "torch", "torch.autocast computes in another dtype than the weights have: the "
+                                                  "block's stock operations run")
+    return found
 
 
 def rows_of(modulation: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:

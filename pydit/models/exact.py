@@ -51,6 +51,9 @@ class ExactOps:
         if torch.compiler.is_compiling():
             return eager()
         first = tensors[0]
+        if len({x.dtype for x in tensors if x is not None}) > 1:
+            self.eager[op] = "tensors of several dtypes (torch.autocast)"
+            return eager()
         if needs_kernels:
             path = backend.choose(op, first)
             if path.kernels is None or first.dtype not in backend.DTYPE_CODES:

@@ -21,7 +21,7 @@ from torch import nn
 
 from pydit import backend, ops
 from pydit.models import attention, flux_blocks, pruned, qwen_image_blocks, sd3_blocks
-from pydit.models.dual_stream import Modulation, Output, Stock, Stream
+from pydit.models.dual_stream import Modulation, Output, Stock, Stream, is_recast
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
 
@@ -199,6 +199,8 @@ class AffineBlock(pruned.AffineBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, *_args: Any, **_kwargs: Any):
         """As the parent's."""
+        if is_recast(self.img_map, hidden_states):
+            return super().forward(hidden_states, encoder_hidden_states)
         do = Fused.suited(hidden_states, encoder_hidden_states)
         if self.txt_map is None:
             (image,), text = do.linear_residual([self.img_map], [hidden_states]), encoder_hidden_states
@@ -224,7 +226,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
         """As the parent's."""
-        if flux_blocks.listened(self.norm):
+        if flux_blocks.listened(self.norm) or is_recast(self.proj_mlp, hidden_states):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         do, tokens = Fused.suited(hidden_states, encoder_hidden_states), encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)

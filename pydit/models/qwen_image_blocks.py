@@ -46,7 +46,7 @@ class QwenImageForward(DualStreamBlock):
         Fused operations take two modulation rows where the target images of the batch have one size; where they differ
         (``modulate_index``), stock ones run.
         """
-        do, image_mod, text_mod = self.operations, self.img_mod(temb), None
+        do, image_mod, text_mod = self._operations_on(hidden_states), self.img_mod(temb), None
         if self.zero_cond_t:
             temb = temb.chunk(2, dim=0)[0]
         if self.spec.form == "single":

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 
 from pydit import files
 from pydit.analysis import ActivationStats
 from pydit.cli import main
+from pydit.cli.options import warnings_as_lines
 from pydit.distill import checkpoint
 from pydit.plan import PruningPlan
 from tests.cli.test_cli import _tree, fails, plan_file  # noqa: F401
@@ -38,6 +40,13 @@ def test_what_is_read_is_not_written_over(tmp_path, fails, plan_file, student): 
 def test_prompts_that_nothing_is_fitted_to(tmp_path, fails, plan_file):  # noqa: F811
     assert "prompts: expected --init probe or a plan with linear maps to go with it" in fails(
         "prune", untrained(), "--plan", plan_file, "--prompts", "demo", "--out", tmp_path / "out")
+
+
+def test_a_warning_is_shown_when_it_comes_and_not_lost_with_a_failure(capfd):
+    with pytest.raises(RuntimeError), warnings_as_lines("distill"):
+        warnings.warn("the latest checkpoint is broken", UserWarning, stacklevel=1)
+        assert capfd.readouterr().err == "pydit distill: warning: the latest checkpoint is broken\n"
+        raise RuntimeError
 
 
 def test_help_and_errors_name_only_options_that_the_command_has(tmp_path, fails, capfd):  # noqa: F811

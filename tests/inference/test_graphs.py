@@ -98,6 +98,15 @@ def test_shapes_arguments_and_eviction():
         graphs.enable(model, max_entries=0)
 
 
+def test_the_dtype_of_autocast_is_part_of_the_key():
+    model, fake = recorded()
+    plain, batch = pydit.accelerate(tiny.transformer(2).requires_grad_(False)), tiny.batch()
+    for dtype, captures in ((torch.bfloat16, 1), (torch.float16, 2), (None, 3), (torch.bfloat16, 3)):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            found, right = run(model, batch), run(plain, batch)
+        assert found.dtype == right.dtype and torch.equal(found, right) and fake.captures == captures
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_weights_and_adapters_that_change_are_recorded_anew():
     model, fake = recorded()
