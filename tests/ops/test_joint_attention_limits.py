@@ -74,7 +74,7 @@ def test_equal_scores_in_the_billions(dtype, device):
 @pytest.mark.parametrize("queries", [True, False])
 @pytest.mark.parametrize(("image", "text", "lens"), [
     (0, 0, [0, 0]), (0, 9, [0, 0]), (5, 0, [0, 0]), (0, 130, [0, 129]), (7, 8, [])], ids=str)  # the last has no sample
-def test_gradients_where_streams_are_empty(image, text, lens, queries, device):
+def test_backward_of_empty_streams(image, text, lens, queries, device):
     tensors = make((len(lens), image, text, 2, 64), torch.bfloat16, device)
     for b, n in enumerate(lens):
         for x in tensors[3:]:
@@ -95,7 +95,7 @@ def test_gradients_where_streams_are_empty(image, text, lens, queries, device):
 @every_kernel
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("queries", [True, False])
-def test_gradients_through_lse(queries, dim, device):
+def test_what_flows_back_through_lse(queries, dim, device):
     """On every kernel; what comes in for padding, NaN, goes nowhere."""
     tensors, lens = make((2, 90, 40, 2, dim), torch.bfloat16, device), [40, 7]
     if not queries:
