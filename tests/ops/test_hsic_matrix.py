@@ -261,6 +261,8 @@ def test_cka_takes_the_kernel(device):
 
 @pytest.mark.parametrize(("device", "n", "d", "layout", "words"), [
     ("sim", 140, 16, "contiguous", "not of compute capability 9.x"),
+    ("sim", 16, 16, "contiguous", "not of compute capability 9.x"),
+    ("sim", 15, 16, "contiguous", "15 rows: torch multiplies in float64"),
     ("sim-90a", 140, 16, "contiguous", backend.KERNEL_PATHS[0]),
     ("sim-90a", 140, 16, "unaligned", "not multiples of 16 bytes"),
     ("sim-90a", 140, 20, "contiguous", "not multiples of 16 bytes"),
