@@ -152,12 +152,15 @@ class Moments:
         return self
 
     def rounding(self) -> torch.Tensor:
-        """How far float32 sums of a kernel may have moved m_xx, float64 [d]: with these numbers added to its diagonal
-        it is positive again where rows are fewer than channels. 0 where all rows were summed in float64.
+        """What float32 sums of a kernel ask of a ridge, float64 [d]: with it added to its diagonal m_xx is positive again.
 
-        Its elements are off by e sqrt(a_i a_j), with a the sums of squares and e some 1e-7, much of it at random, so
-        that eigenvalues of m_xx / sqrt(a_i a_j) move by 2 e sqrt(d); this is about five times as much.
+        0 with more rows than channels, where the rows themselves make it positive and such a ridge would take more from
+        channels with large means than rounding does; and where all rows were summed in float64. Else the elements of m_xx
+        are off by e sqrt(a_i a_j), with a the sums of squares and e some 1e-7, much of it at random, so that eigenvalues
+        of m_xx / sqrt(a_i a_j) move by 2 e sqrt(d); this is about five times as much.
         """
+        if self.count > self.dim_x:
+            return torch.zeros_like(self.mean_x)
         squares = self.m_xx.diagonal() + self.count * self.mean_x.square()
         return squares * (self.rounded / max(self.count, 1) * self.dim_x ** 0.5 * 2.0 ** -20)
 

@@ -39,8 +39,8 @@ class LinearProbe:
             Of x and y, at least two rows.
         ridge : float
             Relative to the mean variance of x. The bias is not shrunk. 0 takes the minimum-norm solution where
-            M_xx is singular. Moments from a kernel get :meth:`Moments.rounding` on top, channel by channel: with fewer
-            rows than channels the rounding of float32 sums is larger than a small ridge.
+            M_xx is singular. Moments from a kernel of no more rows than channels get :meth:`Moments.rounding` on top,
+            channel by channel: the rounding of float32 sums is larger there than a small ridge.
         residual : bool
             Fit y - x (needs d == e), as PPCL Eq. 1 does: the ridge then pulls W to the identity instead of 0.
             ``weight`` is the full map either way.

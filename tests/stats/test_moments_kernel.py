@@ -116,6 +116,19 @@ def test_probe_of_fewer_rows_than_channels(mean, ridge, device):
     assert errors[0] <= 2 * errors[1] and probe.r2 <= 1
 
 
+def test_probe_of_channels_with_large_means(device):
+    """With rows enough the ridge is what was asked for: one above the rounding would take the most from such channels."""
+    generator = torch.Generator().manual_seed(0)
+    x = 50 + torch.randn(1200, 64, generator=generator)
+    y = (x - 50) @ torch.randn(64, 64, generator=generator)
+    x, y = x.half(), y.half()
+    probe, right = (LinearProbe.fit(Moments(64, 64, device=one.device).update(one[:600], other[:600]))
+                    for one, other in ((x.to(device), y.to(device)), (x.double(), y.double())))
+    x, y = x[600:].double(), y[600:].double()
+    errors = [(one(x.to(one.weight)).cpu() - y).square().mean().sqrt() for one in (probe, right)]
+    assert errors[0] <= 1.1 * errors[1]
+
+
 def test_rounded_rows_are_counted(device):
     """By updates, merges and states, in each part as many as a kernel took."""
     x, y = half_rows(torch.bfloat16, device)
@@ -123,7 +136,9 @@ def test_rounded_rows_are_counted(device):
     taken = moments.rounded
     wide = Moments(24, 12, device=device).update(x.float(), y.float()).merge(moments)
     assert taken in (0, 600) and (wide.count, wide.rounded) == (1200, taken)
-    torch.testing.assert_close(wide.rounding(), moments.rounding())  # twice the squares, half of the rows
+    few = Moments(24, 12, device=device).update(x[:10], y[:10])
+    both = Moments(24, 12, device=device).update(x[:10].float(), y[:10].float()).merge(few)
+    torch.testing.assert_close(both.rounding(), few.rounding())  # twice the squares, half of the rows
     resumed = Moments(24, 12, device=device)
     resumed.load_state_dict(wide.state_dict())
     assert resumed.rounded == taken
