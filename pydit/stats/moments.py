@@ -152,12 +152,12 @@ class Moments:
         return self
 
     def rounding(self) -> torch.Tensor:
-        """What float32 sums of a kernel ask of a ridge, float64 [d]: with it added to its diagonal m_xx is positive again.
+        """What float32 sums of a kernel ask of a ridge, float64 [d]: added to its diagonal it makes m_xx positive again.
 
-        0 with more rows than channels, where the rows themselves make it positive and such a ridge would take more from
-        channels with large means than rounding does; and where all rows were summed in float64. Else the elements of m_xx
-        are off by e sqrt(a_i a_j), with a the sums of squares and e some 1e-7, much of it at random, so that eigenvalues
-        of m_xx / sqrt(a_i a_j) move by 2 e sqrt(d); this is about five times as much.
+        0 with more rows than channels, where the rows themselves make it positive and such a ridge would take more
+        from channels with large means than rounding does; and where all rows were summed in float64. Else the elements
+        of m_xx are off by e sqrt(a_i a_j), with a the sums of squares and e some 1e-7, much of it at random, so that
+        eigenvalues of m_xx / sqrt(a_i a_j) move by 2 e sqrt(d); this is about five times as much.
         """
         if self.count > self.dim_x:
             return torch.zeros_like(self.mean_x)
