@@ -152,7 +152,7 @@ class Moments:
         return self
 
     def rounding(self) -> torch.Tensor:
-        """What float32 sums of a kernel ask of a ridge, float64 [d]: added to its diagonal it makes m_xx positive again.
+        """What float32 sums of a kernel ask of a ridge, float64 [d]: added to its diagonal it makes m_xx positive.
 
         0 with more rows than channels, where the rows themselves make it positive and such a ridge would take more
         from channels with large means than rounding does; and where all rows were summed in float64. Else the elements
