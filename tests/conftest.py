@@ -7,6 +7,7 @@ prints the line that runs it again.
 
 import gc
 import os
+import sys
 import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +41,13 @@ def _missing(name):
     if name == "cuda" and not info["cuda_archs"]:
         return f"no CUDA kernels in pydit._C ({info['extension_error'] or 'built without nvcc'})"
     return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler():
+    """A file of tests has torch.compile's limit of recompilations to itself, whichever files ran in its process before."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=["reference", "sim", pytest.param("cuda", marks=pytest.mark.cuda)])
