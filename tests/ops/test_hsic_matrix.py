@@ -127,9 +127,19 @@ def test_groups_of_tiles(device, monkeypatch):
     check(features)
 
 
+@pytest.mark.parametrize("device", ["sim", *HOPPER], indirect=True)
+def test_groups_of_sums(device, monkeypatch):
+    """21 super tiles, one kept at a time: sums of rows are of 16, which end within a row of them, and of 5."""
+    features = make(1300, (8,), torch.bfloat16, device)
+    features[0][1280:] += 4
+    monkeypatch.setattr(sys.modules["pydit.ops.hsic_matrix"], "_GRAM_BYTES", 0)
+    check(features)
+
+
 @pytest.mark.parametrize("device", ["sim"], indirect=True)
-def test_no_buffer_of_all_gram_matrices(device, monkeypatch):
-    """60 layers of 7401 rows: 13 GB of Gram matrices, of which 600 MB are kept at a time."""
+@pytest.mark.parametrize(("n", "layers"), [(7401, 60), (1 << 18, 2)])
+def test_no_buffer_of_all_gram_matrices(n, layers, device, monkeypatch):
+    """13 or 550 GB of Gram matrices, of which 600 MB are kept at a time; sums of their rows have no more memory."""
     class AskedForError(Exception):
         pass
 
@@ -140,12 +150,12 @@ def test_no_buffer_of_all_gram_matrices(device, monkeypatch):
             raise AskedForError(size)
         return new_empty(self, size, **options)
 
-    features = [torch.zeros(7401, 8, dtype=torch.bfloat16)] * 60
+    features = [torch.zeros(n, 8, dtype=torch.bfloat16)] * layers
     monkeypatch.setattr(torch.Tensor, "new_empty", ask)
     with pytest.raises(AskedForError) as caught:
         ops.hsic_matrix(features)
     size = caught.value.args[0]
-    assert 550 << 20 < size < 1000 << 20 and size < 60 * 7401**2 * 4 / 12
+    assert 550 << 20 < size < 650 << 20 and size < layers * n**2 * 4 / 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

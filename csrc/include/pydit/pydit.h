@@ -184,8 +184,8 @@ typedef struct {
  *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike, or all but one, has HSIC 0
  *   exactly.
  * workspace: hsic_matrix_workspace() bytes at a multiple of 16, of any content; free again when the stream is past
- * this call. At most `gram_bytes` of it are Gram matrices, or 256 x 256 elements of each; what is more is made twice.
- * Sums of their rows over 64 columns each take n^2 / 8 bytes of every layer, a 32nd of its Gram matrix.
+ * this call. At most `gram_bytes` of it are Gram matrices, or 256 x 256 elements of each, and a 16th more is for sums
+ * of their rows; the rest grows with n and with the widest layer, not with n^2. What is more than fits is made twice.
  * Run to run the bits are the same on one device. FLOPs: n (n + 1) sum(dim) + n^2 layers (layers + 1) / 2. */
 #define PYDIT_MAX_LAYERS 128
 typedef struct {

@@ -50,7 +50,6 @@ namespace {
 constexpr int kWarpgroup = 128, kWarps = 4, kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kShifters = kWarps - 1;  // warps; the first loads
 constexpr int kStages = 4, kRowBytes = kStep * 2, kBoxBytes = kTile * kRowBytes, kStageBytes = 3 * kBoxBytes;
-constexpr int kSuper = 2 * kTile;
 constexpr int kScratch = kStages * kStageBytes;  // sums of columns [consumer, warp, kSuper], fp64
 constexpr int kBarriers = kScratch + kConsumers * kWarps * kSuper * 8, kSharedBytes = kBarriers + 128;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -71,7 +70,7 @@ struct Parameters {
   int32_t dim[PYDIT_MAX_LAYERS];
   Plan plan;
   Jobs jobs;
-  bool keep;  // tiles, or only sums of rows
+  Store store;
 };
 static_assert(sizeof(Parameters) <= 32764 || kMaxMaps == 1, "parameters of a kernel");
 
@@ -85,11 +84,6 @@ struct Job {
   bool diagonal;
   int64_t kept;  // its super tile, among those kept
 };
-
-// Super tiles in the rows before `row`.
-__host__ __device__ inline int64_t supers_before(int64_t across, int64_t row) {
-  return row * across - row * (row - 1) / 2;
-}
 
 // A block's jobs.
 struct Walk {
@@ -115,7 +109,7 @@ struct Walk {
       ++super.column;
     }
     job.row = 2 * super.row + half, job.column = 2 * super.column;
-    job.kept = supers_before(across, super.row) + super.column - super.row - jobs.first;
+    job.kept = triangle_index(across, super.row, super.column) - jobs.first;
     return true;
   }
 
@@ -212,8 +206,8 @@ __device__ __forceinline__ double2 sum_columns(double (&columns)[16], int lane) 
   return make_double2(columns[0], columns[1]);
 }
 
-// A strip to memory: elements if they are kept, sums of rows for each block, and of columns for each above the
-// diagonal, whose mirror image they are the sums of rows of. `group`, the warpgroup, calls.
+// A strip to memory: elements, sums of rows for each block, and of columns for each above the diagonal, whose mirror
+// image they are the sums of rows of. `group`, the warpgroup, calls.
 template <int kN>
 __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Parameters& p, const Job& job,
                                       const Strip& strip, char* shared, int group) {
@@ -223,6 +217,7 @@ __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Paramet
   auto* scratch = reinterpret_cast<double*>(shared + kScratch) + group * kWarps * kSuper;
   if (strip.row >= blocks) return;
   const int in_block = warp * 16 + lane / 4, row = strip.row * kBlock + in_block;
+  const int block_row = strip.row % kBlocksOfSuper, row_in_super = block_row * kBlock + in_block;
 #pragma unroll
   for (int i = 0; i < kN / kBlock; ++i) {
     const int block = strip.column + i;
@@ -241,27 +236,30 @@ __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Paramet
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        if (p.keep)
+        if (p.store != Store::kSums)
           *reinterpret_cast<float2*>(tile + (in_block + k * 8) * kTile + j * 8 + lane % 4 * 2) =
               make_float2(x[2 * k], x[2 * k + 1]);
         of_rows[k] += static_cast<double>(x[2 * k]) + x[2 * k + 1];
         of_columns[2 * j + k] = static_cast<double>(x[k]) + x[k + 2];
       }
     }
+    if (p.store == Store::kTiles) continue;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       of_rows[k] += __shfl_xor_sync(kFullWarp, of_rows[k], 1);
       of_rows[k] += __shfl_xor_sync(kFullWarp, of_rows[k], 2);
-      if (lane % 4 == 0) plan.sums_of(job.layer, block)[row + k * 8] = of_rows[k];
+      if (lane % 4 == 0)
+        plan.sums_of(job.kept, job.layer, false, block % kBlocksOfSuper)[row_in_super + k * 8] = of_rows[k];
     }
     if (block != strip.row)
       *reinterpret_cast<double2*>(scratch + warp * kSuper + i * kBlock + 2 * lane) = sum_columns(of_columns, lane);
   }
+  if (p.store == Store::kTiles) return;
   barrier_sync(1 + group, kWarpgroup);
   for (int i = thread; i < kN; i += kWarpgroup) {
     const int block = strip.column + i / kBlock;
     if (block >= blocks || block == strip.row) continue;
-    plan.sums_of(job.layer, strip.row)[block * kBlock + i % kBlock] =
+    plan.sums_of(job.kept, job.layer, !job.diagonal, block_row)[block % kBlocksOfSuper * kBlock + i % kBlock] =
         scratch[i] + scratch[kSuper + i] + scratch[2 * kSuper + i] + scratch[3 * kSuper + i];
   }
   barrier_sync(1 + group, kWarpgroup);  // the scratch is free
@@ -347,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1) hsic_gram_sm90_kernel(const __gri
 Jobs jobs_of(const Plan& plan, int64_t first, int64_t count) {
   Jobs jobs = {};
   for (int64_t row = 0; row < plan.across; ++row) {
-    const int64_t at = supers_before(plan.across, row);
+    const int64_t at = triangle_index(plan.across, row, row);
     if (at >= first + count) break;
     if (at < first) {
       ++jobs.first_diagonal;
@@ -362,9 +360,9 @@ Jobs jobs_of(const Plan& plan, int64_t first, int64_t count) {
 }
 
 template <typename T>
-int launch(const pydit_hsic_matrix_params& params, const Plan& plan, int64_t first, int64_t count, bool keep) {
+int launch(const pydit_hsic_matrix_params& params, const Plan& plan, int64_t first, int64_t count, Store store) {
   Parameters p = {};
-  p.plan = plan, p.jobs = jobs_of(plan, first, count), p.keep = keep;
+  p.plan = plan, p.jobs = jobs_of(plan, first, count), p.store = store;
   for (int layer = 0; layer < params.layers && layer < kMaxMaps; ++layer) {
     const uint64_t size[2] = {static_cast<uint64_t>(params.dim[layer]), static_cast<uint64_t>(params.rows)};
     const uint64_t stride[1] = {static_cast<uint64_t>(params.stride[layer]) * sizeof(T)};
@@ -388,9 +386,9 @@ int launch(const pydit_hsic_matrix_params& params, const Plan& plan, int64_t fir
 }  // namespace
 
 int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
-                          bool keep) {
-  return p.dtype == PYDIT_FLOAT16 ? launch<__half>(p, plan, first, count, keep)
-                                  : launch<__nv_bfloat16>(p, plan, first, count, keep);
+                          Store store) {
+  return p.dtype == PYDIT_FLOAT16 ? launch<__half>(p, plan, first, count, store)
+                                  : launch<__nv_bfloat16>(p, plan, first, count, store);
 }
 
 }  // namespace pydit::PYDIT_BACKEND

@@ -20,8 +20,9 @@
 // lanes take for 40 (of 64: 16). So shared memory bounds it: 20 us, where 2 x 16 threads would need 24 wavefronts, 30
 // us. If lanes that ask for the same vector all share it, 8 and 12. Which it is has not been measured.
 //
-// Memory. K of all layers takes 256 KB L per super tile of four tiles. Up to gram_bytes all are kept; beyond, they are
-// made a group at a time, and once more before that for the sums of rows alone.
+// Memory. K of all layers takes 256 KB L per super tile of four tiles, sums of its rows a 16th of that. Up to
+// gram_bytes all are kept; beyond, they are made a group at a time, and once more before that for the sums alone, 16
+// times as many in a group, in the same memory.
 //
 // Numbers. Products of 16-bit values are exact in fp32 and 256 of them are summed by the tensor cores before the sum is
 // rounded once more (on Hopper all, see there). U is formed in fp64, and what is only rounding is made 0: all of it
@@ -122,8 +123,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
 
 // Sums of a tile's rows over each half of its columns and, off the diagonal, of its columns over each half of its rows;
 // every thread has a part of a warp's 64 x 32. `scratch`: 6 x kTile numbers.
-__device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const Plan& plan, int layer, TileAt at,
-                                           double* scratch) {
+__device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const Plan& plan, int super, int layer,
+                                           TileAt at, double* scratch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int my_row = warp / 4 * 64, my_column = warp % 4 * 32;
 #pragma unroll
@@ -146,16 +147,18 @@ __device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const P
   }
   __syncthreads();
   const int i = threadIdx.x % kTile, half = threadIdx.x / kTile;
-  plan.sums_of(layer, 2 * at.column + half)[at.row * kTile + i] =
+  const int row = at.row % 2, column = at.column % 2;
+  plan.sums_of(super, layer, false, 2 * column + half)[row * kTile + i] =
       scratch[2 * half * kTile + i] + scratch[(2 * half + 1) * kTile + i];
-  if (at.row != at.column)
-    plan.sums_of(layer, 2 * at.row + half)[at.column * kTile + i] = scratch[(4 + half) * kTile + i];
+  if (at.row == at.column) return;
+  const bool diagonal = at.row / 2 == at.column / 2;
+  plan.sums_of(super, layer, !diagonal, 2 * row + half)[column * kTile + i] = scratch[(4 + half) * kTile + i];
 }
 
 // One tile of one layer: blockIdx.x counts the places of tiles from super tile `first` on, blockIdx.y layers.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan, int first, bool keep) {
+    gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan, int first, Store store) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   const int layer = blockIdx.y, dim = p.dim[layer];
   const int super = static_cast<int>(blockIdx.x) / kTilesOfSuper, in = blockIdx.x % kTilesOfSuper;
@@ -207,27 +210,39 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool exists = row < rows_left;
     if (!exists || column >= columns_left || (square && row == column)) x = 0;
     if (!exists || column + 1 >= columns_left || (square && row == column + 1)) y = 0;
-    if (keep) *reinterpret_cast<float2*>(tile + row * kTile + column) = make_float2(x, y);
+    if (store != Store::kSums) *reinterpret_cast<float2*>(tile + row * kTile + column) = make_float2(x, y);
   }
+  if (store == Store::kTiles) return;
   __syncthreads();  // the stages become scratch
-  store_sums(sums, plan, layer, at, reinterpret_cast<double*>(shared));
+  store_sums(sums, plan, super, layer, at, reinterpret_cast<double*>(shared));
 }
 
 // Centring -------------------------------------------------------------------------------------------------------
 
-// One block per layer.
-__global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan) {
+// One block per layer, a thread to a row: adds what super tiles [first, first + count) hold of the sums of rows, in the
+// order of columns; after the last of them, r - c.
+__global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan, int64_t first, int64_t count) {
   __shared__ double scratch[kThreads / 32];
+  const int layer = static_cast<int>(blockIdx.x), blocks = static_cast<int>(2 * plan.blocks);
   const int64_t rows = plan.rows;
-  const double* sums = plan.sums_of(static_cast<int>(blockIdx.x), 0);
-  double* centres = plan.centres + blockIdx.x * plan.padded;
+  double* centres = plan.centres + layer * plan.padded;
+  const bool last = first + count == plan.supers;
   double total = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
-    double sum = 0;
-    for (int64_t block = 0; block < 2 * plan.blocks; ++block) sum += sums[block * plan.padded + i];
-    centres[i] = sum / static_cast<double>(rows - 2);
+    const int64_t mine = i / kSuper;
+    double sum = first > 0 ? centres[i] : 0;
+    for (int64_t other = 0; other < plan.across; ++other) {
+      const bool of_columns = other < mine;
+      const int64_t super = of_columns ? triangle_index(plan.across, other, mine) - first
+                                       : triangle_index(plan.across, mine, other) - first;
+      if (super < 0 || super >= count) continue;
+      for (int block = 0; block < kBlocksOfSuper && other * kBlocksOfSuper + block < blocks; ++block)
+        sum += plan.sums_of(super, layer, of_columns, block)[i % kSuper];
+    }
+    centres[i] = last ? sum / static_cast<double>(rows - 2) : sum;
     total += centres[i];
   }
+  if (!last) return;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(kFullWarp, total, offset);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = total;
@@ -428,7 +443,8 @@ int launch_shift(const pydit_hsic_matrix_params& p, const Plan& plan) {
 
 // Super tiles [first, first + count), as all the launches below.
 template <typename T, bool kAligned>
-int launch_portable_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, bool keep) {
+int launch_portable_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
+                         Store store) {
   const cudaError_t error =
       cudaFuncSetAttribute(gram_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return launch_status(kHsicMatrix, error);
@@ -436,22 +452,22 @@ int launch_portable_gram(const pydit_hsic_matrix_params& p, const Plan& plan, in
   name_features<T>(p), name_workspace(p, plan);
   return launch_status(kHsicMatrix,
                        PYDIT_LAUNCH((gram_kernel<T, kAligned>), grid, dim3(kThreads), kSharedBytes,
-                                    static_cast<cudaStream_t>(p.stream), p, plan, static_cast<int>(first), keep));
+                                    static_cast<cudaStream_t>(p.stream), p, plan, static_cast<int>(first), store));
 }
 
 template <typename T>
-int launch_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, bool keep) {
+int launch_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, Store store) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (path_of(p) == PYDIT_PATH_HOPPER) return launch_hsic_gram_sm90(p, plan, first, count, keep);
+  if (path_of(p) == PYDIT_PATH_HOPPER) return launch_hsic_gram_sm90(p, plan, first, count, store);
 #endif
-  return aligned(p) ? launch_portable_gram<T, true>(p, plan, first, count, keep)
-                    : launch_portable_gram<T, false>(p, plan, first, count, keep);
+  return aligned(p) ? launch_portable_gram<T, true>(p, plan, first, count, store)
+                    : launch_portable_gram<T, false>(p, plan, first, count, store);
 }
 
-int launch_centre(const pydit_hsic_matrix_params& p, const Plan& plan) {
+int launch_centre(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count) {
   name_workspace(p, plan);
   return launch_status(kHsicMatrix, PYDIT_LAUNCH(centre_kernel, dim3(static_cast<unsigned>(p.layers)), dim3(kThreads),
-                                                 0, static_cast<cudaStream_t>(p.stream), plan));
+                                                 0, static_cast<cudaStream_t>(p.stream), plan, first, count));
 }
 
 template <int kLayers>
@@ -482,15 +498,23 @@ template <typename T>
 int launch(const pydit_hsic_matrix_params& p) {
   const Plan plan = plan_of(p);
   const bool at_once = plan.group == plan.supers;
+  const auto in_groups = [&](int64_t most, auto launch_one) {
+    int status = kOk;
+    for (int64_t first = 0; first < plan.supers && status == kOk; first += most)
+      status = launch_one(first, plan.supers - first < most ? plan.supers - first : most);
+    return status;
+  };
   int status = launch_shift<T>(p, plan);
-  if (status == kOk) status = launch_gram<T>(p, plan, 0, plan.supers, at_once);
-  if (status == kOk) status = launch_centre(p, plan);
-  for (int64_t first = 0; first < plan.supers && status == kOk; first += plan.group) {
-    const int64_t count = plan.supers - first < plan.group ? plan.supers - first : plan.group;
-    if (!at_once) status = launch_gram<T>(p, plan, first, count, true);
-    if (status == kOk) status = launch_contract_set(p, plan, first, count);
-  }
-  return status;
+  if (status != kOk) return status;
+  status = in_groups(plan.summed, [&](int64_t first, int64_t count) {
+    const int of_gram = launch_gram<T>(p, plan, first, count, at_once ? Store::kAll : Store::kSums);
+    return of_gram == kOk ? launch_centre(p, plan, first, count) : of_gram;
+  });
+  if (status != kOk) return status;
+  return in_groups(plan.group, [&](int64_t first, int64_t count) {
+    const int of_gram = at_once ? kOk : launch_gram<T>(p, plan, first, count, Store::kTiles);
+    return of_gram == kOk ? launch_contract_set(p, plan, first, count) : of_gram;
+  });
 }
 
 }  // namespace

@@ -21,28 +21,33 @@ constexpr int kMaxHopperChannels = 8192;  // more make too many roundings; see h
 constexpr int kContractThreads = 256, kSliceRows = 4, kMaxContractors = 264;  // two for each of 132 multiprocessors
 constexpr int kMaxGroup = 1 << 20;  // rows of their blocks are counted in 32 bits; 256 GB of one layer
 constexpr int64_t kTileElements = kTile * kTile;
+constexpr int kSuper = 2 * kTile;
+constexpr int64_t kSuperSums = 2 * kBlocksOfSuper * kSuper;  // fp64, of a layer: a 16th of the bytes of its elements
 
 struct Plan {
   int64_t rows;            // of x
   int64_t blocks, padded;  // rows of tiles; rows of x in whole tiles
   int64_t across;          // rows of super tiles
-  int64_t supers, group;   // super tiles on and above the diagonal; of which are kept at a time
+  int64_t supers;          // super tiles on and above the diagonal
+  int64_t group, summed;   // of which are kept at a time; whose sums are
   int set;                 // layers of one side of a product: 16, 32 or 64
   int layers;
   int64_t pairs;        // of sets
   int64_t contractors;  // blocks per pair
   int64_t channels;     // the most of any layer, in whole steps
-  // The workspace, in this order: sums of rows over the kBlock columns of a block [layers, 2 blocks, padded]; r - c
-  // [layers, padded]; products [contractors, pairs, set, set]; tiles of K [group, kTilesOfSuper, layers, kTile, kTile];
-  // shifts [layers, channels].
-  double *sums, *centres, *products;
+  // The workspace, in this order: r - c [layers, padded]; products [contractors, pairs, set, set]; tiles of K [group,
+  // kTilesOfSuper, layers, kTile, kTile]; sums of their rows and columns [summed, layers, 2, kBlocksOfSuper, kSuper];
+  // shifts [layers, channels]. Where not all tiles are kept, sums come first and have the place of tiles.
+  double *centres, *products;
   float* grams;
+  double* sums;
   uint16_t* shifts;
   int64_t bytes;
 
-  // Sums over the columns of block `column`, of all rows.
-  __host__ __device__ double* sums_of(int layer, int64_t column) const {
-    return sums + (layer * 2 * blocks + column) * padded;
+  // Of a super tile's rows, sums over its columns of block `block`, or (`of_columns`) of its columns, over its rows of
+  // that block. On the diagonal these are the same, and kept as sums of rows. `super` counts from a group's first.
+  __host__ __device__ double* sums_of(int64_t super, int layer, bool of_columns, int block) const {
+    return sums + (super * layers + layer) * kSuperSums + (of_columns * kBlocksOfSuper + block) * kSuper;
   }
   // Tile (row, column) of a super tile; `super` counts those that are kept.
   __host__ __device__ float* tile_of(int64_t super, int row, int column, int layer) const {
@@ -62,18 +67,25 @@ inline Plan plan_of(const pydit_hsic_matrix_params& p) {
   plan.pairs = count_triangle(ceil_div(p.layers, plan.set));
   const int64_t slices = plan.group * kBlocksOfSuper * kBlocksOfSuper * (kBlock / kSliceRows);
   plan.contractors = slices < kMaxContractors ? slices : kMaxContractors;
-  plan.sums = static_cast<double*>(p.workspace);
-  plan.centres = plan.sums + p.layers * 2 * plan.blocks * plan.padded;
+  plan.centres = static_cast<double*>(p.workspace);
   plan.products = plan.centres + p.layers * plan.padded;
-  auto* end = plan.products + plan.contractors * plan.pairs * plan.set * plan.set;
-  plan.grams = reinterpret_cast<float*>(end);
-  plan.shifts = reinterpret_cast<uint16_t*>(plan.grams + plan.group * super_bytes / 4);
+  plan.grams = reinterpret_cast<float*>(plan.products + plan.contractors * plan.pairs * plan.set * plan.set);
+  const bool at_once = plan.group == plan.supers;
+  auto* end = reinterpret_cast<double*>(plan.grams + plan.group * super_bytes / 4);
+  const int64_t room = plan.group * super_bytes / (p.layers * kSuperSums * 8);
+  plan.sums = at_once ? end : reinterpret_cast<double*>(plan.grams);
+  plan.summed = plan.supers < room ? plan.supers : room;
+  if (at_once) end += plan.supers * p.layers * kSuperSums;
+  plan.shifts = reinterpret_cast<uint16_t*>(end);
   int32_t most = 0;
   for (int layer = 0; layer < p.layers; ++layer) most = p.dim[layer] > most ? p.dim[layer] : most;
   plan.channels = ceil_div(most, kStep) * kStep;
-  plan.bytes = (end - plan.sums) * 8 + plan.group * super_bytes + p.layers * plan.channels * 2;
+  plan.bytes = (end - plan.centres) * 8 + p.layers * plan.channels * 2;
   return plan;
 }
+
+// What a gram kernel leaves in the workspace.
+enum class Store { kAll, kTiles, kSums };
 
 // Two numbers minus two others, in 16 bits.
 template <typename T>
@@ -89,9 +101,10 @@ __device__ __forceinline__ uint32_t subtract<__half>(uint32_t pair, uint32_t shi
   return reinterpret_cast<const uint32_t&>(x);
 }
 
-// The Hopper gram kernel: super tiles [first, first + count), kept or only summed. Defined for arguments that the entry
+// The Hopper gram kernel: super tiles [first, first + count). Defined for arguments that the entry
 // point has checked, with features that suit the copy engine.
-int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, bool keep);
+int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
+                          Store store);
 
 // For the race detector of the simulator.
 template <typename T>

@@ -23,4 +23,9 @@ __host__ __device__ inline TileAt triangle_tile(int rows, int index) {
   return {row, row + index};
 }
 
+// Where it stands in that order.
+__host__ __device__ inline int64_t triangle_index(int64_t rows, int64_t row, int64_t column) {
+  return row * rows - count_triangle(row) + column;
+}
+
 }  // namespace pydit::PYDIT_BACKEND
