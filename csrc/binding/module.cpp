@@ -286,6 +286,11 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < used && i < 16; ++i) result.append(handles[i]);
     return result;
   });
+  sim.def("run_ahead", &pydit_sim_run_ahead);
+  sim.def("synchronize", [](uint64_t seed) {
+    const py::gil_scoped_release release;
+    return pydit_sim_synchronize(seed);
+  });
   sim.def("launch_count", &pydit_sim_launch_count);
   sim.def("last_report", &pydit_sim_last_report);
   sim.def("set_race", [](bool on) { pydit_sim_set_race(on); });

@@ -22,8 +22,14 @@ int pydit_sim_set_arch(int arch);
 // whatever pydit_sim_set_arch says, as in a machine of unlike GPUs. Returns 1 on another.
 int pydit_sim_set_device(int device);
 // Streams on which this host thread launched a kernel or cleared memory since it last asked: how many, their handles in
-// the first `capacity` of `handles`. Work is done in the order in which it comes, whatever its stream.
+// the first `capacity` of `handles`.
 int pydit_sim_streams(uint64_t* handles, int capacity);
+// From here on what this host thread puts on streams waits until it calls pydit_sim_synchronize; memory that it is to
+// read or write must live until then. Returns 1 in a race build. pydit_sim_synchronize does what waits, each stream in
+// its order; which is next is drawn from `seed`. Returns the cudaError_t of the first that fails; what would come after
+// it is dropped.
+int pydit_sim_run_ahead(void);
+int pydit_sim_synchronize(uint64_t seed);
 // The race detector (race.h): on or off, from the next launch. It sees the accesses of kernels only in a race build
 // (cmake -DPYDIT_SIM_RACE=on), where it is on from the start; pydit_sim_race_build says whether this is one.
 void pydit_sim_set_race(int on);

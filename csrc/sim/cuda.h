@@ -12,6 +12,7 @@
 //                with a report of who waits where.
 //   cluster.h    Blocks that run together on one OS thread, their barrier, and one's memory seen by another.
 //   warp.h       Warp collectives: each lane deposits its operand, the last to arrive computes for all.
+//   streams.h    Work in the order in which it comes; or of two streams in any order, for a host that runs ahead.
 //   async.h      What is in flight: cp.async groups here; copies land late or at once, as a switch says.
 //   matrix.h     ldmatrix, stmatrix and mma.sync, who holds which element.
 //   mbarrier.h, tma.h, wgmma.h    Hopper: barriers that count bytes, bulk copies of boxes, products of a warpgroup.

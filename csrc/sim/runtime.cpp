@@ -4,7 +4,6 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 #include "sim/async.h"
@@ -26,9 +25,6 @@ size_t max_shared_bytes(int device) { return arch_of(device) < 90 ? 163 * 1024 :
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local char report[simt::kReportBytes] = "";
-
-// Handles of the streams that this host thread used, since it was last asked.
-thread_local std::set<uint64_t> used_streams;
 
 // Dynamic shared memory granted beyond the default, per kernel and device: a grant on one is none on the other.
 struct Grants {
@@ -133,22 +129,10 @@ void set_error(cudaError_t error, const char* format, ...) {
 
 const char* last_report() { return report; }
 
-void use_stream(cudaStream_t stream) { used_streams.insert(reinterpret_cast<uint64_t>(stream)); }
-
 }  // namespace simt
 
 extern "C" int pydit_sim_set_device(int device) {
   if (device < 0 || device >= kDevices) return 1;
   current_device = device;
   return 0;
-}
-
-extern "C" int pydit_sim_streams(uint64_t* handles, int capacity) {
-  const int used = static_cast<int>(used_streams.size());
-  for (const uint64_t handle : used_streams) {
-    if (capacity-- <= 0) break;
-    *handles++ = handle;
-  }
-  used_streams.clear();
-  return used;
 }

@@ -1,9 +1,11 @@
 // The few calls of the CUDA runtime that launchers make. Two devices, of which a host thread has one at a time; they
-// share the host's memory. Launches finish before they return.
+// share the host's memory. Launches finish before they return, unless the host runs ahead (streams.h).
 #pragma once
 
 #include <cstddef>
 #include <cstring>
+
+#include "sim/streams.h"
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -14,9 +16,6 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 using cudaError = cudaError_t;
-
-struct CUstream_st;  // never defined: a stream is only a handle here
-using cudaStream_t = CUstream_st*;
 
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
@@ -50,8 +49,6 @@ size_t shared_limit(const void* function);
 // Sets the last error of this host thread, and its report.
 [[gnu::format(printf, 2, 3)]] void set_error(cudaError_t error, const char* format, ...);
 const char* last_report();
-// Notes that this host thread put work on `stream`.
-void use_stream(cudaStream_t stream);
 
 }  // namespace simt
 
@@ -60,7 +57,6 @@ cudaError_t cudaFuncSetAttribute(Function* function, cudaFuncAttribute attribute
   return simt::set_function_attribute(reinterpret_cast<const void*>(function), attribute, value);
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
-  simt::use_stream(stream);
-  memset(pointer, value, bytes);
+  simt::on_stream(stream, [=] { memset(pointer, value, bytes); });
   return cudaSuccess;
 }

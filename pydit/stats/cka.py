@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydit.errors import UserError
 from pydit.ops import hsic_matrix
 from pydit.ops.reference import centred, u_centred_gram
+from pydit.stats import checks
 
 _MAX_GRAM_ROWS = 2048  # beyond this many rows an [n, n] Gram matrix costs more memory than the feature form
 
@@ -27,8 +28,9 @@ def clip_outliers(features: torch.Tensor, limit: float) -> torch.Tensor:
     A few massive activations decide CKA, cosines and norms: 8 of 4096 tokens that share one channel at 100 standard
     deviations make unrelated features look alike (CKA 0.9).
     """
-    if not limit > 0:
-        raise UserError(f"clip: expected a number above 0, got {limit!r}")
+    limit = checks.number("clip", limit, "a number above 0", 5e-324)
+    if checks.tensor("features", features).ndim < 2 or not features.is_floating_point():
+        raise UserError(f"features: expected floats [..., n, d], got {features.dtype} {list(features.shape)}")
     bound = limit * features.abs().flatten(-2).median(-1).values[..., None, None]
     bound = torch.where(bound == 0, torch.inf, bound)
     return torch.minimum(torch.maximum(features, -bound), bound)
@@ -76,9 +78,7 @@ class CKA:
     """
 
     def __init__(self, num_layers: int) -> None:
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise UserError(f"num_layers: expected a positive integer, got {num_layers!r}")
-        self.num_layers = num_layers
+        self.num_layers = checks.integer("num_layers", num_layers)
         self._hsic: list[torch.Tensor] = []
         self.rows: list[int] = []
 
@@ -90,10 +90,12 @@ class CKA:
         UserError
             Another number of layers, rows that differ or are fewer than 4, or values that are not finite.
         """
+        if not isinstance(features, Sequence):
+            raise UserError(f"features: expected a list of {self.num_layers} tensors, got {type(features).__name__}")
         if len(features) != self.num_layers:
             raise UserError(f"features: expected {self.num_layers} layers, got {len(features)}")
         for x in features:
-            _require_tensor("features", x)
+            checks.tensor("features", x)
         shapes = [tuple(x.shape) for x in features]
         if any(x.ndim != 2 or not x.is_floating_point() or len(x) != len(features[0]) for x in features):
             raise UserError(f"features: expected float [n, d] tensors with one n, got {shapes}")
@@ -145,8 +147,9 @@ class CKA:
         The resampled batches are the same for all pairs (paired), so differences between entries may be judged
         against the width. Needs at least 2 batches; fewer than about 20 make it narrow.
         """
-        if not 0 < level < 1:
+        if not 0 < checks.number("level", level, "a number between 0 and 1") < 1:
             raise UserError(f"level: expected a number between 0 and 1, got {level!r}")
+        checks.integer("resamples", resamples), checks.integer("seed", seed, 0, 2**63 - 1)
         hsic = self._stacked(2)
         means = bootstrap_weights(len(hsic), resamples, seed) @ hsic.flatten(1)
         values = _cka_of(means.unflatten(1, (self.num_layers, self.num_layers)))
@@ -162,6 +165,7 @@ class CKA:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state saved by :meth:`state_dict`. Raises UserError when it does not fit."""
+        state = checks.state(state)
         hsic = state.get("hsic")
         if hsic is None or hsic.ndim != 3 or tuple(hsic.shape[1:]) != (self.num_layers, self.num_layers):
             raise UserError(f"state: expected hsic [batches, {self.num_layers}, {self.num_layers}], "
@@ -193,8 +197,9 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor, *, debiased: bool = True) -> fl
     UserError
         Shapes that do not pair up, too few rows, or values that are not finite.
     """
+    checks.flag("debiased", debiased)
     for name, tensor in (("x", x), ("y", y)):
-        _require_tensor(name, tensor)
+        checks.tensor(name, tensor)
         if tensor.ndim != 2 or not tensor.is_floating_point():
             raise UserError(f"{name}: expected a float [n, d] tensor, got {tensor.dtype} {list(tensor.shape)}")
     least = 4 if debiased else 2
@@ -219,11 +224,6 @@ def debiased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     first = (y.T @ x).square().sum()
     hsic = first - n / (n - 2) * (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2))
     return torch.where(hsic.abs() <= 1e-12 * first, 0.0, hsic)  # rounding alone, as in u_centred_gram
-
-
-def _require_tensor(name: str, x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise UserError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
 def _biased_hsic_features(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydit import backend
 from pydit.errors import UserError
 from pydit.ops.second_moments import KERNEL_DTYPES, add_second_moments, mirror
+from pydit.stats import checks
 
 _LARGEST = 1e150  # of a sum that is loaded: its square is a number still
 
@@ -69,10 +70,9 @@ class Moments:
     mean_x, mean_y, m_xx, m_xy, s_yy = (_centred(name) for name in ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy"))
 
     def __init__(self, dim_x: int, dim_y: int | None = None, *, device: torch.device | str | None = None) -> None:
-        for name, dim in (("dim_x", dim_x), ("dim_y", dim_y)):
-            if not (isinstance(dim, int) and dim >= 1) and not (name == "dim_y" and dim is None):
-                raise UserError(f"{name}: expected a positive integer, got {dim!r}")
-        self.dim_x, self.dim_y = dim_x, dim_y
+        self.dim_x = checks.integer("dim_x", dim_x)
+        self.dim_y = None if dim_y is None else checks.integer("dim_y", dim_y)
+        device = checks.device("device", device)
         e = dim_y or 0
         self.count = self.rounded = 0
         self._sums = False  # whether the tensors hold sums: mean_x that of x, m_xx that of x x^T, and so on
@@ -171,6 +171,7 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state saved by :meth:`state_dict`. UserError when it is of another kind."""
+        state = checks.state(state)
         names = (*self._COUNTS, *self._FIELDS)
         missing = {*names} ^ set(state)
         if missing:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from pydit.errors import UserError
+from pydit.stats import checks
 from pydit.stats.moments import Moments
 
 _BATCH = 8  # matrices factorised at a time: three copies of 8 x 3072^2 float64 are 1.8 GB
@@ -55,9 +56,12 @@ class LinearProbe:
     @classmethod
     def fit_all(cls, moments: Sequence[Moments], *, ridge: float = 1e-6, residual: bool = False) -> list[LinearProbe]:
         """:meth:`fit` for many moments of one shape, such as all blocks of a stream: Cholesky in batches."""
-        if not ridge >= 0:
-            raise UserError(f"ridge: expected a number >= 0, got {ridge!r}")
+        ridge, residual = checks.number("ridge", ridge, "a number >= 0", 0), checks.flag("residual", residual)
+        if not isinstance(moments, Sequence):
+            raise UserError(f"moments: expected a list of Moments, got {type(moments).__name__}")
         for one in moments:
+            if not isinstance(one, Moments):
+                raise UserError(f"moments: expected Moments, got {type(one).__name__}")
             if one.dim_y is None:
                 raise UserError("moments: expected moments of x and y, got x alone")
             if one.count < 2:
@@ -88,7 +92,7 @@ class LinearProbe:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y_hat [..., e] for x [..., d], computed and returned in float64 for float64 x and in float32 otherwise."""
-        if not x.is_floating_point() or x.shape[-1:] != self.weight.shape[1:]:
+        if not checks.tensor("x", x).is_floating_point() or x.shape[-1:] != self.weight.shape[1:]:
             raise UserError(f"x: expected floats [..., {self.weight.shape[1]}], got {x.dtype} {list(x.shape)}")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.nn.functional.linear(x.to(dtype), self.weight.to(x.device, dtype), self.bias.to(x.device, dtype))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pydit import backend, ops
+from pydit.ops.second_moments import add_second_moments, zeros
 from tests.ops.test_joint_attention import make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,30 +220,123 @@ def test_the_guard_goes_to_the_device_of_the_tensor(monkeypatch):
     assert [backend.stream_of(x) for x in on] == [100, 101] and backend.stream_of(torch.zeros(1)) == 0
 
 
-@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
-def test_all_that_an_op_puts_on_a_device_is_on_its_stream(device, monkeypatch):
-    """Two streams at once: what each is given, kernels and the clearing of their counters, stays on it.
+def keeping(held, function):
+    def keep(*arguments, **options):
+        held.append(function(*arguments, **options))
+        return held[-1]
 
-    The simulator does work as it comes, so that a wrong stream would change no result there; it tells which were used.
+    return keep
+
+
+@pytest.fixture
+def on_streams(device, sim, monkeypatch):
+    """``on_streams(calls, seed)``: results of each call, on a stream of its own, the host running ahead of all work.
+
+    Only then is the work done, in the order of each stream, one stream before the other as ``seed`` draws. Where a
+    kernel fails, the results are empty.
     """
+    monkeypatch.setenv("PYDIT_GEMM", "pydit")
+    monkeypatch.setenv("PYDIT_PARTS", "2")
+    monkeypatch.setenv("PYDIT_SIM_THREADS", "1")  # the order of atomic sums is then the same too
+    backend.configure_sim()
+    given = SimpleNamespace(stream=0)
+
+    def run(calls, seed):
+        held = []  # a GPU's allocator gives memory of one stream to no other, nor before its work there is done
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "stream_of", lambda tensor: given.stream)
+            for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty"), (torch.Tensor, "contiguous")):
+                patch.setattr(owner, name, keeping(held, getattr(owner, name)))
+            assert sim.run_ahead() == 0
+            try:
+                found = []
+                for index, call in enumerate(calls):
+                    given.stream = 7 + index
+                    found.append(call())
+                assert sim.streams() == [7 + index for index in range(len(calls))]
+            finally:
+                error = sim.synchronize(seed)
+        return found if error == 0 else [[]] * len(calls)
+
+    return run
+
+
+def ahead(op, index):
+    """A call of ``op`` after whose kernels no torch op reads what they wrote: the host may run ahead of them."""
+    tensors = make((1, 200, 60, 2, 64), torch.bfloat16, "cpu", seed=index)
+    rows = [x.flatten(2) for x in tensors[:3]]
+    angle = torch.linspace(0, 1, 200)[:, None].expand(200, 32).contiguous()
+    deep = torch.cat([rows[0][:, :72], rows[1][:, :72]], dim=2)  # 256 columns, whose sum is cut into parts
+    row, held = rows[0][:, 0], []
+
+    def backward():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out_img, out_txt = ops.joint_attention(*leaves)
+        return torch.autograd.grad([out_img, out_txt], leaves, [torch.ones_like(out_img), torch.ones_like(out_txt)])
+
+    def moments():
+        sums = zeros(128, 128, torch.device("cpu"))
+        held.append(sums)
+        add_second_moments(rows[0][0], rows[1][0], sums)
+        return sums[1:]  # what the first holds below its diagonal is undefined
+
+    return {"joint_attention": lambda: ops.joint_attention(*tensors), "joint_attention backward": backward,
+            "second_moments": moments, "hsic_matrix": lambda: (ops.hsic_matrix([x[0] for x in rows]),),
+            "linear_gelu": lambda: (ops.linear_gelu(deep, deep[0]),),
+            "qk_norm_rope": lambda: ops.qk_norm_rope(*tensors[:2], None, None, (angle, angle)),
+            "ada_layer_norm": lambda: (ops.ada_layer_norm(rows[0], row, row),)}[op]
+
+
+AHEAD = ["joint_attention", "joint_attention backward", "second_moments", "hsic_matrix", "linear_gelu", "qk_norm_rope",
+         "ada_layer_norm"]
+
+
+@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
+@pytest.mark.parametrize("op", AHEAD)
+def test_two_streams_in_any_order(op, device, on_streams):
+    """What is cleared, counted and kept between the launches of an op is of one stream: the other's do not change it."""
+    calls = [ahead(op, index) for index in (0, 1)]
+    alone = [on_streams([call], 0)[0] for call in calls]
+    for seed in range(3):
+        for found, expected in zip(on_streams(calls, seed), alone, strict=True):
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
+@pytest.mark.parametrize("op", ["joint_attention backward", "hsic_matrix"])
+def test_two_streams_with_one_workspace_are_found_out(op, device, on_streams, monkeypatch):
+    calls = [ahead(op, index) for index in (0, 1)]
+    alone = [on_streams([call], 0)[0] for call in calls]
+    new_empty, shared = torch.Tensor.new_empty, {}
+
+    def allocate(self, *size, **options):
+        if options.get("dtype") is not torch.uint8:
+            return new_empty(self, *size, **options)
+        return shared.setdefault(size, new_empty(self, *size, **options))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate)
+    same = [len(found) == len(expected) and all(map(torch.equal, found, expected))
+            for seed in range(3) for found, expected in zip(on_streams(calls, seed), alone, strict=True)]
+    assert not all(same)
+
+
+@pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
+def test_two_threads_keep_to_their_streams(device, monkeypatch):
+    """Of ops of two threads, each with a stream: kernels and the clearing of their counters stay each on theirs."""
     monkeypatch.setenv("PYDIT_GEMM", "pydit")
     monkeypatch.setenv("PYDIT_PARTS", "2")
     sim, given = backend.extension()[0].sim, threading.local()
     monkeypatch.setattr(backend, "stream_of", lambda tensor: given.stream)
-    x = make((1, 40, 12, 2, 32), torch.bfloat16, device, seed=0)[0]
-    angle = torch.zeros(40, 16)
-    calls = {**with_workspaces(0, device), "qk_norm_rope": lambda: ops.qk_norm_rope(x, x, None, None, (angle, angle)),
-             "ada_layer_norm": lambda: ops.ada_layer_norm(x.flatten(2), x[:, 0].flatten(1), x[:, 1].flatten(1))}
 
     def work(index):
         given.stream, found = 7 + index, {}
-        for op, call in calls.items():
+        for op in AHEAD:
             assert sim.streams() == []
-            call()
+            ahead(op, index)()
             found[op] = sim.streams()
         return found
 
-    assert both(work) == [{op: [stream] for op in calls} for stream in (7, 8)]
+    assert both(work) == [{op: [stream] for op in AHEAD} for stream in (7, 8)]
 
 
 def test_every_launch_is_guarded_and_takes_the_current_stream():
