@@ -19,6 +19,7 @@ from pydit.errors import UserError
 from pydit.inference import schedule
 from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
+from pydit.models.adapter import require_batches, require_plan
 from pydit.models.by_source import init_weights
 from pydit.models.swapped import as_made
 from pydit.plan import PruningPlan
@@ -79,8 +80,7 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
         A linear map without batches, or with fewer tokens than unknowns; likewise what ``init="probe"`` fits.
     """
     adapter = get_adapter(transformer)
-    if not isinstance(plan, PruningPlan):
-        raise UserError(f"plan: expected a PruningPlan, got {type(plan).__name__}")
+    require_plan(plan)
     if init not in INITS:
         raise UserError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
     if isinstance(transformer, adapter.pruned_class()):
@@ -95,6 +95,8 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     plan.require_match(transformer)
     if init == "probe" and batches is None:
         raise UserError('batches: expected calibration batches for init="probe", got none')
+    if batches is not None:
+        require_batches(batches)
     for name, value, expected, fits in (
             ("ridge", ridge, "a number >= 0", isinstance(ridge, Real) and 0 <= ridge < math.inf),
             ("tokens_per_batch", tokens_per_batch, "a whole number of 1 or more",

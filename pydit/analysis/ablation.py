@@ -18,6 +18,7 @@ from torch import nn
 from pydit.analysis.forward import GivenStates, shell_of, velocity
 from pydit.errors import UserError
 from pydit.models import get_adapter
+from pydit.models.adapter import require_batches
 from pydit.stats.cka import bootstrap_ratios
 
 
@@ -91,6 +92,7 @@ def ablate(transformer: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Abla
     UserError
         A pruned model, no batch, or a batch without ``timestep``.
     """
+    require_batches(batches)
     adapter = get_adapter(transformer)
     shell, blocks = shell_of(adapter, transformer), adapter.blocks(transformer)
     losses, norms, timesteps, numbers = [], [], [], []

@@ -14,7 +14,7 @@ from pydit.analysis.activations import ActivationStats
 from pydit.errors import UserError
 from pydit.families import FAMILIES
 from pydit.models import ModelAdapter, get_adapter
-from pydit.models.adapter import STREAMS
+from pydit.models.adapter import STREAMS, require_batches
 
 
 def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
@@ -58,8 +58,7 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
         raise UserError(f"tokens_per_batch: expected at least 4, got {tokens_per_batch!r}")
     if max_batches is not None and max_batches < 2:
         raise UserError(f"max_batches: expected at least 2, got {max_batches!r}")
-    if not isinstance(batches, Iterable):
-        raise UserError(f"batches: expected an iterable of dicts of forward arguments, got {type(batches).__name__}")
+    require_batches(batches)
     adapter = get_adapter(transformer)
     layers = adapter.num_layers(transformer)
     device = next(transformer.parameters()).device

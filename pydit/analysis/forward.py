@@ -10,6 +10,7 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.models import ModelAdapter
+from pydit.models.adapter import require_batch
 from pydit.plan import PruningPlan
 
 
@@ -24,6 +25,9 @@ def shell_of(adapter: ModelAdapter, transformer: nn.Module) -> nn.Module:
 
 def velocity(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """The model's output on a batch, float64, without gradients."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"transformer: expected a diffusers transformer, got {type(model).__name__}")
+    require_batch(batch)
     with torch.no_grad():
         return model(**batch, return_dict=False)[0].double()
 

@@ -17,6 +17,7 @@ from pydit.analysis.criteria.base import intervals_without, removal_target
 from pydit.analysis.forward import shell_of, velocity
 from pydit.errors import UserError
 from pydit.models import get_adapter
+from pydit.models.adapter import require_batches
 from pydit.plan import PruningPlan
 
 
@@ -33,6 +34,7 @@ def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterable[Map
     UserError
         There is no batch.
     """
+    require_batches(batches)
     error = total = 0.0
     for batch in batches:
         target = velocity(teacher, batch)
@@ -73,6 +75,7 @@ def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], 
     count = removal_target(target, len(layers))
     if count is None:
         raise UserError("target: expected a number of layers or a share between 0 and 1, got None")
+    require_batches(batches)
     batches = list(batches)
     targets = [velocity(transformer, batch) for batch in batches]
     total = sum(value.square().sum().item() for value in targets)

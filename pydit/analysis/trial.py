@@ -19,6 +19,7 @@ from pydit.analysis.search import velocity_error
 from pydit.distill import DistillConfig, distill
 from pydit.errors import UserError
 from pydit.models import get_adapter
+from pydit.models.adapter import require_batches, require_plan
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 
@@ -46,10 +47,12 @@ def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[M
     UserError
         The plan does not fit the model, or there is no batch.
     """
+    require_plan(plan)
     plan.require_match(transformer)
     adapter = get_adapter(transformer)
     removed = removed_layers(plan)
     kept = [block for k, block in enumerate(adapter.blocks(transformer)) if k not in removed]
+    require_batches(batches)
     batches = list(batches)
     measured = velocity_error(transformer, adapter.put_blocks(shell_of(adapter, transformer), kept), batches)
     singles = ablate(transformer, batches) if ablation is None else ablation
@@ -81,8 +84,9 @@ def recoverability(transformer: nn.Module, plans: Mapping[str, PruningPlan],
         ``plan`` (its name), ``before``, ``after`` (:func:`pydit.analysis.velocity_error`) and ``rank_before``,
         ``rank_after`` from 1; best after training first.
     """
-    if not plans:
-        raise UserError("plans: expected at least one, got none")
+    if not isinstance(plans, Mapping) or not plans:
+        raise UserError(f"plans: expected at least one by name, got {'none' if plans == {} else type(plans).__name__}")
+    require_batches(judge)
     judge = list(judge)
     config = dataclasses.replace(config or DistillConfig(), layers_steps=0, output_steps=steps)
     rows = []

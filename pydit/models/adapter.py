@@ -28,6 +28,24 @@ _ADAPTERS = {
 }
 
 
+def require_plan(plan: Any) -> None:
+    """UserError unless ``plan`` is one."""
+    if not isinstance(plan, PruningPlan):
+        raise UserError(f"plan: expected a PruningPlan, got {type(plan).__name__}")
+
+
+def require_batch(batch: Any) -> None:
+    """UserError unless ``batch`` may hold arguments of a forward by name."""
+    if not isinstance(batch, Mapping):
+        raise UserError(f"batch: expected a dict of forward arguments, got {type(batch).__name__}")
+
+
+def require_batches(batches: Any) -> None:
+    """UserError unless ``batches`` may be gone through."""
+    if not isinstance(batches, Iterable):
+        raise UserError(f"batches: expected an iterable of dicts of forward arguments, got {type(batches).__name__}")
+
+
 @dataclass(frozen=True)
 class BlockIO:
     """How a block is called and what it returns.
@@ -224,8 +242,7 @@ class ModelAdapter(ABC):
         wanted = sorted({int(k) for k in boundaries})
         if not wanted or wanted[0] < 0 or wanted[-1] > len(blocks):
             raise UserError(f"boundaries: expected numbers in 0..{len(blocks)}, got {wanted}")
-        if not isinstance(batch, Mapping):
-            raise UserError(f"batch: expected a dict of forward arguments, got {type(batch).__name__}")
+        require_batch(batch)
         states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         kwargs: dict[str, Any] = {}
 

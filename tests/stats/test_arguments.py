@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from pydit import stats
-from pydit.errors import UserError
-
-JUNK = {"none": None, "three": 3, "minus": -1, "zero": 0, "fraction": 2.5, "nan": float("nan"), "inf": float("inf"),
-        "word": "a", "bytes": b"x", "list": [], "dict": {}, "tuple": (), "object": object(), "short": torch.zeros(2),
-        "whole": torch.zeros(20, 6, dtype=torch.int64), "narrow": torch.zeros(20, 5), "numbers": [3], "words": ["a"],
-        "named": {"a": 1}, "true": True, "huge": 10**30}
+from tests import junk
 
 
 def rows(seed):
@@ -42,17 +37,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize(("name", "argument"), [(name, argument) for name, (_, valid) in CALLS.items() for argument in valid])
-def test_junk_is_named(name, argument, junk):
-    call, valid = CALLS[name]
-    try:
-        call(**{**valid, argument: JUNK[junk]})
-    except UserError as error:
-        text = str(error)
-        # "expected what, got what", of this argument or of what it must fit
-        assert "expected " in text and "\n" not in text and len(text) < 300, text
-        assert text.split(":")[0].replace("clip", "limit").split(", ")[0] in {*valid, "features"}, text
+@pytest.mark.parametrize("value", junk.JUNK)
+@pytest.mark.parametrize(("name", "argument"), junk.arguments(CALLS))
+def test_junk_is_named(name, argument, value):
+    junk.check(*CALLS[name], argument, value, others=("clip", "features"))
 
 
 def test_the_valid_arguments_pass():
