@@ -247,6 +247,7 @@ def on_streams(device, sim, monkeypatch):
             patch.setattr(backend, "stream_of", lambda tensor: given.stream)
             for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty"), (torch.Tensor, "contiguous")):
                 patch.setattr(owner, name, keeping(held, getattr(owner, name)))
+            sim.streams()  # what came before
             assert sim.run_ahead() == 0
             try:
                 found = []
