@@ -82,6 +82,7 @@ def test_any_number_of_rows(n, device, monkeypatch):
     assert "torch multiplies" not in backend.report()["hsic_matrix"]["reason"]
 
 
+@pytest.mark.again
 @every_kernel
 @pytest.mark.parametrize(("n", "draws"), [(4, 10), (16, 3), (130, 1)])
 def test_means_too_small_for_a_shift(n, draws, device):

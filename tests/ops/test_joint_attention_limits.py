@@ -23,6 +23,7 @@ def attend(tensors, lens, grads=None, **more):
     return found, [None if t is None else t.grad for t in leaves]
 
 
+@pytest.mark.again
 @every_kernel
 @pytest.mark.parametrize(("size", "scale"), HUGE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

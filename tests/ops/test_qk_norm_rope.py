@@ -40,6 +40,7 @@ def _check(q, k, w_q, w_k, freqs, eps=1e-6):
         assert result.is_contiguous() and result.dtype == x.dtype
 
 
+@pytest.mark.again
 @pytest.mark.parametrize("device", ["sim", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 def test_more_samples_than_a_grid_has_rows(device):
     """A CUDA grid has at most 65535 blocks in y."""
