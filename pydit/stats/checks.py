@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from pydit.errors import UserError
-
-_LARGEST = 2**31 - 1
 
 
 def shown(value: Any) -> str:
@@ -19,18 +16,17 @@ def shown(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
-def integer(name: str, value: Any, least: int = 1, most: int = _LARGEST) -> int:
+def integer(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
     """A whole number, no bool, from ``least`` to ``most``."""
     if type(value) is not int or not least <= value <= most:
         kind = "a positive integer" if least == 1 else f"an integer of {least} or more"
-        raise UserError(f"{name}: expected {kind}{f' up to {most}' if type(value) is int and value > most else ''}, "
-                        f"got {shown(value)}")
+        raise UserError(f"{name}: expected {kind}, at most {most}, got {shown(value)}")
     return value
 
 
-def number(name: str, value: Any, what: str, least: float = -math.inf) -> float:
-    """A finite number, no bool, of at least ``least``; ``what`` says in a message what it should be."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= 1e300:
+def number(name: str, value: Any, what: str, fits: Callable[[float], bool]) -> float:
+    """A finite number, no bool, that ``fits``; ``what`` says in a message what it should be."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (abs(value) <= 1e300 and fits(value)):
         raise UserError(f"{name}: expected {what}, got {shown(value)}")
     return float(value)
 

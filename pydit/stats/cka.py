@@ -28,7 +28,7 @@ def clip_outliers(features: torch.Tensor, limit: float) -> torch.Tensor:
     A few massive activations decide CKA, cosines and norms: 8 of 4096 tokens that share one channel at 100 standard
     deviations make unrelated features look alike (CKA 0.9).
     """
-    limit = checks.number("clip", limit, "a number above 0", 5e-324)
+    limit = checks.number("clip", limit, "a number above 0", lambda x: x > 0)
     if checks.tensor("features", features).ndim < 2 or not features.is_floating_point():
         raise UserError(f"features: expected floats [..., n, d], got {features.dtype} {list(features.shape)}")
     bound = limit * features.abs().flatten(-2).median(-1).values[..., None, None]
@@ -147,8 +147,7 @@ class CKA:
         The resampled batches are the same for all pairs (paired), so differences between entries may be judged
         against the width. Needs at least 2 batches; fewer than about 20 make it narrow.
         """
-        if not 0 < checks.number("level", level, "a number between 0 and 1") < 1:
-            raise UserError(f"level: expected a number between 0 and 1, got {level!r}")
+        level = checks.number("level", level, "a number between 0 and 1", lambda x: 0 < x < 1)
         checks.integer("resamples", resamples), checks.integer("seed", seed, 0, 2**63 - 1)
         hsic = self._stacked(2)
         means = bootstrap_weights(len(hsic), resamples, seed) @ hsic.flatten(1)

@@ -56,7 +56,8 @@ class LinearProbe:
     @classmethod
     def fit_all(cls, moments: Sequence[Moments], *, ridge: float = 1e-6, residual: bool = False) -> list[LinearProbe]:
         """:meth:`fit` for many moments of one shape, such as all blocks of a stream: Cholesky in batches."""
-        ridge, residual = checks.number("ridge", ridge, "a number >= 0", 0), checks.flag("residual", residual)
+        ridge = checks.number("ridge", ridge, "a number >= 0", lambda x: x >= 0)
+        checks.flag("residual", residual)
         if not isinstance(moments, Sequence):
             raise UserError(f"moments: expected a list of Moments, got {type(moments).__name__}")
         for one in moments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pydit.errors import UserError
+from pydit.stats import checks
 
 
 def gated_ridge(inputs: torch.Tensor, gate: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
@@ -32,8 +32,7 @@ def gated_ridge(inputs: torch.Tensor, gate: torch.Tensor, target: torch.Tensor, 
     UserError
         ``ridge`` is not positive.
     """
-    if not ridge > 0:
-        raise UserError(f"ridge: expected a number > 0, got {ridge!r}")
+    ridge = checks.number("ridge", ridge, "a number > 0", lambda x: x > 0)
     inputs, gate, target = inputs.detach().double(), gate.detach().double(), target.detach().double()
     rows = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
     start = torch.cat([weight.detach().double().T, bias.detach().double()[None]], 0)  # [F + 1, C]

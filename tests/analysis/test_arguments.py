@@ -69,4 +69,4 @@ def test_junk_is_named(name, argument, value, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in CALLS if "pipeline" not in name])
 def test_the_valid_arguments_pass(name):
     call, valid = CALLS[name]
-    call(**valid)
+    assert call(**valid) is not None

@@ -88,24 +88,38 @@ def test_two_streams_get_what_one_gets(device):
             assert_same(once, expected)
 
 
-def with_workspaces(index, device):
-    """op -> a call of it, of every op whose kernels ask for workspace; ``index`` seeds its tensors."""
+WITH_WORKSPACE = ["joint_attention backward", "second_moments", "hsic_matrix", "linear_gelu"]
+CALLS = [*WITH_WORKSPACE, "joint_attention", "qk_norm_rope", "ada_layer_norm"]
+
+
+def call_of(op, index, device):
+    """A call of ``op`` after whose kernels no torch op reads what they wrote; ``index`` seeds its tensors."""
     tensors = make((1, 200, 60, 2, 64), torch.bfloat16, device, seed=index)
     rows = [x.flatten(2) for x in tensors[:3]]
+    angle = torch.linspace(0, 1, 200, device=device)[:, None].expand(200, 32).contiguous()
     deep = torch.cat([rows[0][:, :72], rows[1][:, :72]], dim=2)  # 256 columns, whose sum is cut into parts
+    row, held = rows[0][:, 0], []
 
     def backward():
         leaves = [x.clone().requires_grad_() for x in tensors]
-        out_img, out_txt = ops.joint_attention(*leaves)
-        return torch.autograd.grad(out_img.float().sum() + out_txt.float().square().sum(), leaves)
+        outs = ops.joint_attention(*leaves)
+        return torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
 
-    return {"joint_attention backward": backward, "second_moments": lambda: ops.second_moments(rows[0][0], rows[1][0])[1:],
-            "hsic_matrix": lambda: (ops.hsic_matrix([x[0] for x in rows]),),
-            "linear_gelu": lambda: (ops.linear_gelu(deep, deep[0]),)}
+    def moments():
+        sums = zeros(128, 128, device)
+        held.append(sums)
+        add_second_moments(rows[0][0], rows[1][0], sums)
+        return sums[1:]  # what the first holds below its diagonal is undefined
+
+    return {"joint_attention": lambda: ops.joint_attention(*tensors), "joint_attention backward": backward,
+            "second_moments": moments, "hsic_matrix": lambda: (ops.hsic_matrix([x[0] for x in rows]),),
+            "linear_gelu": lambda: (ops.linear_gelu(deep, deep[0]),),
+            "qk_norm_rope": lambda: ops.qk_norm_rope(*tensors[:2], None, None, (angle, angle)),
+            "ada_layer_norm": lambda: (ops.ada_layer_norm(rows[0], row, row),)}[op]
 
 
 @pytest.mark.parametrize("device", ["sim", "sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
-@pytest.mark.parametrize("op", with_workspaces(0, "cpu"))
+@pytest.mark.parametrize("op", WITH_WORKSPACE)
 def test_launches_at_once_share_no_workspace(op, device, monkeypatch):
     """Each of two threads, on a GPU each with a stream, has its workspace before either launches: theirs do not overlap.
 
@@ -114,7 +128,7 @@ def test_launches_at_once_share_no_workspace(op, device, monkeypatch):
     """
     monkeypatch.setenv("PYDIT_GEMM", "pydit")
     monkeypatch.setenv("PYDIT_PARTS", "2")
-    calls = [with_workspaces(index, device)[op] for index in (0, 1)]
+    calls = [call_of(op, index, device) for index in (0, 1)]
     alone = [call() for call in calls]
     streams = [torch.cuda.Stream(device) for _ in calls] if device.type == "cuda" else None
     new_empty, met, held = torch.Tensor.new_empty, threading.Barrier(2, timeout=60), []
@@ -262,42 +276,13 @@ def on_streams(device, sim, monkeypatch):
     return run
 
 
-def ahead(op, index):
-    """A call of ``op`` after whose kernels no torch op reads what they wrote: the host may run ahead of them."""
-    tensors = make((1, 200, 60, 2, 64), torch.bfloat16, "cpu", seed=index)
-    rows = [x.flatten(2) for x in tensors[:3]]
-    angle = torch.linspace(0, 1, 200)[:, None].expand(200, 32).contiguous()
-    deep = torch.cat([rows[0][:, :72], rows[1][:, :72]], dim=2)  # 256 columns, whose sum is cut into parts
-    row, held = rows[0][:, 0], []
-
-    def backward():
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        out_img, out_txt = ops.joint_attention(*leaves)
-        return torch.autograd.grad([out_img, out_txt], leaves, [torch.ones_like(out_img), torch.ones_like(out_txt)])
-
-    def moments():
-        sums = zeros(128, 128, torch.device("cpu"))
-        held.append(sums)
-        add_second_moments(rows[0][0], rows[1][0], sums)
-        return sums[1:]  # what the first holds below its diagonal is undefined
-
-    return {"joint_attention": lambda: ops.joint_attention(*tensors), "joint_attention backward": backward,
-            "second_moments": moments, "hsic_matrix": lambda: (ops.hsic_matrix([x[0] for x in rows]),),
-            "linear_gelu": lambda: (ops.linear_gelu(deep, deep[0]),),
-            "qk_norm_rope": lambda: ops.qk_norm_rope(*tensors[:2], None, None, (angle, angle)),
-            "ada_layer_norm": lambda: (ops.ada_layer_norm(rows[0], row, row),)}[op]
-
-
-AHEAD = ["joint_attention", "joint_attention backward", "second_moments", "hsic_matrix", "linear_gelu", "qk_norm_rope",
-         "ada_layer_norm"]
-
-
 @pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
-@pytest.mark.parametrize("op", AHEAD)
+@pytest.mark.parametrize("op", CALLS)
 def test_two_streams_in_any_order(op, device, on_streams):
     """What is cleared, counted and kept between the launches of an op is of one stream: the other's do not change it."""
-    calls = [ahead(op, index) for index in (0, 1)]
+    calls = [call_of(op, index, device) for index in (0, 1)]
     alone = [on_streams([call], 0)[0] for call in calls]
+    assert all(alone)
     for seed in range(3):
         for found, expected in zip(on_streams(calls, seed), alone, strict=True):
             assert_same(found, expected)
@@ -306,8 +291,9 @@ def test_two_streams_in_any_order(op, device, on_streams):
 @pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
 @pytest.mark.parametrize("op", ["joint_attention backward", "hsic_matrix"])
 def test_two_streams_with_one_workspace_are_found_out(op, device, on_streams, monkeypatch):
-    calls = [ahead(op, index) for index in (0, 1)]
+    calls = [call_of(op, index, device) for index in (0, 1)]
     alone = [on_streams([call], 0)[0] for call in calls]
+    assert all(alone)
     new_empty, shared = torch.Tensor.new_empty, {}
 
     def allocate(self, *size, **options):
@@ -331,13 +317,13 @@ def test_two_threads_keep_to_their_streams(device, monkeypatch):
 
     def work(index):
         given.stream, found = 7 + index, {}
-        for op in AHEAD:
+        for op in CALLS:
             assert sim.streams() == []
-            ahead(op, index)()
+            call_of(op, index, device)()
             found[op] = sim.streams()
         return found
 
-    assert both(work) == [{op: [stream] for op in AHEAD} for stream in (7, 8)]
+    assert both(work) == [{op: [stream] for op in CALLS} for stream in (7, 8)]
 
 
 def test_every_launch_is_guarded_and_takes_the_current_stream():

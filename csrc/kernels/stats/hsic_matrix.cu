@@ -497,7 +497,6 @@ int launch_contract_set(const pydit_hsic_matrix_params& p, const Plan& plan, int
 template <typename T>
 int launch(const pydit_hsic_matrix_params& p) {
   const Plan plan = plan_of(p);
-  const bool at_once = plan.group == plan.supers;
   const auto in_groups = [&](int64_t most, auto launch_one) {
     int status = kOk;
     for (int64_t first = 0; first < plan.supers && status == kOk; first += most)
@@ -507,12 +506,12 @@ int launch(const pydit_hsic_matrix_params& p) {
   int status = launch_shift<T>(p, plan);
   if (status != kOk) return status;
   status = in_groups(plan.summed, [&](int64_t first, int64_t count) {
-    const int of_gram = launch_gram<T>(p, plan, first, count, at_once ? Store::kAll : Store::kSums);
+    const int of_gram = launch_gram<T>(p, plan, first, count, plan.at_once() ? Store::kAll : Store::kSums);
     return of_gram == kOk ? launch_centre(p, plan, first, count) : of_gram;
   });
   if (status != kOk) return status;
   return in_groups(plan.group, [&](int64_t first, int64_t count) {
-    const int of_gram = at_once ? kOk : launch_gram<T>(p, plan, first, count, Store::kTiles);
+    const int of_gram = plan.at_once() ? kOk : launch_gram<T>(p, plan, first, count, Store::kTiles);
     return of_gram == kOk ? launch_contract_set(p, plan, first, count) : of_gram;
   });
 }

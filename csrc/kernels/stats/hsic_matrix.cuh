@@ -44,6 +44,7 @@ struct Plan {
   uint16_t* shifts;
   int64_t bytes;
 
+  bool at_once() const { return group == supers; }  // all tiles are kept
   // Of a super tile's rows, sums over its columns of block `block`, or (`of_columns`) of its columns, over its rows of
   // that block. On the diagonal these are the same, and kept as sums of rows. `super` counts from a group's first.
   __host__ __device__ double* sums_of(int64_t super, int layer, bool of_columns, int block) const {
@@ -70,12 +71,11 @@ inline Plan plan_of(const pydit_hsic_matrix_params& p) {
   plan.centres = static_cast<double*>(p.workspace);
   plan.products = plan.centres + p.layers * plan.padded;
   plan.grams = reinterpret_cast<float*>(plan.products + plan.contractors * plan.pairs * plan.set * plan.set);
-  const bool at_once = plan.group == plan.supers;
   auto* end = reinterpret_cast<double*>(plan.grams + plan.group * super_bytes / 4);
   const int64_t room = plan.group * super_bytes / (p.layers * kSuperSums * 8);
-  plan.sums = at_once ? end : reinterpret_cast<double*>(plan.grams);
+  plan.sums = plan.at_once() ? end : reinterpret_cast<double*>(plan.grams);
   plan.summed = plan.supers < room ? plan.supers : room;
-  if (at_once) end += plan.supers * p.layers * kSuperSums;
+  if (plan.at_once()) end += plan.supers * p.layers * kSuperSums;
   plan.shifts = reinterpret_cast<uint16_t*>(end);
   int32_t most = 0;
   for (int layer = 0; layer < p.layers; ++layer) most = p.dim[layer] > most ? p.dim[layer] : most;
@@ -101,8 +101,8 @@ __device__ __forceinline__ uint32_t subtract<__half>(uint32_t pair, uint32_t shi
   return reinterpret_cast<const uint32_t&>(x);
 }
 
-// The Hopper gram kernel: super tiles [first, first + count). Defined for arguments that the entry
-// point has checked, with features that suit the copy engine.
+// The Hopper gram kernel: super tiles [first, first + count). Defined for arguments that the entry point has checked,
+// with features that suit the copy engine.
 int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
                           Store store);
 
