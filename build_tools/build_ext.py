@@ -11,7 +11,8 @@ from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent.parent
+from build_tools import cmake
+
 # Read from the environment, see docs/environment.md.
 CMAKE_VARIABLES = ("PYDIT_CUDA", "PYDIT_SIM", "PYDIT_SIM_RACE", "PYDIT_CUDA_ARCHS")
 
@@ -21,10 +22,10 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         """Configure and build; CMake's own lines are shown, so that what was found is never a secret."""
-        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        build_dir = cmake.MODULE
         build_dir.mkdir(parents=True, exist_ok=True)
         self._forget_moved_cache(build_dir)
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+        configure = ["cmake", "-S", str(cmake.ROOT), "-B", str(build_dir), "-G", "Ninja",
                      f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={self._pybind11_dir()}"]
         configure += [f"-D{name}={os.environ[name]}" for name in CMAKE_VARIABLES if os.environ.get(name)]
         subprocess.run(configure, check=True)
@@ -43,11 +44,6 @@ class CMakeBuild(build_ext):
     @staticmethod
     def _forget_moved_cache(build_dir: Path) -> None:
         """Drop a cache that names a ninja or cmake of an earlier, deleted isolated build environment."""
-        cache = build_dir / "CMakeCache.txt"
-        if not cache.exists():
-            return
-        for line in cache.read_text(errors="replace").splitlines():
-            name, _, value = line.partition("=")
-            if name.startswith(("CMAKE_MAKE_PROGRAM:", "CMAKE_COMMAND:")) and not Path(value).exists():
-                cache.unlink()
-                return
+        found = cmake.cached(build_dir)
+        if any(name in found and not Path(found[name]).exists() for name in ("CMAKE_MAKE_PROGRAM", "CMAKE_COMMAND")):
+            (build_dir / "CMakeCache.txt").unlink()

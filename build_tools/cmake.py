@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("PYDIT_BUILD_DIR") or ROOT / "build")
+MODULE = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"  # of pydit._C, kept between installations
 
 
 class BuildError(RuntimeError):
@@ -45,6 +46,14 @@ def build(folder: Path, target: str, definitions: dict[str, str]) -> str:
     run(cmake, "-S", ROOT, "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}",
         *(f"-D{name}={value}" for name, value in definitions.items()))
     return run(cmake, "--build", folder, "--target", target)
+
+
+def cached(folder: Path) -> dict[str, str]:
+    """The variables of a build folder's cache, without their types; none where there is no cache."""
+    cache = folder / "CMakeCache.txt"
+    lines = cache.read_text(errors="replace").splitlines() if cache.exists() else []
+    pairs = (line.partition("=") for line in lines if not line.startswith(("#", "//")))
+    return {name.partition(":")[0]: value for name, equals, value in pairs if equals}
 
 
 def extension(folder: Path) -> Path:

@@ -1,9 +1,10 @@
 """The static gates: what nvcc makes of every kernel, checked without a GPU. ``python -m build_tools.gates``.
 
-All kernels are compiled for sm_80 and sm_90a with the flags of CMakeLists.txt and linked with ``-z defs``. The log of
-ptxas must show no spills, no stack frame and no remark about wgmma; the SASS no local memory, and in Hopper kernels
-the instructions they were written for, in attention with exponentials where a product runs. Exceptions are the rules of
-kernel_limits.py.
+The kernels are those of the module that ``pip install -e .`` built here, brought up to date, or where it built none,
+of a build of their own: for sm_80, sm_90 and, with TMA and wgmma, sm_90a. They are linked with ``-z defs``. What ptxas
+said of them (build_tools/keep_log.sh keeps it) must hold no spills, no stack frame and no remark about wgmma; the SASS
+no local memory, and in Hopper kernels the instructions they were written for, in attention with exponentials where a
+product runs. Exceptions are the rules of kernel_limits.py.
 """
 
 from __future__ import annotations
@@ -20,19 +21,27 @@ from build_tools import cmake
 from build_tools.cuda_logs import Kernel, parse_ptxas, parse_sass
 from build_tools.kernel_limits import RULES, Rule
 
-ARCHS = ("80", "90a")
+ARCHS = ("80", "90")  # the default of CMakeLists.txt
 Sass = dict[tuple[str, str], Counter[str]]
 
 
-def build(folder: Path) -> tuple[list[Path], str]:
-    """Compile every kernel file; return the objects and the log of ptxas."""
+def build(folder: Path | None = None) -> tuple[Path, list[Path], str]:
+    """The folder, the object of every kernel file, compiled where it is not up to date, and what ptxas said of them.
+
+    folder : of the build; None is the module's own, or ``gates`` beside it.
+    """
     cmake.find_tool("nvcc")
-    compiled = [folder / "CMakeFiles" / f"{target}.dir" for target in ("pydit_cuda", "pydit_hopper")]
-    for objects in compiled:
-        shutil.rmtree(objects, ignore_errors=True)  # the log holds what is compiled now; ccache replays what nvcc said
-    log = cmake.build(folder, "pydit_cuda", {"PYDIT_CUDA": "on", "PYDIT_SIM": "off",
-                                             "PYDIT_CUDA_ARCHS": ";".join(ARCHS), "CMAKE_CUDA_FLAGS": "-Xptxas=-v"})
-    return sorted(path for objects in compiled for path in objects.rglob("*.o")), log
+    definitions = {}
+    if folder is None and cmake.cached(cmake.MODULE).get("PYDIT_CUDA_ARCHS") == ";".join(ARCHS) and (
+            cmake.MODULE / "libpydit_cuda.a").exists():
+        folder = cmake.MODULE
+    else:
+        folder = folder or cmake.BUILD / "gates"
+        definitions = {"PYDIT_CUDA": "on", "PYDIT_SIM": "off", "PYDIT_CUDA_ARCHS": ";".join(ARCHS)}
+    cmake.build(folder, "pydit_cuda", definitions)
+    objects = sorted(path for target in ("pydit_cuda", "pydit_hopper")
+                     for path in (folder / "CMakeFiles" / f"{target}.dir").rglob("*.cu.o"))
+    return folder, objects, "".join(path.with_name(f"{path.name}.log").read_text() for path in objects)
 
 
 def link(objects: Sequence[Path], library: Path) -> None:
@@ -119,10 +128,9 @@ def table(kernels: Sequence[Kernel], sass: Sass | None) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all pass. 1: a gate fails. 2: the gates could not run."""
     parser = argparse.ArgumentParser(prog="python -m build_tools.gates", description=__doc__.split("\n")[0])
-    parser.add_argument("--build", type=Path, default=cmake.BUILD / "gates", help="build folder (%(default)s)")
-    folder = parser.parse_args(arguments).build
+    parser.add_argument("--build", type=Path, help="build folder (the module's, or build/gates)")
     try:
-        objects, log = build(folder)
+        folder, objects, log = build(parser.parse_args(arguments).build)
         link(objects, folder / "libkernels.so")
         sass = read_sass(folder / "libkernels.so")
     except cmake.BuildError as error:

@@ -1,5 +1,6 @@
 """The static gates on recorded output of ptxas and cuobjdump: what must fail fails, with the reason."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from build_tools.cuda_logs import Kernel, demangle, parse_ptxas, parse_sass
 from build_tools.gates import problems, table, unused
 from build_tools.kernel_limits import HOPPER, Rule
 
+ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).parent / "recorded"  # of planted.cu, and of tests/sim/ptx/gemm_wgmma.cuh, by CUDA 13.0
 SPILLS = "_ZN5pydit4cuda15too_many_valuesIfLi64EEEvPKT_PS2_"
 EARLY = "_ZN5pydit4cuda13touched_earlyEPfmm"
@@ -171,3 +173,18 @@ def test_a_store_that_was_split():
     assert problems(kernel, parse_sass(head + wide + narrow + narrow), [rule]) == [
         "SASS: expected no narrow STG (stored as one), got 2"]
     assert problems(kernel, parse_sass(head), [rule]) == ["SASS: expected STG (stored as one), got none"]
+
+
+def test_the_launcher_keeps_the_log_and_shows_the_rest(tmp_path):
+    """Beside the object, as nvcc printed it; lines about single kernels are not shown, those about wgmma and errors are."""
+    compiler, recorded, target = tmp_path / "nvcc", RECORDED / "ptxas_planted.txt", tmp_path / "a.o"
+    compiler.write_text(f"#!/bin/sh\ncat {recorded} >&2\necho 'a.cu(3): error: expected a name'\nexit $STATUS\n")
+    compiler.chmod(0o755)
+    for status in (0, 3):
+        done = subprocess.run(["sh", ROOT / "build_tools/keep_log.sh", compiler, "-c", "a.cu", "-o", target],
+                              env={**os.environ, "STATUS": str(status)}, capture_output=True, text=True)
+        kept = target.with_name("a.o.log").read_text()
+        assert done.returncode == status and kept.startswith(recorded.read_text())
+        shown = done.stderr.splitlines()
+        assert "a.cu(3): error: expected a name" in shown and sum("(C75" in line for line in shown) == 2
+        assert not [line for line in shown if "Used" in line or "stack frame" in line or "Compiling" in line]
