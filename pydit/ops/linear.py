@@ -198,7 +198,13 @@ def joint_linear_residual(x_img, x_txt, weight_img, weight_txt, bias_img=None, b
 # Which product ---------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+def _constant(function):
+    """As ``torch.compiler.assume_constant_result``, which imports all of torch's compiler along with this module."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _library_reason(device_type: str) -> str | None:
     """Why the library's product runs, which stays open to autograd and torch.compile; None: an op of this package."""
     choice = env.get("PYDIT_GEMM")
@@ -210,7 +216,7 @@ def _library_reason(device_type: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _kernel_runs(device_type: str) -> bool:
     if _library_reason(device_type) is not None:
         return False  # every block asks several times, and this is the usual answer on a GPU

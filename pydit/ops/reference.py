@@ -93,13 +93,13 @@ def u_centred_gram(x):
     x = centred(x)
     gram = x @ x.mT
     gram.diagonal(dim1=-2, dim2=-1).zero_()
-    largest = torch.linalg.vector_norm(gram, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    largest = gram.abs().amax((-2, -1), keepdim=True)
     rows = gram.sum(-1) / (n - 2)
     rows = rows - rows.sum(-1, keepdim=True) / (2 * (n - 1))
     gram = gram - rows.unsqueeze(-1) - rows.unsqueeze(-2)
     gram.diagonal(dim1=-2, dim2=-1).zero_()
     # Rounding alone, of rows that are alike but for one: CKA would make a number between -1 and 1 of it.
-    left = torch.linalg.vector_norm(gram, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    left = gram.abs().amax((-2, -1), keepdim=True)
     return gram.masked_fill_(left <= 1e-12 * largest, 0.0)
 
 
