@@ -27,7 +27,8 @@ bool enabled = false;
 #endif
 
 enum Kind : uint8_t { kPlain, kAtomic };  // as in race_observe.cpp
-void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc);
+void observe(const Fiber& fiber, const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment,
+             const void* pc);
 
 namespace {
 
@@ -72,6 +73,7 @@ class Detector {
       residents_.push_back({&cluster.block(rank), {shared, shared + kernel.shared_bytes}, {}, {}});
     }
     launch_ = launch_of(kernel);
+    running_ = reinterpret_cast<uintptr_t>(&current);
     if (module_.thread_local_storage.end == 0) module_ = this_module();  // this detector is of one OS thread
     find_stacks();
     // The lines of the shadow begin where the addresses are multiples of their length, for static memory as well; and
@@ -310,8 +312,8 @@ class Detector {
       if (dynamic.holds(address, bytes)) return static_cast<ptrdiff_t>(rank * pitch_ + address - dynamic.begin);
     }
     const Range& fixed = module_.thread_local_storage;
-    const auto running = reinterpret_cast<uintptr_t>(&current);  // of the runtime, though it lies there
-    if (!fixed.holds(address, bytes) || (address >= running && address < running + sizeof current)) return -1;
+    // `current` is of the runtime, though it lies there.
+    if (!fixed.holds(address, bytes) || address - running_ < sizeof current) return -1;
     return static_cast<ptrdiff_t>(fixed_offset_ + address - fixed.begin);
   }
 
@@ -522,6 +524,7 @@ class Detector {
   int threads_ = 0;  // of all blocks
   Launch* launch_ = nullptr;
   Module module_;
+  uintptr_t running_ = 0;  // address of `current`
   std::vector<Range> stacks_;
   size_t pitch_ = 0;         // from one block's dynamic shared memory to the next one's, in the shadow
   size_t fixed_offset_ = 0;  // in the shadow, of the static shared memory, which lies behind the dynamic
@@ -543,15 +546,23 @@ class Detector {
   uint64_t counts_[PYDIT_SIM_COUNTERS] = {};
 };
 
+// Each access of a kernel asks for its OS thread's detector: a pointer is found at once, an object after the question
+// whether it was made.
+__thread Detector* mine = nullptr;
+
 Detector& detector() {
-  static thread_local Detector instance;
-  return instance;
+  if (__builtin_expect(mine == nullptr, false)) {
+    static thread_local Detector instance;
+    mine = &instance;
+  }
+  return *mine;
 }
 
 }  // namespace
 
-void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc) {
-  detector().access(*current, pointer, bytes, write, kind == kAtomic, alignment, pc);
+void observe(const Fiber& fiber, const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment,
+             const void* pc) {
+  detector().access(fiber, pointer, bytes, write, kind == kAtomic, alignment, pc);
 }
 
 namespace detail {

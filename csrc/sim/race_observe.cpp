@@ -10,7 +10,8 @@
 namespace simt::race {
 // In race.cpp; kAtomic for what does not race with its like.
 enum Kind : uint8_t { kPlain, kAtomic };
-void observe(const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment, const void* pc);
+void observe(const Fiber& fiber, const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment,
+             const void* pc);
 }  // namespace simt::race
 
 namespace {
@@ -18,7 +19,8 @@ namespace {
 inline void see(const void* pointer, size_t bytes, bool write, simt::race::Kind kind, size_t alignment,
                 const void* pc) {
   // Host code of a kernel file is instrumented as well; it runs outside a fiber.
-  if (simt::race::enabled && simt::current != nullptr) simt::race::observe(pointer, bytes, write, kind, alignment, pc);
+  if (!simt::race::enabled) return;
+  if (const simt::Fiber* fiber = simt::current) simt::race::observe(*fiber, pointer, bytes, write, kind, alignment, pc);
 }
 
 // The orders that atomics.h names for accesses that synchronise; plain CUDA atomics are relaxed.
