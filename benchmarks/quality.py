@@ -93,8 +93,8 @@ class Settings:
     goal_prompts: int = 2500
 
 
-QUICK = Settings(steps=6, batch_size=4, images=64, calibration=4, prompts=14, sampling_steps=2, mask_steps=4,
-                 goals=tuple(dataclasses.replace(goal, steps=8) for goal in GOALS), goal_images=64, goal_prompts=21)
+QUICK = Settings(steps=3, batch_size=4, images=64, calibration=2, prompts=7, sampling_steps=2, mask_steps=2,
+                 goals=tuple(dataclasses.replace(goal, steps=3) for goal in GOALS), goal_images=64, goal_prompts=7)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     assert [p.name for p in (tmp_path / "cells").iterdir()] == ["ladder---fine-tuning-0.5-0.json"]
     assert quality.main(command) == 0
     out = capsys.readouterr().out
-    assert "10 cells of 6 steps and 14 prompts, 9 to do; about" in out
+    assert "10 cells of 3 steps and 7 prompts, 9 to do; about" in out
     assert "| ppcl, sequential | 8 of 16 | 2,743,456 |" in out and "| random | 8 of 16 | 2,743,456 |" in out
     assert f"| {quality.HYBRID_HALF} | 7 of 16 | 2,576,064 |" in out and f"| {quality.HYBRID} | 10 of 16 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000

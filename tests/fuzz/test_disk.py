@@ -15,8 +15,8 @@ from tests.fuzz.disk_driver import IN_PLACE
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-SHARES = {"plan": 3, "report": 3, "prune": 60, "save": 60, "analyze": 15, "distill": 100, "then": 150, "images": 20, "eval": 5,
-          "generate": 10}  # of the profile ci: one change in so many
+SHARES = {"plan": 6, "report": 6, "prune": 120, "save": 120, "analyze": 30, "distill": 200, "then": 300, "images": 40, "eval": 10,
+          "generate": 20}  # of the profile ci: one change in so many
 
 
 @pytest.fixture(scope="module")

@@ -161,10 +161,12 @@ def test_text_without_queries(device):
 
 @every_kernel
 @pytest.mark.parametrize(("shape", "lens"), [
-    ((2, 80, 12, 70, 32), [12, 0]),  # on the simulator's few, or on a GPU's many
-    ((3, 130, 300, 3, 128), [0, 129, 300]), ((3, 0, 260, 3, 128), [5, 0, 257]), ((4, 200, 500, 2, 64), None)], ids=str)
+    ((2, 80, 12, 70, 32), [12, 0]), ((3, 130, 300, 3, 128), [0, 129, 300]), ((3, 0, 260, 3, 128), [5, 0, 257]),
+    ((2, 200, 500, 2, 64), None)], ids=str)
 def test_values_of_more_tiles_than_multiprocessors(shape, lens, device):
     """Persistent blocks take several tiles each; those without a query come last."""
+    if device.type == "cpu":  # the simulator has four
+        shape = (*shape[:3], min(shape[3], 5), shape[4])
     tensors = make(shape, torch.bfloat16, device)
     for b, n in enumerate(lens or []):
         for x in tensors[3:]:

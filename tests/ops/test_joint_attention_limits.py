@@ -94,7 +94,7 @@ def test_backward_of_empty_streams(image, text, lens, queries, device):
 
 
 @every_kernel
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", [pytest.param(32, marks=pytest.mark.again), 64, pytest.param(128, marks=pytest.mark.again)])
 @pytest.mark.parametrize("queries", [True, False])
 def test_what_flows_back_through_lse(queries, dim, device):
     """On every kernel; what comes in for padding, NaN, goes nowhere."""

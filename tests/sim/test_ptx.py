@@ -11,36 +11,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.sim import build
+
+ROOT = build.ROOT
 PTX = Path(__file__).parent / "ptx"
-SOURCES = sorted(PTX.glob("*.cpp")) + sorted((ROOT / "csrc" / "sim").glob("*.cpp"))
-TESTS = sorted(name for path in PTX.glob("*.cpp") for name in re.findall(r"^TEST\((\w+)\)", path.read_text(), re.M))
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-pthread",
-         "-DPYDIT_SIM"]
-COMPILER = shutil.which("c++") or shutil.which("g++")
+SOURCES = sorted(PTX.glob("*.cpp"))
+TESTS = sorted(name for path in SOURCES for name in re.findall(r"^TEST\((\w+)\)", path.read_text(), re.M))
 NVCC = shutil.which("nvcc")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """The test program, each file compiled by itself so that ccache, where there is one, can keep it."""
-    if COMPILER is None:
+    if build.COMPILER is None:
         pytest.skip("no C++ compiler on PATH")
-    folder = tmp_path_factory.mktemp("ptx")
-    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
-    objects = []
-    for source in SOURCES:
-        objects.append(folder / f"{source.parent.name}_{source.stem}.o")
-        compile_with([*launcher, COMPILER, *FLAGS, "-I", ROOT / "csrc", "-c", source, "-o", objects[-1]])
-    compile_with([COMPILER, "-pthread", *objects, "-o", folder / "sim_ptx"])
-    return folder / "sim_ptx"
-
-
-def compile_with(command):
-    """Run a compiler and return what it said; an error is the test's."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
+    return build.program(tmp_path_factory, "sim_ptx", SOURCES)
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -61,7 +45,7 @@ def test_settings_are_read_from_the_environment(program, setting, value):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_nvcc_compiles_the_same_kernels(arch, tmp_path):
     source = PTX / f"instances_{arch[:2]}.cu"
-    log = compile_with([NVCC, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-I", ROOT / "csrc",
+    log = build.compile_with([NVCC, "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-I", ROOT / "csrc",
                         "-Xptxas", "-v", "-cubin", "-o", tmp_path / "kernels.cubin", source])
     assert "Compiling entry function" in log
     # ptxas only mentions a wgmma it serialised (C7510 to C7519) or a register budget it ignored (C7508).

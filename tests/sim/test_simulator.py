@@ -5,28 +5,17 @@ processors use. tests/gates/test_sanitizers.py builds it with AddressSanitizer a
 """
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp")) + sorted((ROOT / "csrc" / "sim").glob("*.cpp"))
+from tests.sim import build
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 TESTS = sorted(name for path in SOURCES for name in re.findall(r"^TEST\((\w+)\)", path.read_text(), re.MULTILINE))
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
-         "-pthread", "-DPYDIT_SIM"]
-COMPILER = shutil.which("c++") or shutil.which("g++")
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
-
-
-def build(program, *flags):
-    """Compile the self test into ``program`` and return that path."""
-    command = [COMPILER, *FLAGS, *flags, "-I", ROOT / "csrc", *SOURCES, "-o", program]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return program
+pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no C++ compiler on PATH")
 
 
 def run(program, *names):
@@ -38,7 +27,7 @@ def run(program, *names):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sim") / "sim_selftest")
+    return build.program(tmp_path_factory, "sim_selftest", SOURCES)
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -53,4 +42,7 @@ def test_program_fails_on_an_unknown_test(program):
 
 @pytest.mark.slow
 def test_portable_context_switch(tmp_path):
-    assert f"{len(TESTS)} tests, 0 failed" in run(build(tmp_path / "sim_selftest", "-DPYDIT_SIM_UCONTEXT"))
+    flags = ["-DPYDIT_SIM_UCONTEXT", "-O0"]  # the class of a fiber is another: all files are compiled anew
+    parts = build.objects(tmp_path / "objects", [*SOURCES, *(build.ROOT / "csrc/sim").glob("*.cpp")], *flags)
+    build.compile_with([build.COMPILER, "-pthread", *parts, "-o", tmp_path / "sim_selftest"])
+    assert f"{len(TESTS)} tests, 0 failed" in run(tmp_path / "sim_selftest")

@@ -1,5 +1,7 @@
 """Ranks together hold what one process with all rows would."""
 
+import multiprocessing
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,4 +38,5 @@ def _rank(rank, ranks, path):
 
 @pytest.mark.parametrize("ranks", BATCHES)
 def test_all_reduce(tmp_path, ranks):
-    mp.spawn(_rank, args=(ranks, str(tmp_path / "store")), nprocs=ranks)
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(_rank, args=(ranks, str(tmp_path / "store")), nprocs=ranks, start_method="forkserver")
