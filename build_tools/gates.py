@@ -38,10 +38,22 @@ def build(folder: Path | None = None) -> tuple[Path, list[Path], str]:
     else:
         folder = folder or cmake.BUILD / "gates"
         definitions = {"PYDIT_CUDA": "on", "PYDIT_SIM": "off", "PYDIT_CUDA_ARCHS": ";".join(ARCHS)}
+    for path in _objects(folder):
+        if not _log(path).exists():
+            path.unlink()  # and is made anew, with its log
     cmake.build(folder, "pydit_cuda", definitions)
-    objects = sorted(path for target in ("pydit_cuda", "pydit_hopper")
-                     for path in (folder / "CMakeFiles" / f"{target}.dir").rglob("*.cu.o"))
-    return folder, objects, "".join(path.with_name(f"{path.name}.log").read_text() for path in objects)
+    objects = _objects(folder)
+    return folder, objects, "".join(_log(path).read_text() for path in objects)
+
+
+def _objects(folder: Path) -> list[Path]:
+    return sorted(path for target in ("pydit_cuda", "pydit_hopper")
+                  for path in (folder / "CMakeFiles" / f"{target}.dir").rglob("*.cu.o"))
+
+
+def _log(path: Path) -> Path:
+    """Of an object, by build_tools/keep_log.sh."""
+    return path.with_name(f"{path.name}.log")
 
 
 def link(objects: Sequence[Path], library: Path) -> None:
