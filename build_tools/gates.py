@@ -31,8 +31,8 @@ def build(folder: Path | None = None) -> tuple[Path, list[Path], str]:
     folder : of the build; None is the module's own, or ``gates`` beside it.
     """
     cmake.find_tool("nvcc")
-    definitions = {}
-    if folder is None and cmake.cached(cmake.MODULE).get("PYDIT_CUDA_ARCHS") == ";".join(ARCHS) and (
+    definitions, module = {}, cmake.cached(cmake.MODULE)
+    if folder is None and module.get("PYDIT_CUDA_ARCHS") == ";".join(ARCHS) and module["PYDIT_CUDA"] != "off" and (
             cmake.MODULE / "libpydit_cuda.a").exists():
         folder = cmake.MODULE
     else:
@@ -47,8 +47,10 @@ def build(folder: Path | None = None) -> tuple[Path, list[Path], str]:
 
 
 def _objects(folder: Path) -> list[Path]:
-    return sorted(path for target in ("pydit_cuda", "pydit_hopper")
-                  for path in (folder / "CMakeFiles" / f"{target}.dir").rglob("*.cu.o"))
+    """Of the kernel files that there are; those of others may lie there from before."""
+    targets = [folder / "CMakeFiles" / f"{target}.dir" for target in ("pydit_cuda", "pydit_hopper")]
+    return sorted(path for target in targets for path in target.rglob("*.cu.o")
+                  if (cmake.ROOT / path.relative_to(target).with_suffix("")).exists())
 
 
 def _log(path: Path) -> Path:

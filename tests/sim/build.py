@@ -18,7 +18,7 @@ def compile_with(command):
     return result.stdout + result.stderr
 
 
-def objects(folder, sources, *flags):
+def objects(folder, sources, *flags, compiler=COMPILER):
     """An object of each source in ``folder``; what is there already stays."""
     launcher = [ccache] if (ccache := shutil.which("ccache")) else []
     folder.mkdir(exist_ok=True)
@@ -27,7 +27,7 @@ def objects(folder, sources, *flags):
         targets.append(folder / f"{source.parent.name}_{source.stem}.o")
         if not targets[-1].exists():
             begun = targets[-1].with_suffix(f".{os.getpid()}.o")  # another process may be at the same
-            compile_with([*launcher, COMPILER, *FLAGS, *flags, "-c", source, "-o", begun])
+            compile_with([*launcher, compiler, *FLAGS, *flags, "-c", source, "-o", begun])
             begun.replace(targets[-1])
     return targets
 

@@ -11,38 +11,29 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.sim import build
+
 CASES = Path(__file__).parent / "races" / "sim_races.cpp"
 TESTS = re.findall(r"^TEST\((\w+)\)", CASES.read_text(), re.MULTILINE)
-FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread", "-DPYDIT_SIM",
-         "-DPYDIT_SIM_RACE", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-g1", "-DPYDIT_SIM_RACE"]
+COMPILER = shutil.which("g++")  # the calls of its -fsanitize=thread are known
 OBSERVED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1", "-fno-tree-sra"]
-COMPILER = shutil.which("g++")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
-
-
-def compiled(source, folder, *extra):
-    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
-    target = folder / f"{source.parent.name}_{source.stem}.o"
-    result = subprocess.run([*launcher, COMPILER, *FLAGS, *extra, "-c", source, "-o", target], capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stderr
-    return target
 
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
     """The simulator's own objects, which are not observed."""
     folder = tmp_path_factory.mktemp("races")
-    return folder, [compiled(source, folder) for source in sorted((ROOT / "csrc" / "sim").glob("*.cpp"))]
+    return folder, build.objects(folder, sorted((build.ROOT / "csrc/sim").glob("*.cpp")), *FLAGS, compiler=COMPILER)
 
 
 def linked(runtime, name, *sources):
     folder, objects = runtime
     # The runtime's objects come first, so that inline functions of both are taken from them, unobserved.
-    objects = [*objects, *(compiled(source, folder, *OBSERVED) for source in sources)]
-    subprocess.run([COMPILER, *objects, "-pthread", "-ldl", "-o", folder / name], check=True)
+    objects = [*objects, *build.objects(folder, sources, *FLAGS, *OBSERVED, compiler=COMPILER)]
+    build.compile_with([COMPILER, *objects, "-pthread", "-ldl", "-o", folder / name])
     return folder / name
 
 
