@@ -7,6 +7,13 @@
 #include <cstring>
 #include <new>
 
+#if !defined(__x86_64__) && !defined(PYDIT_SIM_UCONTEXT)
+#define PYDIT_SIM_UCONTEXT
+#endif
+#ifdef PYDIT_SIM_UCONTEXT
+#include <ucontext.h>
+#endif
+
 #ifdef SIMT_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -29,7 +36,13 @@ constexpr size_t stack_colour(size_t index) { return index * 17 % 64 * 64; }
 
 }  // namespace
 
-#ifndef PYDIT_SIM_UCONTEXT
+#ifdef PYDIT_SIM_UCONTEXT
+extern "C" void pydit_sim_exchange_stacks(void** save, void* load) {
+  ucontext_t registers;  // on the stack that is left, which nobody touches until it is taken up again
+  *save = &registers;
+  swapcontext(&registers, static_cast<ucontext_t*>(load));
+}
+#else
 // Outside any C++ function, so that no coverage or sanitizer build puts instructions of its own in between.
 asm(R"(
   .pushsection .text
@@ -82,11 +95,14 @@ void Stacks::prepare(Context& context, size_t index, void (*entry)()) {
   context.stack_bytes = bytes;
   context.fake_stack = nullptr;
 #ifdef PYDIT_SIM_UCONTEXT
-  getcontext(&context.registers);
-  context.registers.uc_stack.ss_sp = bottom;
-  context.registers.uc_stack.ss_size = bytes;
-  context.registers.uc_link = nullptr;
-  makecontext(&context.registers, entry, 0);
+  constexpr size_t kRegisters = (sizeof(ucontext_t) + 63) / 64 * 64;  // above the stack
+  auto* registers = reinterpret_cast<ucontext_t*>(bottom + bytes - kRegisters);
+  getcontext(registers);
+  registers->uc_stack.ss_sp = bottom;
+  registers->uc_stack.ss_size = bytes - kRegisters;
+  registers->uc_link = nullptr;
+  makecontext(registers, entry, 0);
+  context.stack_pointer = registers;
 #else
   // What pydit_sim_exchange_stacks pops: six registers and the address to return to. One more word puts the stack
   // pointer where it stands after a call (8 bytes off a multiple of 16); being null, it also ends stack traces.
@@ -116,19 +132,11 @@ bool Stacks::is_guard(const void* address) const {
   return false;
 }
 
-#if defined(SIMT_ASAN) || defined(PYDIT_SIM_UCONTEXT)
+#ifdef SIMT_ASAN
 void switch_context(Context& from, Context& to) {
-#ifdef SIMT_ASAN
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
-#endif
-#ifdef PYDIT_SIM_UCONTEXT
-  swapcontext(&from.registers, &to.registers);
-#else
   pydit_sim_exchange_stacks(&from.stack_pointer, to.stack_pointer);
-#endif
-#ifdef SIMT_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#endif
 }
 #endif
 

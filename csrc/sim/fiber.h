@@ -1,8 +1,8 @@
 // Fibers: several stacks on one OS thread, and a switch between them.
 //
 // On x86-64 a switch saves the six callee-saved registers on the old stack, exchanges the stack pointers and restores
-// them from the new one (about 3 ns). Elsewhere, or with PYDIT_SIM_UCONTEXT defined, POSIX ucontext does it (slower: a
-// system call per switch).
+// them from the new one (about 3 ns). Elsewhere, or with fiber.cpp compiled for PYDIT_SIM_UCONTEXT, POSIX ucontext does
+// it (slower: a system call per switch).
 #pragma once
 
 #include <cstddef>
@@ -15,26 +15,15 @@
 #endif
 #endif
 
-#if !defined(__x86_64__) && !defined(PYDIT_SIM_UCONTEXT)
-#define PYDIT_SIM_UCONTEXT
-#endif
-#ifdef PYDIT_SIM_UCONTEXT
-#include <ucontext.h>
-#endif
-
-// Pushes the callee-saved registers, stores the stack pointer in *save, takes `load` as the stack pointer and pops the
-// registers found there.
+// Saves the callee-saved registers on the stack and in *save where they are, takes over the stack of `load`, a place
+// that was saved so, and the registers found there.
 extern "C" void pydit_sim_exchange_stacks(void** save, void* load);
 
 namespace simt {
 
 // A point of execution that can be resumed.
 struct Context {
-#ifdef PYDIT_SIM_UCONTEXT
-  ucontext_t registers;
-#else
-  void* stack_pointer = nullptr;
-#endif
+  void* stack_pointer = nullptr;       // of one that does not run: where its registers lie
   const void* stack_bottom = nullptr;  // for AddressSanitizer, which wants to know of every switch
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
@@ -64,7 +53,7 @@ class Stacks {
   size_t count_ = 0;
 };
 
-#if defined(SIMT_ASAN) || defined(PYDIT_SIM_UCONTEXT)
+#ifdef SIMT_ASAN
 void switch_context(Context& from, Context& to);
 #else
 // Suspends the running context into `from` and resumes `to`. Returns when something switches back to `from`.

@@ -2,15 +2,12 @@
 
 import dataclasses
 import errno
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from pydit import FormatError
 from pydit.distill import checkpoint, distill
 from tests.distill import crash, tiny
 from tests.distill.test_resume import CONFIG, Stop, resumed, stopping_stream, uninterrupted  # noqa: F401
+from tests.processes import context
 
 KILLS = 20
 
@@ -43,15 +41,13 @@ def _wait_for(path, process, seconds=90):
 def test_twenty_kills(tmp_path, one_thread):
     """Three of them in the middle of a checkpoint's write: tensors half written, before either JSON."""
     generator = random.Random(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distill.crash"])
     directory = tmp_path / "run"
     points = [*crash.POINTS, *[None] * (KILLS - len(crash.POINTS))]
     generator.shuffle(points)
     for point in points:
         for suffix in (".alive", ".hanging"):
             directory.with_suffix(suffix).unlink(missing_ok=True)
-        process = context.Process(target=crash.live, args=(str(directory), point))
+        process = context().Process(target=crash.live, args=(str(directory), point))
         process.start()
         if point is None:
             _wait_for(directory.with_suffix(".alive"), process)
@@ -132,30 +128,23 @@ def test_a_full_disk_names_the_checkpoint_that_is_left(tmp_path, uninterrupted, 
     assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
 
 
-PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-from tests.distill import crash
-try:
-    crash.live(sys.argv[1])
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
+def interrupted(directory):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    crash.CONFIG = dataclasses.replace(crash.CONFIG, save_every=10**6)
+    try:
+        crash.live(directory)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def test_ctrl_c_saves(tmp_path, one_thread):
-    root = Path(__file__).resolve().parents[2]
     directory = tmp_path / "run"
-    program = PROGRAM.replace("crash.live", "crash.CONFIG = crash.dataclasses.replace(crash.CONFIG, save_every=10**6); "
-                                            "crash.live")
-    process = subprocess.Popen([sys.executable, "-c", program, str(directory)], cwd=root,
-                               env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not directory.with_suffix(".alive").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    process = context().Process(target=interrupted, args=(str(directory),))
+    process.start()
+    _wait_for(directory.with_suffix(".alive"), process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
     config = dataclasses.replace(crash.CONFIG, checkpoint_dir=directory, save_every=10**6)
     teacher, student = tiny.make_pair()
     result = distill(teacher, student, tiny.stream, config, progress=False)

@@ -1,21 +1,22 @@
 """Two processes take the steps of one: on batches of their own, on rows of common ones, whole and sharded, resumed."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pydit import files
-from pydit.distill import DistillConfig, checkpoint, distill
+from pydit.distill import DistillConfig, checkpoint, distill, distributed, full_weights
+from tests import processes
 from tests.distill import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DistillConfig(layers_steps=2, layers_lr=1e-3, output_steps=None, output_lr=1e-3, max_minutes=1e-9, log_every=1)
 STEPS = dataclasses.replace(CONFIG, output_steps=2, max_minutes=None, output_trainable="all", boundary_weight=0.1,
                             flow_weight=0.1)
@@ -24,62 +25,6 @@ RUNS = {  # name -> settings; all of them split batches of three rows with padde
     "student": {"shard": "student", "muon_lr": 0.01, "gradient_checkpointing": True},
     "all": {"shard": "all", "magnitude": 0.1},
 }
-
-PROGRAM = """
-import dataclasses, os, sys
-import torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-from pydit import files
-from pydit.distill import distill, distributed, full_weights
-from tests.distill import test_distributed as runs
-from tests.distill import tiny
-
-out = sys.argv[1]
-assert distributed.start("cpu") == "cpu" and distributed.world_size() == 2
-rank = distributed.rank()
-
-def pair():
-    teacher, student = tiny.make_pair()
-    if rank:  # starts elsewhere; the main process's weights win
-        with torch.no_grad():
-            student.transformer_blocks[1].img_mlp.net[2].weight += 1
-    return teacher, student
-
-def keep(name, result, student):
-    weights = full_weights(student)
-    assert bool(weights) == (rank == 0)
-    if rank == 0:
-        files.save_safetensors(f"{out}/{name}.safetensors", weights)
-        files.write_json(f"{out}/{name}.json", runs.numbers(result))
-
-teacher, student = pair()
-keep("own", distill(teacher, student, runs.part(slice(rank, rank + 1)), runs.STEPS, progress=False), student)
-spent = distill(teacher, student, runs.part(slice(0, 1)), runs.CONFIG, progress=False)
-assert spent.steps == {"layers": 0, "output": 0}
-for name, fields in runs.RUNS.items():
-    config = dataclasses.replace(runs.STEPS, split_batches=True, **fields)
-    if name == "all":
-        config = dataclasses.replace(config, checkpoint_dir=f"{out}/run", save_every=1)
-        try:
-            distill(*pair(), runs.stopping(3), config, progress=False)
-        except runs.Stop:
-            pass
-        dist.barrier()
-        if rank == 0:
-            runs.copies(out)
-        dist.barrier()
-        config = dataclasses.replace(config, resume=True)
-    teacher, student = pair()
-    result = distill(teacher, student, runs.three, config, progress=False)
-    keep(name, result, student)
-    sharded = [type(p).__name__ == "DTensor" for p in student.parameters()]
-    assert all(sharded) if "shard" in fields else not any(sharded)
-    assert type(next(teacher.parameters())).__name__ == ("DTensor" if name == "all" else "Parameter")
-dist.destroy_process_group()
-os._exit(0)  # all is written; seen once: torch's threads abort an interpreter that ends ("terminate called without ...")
-"""
-
 
 class Stop(Exception):
     pass
@@ -128,16 +73,57 @@ def numbers(result):
             "resumed": result.resumed_from}
 
 
+def program(rank, out, port):
+    """What one of two processes runs, as torchrun would start it."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      TORCHELASTIC_RUN_ID="none")
+    assert distributed.start("cpu") == "cpu" and (distributed.world_size(), distributed.rank()) == (2, rank)
+
+    def pair():
+        teacher, student = tiny.make_pair()
+        if rank:  # starts elsewhere; the main process's weights win
+            with torch.no_grad():
+                student.transformer_blocks[1].img_mlp.net[2].weight += 1
+        return teacher, student
+
+    def keep(name, result, student):
+        weights = full_weights(student)
+        assert bool(weights) == (rank == 0)
+        if rank == 0:
+            files.save_safetensors(f"{out}/{name}.safetensors", weights)
+            files.write_json(f"{out}/{name}.json", numbers(result))
+
+    teacher, student = pair()
+    keep("own", distill(teacher, student, part(slice(rank, rank + 1)), STEPS, progress=False), student)
+    spent = distill(teacher, student, part(slice(0, 1)), CONFIG, progress=False)
+    assert spent.steps == {"layers": 0, "output": 0}
+    for name, fields in RUNS.items():
+        config = dataclasses.replace(STEPS, split_batches=True, **fields)
+        if name == "all":
+            config = dataclasses.replace(config, checkpoint_dir=f"{out}/run", save_every=1)
+            with contextlib.suppress(Stop):
+                distill(*pair(), stopping(3), config, progress=False)
+            dist.barrier()
+            if rank == 0:
+                copies(out)
+            dist.barrier()
+            config = dataclasses.replace(config, resume=True)
+        teacher, student = pair()
+        result = distill(teacher, student, three, config, progress=False)
+        keep(name, result, student)
+        sharded = [type(p).__name__ == "DTensor" for p in student.parameters()]
+        assert all(sharded) if "shard" in fields else not any(sharded)
+        assert type(next(teacher.parameters())).__name__ == ("DTensor" if name == "all" else "Parameter")
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A directory with what two processes made of each run."""
     out = tmp_path_factory.mktemp("two")
-    (out / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(out / "program.py"), str(out)], env=environment, cwd=ROOT, timeout=300, check=False,
-                          stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes.together(program, 2, str(out), port)
     return out
 
 

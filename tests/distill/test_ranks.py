@@ -1,6 +1,5 @@
 """Two processes: one or both are killed and two resume, bit for bit, also what one had begun; both read in shards."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from tests.distill.test_distributed import numbers, require_equal_steps
 from tests.distill.test_resume import Stop
 from tests.inference.test_streaming import directory
 from tests.models import tiny as models
+from tests.processes import context
 
 pytestmark = pytest.mark.slow
 DTYPES = {"teacher": torch.bfloat16, "shorter": torch.float32, "thinned": torch.float32}
@@ -51,13 +51,11 @@ def out(tmp_path_factory):
     In the first one the process that is left has a batch of activations that the other one lacks.
     """
     out = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distill.ranks"])
     begun_by_one(out)
     pipelines(out)
     shutil.copytree(out / "one-then-whole", out / "one-then-sharded")
     for act, killed in ACTS.items():
-        processes = [context.Process(target=ranks.live, args=(act, rank, str(out))) for rank in range(2)]
+        processes = [context().Process(target=ranks.live, args=(act, rank, str(out))) for rank in range(2)]
         try:
             for process in processes:
                 process.start()

@@ -3,12 +3,8 @@
 import dataclasses
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ import pydit
 from pydit import FormatError, PruningPlan, UserError
 from pydit.distill import DistillConfig, checkpoint, distill
 from tests.distill import tiny
+from tests.processes import context
 
 CONFIG = DistillConfig(layers_steps=6, layers_lr=1e-3, output_steps=4, output_lr=1e-3, output_trainable="all",
                        log_every=4, save_every=1)
@@ -169,39 +166,31 @@ def test_a_finished_run_only_loads(tmp_path, uninterrupted):
     assert all(torch.equal(weights[name], expected) for name, expected in uninterrupted[1].items())
 
 
-PROGRAM = """
-import dataclasses, sys, time
-import torch
-torch.set_num_threads(1)
-from tests.distill import tiny
-from tests.distill.test_resume import CONFIG
-from pydit.distill import distill
+def life(directory):
+    torch.set_num_threads(1)
 
-def slow(start):
-    for item in tiny.stream(start):
-        time.sleep(0.05)
-        yield item
+    def slow(start):
+        for item in tiny.stream(start):
+            time.sleep(0.05)
+            yield item
 
-teacher, student = tiny.make_pair()
-distill(teacher, student, slow, dataclasses.replace(CONFIG, checkpoint_dir=sys.argv[1]), progress=False)
-"""
+    distill(*tiny.make_pair(), slow, dataclasses.replace(CONFIG, checkpoint_dir=directory), progress=False)
 
 
 def test_a_killed_process_is_resumed_to_the_same_weights(tmp_path, uninterrupted):
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     directory = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(directory)], env=environment, cwd=root)
+    process = context().Process(target=life, args=(str(directory),))
+    process.start()
     try:
         deadline = time.monotonic() + 120
         while not progress_reached(directory, 3):
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.is_alive(), "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

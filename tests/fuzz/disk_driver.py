@@ -24,6 +24,7 @@ import pydit.cli.demo
 import pydit.cli.distill
 import pydit.cli.model
 import pydit.cli.options
+import pydit.demo.analysis_report
 from pydit import files
 from pydit.cli import main
 from pydit.data import build_cache
@@ -86,7 +87,8 @@ def prepare(folder):
     (folder / "stats.safetensors").write_bytes(b"an earlier file of statistics")
     for command in (["prune", folder / "teacher", "--plan", folder / "after.json", "--out", folder / "student"],
                     ["analyze", folder / "teacher", *TRAIN, "--batches", 4, "--tokens", 8,
-                     "--out", folder / "measured.safetensors"]):
+                     "--out", folder / "measured.safetensors"],
+                    ["plan", folder / "measured.safetensors", "--report", folder / "report.html"]):
         assert run(command)[0] == 0
 
 
@@ -230,6 +232,7 @@ if __name__ == "__main__":
             load(folder / path, None)
     for module in (pydit.cli.options, pydit.cli.model, pydit.cli.distill, pydit.cli.demo):
         module.load = load
+    pydit.demo.analysis_report._png = lambda figure: b"drawn in a second, in memory"
     for job in sys.argv[2:]:
         name, *numbers = job.split(":")
         drive(shim, folder, name, *map(int, numbers))

@@ -3,58 +3,23 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 
 import pydit
 from pydit.errors import UserError
 from pydit.inference import hooked
 from pydit.plan import PruningPlan
 from pydit.testing import assert_accurate
+from tests import processes
 from tests.models import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOAT64 = 1e-11  # sums of float64 in another order, through at most four blocks
 FLOAT32 = 1e-6  # stock attention rotates in float32 whatever the model's dtype
-
-# Everything is imported once, then forked: two processes, then four, for both ways of context parallelism together.
-# diffusers asks torch for the number of accelerators, and which: a CUDA build of torch names one without a driver too.
-PROGRAM = """
-import os, sys
-import torch
-torch.set_num_threads(1)
-torch.accelerator.device_count = lambda: 1
-torch.accelerator.current_accelerator = lambda *_: None
-import torch.distributed as dist
-from tests.inference import test_parallel as cases
-
-out, children = sys.argv[1], []
-for rank in (1, 2, 3, 0):
-    child = rank and os.fork()
-    if not child:
-        break
-    children.append(child)
-try:
-    for world, program in ((2, cases.two_processes), (4, cases.four_processes)):
-        if rank < world:
-            dist.init_process_group("gloo", init_method=f"file://{out}/store-{world}", rank=rank, world_size=world)
-            program(out)
-            dist.destroy_process_group()
-except BaseException:
-    import traceback
-    traceback.print_exc()
-    for child in children:  # the others wait for this one
-        os.kill(child, 9)
-    os._exit(1)
-if rank:
-    os._exit(0)
-assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
-"""
 
 
 def qwen_batch(**fields):
@@ -138,6 +103,19 @@ def four_processes(out):
     if torch.distributed.get_rank() == 0:
         rows = pydit.report(model)["model"]["parallel"]
         torch.save({"found": found, "reason": rows[0]["reason"]}, f"{out}/four.pt")
+
+
+def life(rank, out):
+    """First of two processes, then of four, for both ways of context parallelism together."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", PYDIT_BACKEND="auto")
+    # diffusers asks for the number of accelerators, and which: a CUDA build of torch names one without a driver too.
+    torch.accelerator.device_count = lambda: 1
+    torch.accelerator.current_accelerator = lambda *_: None
+    for world, program in ((2, two_processes), (4, four_processes)):
+        if rank < world:
+            dist.init_process_group("gloo", init_method=f"file://{out}/store-{world}", rank=rank, world_size=world)
+            program(out)
+            dist.destroy_process_group()
 
 
 def two_processes(out):
@@ -249,12 +227,7 @@ def refusals(words):
 def two(tmp_path_factory):
     """(outputs, words) of the first of two processes, and what the first of four found."""
     out = tmp_path_factory.mktemp("two")
-    (out / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-                   "PYDIT_BACKEND": "auto"}
-    done = subprocess.run([sys.executable, str(out / "program.py"), str(out)], env=environment, cwd=ROOT, timeout=300,
-                          check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.together(life, 4, str(out))
     return torch.load(out / "outputs.pt"), json.loads((out / "words.json").read_text()), torch.load(out / "four.pt")
 
 

@@ -63,7 +63,8 @@ def test_values(n, widths, dtype, device):
 # Row blocks of 64, tiles of 128 and super tiles of 256: one too many, one too few, none; a last step of 8 channels.
 @hopper_kernel
 @pytest.mark.parametrize("copies", ["lazy", "eager"])
-@pytest.mark.parametrize(("n", "widths"), [(129, (16, 8)), (192, (64,)), (255, (200,)), (257, (72,)), (385, (24,))])
+@pytest.mark.parametrize(("n", "widths"), [(129, (16, 8)), (192, (64,)), (255, (200,)), (257, (72,)),
+                                           pytest.param(385, (24,), marks=pytest.mark.again)])
 def test_values_of_super_tiles(n, widths, copies, device, monkeypatch):
     monkeypatch.setenv("PYDIT_SIM_ASYNC", copies)
     if device.type == "cpu":
@@ -75,7 +76,7 @@ def test_values_of_super_tiles(n, widths, copies, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["sim", "sim-90a"], indirect=True)
-@pytest.mark.parametrize("n", [4, 5, 63, 64, 65, 127, 128, 130, 256, 513])
+@pytest.mark.parametrize("n", [4, 5, 63, 64, 65, 127, 128, 130, 256, pytest.param(513, marks=pytest.mark.again)])
 def test_any_number_of_rows(n, device, monkeypatch):
     """As a kernel takes them, those too that the op gives to float64 instead."""
     monkeypatch.setattr(sys.modules["pydit.ops.hsic_matrix"], "_MIN_KERNEL_ROWS", 4)
@@ -96,7 +97,7 @@ def test_means_too_small_for_a_shift(n, draws, device):
 
 
 @every_kernel
-@pytest.mark.parametrize("layers", [1, 2, 17, pytest.param(65, marks=pytest.mark.again)])
+@pytest.mark.parametrize("layers", [1, 2, *(pytest.param(n, marks=pytest.mark.again) for n in (17, 65))])
 def test_layers_of_different_widths(layers, device):
     check(make(130, [8 * (1 + i % 10) for i in range(layers)], torch.float16, device))
 

@@ -32,11 +32,16 @@ def objects(folder, sources, *flags, compiler=COMPILER):
     return targets
 
 
-def program(tmp_path_factory, name, sources):
-    """``sources`` and the runtime, which is compiled once for all processes of this run of the tests."""
+def runtime(tmp_path_factory):
+    """Compiled once for all processes of this run of the tests."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sim_runtime"
+    return objects(shared, sorted((ROOT / "csrc/sim").glob("*.cpp")))
+
+
+def program(tmp_path_factory, name, sources):
+    """``sources`` and the runtime."""
     folder = tmp_path_factory.mktemp(name)
-    parts = objects(shared, sorted((ROOT / "csrc/sim").glob("*.cpp"))) + objects(folder, sources)
+    parts = runtime(tmp_path_factory) + objects(folder, sources)
     compile_with([COMPILER, "-pthread", *parts, "-o", folder / name])
     return folder / name

@@ -1,13 +1,11 @@
 """Ranks together hold what one process with all rows would."""
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pydit.stats import CKA, Moments
+from tests import processes
 from tests.stats.test_cka import features, reference_matrix
 from tests.stats.test_moments import assert_same, reference, rows
 
@@ -38,5 +36,4 @@ def _rank(rank, ranks, path):
 
 @pytest.mark.parametrize("ranks", BATCHES)
 def test_all_reduce(tmp_path, ranks):
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(_rank, args=(ranks, str(tmp_path / "store")), nprocs=ranks, start_method="forkserver")
+    processes.together(_rank, ranks, ranks, str(tmp_path / "store"))

@@ -1,6 +1,5 @@
 """A process that streams and saves after every batch, killed without warning: what is left goes on to the same end."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -9,6 +8,7 @@ import torch
 
 from pydit import files
 from pydit.stats import CKA, Moments
+from tests.processes import context
 from tests.stats.test_cka import features
 from tests.stats.test_moments import FIELDS, rows
 
@@ -34,7 +34,7 @@ def stream(path, batches=BATCHES, pause=0.0):
 
 def test_killed_and_resumed(tmp_path):
     path = tmp_path / "state.safetensors"
-    life = multiprocessing.get_context("spawn").Process(target=stream, args=(path, BATCHES, 0.05))
+    life = context().Process(target=stream, args=(path, BATCHES, 0.05))
     life.start()
     while not path.exists():
         assert life.is_alive()
