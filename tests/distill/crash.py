@@ -11,6 +11,7 @@ from tests.distill import tiny
 
 CONFIG = DistillConfig(layers_steps=60, layers_lr=1e-3, output_steps=30, output_lr=1e-3, output_trainable="all",
                        log_every=7, save_every=1, resume="auto")
+tiny.make_pair()  # half a second the first time, which every life would spend
 POINTS = ("tensors", "previous", "index")  # moments of a checkpoint's write
 
 
