@@ -88,6 +88,8 @@ def _main(args) -> int:
             "machine": machine.describe(device), "limits": {}, "rows": [], "not_run": [case.name for case in cases]}
     if args.resume and args.json.exists():
         data |= _before(compare.load(args.json, what="resume"), cases)
+    gc.collect()
+    gc.freeze()  # modules, which live to the end: to look through them after every case takes longer than many a case
     with machine.Sampler(device) as sampler, torch.no_grad():
         if not args.no_limits and not data["limits"]:
             try:
