@@ -20,8 +20,8 @@
 //                launch in which everybody only polls is reported.
 //   race.h       In a race build: unordered accesses, unwritten memory, accesses outside tensors; counters. shadow.h:
 //                what is remembered of a byte; banks.h: bank conflicts; race_observe.cpp: where plain accesses come
-//                from; race_launch.h: the tensors and counts of a launch; accumulators.h: registers of products;
-//                race.cpp: the detector itself.
+//                from; race_map.h: which memory an address is of; race_launch.h: the tensors and counts of a launch;
+//                accumulators.h: registers of products; race.cpp: the detector itself.
 //   fault.h      A wild pointer or a stack overflow of a kernel ends the launch, not the process.
 //   symbols.h    From an address to a file and line, for reports; report.cpp writes those of the scheduler.
 //   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.

@@ -14,6 +14,7 @@
 #include "sim/cluster.h"
 #include "sim/control.h"
 #include "sim/race_launch.h"
+#include "sim/race_map.h"
 #include "sim/scheduler.h"
 #include "sim/shadow.h"
 #include "sim/symbols.h"
@@ -50,39 +51,22 @@ struct Object {
   std::vector<uint32_t> acquired;    // of each thread, how many of those it has waited for
 };
 
-// A block of a cluster, as others reach into it.
+// What happened to a block of a cluster as others reached into it.
 struct Resident {
-  const Block* block;
-  Range dynamic;
   std::vector<uint32_t> visits;      // of each thread of other blocks, the epoch of its last access; empty: none
   std::vector<uint32_t> operations;  // asynchronous ones of other blocks that write here
   bool exited = false;
 };
 
-// What is known of the cluster that this OS thread runs. Threads are numbered through its blocks.
+// Of the cluster that this OS thread runs: who accessed what, and who knows of it.
 class Detector {
  public:
   void start(const Kernel& kernel, const Cluster& cluster) {
-    kernel_ = &kernel;
-    block_threads_ = cluster.block(0).threads();
-    const int threads = threads_ = block_threads_ * static_cast<int>(cluster.size());
-    block_warps_ = (block_threads_ + kLanes - 1) / kLanes;
-    residents_.clear();
-    for (unsigned rank = 0; rank < cluster.size(); ++rank) {
-      const auto shared = reinterpret_cast<uintptr_t>(cluster.block(rank).shared());
-      residents_.push_back({&cluster.block(rank), {shared, shared + kernel.shared_bytes}, {}, {}});
-    }
+    map_.start(kernel, cluster);
+    const int threads = map_.threads();
+    residents_.assign(map_.blocks(), {});
     launch_ = launch_of(kernel);
-    running_ = reinterpret_cast<uintptr_t>(&current);
-    if (module_.thread_local_storage.end == 0) module_ = this_module();  // this detector is of one OS thread
-    find_stacks();
-    // The lines of the shadow begin where the addresses are multiples of their length, for static memory as well; and
-    // a block's part where bank 0 is.
-    constexpr size_t kAllBanks = 128;
-    const Range& fixed = module_.thread_local_storage;
-    pitch_ = (kernel.shared_bytes + kAllBanks - 1) / kAllBanks * kAllBanks;
-    fixed_offset_ = residents_.size() * pitch_ + fixed.begin % Line::kBytes;
-    shadow_.start(fixed_offset_ + (fixed.end - fixed.begin));
+    shadow_.start(map_.shadow_bytes());
     width_ = (static_cast<size_t>(threads) + 7) / 8 * 8;
     clocks_.assign(threads * width_, 0);
     for (int t = 0; t < threads; ++t) clock(t)[t] = 1;
@@ -92,7 +76,7 @@ class Detector {
     operations_.clear();
     finished_.assign(threads, {});
     accumulators_.assign(threads, {});
-    banks_.resize(block_warps_ * residents_.size());
+    banks_.resize(map_.warps());
     for (BankCounter& warp : banks_) {
       warp.flush();
       warp.total = {};
@@ -116,40 +100,40 @@ class Detector {
   void access(const Fiber& fiber, const void* pointer, size_t bytes, bool write, bool atomic, size_t alignment,
               const void* pc) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
-    const int me = number(fiber);
+    const int me = map_.number(fiber);
     const auto bottom = reinterpret_cast<uintptr_t>(fiber.context.stack_bottom);
     if (address - bottom < fiber.context.stack_bytes) return access_local(accumulators_[me], address, write, pc);
-    const ptrdiff_t first = offset(address, bytes);
+    const ptrdiff_t first = map_.offset(address, bytes);
     if (first < 0) check_overrun(address, bytes, write, pc);
-    if (first < 0 && !is_global(address, bytes)) return;
-    if (first >= static_cast<ptrdiff_t>(fixed_offset_) && residents_.size() > 1)
+    if (first < 0 && !map_.is_global(address, bytes)) return;
+    if (first >= 0 && residents_.size() > 1 && map_.is_static(first))
       stop(pc, "static shared memory in a cluster, which the simulator has only once for all blocks");
     if (address % alignment != 0)
       stop(pc, "misaligned %s of %zu bytes at %p", write ? "write" : "read", bytes, pointer);
     if (first < 0) return access_global(address, bytes, write, pc);
     count(write ? kSharedStored : kSharedLoaded, bytes);
-    banks_[warp_number(*fiber.block, fiber.warp)].access(fiber.lane, pc, static_cast<uint32_t>(first),
-                                                         static_cast<uint32_t>(bytes));
-    if (const int rank = rank_of(first); rank != rank_of_thread(me)) visit(rank, pc);
+    banks_[map_.warp_number(*fiber.block, fiber.warp)].access(fiber.lane, pc, static_cast<uint32_t>(first),
+                                                              static_cast<uint32_t>(bytes));
+    if (const int rank = map_.rank_of(first); rank != map_.rank_of_thread(me)) visit(rank, pc);
     touch(first, bytes, write, name(pc, me, atomic), me);
   }
 
   void touch_mbarrier(const void* barrier, bool anew, const void* pc) {
-    const ptrdiff_t first = offset(reinterpret_cast<uintptr_t>(barrier), sizeof(uint64_t));
+    const ptrdiff_t first = map_.offset(reinterpret_cast<uintptr_t>(barrier), sizeof(uint64_t));
     if (first >= 0) touch(first, sizeof(uint64_t), true, name(pc, self(), !anew), self());
   }
 
   void engine_access(const void* pointer, size_t bytes, uint64_t token, bool write, bool async_proxy, const void* pc) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
-    const ptrdiff_t first = offset(address, bytes);
+    const ptrdiff_t first = map_.offset(address, bytes);
     if (first < 0) {
       check_overrun(address, bytes, write, pc);
-      if (is_global(address, bytes)) access_global(address, bytes, write, pc);
+      if (map_.is_global(address, bytes)) access_global(address, bytes, write, pc);
       return;
     }
     count(write ? kSharedStored : kSharedLoaded, bytes);
     const int me = self();
-    if (const int rank = rank_of(first); rank != rank_of_thread(me))
+    if (const int rank = map_.rank_of(first); rank != map_.rank_of_thread(me))
       residents_[rank].operations.push_back(operation(token));
     Access access = name(pc, me, false);
     access.engine = true;
@@ -170,8 +154,8 @@ class Detector {
   void acquire(const void* object) { acquire_as(object, self()); }
 
   void barrier_passed(const void* object, const Block& block, int warp, uint32_t lanes) {
-    banks_[warp_number(block, warp)].flush();
-    for (; lanes != 0; lanes &= lanes - 1) acquire_as(object, number(block, warp, __builtin_ctz(lanes)));
+    banks_[map_.warp_number(block, warp)].flush();
+    for (; lanes != 0; lanes &= lanes - 1) acquire_as(object, map_.number(block, warp, __builtin_ctz(lanes)));
   }
 
   void acquire_as(const void* object, int thread) {
@@ -180,7 +164,7 @@ class Detector {
     Object& from = found->second;
     if (from.released) join(clock(thread), from.clock.data());
     if (from.operations.empty()) return;
-    from.acquired.resize(threads_, 0);
+    from.acquired.resize(map_.threads(), 0);
     uint32_t& acquired = from.acquired[thread];
     for (; acquired < from.operations.size(); ++acquired) finish(from.operations[acquired], thread);
   }
@@ -201,24 +185,24 @@ class Detector {
   void visit(int rank, const void* pc) {
     const int me = self();
     Resident& there = residents_[rank];
-    const int first = rank * block_threads_;
+    const int threads = map_.block_threads(), first = rank * threads;
     const uint32_t* mine = clock(me);
-    if (std::all_of(mine + first, mine + first + block_threads_, [](uint32_t epoch) { return epoch == 0; }))
+    if (std::all_of(mine + first, mine + first + threads, [](uint32_t epoch) { return epoch == 0; }))
       stop(pc, "access to block %d of the cluster, which may not have started: no barrier.cluster before", rank);
     if (there.exited) stop(pc, "access to block %d of the cluster after the block's exit", rank);
-    there.visits.resize(threads_, 0);
+    there.visits.resize(map_.threads(), 0);
     there.visits[me] = mine[me];
   }
 
   void block_exits(int rank) {
     Resident& there = residents_[rank];
     there.exited = true;
-    const int first = rank * block_threads_, end = first + block_threads_;
+    const int first = rank * map_.block_threads(), end = first + map_.block_threads();
     joined_.assign(width_, 0);
     for (int thread = first; thread < end; ++thread) join(joined_.data(), clock(thread));
     for (size_t thread = 0; thread < there.visits.size(); ++thread) {
       if (joined_[thread] < there.visits[thread])
-        leaves_early("an access to it by " + describe(static_cast<int>(thread)));
+        leaves_early("an access to it by " + map_.describe(static_cast<int>(thread)));
     }
     for (const uint32_t operation : there.operations) {
       const std::vector<Operation::Wait>& waits = operations_[operation].waits;
@@ -230,12 +214,12 @@ class Detector {
   }
 
   void join_lanes(const Block& block, int warp, uint32_t lanes) {
-    banks_[warp_number(block, warp)].flush();
+    banks_[map_.warp_number(block, warp)].flush();
     joined_.assign(width_, 0);
     for (uint32_t left = lanes; left != 0; left &= left - 1)
-      join(joined_.data(), clock(number(block, warp, __builtin_ctz(left))));
+      join(joined_.data(), clock(map_.number(block, warp, __builtin_ctz(left))));
     for (uint32_t left = lanes; left != 0; left &= left - 1) {
-      const int thread = number(block, warp, __builtin_ctz(left));
+      const int thread = map_.number(block, warp, __builtin_ctz(left));
       uint32_t* mine = clock(thread);
       const uint32_t epoch = mine[thread];
       memcpy(mine, joined_.data(), width_ * sizeof *mine);
@@ -258,23 +242,13 @@ class Detector {
 
   void fence() {
     const int me = self();
-    if (fences_.empty()) fences_.assign(threads_ * width_, 0);
+    if (fences_.empty()) fences_.assign(map_.threads() * width_, 0);
     memcpy(&fences_[me * width_], clock(me), width_ * sizeof(uint32_t));
     ++clock(me)[me];
   }
 
  private:
-  int number(const Block& block, int warp, int lane) const {
-    return static_cast<int>(block.rank()) * block_threads_ + warp * kLanes + lane;
-  }
-  int number(const Fiber& fiber) const { return number(*fiber.block, fiber.warp, fiber.lane); }
-  int self() const { return number(*current); }
-  size_t warp_number(const Block& block, int warp) const { return block.rank() * block_warps_ + warp; }
-  int rank_of_thread(int thread) const { return thread / block_threads_; }
-  // Of the block whose dynamic memory has its shadow at `offset`; static memory counts as the running block's.
-  int rank_of(size_t offset) const {
-    return offset < residents_.size() * pitch_ ? static_cast<int>(offset / pitch_) : rank_of_thread(self());
-  }
+  int self() const { return map_.number(*current); }
 
   uint32_t* clock(int thread) { return &clocks_[thread * width_]; }
 
@@ -305,59 +279,13 @@ class Detector {
     operations_[operation].waits.push_back({static_cast<uint32_t>(thread), clock(thread)[thread]});
   }
 
-  // Where the shadow of a byte of shared memory is; negative for other memory.
-  ptrdiff_t offset(uintptr_t address, size_t bytes) const {
-    for (size_t rank = 0; rank < residents_.size(); ++rank) {
-      const Range& dynamic = residents_[rank].dynamic;
-      if (dynamic.holds(address, bytes)) return static_cast<ptrdiff_t>(rank * pitch_ + address - dynamic.begin);
-    }
-    const Range& fixed = module_.thread_local_storage;
-    // `current` is of the runtime, though it lies there.
-    if (!fixed.holds(address, bytes) || address - running_ < sizeof current) return -1;
-    return static_cast<ptrdiff_t>(fixed_offset_ + address - fixed.begin);
-  }
-
-  // Stacks lie in a few slabs: where each begins and ends, guard pages between stacks included.
-  void find_stacks() {
-    stacks_.clear();
-    for (int t = 0; t < threads_; ++t) {
-      const Context& context = fiber_of(t).context;
-      const auto begin = reinterpret_cast<uintptr_t>(context.stack_bottom);
-      const uintptr_t end = begin + context.stack_bytes;
-      constexpr uintptr_t kGap = 16 * 1024;
-      if (!stacks_.empty() && begin >= stacks_.back().end && begin - stacks_.back().end < kGap)
-        stacks_.back().end = end;
-      else
-        stacks_.push_back({begin, end});
-    }
-  }
-
-  // Not a stack of another thread (deposits of collectives), nor memory of the runtime and the module.
-  bool is_global(uintptr_t address, size_t bytes) const {
-    if (module_.image.holds(address, bytes) || module_.thread_local_storage.holds(address, bytes)) return false;
-    const auto near = [address](const void* object, size_t size) {
-      return address - reinterpret_cast<uintptr_t>(object) < size;
-    };
-    for (const Resident& resident : residents_) {
-      if (near(resident.block, sizeof(Block)) || near(resident.block->fibers(), sizeof(Fiber) * kMaxThreads))
-        return false;
-    }
-    if (near(kernel_, sizeof(Kernel)) || near(kernel_->arguments, 4096)) return false;  // the launch and its arguments
-    for (const Range& stacks : stacks_) {
-      if (stacks.holds(address, 1)) return false;
-    }
-    return true;
-  }
-
   // Memory of a block that its launch did not ask for.
   void check_overrun(uintptr_t address, size_t bytes, bool write, const void* pc) {
-    for (const Resident& resident : residents_) {
-      const Range& given = resident.dynamic;
-      if (address + bytes <= given.end || address < given.begin || address >= given.begin + kMaxSharedBytes) continue;
-      stop(pc, "%s of %zu bytes at byte %zu of the dynamic shared memory; the launch gave it %zu bytes",
-           write ? "write" : "read", bytes, static_cast<size_t>(address - given.begin),
-           static_cast<size_t>(given.end - given.begin));
-    }
+    const Range* given = map_.overrun(address, bytes);
+    if (given == nullptr) return;
+    stop(pc, "%s of %zu bytes at byte %zu of the dynamic shared memory; the launch gave it %zu bytes",
+         write ? "write" : "read", bytes, static_cast<size_t>(address - given->begin),
+         static_cast<size_t>(given->end - given->begin));
   }
 
   // A local variable.
@@ -436,7 +364,7 @@ class Detector {
 
   void note_read(Cell& cell, size_t byte, const Access& access, int me) {
     // Atomics that change a byte are writes; the first of them may find it as another block left it.
-    if (cell.write.epoch == 0) stop(access.where(), "read of uninitialised %s", name(byte).c_str());
+    if (cell.write.epoch == 0) stop(access.where(), "read of uninitialised %s", map_.name(byte).c_str());
     for (Access& read : cell.reads) {
       if (read.thread != access.thread || read.engine != access.engine || read.operation != access.operation) continue;
       read = access;
@@ -468,34 +396,8 @@ class Detector {
     report(byte, before, first, now, how.c_str());
   }
 
-  std::string name(size_t byte) const {
-    if (byte >= residents_.size() * pitch_)
-      return "static shared memory (byte " + std::to_string(byte - fixed_offset_) + ")";
-    return "byte " + std::to_string(byte % pitch_) + " of the dynamic shared memory" + of_block(rank_of(byte));
-  }
-
-  // " of block (1, 0, 0)" in a cluster of several.
-  std::string of_block(int rank) const {
-    if (residents_.size() == 1) return "";
-    const uint3 index = residents_[rank].block->index();
-    char text[60];
-    snprintf(text, sizeof text, " of block (%u, %u, %u)", index.x, index.y, index.z);
-    return text;
-  }
-
-  const Fiber& fiber_of(int thread) const {
-    return residents_[rank_of_thread(thread)].block->fibers()[thread % block_threads_];
-  }
-
-  std::string describe(int thread) const {
-    const Fiber& fiber = fiber_of(thread);
-    const uint3& t = fiber.thread;
-    char text[100];
-    snprintf(text, sizeof text, "thread (%u, %u, %u) [warp %d, lane %d]", t.x, t.y, t.z, fiber.warp, fiber.lane);
-    return text + of_block(rank_of_thread(thread));
-  }
   std::string describe(const Access& access) const {
-    return (access.engine ? "the engine for " : "by ") + describe(static_cast<int>(access.thread)) + " at " +
+    return (access.engine ? "the engine for " : "by ") + map_.describe(static_cast<int>(access.thread)) + " at " +
            source_line(access.where());
   }
 
@@ -504,7 +406,7 @@ class Detector {
   }
 
   void report(size_t byte, const Access& before, const char* first, const Access& now, const char* second) {
-    const std::string reason = std::string("race on ") + name(byte) + ": " + first + " " + describe(before) +
+    const std::string reason = std::string("race on ") + map_.name(byte) + ": " + first + " " + describe(before) +
                                ", then " + second + " " + describe(now);
     current->block->abandon(reason.c_str());
   }
@@ -518,16 +420,9 @@ class Detector {
     current->block->abandon((std::string(reason) + ", at " + source_line(pc)).c_str());
   }
 
-  const Kernel* kernel_ = nullptr;
+  ClusterMap map_;
   std::vector<Resident> residents_;  // by rank
-  int block_threads_ = 0, block_warps_ = 0;
-  int threads_ = 0;  // of all blocks
   Launch* launch_ = nullptr;
-  Module module_;
-  uintptr_t running_ = 0;  // address of `current`
-  std::vector<Range> stacks_;
-  size_t pitch_ = 0;         // from one block's dynamic shared memory to the next one's, in the shadow
-  size_t fixed_offset_ = 0;  // in the shadow, of the static shared memory, which lies behind the dynamic
   Shadow shadow_;
   size_t width_ = 0;              // of a clock: the threads, rounded up
   std::vector<uint32_t> clocks_;  // of each thread
