@@ -10,7 +10,7 @@ from pydit.plan import PruningPlan
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(quality, "METHODS", ("bi", "learned mask", "random"))
+    monkeypatch.setattr(quality, "METHODS", ("learned mask", "random"))
     monkeypatch.setattr(quality, "LADDER", ("ppcl, sequential", "+ fine-tuning"))
     monkeypatch.setattr(quality, "SHARES", (0.5,))
 
@@ -22,7 +22,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     assert [p.name for p in (tmp_path / "cells").iterdir()] == ["ladder---fine-tuning-0.5-0.json"]
     assert quality.main(command) == 0
     out = capsys.readouterr().out
-    assert "10 cells of 3 steps and 7 prompts, 9 to do; about" in out
+    assert "9 cells of 3 steps and 7 prompts, 8 to do; about" in out
     assert "| ppcl, sequential | 8 of 16 | 2,743,456 |" in out and "| random | 8 of 16 | 2,743,456 |" in out
     assert f"| {quality.HYBRID_HALF} | 7 of 16 | 2,576,064 |" in out and f"| {quality.HYBRID} | 10 of 16 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000
@@ -40,7 +40,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     again = ["--out", str(tmp_path / "again"), "--quick", "--seeds", "0", "--start", str(tmp_path / "sum.json")]
     assert quality.main(again) == 0  # a summary can be gone on from: all cells are there, the teacher is drawn once more
     out = capsys.readouterr().out
-    assert "10 cells" in out and "0 to do" in out and out.endswith(tables)
+    assert "9 cells" in out and "0 to do" in out and out.endswith(tables)
     for more, error in (["--out", str(tmp_path)], "out: expected cells made with"), (
             ["--out", str(tmp_path / "other"), "--start", str(tmp_path / "sum.json")], "start: expected cells made with"):
         with pytest.raises(SystemExit) as caught:
