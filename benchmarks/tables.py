@@ -4,8 +4,8 @@
     python -m benchmarks.tables --write      brings the tables up to date
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table: NAME -->``; NAME is ``gpu`` (the newest
-complete run of each GPU), ``demo`` (the newest demo run), ``quality`` (the same of benchmarks.quality) or ``work``
-(what the cases of the registry move and compute).
+complete run of each GPU), ``demo`` (the newest demo run), ``quality`` (the same of benchmarks.quality), ``narrow`` (of
+`pydit bench model --narrow`) or ``work`` (what the cases of the registry move and compute).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks import compare, machine, quality_table, registry, table
-from pydit.errors import UserError
+from pydit.errors import FormatError, UserError
 from pydit.files import read_json, write_text
 from pydit.plan import H200_FLOPS
 
@@ -123,6 +123,30 @@ def quality_tables(results: Path) -> str:
     return quality_table.markdown(quality_table.load(files[-1]), quality_table.NAMES)
 
 
+def narrow_table(results: Path) -> str:
+    """Stock over accelerated time on a CPU, of the newest ``narrow-*.json`` of each dtype."""
+    from benchmarks import model  # which needs this module for its own tables
+
+    found: dict[str, tuple[Path, dict]] = {}
+    for path in sorted(results.glob("narrow-*.json"), key=lambda path: path.stem[-10:]):
+        data = read_json(path, what="results")
+        if not isinstance(data, dict) or data.get("format") != model.FORMAT:
+            raise FormatError(f"results: expected a file written by `pydit bench model --narrow --json`, got {path}")
+        found[data["rows"][0]["dtype"]] = path, data
+    if not found:
+        return "Not measured yet.\n"
+    ratios: dict[str, dict[str, str]] = {}
+    for dtype, (_, data) in found.items():
+        for row in data["rows"]:
+            ratios.setdefault(f"{row['model']} | {row['width']} | {row['tokens']}", {})[dtype] = (
+                f"{row['ratio']:.2f} ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})")
+    lines = [f"| blocks | channels | image tokens | {' | '.join(found)} |", "|---|---|---|" + "---|" * len(found)]
+    lines += [f"| {key} | {' | '.join(row.get(dtype, '') for dtype in found)} |" for key, row in ratios.items()]
+    for dtype, (path, data) in found.items():
+        lines += ["", f"{dtype}: {machine.sentence(data['machine'])}. [Results](../benchmarks/results/{path.name})."]
+    return "\n".join(lines) + "\n"
+
+
 def work_table(_results: Path) -> str:
     """Bytes, FLOPs and the floor by the data sheet of Qwen-Image's cases at batch 1."""
     lines = ["| op | shape | dtype | MB | GFLOP | FLOP per byte | floor, us |", "|---|---|---|---|---|---|---|"]
@@ -136,7 +160,7 @@ def work_table(_results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"gpu": gpu_table, "demo": demo_table, "quality": quality_tables, "work": work_table}
+TABLES = {"gpu": gpu_table, "demo": demo_table, "quality": quality_tables, "narrow": narrow_table, "work": work_table}
 
 
 def render(text: str, results: Path) -> str:

@@ -27,7 +27,7 @@ from pydit import backend, env
 # Without --hypothesis-profile=nightly every run draws the same examples: a change fails by its own doing.
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-settings.register_profile("slow", settings.get_profile("ci"), max_examples=25)  # under sanitizers and the race detector
+settings.register_profile("slow", settings.get_profile("ci"), max_examples=15)  # under sanitizers and the race detector
 settings.register_profile("nightly", settings.get_profile("ci"), max_examples=2000, derandomize=False)
 settings.load_profile("ci")
 

@@ -54,6 +54,21 @@ def test_the_newest_quality_run_is_shown(place):
     assert place("--check") == 2
 
 
+def test_the_newest_narrow_run_of_each_dtype_is_shown(place):
+    page, results = place.path / "README.md", place.path / "results"
+    page.write_text("<!-- table: narrow -->\n<!-- end of table: narrow -->\n")
+    assert place("--write") == 0 and "Not measured yet." in page.read_text()
+    for dtype, date, ratio in (("bf16", "2026-11-26", 1.25), ("bf16", "2026-11-25", 0.5), ("fp32", "2026-11-24", 1.0)):
+        row = {"model": "flux dual", "width": 64, "tokens": 16, "dtype": dtype, "ratio": ratio, "ratio_q1": 0.75, "ratio_q3": 1.5}
+        (results / f"narrow-{dtype}-cpu-{date}.json").write_text(json.dumps(
+            {"format": "pydit-bench-model", "rows": [row], "machine": run()["machine"]}))
+    assert place("--write") == 0 and place("--check") == 0
+    shown = page.read_text()
+    assert "| flux dual | 64 | 16 | 1.00 (0.75 to 1.50) | 1.25 (0.75 to 1.50) |" in shown and "cpu-2026-11-25" not in shown
+    (results / "narrow-bf16-cpu-2026-11-27.json").write_text("{}")
+    assert place("--check") == 2
+
+
 def test_without_a_gpu_run_the_table_says_so(place):
     (place.path / "results" / "cpu.json").write_text(json.dumps(run(kind="cpu")))
     assert place("--check") == 1

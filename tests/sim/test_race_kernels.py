@@ -59,10 +59,11 @@ def environment():
 
 # Every op with late copies and with early ones, each with one of its dtypes. Left out: what asks the same shapes once
 # more for other numbers, which no race depends on, tests that choose the other copies themselves, and the second time
-# drawn shapes and the largest: the detector holds an asynchronous copy for one by its engine until it is waited for,
-# late or early.
+# drawn shapes, strides and the largest shapes: the detector holds an asynchronous copy for one by its engine until it is
+# waited for, late or early.
 @pytest.mark.parametrize(("seed", "copies", "left_out"), [
-    (0, "lazy", "dtype1 or eager"), (1, "eager", "dtype0 or lazy or any_ or multiprocessors or super or cut_tiles")])
+    (0, "lazy", "dtype1 or eager"),
+    (1, "eager", "dtype0 or lazy or any_ or multiprocessors or super or cut_tiles or layouts or expanded")])
 def test_kernels_are_free_of_races(environment, seed, copies, left_out):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=slow",
                "tests/ops", "-m", "not again", "-k",
