@@ -26,6 +26,7 @@ RUNS = {  # name -> settings; all of them split batches of three rows with padde
     "all": {"shard": "all", "magnitude": 0.1},
 }
 
+
 class Stop(Exception):
     pass
 
