@@ -18,11 +18,15 @@ class BuildError(RuntimeError):
     """A tool is missing, or said no; the message holds what it printed."""
 
 
+class MissingTool(BuildError):
+    """What a build needs is not installed."""
+
+
 def find_tool(name: str) -> str:
     """The program beside this Python or on PATH."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
-        raise BuildError(f"{name}: expected it on PATH or beside {sys.executable}, got nothing")
+        raise MissingTool(f"{name}: expected it on PATH or beside {sys.executable}, got nothing")
     return found
 
 
@@ -40,7 +44,7 @@ def build(folder: Path, target: str, definitions: dict[str, str]) -> str:
     cmake = find_tool("cmake")
     try:
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
-    except BuildError:
+    except MissingTool:
         generator = []
     folder.mkdir(parents=True, exist_ok=True)
     run(cmake, "-S", ROOT, "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}",

@@ -60,7 +60,7 @@ def environment(extension: Path) -> dict[str, str]:
     libraries = [cmake.run(compiler, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
     for path in libraries:
         if not Path(path).is_absolute():
-            raise cmake.BuildError(f"{path}: expected it among the libraries of {compiler}, got nothing")
+            raise cmake.MissingTool(f"{path}: expected it among the libraries of {compiler}, got nothing")
     # One thread of the simulator, because the counters are not atomic. Python keeps memory to its end, which is no leak
     # of ours.
     return {**os.environ, "PYDIT_EXTENSION": str(extension), "PYDIT_BACKEND": "sim", "PYDIT_SIM_THREADS": "1",

@@ -52,7 +52,6 @@ class ClusterMap {
   const Range* overrun(uintptr_t address, size_t bytes) const;
 
   std::string name(size_t offset) const;  // of a byte of shared memory
-  std::string of_block(int rank) const;   // " of block (1, 0, 0)" in a cluster of several
   std::string describe(int thread) const;
 
  private:
@@ -66,6 +65,7 @@ class ClusterMap {
     return blocks_[rank_of_thread(thread)].block->fibers()[thread % block_threads_];
   }
   void find_stacks();
+  std::string of_block(int rank) const;  // " of block (1, 0, 0)" in a cluster of several
 
   const Kernel* kernel_ = nullptr;
   std::vector<Member> blocks_;  // by rank
