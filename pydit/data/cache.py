@@ -8,6 +8,7 @@ In between every shard has a JSON file of its own, so a build that was stopped g
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
     Raises
     ------
     UserError
-        Another pipeline, a cache of something else in ``out``, such as of a source that has changed since, or no sample
-        that can be used.
+        Another pipeline, a cache of something else in ``out``, such as of a source that has changed since or by other
+        weights of VAE and text encoder, or no sample that can be used.
     FormatError
         ``source`` or an index that cannot be read.
     """
@@ -62,7 +63,7 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
     made_of = {"source": str(Path(source).resolve().name), "files": _listed(source, out), "resolution": resolution,
                "shard_size": shard_size,
                "latent_channels": int(pipe.vae.config.z_dim), "text_channels": int(
-                   pipe.transformer.config.joint_attention_dim)}
+                   pipe.transformer.config.joint_attention_dim), "encoders": _encoders(pipe)}
     index = _begun(out, made_of)
     if index["complete"]:
         _remove_parts(out)
@@ -145,6 +146,15 @@ def _listed(source: str | os.PathLike, out: Path) -> str | None:
     if not Path(source).exists() and (out / INDEX).exists() and read_index(out)["complete"]:
         return None
     return checksum(source)
+
+
+def _encoders(pipe) -> str:
+    """A fingerprint of VAE and text encoder, the same in every dtype they may be loaded in."""
+    from pydit.distill.pair import digest
+
+    scale = [list(pipe.vae.config.latents_mean), list(pipe.vae.config.latents_std)]
+    parts = [str(scale), *(digest(model, torch.bfloat16) for model in (pipe.vae, pipe.text_encoder))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _parts(out: Path) -> Iterator[dict[str, Any]]:

@@ -122,10 +122,15 @@ def trained_apart(student: nn.Module, untrained: Mapping[str, torch.Tensor], par
     return sorted(found)
 
 
-def digest(model: nn.Module) -> str:
-    """A fingerprint that tells models apart without reading all weights: names, shapes and eight values of each."""
+def digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A fingerprint that tells models apart without reading all weights: names, shapes and eight values of each.
+
+    dtype : in which the values are looked at, so that a model has one fingerprint whichever it was loaded in; None
+        tells models of different dtypes apart too.
+    """
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         first = distributed.whole(p.detach())
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {first.flatten()[:8].double().tolist()}\n".encode())
+        values = first.flatten()[:8].to(dtype).double().tolist()
+        digest.update(f"{name} {tuple(p.shape)} {dtype or p.dtype} {values}\n".encode())
     return digest.hexdigest()

@@ -217,6 +217,29 @@ def test_a_source_that_has_changed_is_no_longer_the_cached_one(tmp_path, pipe):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_cache_belongs_to_the_weights_that_made_it(tmp_path, pipe):
+    """Of the VAE as of the text encoder; the dtype they were loaded in is none of its business, nor are old caches'."""
+    source, out = folder(tmp_path / "in", 1), tmp_path / "out"
+    index = build_cache(pipe, source, out, resolution=48, progress=False)
+    try:
+        pipe.vae.to(torch.bfloat16), pipe.text_encoder.to(torch.bfloat16)
+        assert build_cache(pipe, source, out, resolution=48, progress=False) == index
+    finally:
+        pipe.vae.float(), pipe.text_encoder.float()
+    for encoder in (pipe.vae, pipe.text_encoder):
+        weight = next(p for p in encoder.parameters() if p.numel() > 8)
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.5)
+        with pytest.raises(UserError, match="which differs in encoders; give another directory"):
+            build_cache(pipe, source, out, resolution=48, progress=False)
+        with torch.no_grad():
+            weight.copy_(kept)
+    del index["made_of"]["encoders"]  # as caches were written before
+    files.write_json(out / cache.INDEX, index)
+    assert build_cache(pipe, source, out, resolution=48, progress=False) == index
+
+
 def test_what_a_cache_refuses(tmp_path, pipe):
     source = folder(tmp_path / "in", 1)
     build_cache(pipe, source, tmp_path / "out", resolution=48, progress=False)
