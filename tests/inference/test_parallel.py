@@ -338,4 +338,4 @@ def test_a_backend_chosen_after_accelerate_runs_the_stock_processor(make):
     assert calls and set(calls) == {"native"}
     assert any(row["path"] == "stock" and "chose native after" in row["reason"]
                for row in pydit.report(model)["model"]["attention"])
-    torch.testing.assert_close(fast, run(make(), batch), rtol=1e-4, atol=1e-4)
+    tiny.assert_as_stock(fast, make, batch)

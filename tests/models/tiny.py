@@ -4,6 +4,9 @@ import copy
 
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from torch.utils import _pytree as pytree
+
+from pydit.testing import assert_accurate
 
 _MADE = {}  # copies of what has been made once cost a third
 
@@ -79,9 +82,19 @@ def sd3_batch(seed=0):
 
 
 def cast(arguments, dtype):
-    """Forward arguments with every float tensor in ``dtype``."""
-    return {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in arguments.items()}
+    """Forward arguments with every float tensor in ``dtype``, those inside of lists and dicts too."""
+    return pytree.tree_map_only(torch.Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value,
+                                arguments)
+
+
+def assert_as_stock(found, make, batch, run=None):
+    """``found`` under the tolerance policy, against the stock model that ``make`` makes, in float64 and as it is.
+
+    run : (model, batch) -> tensor; None is the model's first output.
+    """
+    run = run or (lambda model, batch: model(**batch, return_dict=False)[0])
+    with torch.no_grad():
+        assert_accurate(found, run(make().double(), cast(batch, torch.float64)), run(make(), batch))
 
 
 def fingerprint(model):
