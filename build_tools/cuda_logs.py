@@ -70,10 +70,10 @@ def parse_ptxas(log: str) -> list[Kernel]:
 def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
     """Instructions by (symbol, architecture): how often each occurs, named without what follows the first dot.
 
-    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``; an exponential between a product of a warpgroup
-    and the wait for all of them, in the order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``; a load above
-    every HGMMA as ``LDG`` and as ``LDG before HGMMA``; a store of less than 16 bytes to global memory as ``STG`` and as
-    ``narrow STG``.
+    A multicast load counts as ``UTMALDG`` and as ``UTMALDG.MULTICAST``; a branch back for the lanes that are left as
+    ``BRA`` and as ``BRA.U.ANY``; an exponential between a product of a warpgroup and the wait for all of them, in the
+    order of the listing, as ``MUFU`` and as ``MUFU under HGMMA``; a load above every HGMMA as ``LDG`` and as ``LDG
+    before HGMMA``; a store of less than 16 bytes to global memory as ``STG`` and as ``narrow STG``.
     """
     arch = ""
     running = False  # a product of a warpgroup
@@ -86,6 +86,8 @@ def parse_sass(listing: str) -> dict[tuple[str, str], Counter[str]]:
             current, running = found.setdefault((match[1], arch), Counter()), False
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)", line):
             current[match[1]] += 1
+            if ".U.ANY" in match[2]:
+                current["BRA.U.ANY"] += 1
             if ".MULTICAST" in match[2]:
                 current[f"{match[1]}.MULTICAST"] += 1
             if match[1] == "LDG" and not current["HGMMA"]:

@@ -36,6 +36,9 @@ RULES: tuple[Rule, ...] = (
     Rule("(joint_attention_backward|second_moments|hsic_gram|grouped_linear)_sm90_kernel|"
          "joint_attention_sm90_kernel<.*, 128>", "what three warpgroups deal out", arch="sm_90a", registers=168),
     Rule("joint_attention_sm90_kernel<.*, (32|64)>", "what four warpgroups deal out", arch="sm_90a", registers=128),
+    # Attention's consumers store from a lane that ptxas has not seen elected: with elect_one there it spills.
+    Rule("(second_moments|hsic_gram|grouped_linear)_sm90_kernel", "one thread issues copies, not a loop over the lanes "
+         "of a warp (see elect_one)", arch="sm_90a", forbids=frozenset({"BRA.U.ANY"})),
     Rule("(second_moments|grouped_linear)_sm90_kernel<.*, 2>", "blocks of a cluster share what they load",
          arch="sm_90a", requires=frozenset({"UTMALDG.MULTICAST", "UCGABAR_WAIT"})),
     # One per score of a thread: half the keys of a tile, and of the backward, in the last step and in all others, half

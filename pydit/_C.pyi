@@ -15,6 +15,7 @@ cuda_archs: str  # as "80,90"; "" when built without nvcc
 cuda_version: str
 
 class _Kernels(Protocol):
+    def reserve_multiprocessors(self, count: int, /) -> None: ...
     def ada_layer_norm(self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, eps: float, split: int, dtype: int,
                        stream: int, /) -> None: ...
     def gated_residual(self, x: Tensor, y: Tensor, gate: Tensor, out: Tensor, split: int, exact: bool, dtype: int,

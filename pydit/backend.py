@@ -63,12 +63,16 @@ def extension() -> tuple[ModuleType | None, str | None]:
         module = _load(env.path("PYDIT_EXTENSION"))
     except ImportError as error:
         return None, str(error)
-    if hasattr(module, "sim"):
-        _configure(module.sim)
+    _configure(module)
     return module, None
 
 
-def _configure(sim: Any) -> None:
+def _configure(module: ModuleType) -> None:
+    for backend in ("cuda", "sim"):
+        if kernels := getattr(module, backend, None):
+            kernels.reserve_multiprocessors(env.get_int("PYDIT_SM_MARGIN"))
+    if (sim := getattr(module, "sim", None)) is None:
+        return
     sim.set_seed(env.get_int("PYDIT_SIM_SEED"))
     sim.set_threads(env.get_int("PYDIT_SIM_THREADS"))
     sim.set_async(env.get("PYDIT_SIM_ASYNC") == "eager")
@@ -76,10 +80,10 @@ def _configure(sim: Any) -> None:
 
 
 def configure_sim() -> None:
-    """Read the PYDIT_SIM_* variables again; they are otherwise read once, when the extension is loaded."""
+    """Read PYDIT_SM_MARGIN and PYDIT_SIM_* again; they are otherwise read once, when the extension is loaded."""
     module, _ = extension()
-    if module is not None and hasattr(module, "sim"):
-        _configure(module.sim)
+    if module is not None:
+        _configure(module)
 
 
 def info() -> dict[str, Any]:

@@ -44,6 +44,9 @@ VARIABLES = (
     Variable("PYDIT_PARTS", "auto", ("auto", *"12345678"), "run",
              "Into how many parts along K the Hopper kernel of the linear ops cuts the tiles that would not fill a "
              "wave. auto: what takes the fewest steps, by count. 1: none is cut."),
+    Variable("PYDIT_SM_MARGIN", "0", (), "run",
+             "How many multiprocessors the kernels whose blocks stay until all is done leave to others, such as a "
+             "collective that runs meanwhile. Read when the extension is loaded."),
     Variable("PYDIT_CHECK", "0", ("0", "1"), "run",
              "1: ops check the contents of index tensors (txt_lens) too, which waits for the GPU."),
     Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),

@@ -54,6 +54,7 @@ void set_token_shape(Params& p, py::handle x, int64_t split) {
 // The ops of one backend, as functions of a submodule: _C.cuda.ada_layer_norm(...), _C.sim.ada_layer_norm(...).
 struct Backend {
   const char* (*last_error)();
+  void (*reserve_multiprocessors)(int);
   int (*ada_layer_norm)(const pydit_ada_layer_norm_params*);
   int (*gated_residual)(const pydit_gated_residual_params*);
   int (*gated_residual_ada_layer_norm)(const pydit_gated_residual_ada_layer_norm_params*);
@@ -199,6 +200,7 @@ void define_ops(py::module_ m, const Backend& backend) {
           call(backend, backend.second_moments, p);
           return backend.second_moments_path(&p);
         });
+  m.def("reserve_multiprocessors", backend.reserve_multiprocessors);
   m.def("hsic_matrix", [backend](py::list features, Tensor hsic, py::function allocate, int64_t gram_bytes, int dtype,
                                  uintptr_t stream) {
     pydit_hsic_matrix_params p = {};
@@ -250,15 +252,16 @@ void define_ops(py::module_ m, const Backend& backend) {
   });
 }
 
-#define PYDIT_BACKEND_TABLE(name)                                                                                     \
-  Backend {                                                                                                           \
-    pydit_##name##_last_error, pydit_##name##_ada_layer_norm, pydit_##name##_gated_residual,                          \
-        pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope, pydit_##name##_joint_qk_norm_rope, \
-        pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, pydit_##name##_joint_attention_path, \
-        pydit_##name##_joint_attention_backward_path, pydit_##name##_joint_attention_backward_workspace,              \
-        pydit_##name##_second_moments, pydit_##name##_second_moments_path, pydit_##name##_second_moments_workspace,   \
-        pydit_##name##_hsic_matrix, pydit_##name##_hsic_matrix_path, pydit_##name##_hsic_matrix_workspace,            \
-        pydit_##name##_grouped_linear, pydit_##name##_grouped_linear_path, pydit_##name##_grouped_linear_workspace    \
+#define PYDIT_BACKEND_TABLE(name)                                                                                   \
+  Backend {                                                                                                         \
+    pydit_##name##_last_error, pydit_##name##_reserve_multiprocessors, pydit_##name##_ada_layer_norm,               \
+        pydit_##name##_gated_residual, pydit_##name##_gated_residual_ada_layer_norm, pydit_##name##_qk_norm_rope,   \
+        pydit_##name##_joint_qk_norm_rope, pydit_##name##_joint_attention, pydit_##name##_joint_attention_backward, \
+        pydit_##name##_joint_attention_path, pydit_##name##_joint_attention_backward_path,                          \
+        pydit_##name##_joint_attention_backward_workspace, pydit_##name##_second_moments,                           \
+        pydit_##name##_second_moments_path, pydit_##name##_second_moments_workspace, pydit_##name##_hsic_matrix,    \
+        pydit_##name##_hsic_matrix_path, pydit_##name##_hsic_matrix_workspace, pydit_##name##_grouped_linear,       \
+        pydit_##name##_grouped_linear_path, pydit_##name##_grouped_linear_workspace                                 \
   }
 
 }  // namespace

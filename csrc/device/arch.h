@@ -13,10 +13,17 @@ inline bool on_hopper() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 }
 
+int reserved_multiprocessors();  // what pydit_<backend>_reserve_multiprocessors was told
+
+// How many multiprocessors of the current device a kernel may fill whose blocks stay until all is done.
 inline cudaError_t count_multiprocessors(int* count) {
   int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const int left = *count - reserved_multiprocessors();
+  *count = left < 1 ? 1 : left;
+  return cudaSuccess;
 }
 
 // Whether kernels may have parameters of more than 4 KB, up to 32,764 bytes: since CUDA 12.1, of the toolkit and of the

@@ -32,6 +32,7 @@ constexpr int kErrorBytes = 2048;
 
 inline int launch_status(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return kOk;
+  (void)cudaGetLastError();  // it is told here: the runtime would tell it of the next launch too
 #ifdef PYDIT_SIM
   const char* reason = pydit_sim_last_report();  // kernel, block, thread and what happened
 #else

@@ -184,7 +184,8 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 // Warps ----------------------------------------------------------------------------------------------------------
 
-// True in one lane of the warp, the same one in every call. All 32 lanes call.
+// True in one lane of the warp, the same one in every call. All 32 lanes call. What it guards ptxas knows to be one
+// thread's: a copy by the engine behind another condition becomes a loop over the lanes that might be there.
 __device__ __forceinline__ bool elect_one() {
 #ifdef PYDIT_SIM
   return simt::elect_one();

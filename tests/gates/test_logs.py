@@ -109,8 +109,11 @@ def test_hopper_instructions(sass):
 def test_a_multicast_load_counts_by_itself_too():
     listing = ("\t\tcode for sm_90a\n\t\tFunction : k\n"
                "        /*9050*/                   UTMALDG.2D [UR20], [UR16] ;\n"
-               "        /*9260*/               @P0 UTMALDG.2D.MULTICAST [UR16], [UR14], UR4 ;\n")
-    assert parse_sass(listing) == {("k", "sm_90a"): Counter({"UTMALDG": 2, "UTMALDG.MULTICAST": 1})}
+               "        /*9260*/               @P0 UTMALDG.2D.MULTICAST [UR16], [UR14], UR4 ;\n"
+               "        /*9270*/               @P1 BRA.U.ANY 0x9200 ;\n"
+               "        /*9280*/                   BRA 0x9200 ;\n")
+    assert parse_sass(listing) == {("k", "sm_90a"): Counter({"UTMALDG": 2, "UTMALDG.MULTICAST": 1, "BRA": 2,
+                                                             "BRA.U.ANY": 1})}
 
 
 @pytest.mark.parametrize(("order", "count"), [

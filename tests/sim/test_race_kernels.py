@@ -256,6 +256,41 @@ def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
     assert work.bytes / 1e6 == pytest.approx(472 + 35 + 18, rel=0.01)  # and K, and the shifts
 
 
+STAYING = """
+import json, os
+import torch
+from pydit import backend, ops
+module, _ = backend.extension()
+q, text = torch.randn(1, 500, 2, 64).bfloat16(), torch.randn(1, 20, 2, 64).bfloat16()
+x, weight = torch.randn(1, 1200, 64).bfloat16(), torch.randn(264, 64).bfloat16()
+calls = {"attention": lambda: ops.joint_attention(q, q, q, text, text, text),
+         "moments": lambda: ops.second_moments(torch.cat((x[0], x[0]), 1)),
+         "linear": lambda: (ops.linear_gelu(x, weight, None),),
+         "gram": lambda: (ops.hsic_matrix([q.flatten(0, 2), q.flatten(0, 2)]),)}
+expected, os.environ["PYDIT_PARTS"] = {}, "1"
+for os.environ["PYDIT_SM_MARGIN"] in ("0", "1", "9"):
+    backend.configure_sim()
+    found = {}
+    for name, call in calls.items():
+        outputs = [value for value in call() if isinstance(value, torch.Tensor)]
+        found[name] = module.sim.counters("hsic_gram_sm90" if name == "gram" else "")["warpgroups"]
+        for a, b in zip(outputs, expected.setdefault(name, outputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5) if name == "moments" else torch.testing.assert_close(
+                a, b, rtol=0, atol=0)
+    print(json.dumps(found))
+"""
+
+
+def test_blocks_that_stay_leave_room_for_others(environment):
+    """PYDIT_SM_MARGIN: as many multiprocessors fewer of the simulator's four, one at least, and the same results."""
+    done = subprocess.run([sys.executable, "-c", STAYING], cwd=ROOT, capture_output=True, text=True,
+                          env={**environment, "PYDIT_SIM_ARCH": "90a", "PYDIT_CLUSTER": "1"})
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for name, each in {"attention": 3, "moments": 2, "linear": 2, "gram": 2}.items():
+        assert [counts[name] for counts in found] == [4 * each, 3 * each, each], name
+
+
 def test_the_hopper_kernel_is_built_and_reads_as_its_model_says(environment):
     """Its warpgroups, and the bytes at 6889 + 512: counted at two sizes, which gives what a token costs and what a
     token costs each tile of queries, and scaled. At D = 128 its tiles have as many queries as the portable kernel's,

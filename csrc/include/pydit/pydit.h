@@ -253,8 +253,13 @@ enum {
   PYDIT_PATH_OLD_CUDA = 6      /* portable: the toolkit or the driver is older than CUDA 12.1 */
 };
 
+/* reserve_multiprocessors: how many multiprocessors of a device the kernels leave alone whose blocks stay on theirs until
+ * all is done (attention, second_moments, hsic_matrix and the linear layers, on Hopper; second_moments everywhere), for
+ * what runs beside them, as a collective's; 0 at first. A kernel takes one at least. Not between asking how large a
+ * workspace is and the call that gets it. */
 #define PYDIT_DECLARE_BACKEND(backend)                                                                        \
   const char* pydit_##backend##_last_error(void);                                                             \
+  void pydit_##backend##_reserve_multiprocessors(int count);                                                  \
   int pydit_##backend##_ada_layer_norm(const pydit_ada_layer_norm_params*);                                   \
   int pydit_##backend##_gated_residual(const pydit_gated_residual_params*);                                   \
   int pydit_##backend##_gated_residual_ada_layer_norm(const pydit_gated_residual_ada_layer_norm_params*);     \

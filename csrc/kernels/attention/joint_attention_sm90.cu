@@ -354,9 +354,8 @@ int launch(const pydit_joint_attention_params& p) {
   const int64_t total = p.batch * p.heads * (tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens)));
   if (total > INT32_MAX) return bad_argument("joint_attention: expected at most 2^31 - 1 tiles, got more");
   constexpr auto kernel = joint_attention_sm90_kernel<T, kD>;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  cudaError_t error = count_multiprocessors(&processors);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return launch_status("joint_attention", error);

@@ -224,8 +224,8 @@ int check(const pydit_grouped_linear_params& p) {
   bool heads = false, plain = p.activation == PYDIT_NO_ACTIVATION;
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
-    if (l.tokens < 0 || l.tokens > INT32_MAX)
-      return bad_argument("%s: tokens of layer %d: expected 0 to 2^31 - 1, got %lld", kGroupedLinear, i,
+    if (l.tokens < 0 || l.tokens > INT32_MAX - 255)  // and a tile's rows may begin with the last
+      return bad_argument("%s: tokens of layer %d: expected 0 to 2^31 - 256, got %lld", kGroupedLinear, i,
                           static_cast<long long>(l.tokens));
     for (const int64_t features : {l.in_features, l.out_features}) {
       if (features < 1 || features > 1 << 24)

@@ -221,7 +221,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       continue;
     }
     const auto exists = [&](int slab) { return slab < kN / kSlab && tile.column + slab * kSlab < l.columns; };
-    if (thread == 0 && finishes) {
+    if (warp == 0 && finishes && elect_one()) {
       bulk_wait_group_read<0>();
       for (int slab = 0; slab < kBuffers && exists(slab); ++slab)
         prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
@@ -305,7 +305,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       }
       fence_proxy_async();
       barrier_sync(1 + group, kWarpgroup);
-      if (thread == 0) {
+      if (warp == 0 && elect_one()) {
         tma_store_3d(maps.out[tile.layer], buffer, tile.column + slab * kSlab, tile.row + group * 64, tile.batch);
         bulk_commit_group();
         if (exists(slab + kBuffers)) {
@@ -318,7 +318,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       ++done;
     }
   }
-  if (thread == 0) bulk_wait_group_read<0>();
+  if (warp == 0 && elect_one()) bulk_wait_group_read<0>();
 }
 
 // Kernel ---------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (plan.cut > 0) ticket = static_cast<int>(kCluster == 1 ? *drawn : *cluster_map(drawn, 0));
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
-    if (threadIdx.x == 0) load<kCluster>(all, maps, shared, barriers, Walk(plan, ticket), rank);
+    if (threadIdx.x < 32 && elect_one()) load<kCluster>(all, maps, shared, barriers, Walk(plan, ticket), rank);
     __syncwarp();  // a warp comes to the barrier below as one
   } else {
     set_max_registers_up<kConsumerRegisters>();

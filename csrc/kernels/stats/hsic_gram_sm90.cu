@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1) hsic_gram_sm90_kernel(const __gri
     set_max_registers_down<kProducerRegisters>();
     if (thread >= 32)
       shift<T>(p, shared, barriers, thread - 32);
-    else if (thread == 0)
+    else if (elect_one())
       load(p, shared, barriers);
   } else {
     set_max_registers_up<kConsumerRegisters>();

@@ -183,9 +183,8 @@ __global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit
 template <typename T, bool kAligned>
 int launch(const pydit_second_moments_params& p) {
   const int64_t units = count_tiles(p) * ceil_div(p.tokens, kChunkTokens);
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  cudaError_t error = count_multiprocessors(&processors);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(second_moments_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  kSharedBytes);
@@ -207,10 +206,11 @@ bool aligned(const pydit_second_moments_params& p) {
   return legal(p.x, p.stride_x) && (p.dim_y == 0 || legal(p.y, p.stride_y));
 }
 
-// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
+// Whether the copy engine takes them, whose coordinates have 32 bits. Nowhere is it said to take a stride of 0, that of
+// an expanded tensor.
 bool copyable(const pydit_second_moments_params& p) {
   const bool expanded = p.tokens > 1 && (p.stride_x == 0 || (p.dim_y > 0 && p.stride_y == 0));
-  return !expanded && aligned(p);
+  return !expanded && p.tokens <= INT32_MAX - kChunkTokens && aligned(p);
 }
 
 template <typename T>

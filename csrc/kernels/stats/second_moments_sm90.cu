@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Walk walk(run_of(p, count, ticket, gridDim.x / kCluster));
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
-    if (threadIdx.x == 0) load(tiles, maps, shared, barriers, walk, rank);
+    if (threadIdx.x < 32 && elect_one()) load(tiles, maps, shared, barriers, walk, rank);
     __syncwarp();  // a warp comes to the barrier below as one
   } else {
     set_max_registers_up<kConsumerRegisters>();

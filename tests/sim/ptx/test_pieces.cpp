@@ -6,11 +6,18 @@
 #include <vector>
 
 #include "../selftest.h"
+#include "device/check.h"
 #include "device/vector.cuh"
 #include "pieces.cuh"
 #include "pieces_90.cuh"
 
 namespace pydit::sim {
+
+char* error_buffer() {
+  static char buffer[kErrorBytes];
+  return buffer;
+}
+
 namespace {
 
 struct Hopper {
@@ -438,7 +445,8 @@ TEST(shared_memory_beyond_48_kb_must_be_asked_for) {
   CHECK_EQUAL(most, 163 * 1024);
   CHECK_EQUAL(cudaFuncSetAttribute(uses_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, most + 1),
               cudaErrorInvalidValue);
-  CHECK_EQUAL(cudaGetLastError(), cudaErrorInvalidValue);
+  CHECK_EQUAL(launch_status("uses_shared", cudaErrorInvalidValue), kLaunchFailed);
+  CHECK_EQUAL(cudaGetLastError(), cudaSuccess);  // or the next launch would be said to have failed
   CHECK_EQUAL(cudaFuncSetAttribute(uses_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, most), cudaSuccess);
   CHECK_EQUAL(PYDIT_LAUNCH(uses_shared, 1, 32, most, nullptr, +out), cudaSuccess);
   const Hopper hopper;

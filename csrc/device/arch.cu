@@ -1,0 +1,17 @@
+// What is set for all launches: the multiprocessors that they leave alone.
+#include "device/arch.h"
+
+#include <atomic>
+
+namespace pydit::PYDIT_BACKEND {
+namespace {
+
+std::atomic<int> reserved{0};
+
+}  // namespace
+
+int reserved_multiprocessors() { return reserved; }
+
+}  // namespace pydit::PYDIT_BACKEND
+
+extern "C" void PYDIT_ENTRY(reserve_multiprocessors)(int count) { pydit::PYDIT_BACKEND::reserved = count; }
