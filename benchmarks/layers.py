@@ -30,7 +30,7 @@ from pydit import PruningPlan
 from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError, one_line
 from pydit.families import BlockSpec
-from pydit.files import write_json
+from pydit.files import require_file, write_json
 
 FORMAT = "pydit-bench-layers"
 ENERGY_SECONDS = 2.0  # of nothing but the block, as sensors of power average over one
@@ -55,6 +55,7 @@ def _parse(argv):
     parser.add_argument("--seconds", type=positive, help="start no kind of block after this time")
     parser.add_argument("--json", type=Path, help="write all figures to this file, after every kind")
     args = parser.parse_args(argv)
+    require_file(args.json, args.plan, what="json", kind=FORMAT)
     if args.rounds < 3:
         raise UserError(f"rounds: expected at least 3, got {args.rounds}")
     settle_size(args)

@@ -34,7 +34,7 @@ from benchmarks import blocks, compare, machine, timing
 from benchmarks.layers import add_model, plan_of, settle_size
 from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError, one_line
-from pydit.files import write_json
+from pydit.files import require_file, write_json
 
 FORMAT = "pydit-bench-model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,6 +61,7 @@ def _parse(argv):
     parser.add_argument("--seconds", type=positive, help="start no variant after this time")
     parser.add_argument("--json", type=Path, help="write all figures to this file, after every variant")
     args = parser.parse_args(argv)
+    require_file(args.json, args.plan, what="json", kind=FORMAT)
     if not args.narrow:
         settle_size(args)
     if args.narrow and args.rounds < 3:

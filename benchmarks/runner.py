@@ -26,7 +26,7 @@ from benchmarks.registry import SIZES, find
 from pydit import backend
 from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError, one_line
-from pydit.files import write_json
+from pydit.files import require_file, write_json
 from pydit.testing import assert_accurate
 
 
@@ -63,10 +63,8 @@ def _parse(argv):
     args = parser.parse_args(argv)
     if args.rounds < 3:
         raise UserError(f"rounds: expected at least 3, got {args.rounds}")
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and path.is_dir():
-            raise UserError(f"{name}: expected a file, got the directory {path}")
+    require_file(args.json, args.compare, what="json", kind=compare.FORMAT)
+    require_file(args.plot, args.compare, args.json, what="plot", kind="picture")
     if args.resume and args.json is None:
         raise UserError("resume: expected --json FILE with it, got none")
     if args.plot and importlib.util.find_spec("matplotlib") is None:

@@ -270,3 +270,10 @@ FAMILIES = {
                     "dual_attention_layers": tuple(range(13))}),
         text_ends=True, block_parameters=_sd3_block, other_parameters=_sd3_other, block_flops=_sd3_flops),
 }
+
+
+def in_units(before: float, after: float, unit: str) -> str:
+    """Two numbers as ``41 GB -> 20.9``, in the multiple of the unit that suits the first."""
+    factor, prefix = next(((f, p) for f, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"))
+                           if before >= f), (1e-6, "u"))
+    return f"{before / factor:.3g} {prefix}{unit} -> {after / factor:.3g}"

@@ -274,6 +274,46 @@ def require_apart(out: str | os.PathLike, source: str | os.PathLike) -> None:
         raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
 
 
+def require_file(path: str | os.PathLike | None, *apart: str | os.PathLike | None, what: str, kind: str) -> None:
+    """Raise UserError for an output file whose place is taken by what is read, or by something of another kind.
+
+    Parameters
+    ----------
+    path : None is no output. An empty file is as good as none.
+    apart : what the command reads, and its other outputs; None is left out.
+    what : the argument, for errors.
+    kind : what may be replaced: a format of our JSON and safetensors files, "picture" (PNG) or "page" (HTML).
+    """
+    if path is None:
+        return
+    path = Path(path)
+    for other in apart:
+        if other is not None and Path(other).resolve() == path.resolve():
+            raise UserError(f"{what}: expected a file apart from {other}, which is read or written too, got {path}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{what}: expected a file or a new path, got {_kind(path)} ({path})")
+    if path.is_file() and path.stat().st_size and (found := _format_of(path)) != kind:
+        raise UserError(f"{what}: expected a new file or a {kind} to replace, got {path}, which is "
+                        f"{f'a {found}' if found else 'something else'}")
+
+
+def _format_of(path: Path) -> str:
+    """What a file says that it is, as ``kind`` of :func:`require_file`; "" where it says nothing known."""
+    with path.open("rb") as file:
+        first = file.read(4096)
+        length = int.from_bytes(first[:8], "little")
+        if first[8:9] == b"{" and length <= MAX_HEADER:
+            file.seek(8)
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):
+                return str(json.loads(file.read(length)).get("__metadata__", {}).get("format", ""))
+    if first.startswith(b"\x89PNG"):
+        return "picture"
+    if first.lower().startswith(b"<!doctype html"):
+        return "page"
+    found = re.match(rb'\s*\{\s*"format":\s*"([\w-]+)"', first)
+    return found[1].decode() if found else ""
+
+
 def remove_directory(path: str | os.PathLike) -> None:
     """Remove a directory in one step: a kill leaves it whole, or gone but for what the next removal clears away."""
     path = Path(path)

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydit import files
 from pydit.errors import FormatError, UserError
-from pydit.families import FAMILIES, BlockSpec, Family
+from pydit.families import FAMILIES, BlockSpec, Family, in_units
 from pydit.presets import PRESETS
 
 FORMAT = "pydit-plan"
@@ -364,10 +364,10 @@ class PruningPlan:
             before, after = teacher.num_parameters(config), self.num_parameters(config)
             rows[0] += f", {before:,} parameters -> {after:,}"
             work = [plan.num_flops(config) for plan in (teacher, self)]
-            rows.append(f"{2e-9 * before:.4g} GB in bfloat16 -> {2e-9 * after:.4g}; a forward at 6889 image and 512 "
-                        f"text tokens: {work[0] / 1e12:.1f} TFLOP -> {work[1] / 1e12:.1f} "
-                        f"({100 * work[1] / work[0]:.1f} %), no less than {1e3 * work[0] / H200_FLOPS:.0f} ms -> "
-                        f"{1e3 * work[1] / H200_FLOPS:.0f} on an H200 (predicted, not measured)")
+            rows.append(f"{in_units(2 * before, 2 * after, 'B')} in bfloat16; a forward at 6889 image and 512 text "
+                        f"tokens: {in_units(*work, 'FLOP')} ({100 * work[1] / work[0]:.1f} %), no less than "
+                        f"{in_units(work[0] / H200_FLOPS, work[1] / H200_FLOPS, 's')} on an H200 (predicted, not "
+                        "measured)")
         if note := self.provenance.get("note"):
             rows.append(str(note))
         sizes = self.block_parameters(config) if priced else []

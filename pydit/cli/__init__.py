@@ -20,7 +20,7 @@ from pydit.version import __version__
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    debug = False
+    debug, arguments = False, argparse.Namespace()
     try:
         from pydit import env
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parse(argv)
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
-        _complain("pydit: interrupted", debug)
+        _complain("pydit: interrupted" + _how_to_go_on(arguments), debug)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         with contextlib.suppress(OSError):
@@ -60,6 +60,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     return arguments
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if getattr(arguments, "command", None) == "demo":
+        return "; the same command goes on where it stopped"
+    return "; with --resume it goes on from what was kept" if hasattr(arguments, "resume") else ""
 
 
 def _is_safetensors(error: Exception) -> bool:

@@ -19,6 +19,7 @@ from pydit.cli.options import (
     print_json,
     progress,
     quiet,
+    require_file_outputs,
     sampling_defaults,
     story_to,
     warnings_as_lines,
@@ -120,12 +121,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     from pydit import doctor
     from pydit.demo import data as demo
     from pydit.demo import story, teacher, world
-    from pydit.demo.evaluate import Result, evaluate, relative_loss
+    from pydit.demo.evaluate import FORMAT, Result, evaluate, relative_loss
     from pydit.files import read_json, write_json
     from pydit.inference.pipeline import content_hash
 
     if arguments.resume and arguments.out is None:
         raise UserError("resume: expected --out, whose log is continued, got none")
+    require_file_outputs(arguments, {"out": FORMAT}, arguments.compare)
     other = None if arguments.compare is None else Result.from_json(
         read_json(arguments.compare, what="compare", strict=True), what="compare")
     path = arguments.pipeline or teacher.ASSETS

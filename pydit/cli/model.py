@@ -26,6 +26,7 @@ from pydit.cli.options import (
     print_json,
     progress,
     removal,
+    require_file_outputs,
     require_output,
     require_used,
     stored_plan,
@@ -58,12 +59,11 @@ def add_analyze(commands: Any) -> None:
 
 def _analyze(arguments: argparse.Namespace) -> None:
     from pydit.analysis import ActivationStats, collect
+    from pydit.analysis.activations import FORMAT
     from pydit.demo import story
     from pydit.distill.pair import digest
 
-    for path in filter(None, (arguments.out, arguments.plot)):
-        if path.is_dir():
-            raise UserError(f"out: expected a file to write, got the directory {path}")
+    require_file_outputs(arguments, {"out": FORMAT, "plot": "picture"})
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     resume = None
     if arguments.resume:
@@ -202,7 +202,8 @@ def add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from pydit.plan import PruningPlan
+    from pydit.analysis.criteria.base import FORMAT as SCORES
+    from pydit.plan import FORMAT, PruningPlan
 
     require_check(arguments)
     if arguments.compare or arguments.report:
@@ -216,6 +217,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     require_used(arguments, ("target",), bool(arguments.stats or arguments.search), "STATS or --search")
     require_used(arguments, ("num_layers", "family"), arguments.intervals is not None, "--intervals")
     require_used(arguments, ("prompts",), bool(arguments.search or arguments.check), "--search or --check")
+    require_file_outputs(arguments, {"out": FORMAT, "scores": SCORES}, arguments.stats, arguments.show)
     config = None
     if arguments.show:
         plan = stored_plan(arguments.show) if arguments.show.is_dir() else PruningPlan.load(arguments.show)
@@ -310,6 +312,7 @@ def _compare(arguments: argparse.Namespace) -> None:
                         f"got {'--' + given[0] if given else 'no statistics file'}")
     if arguments.target is None:
         raise UserError("target: expected a share or a number of blocks, at which criteria are compared, got auto")
+    require_file_outputs(arguments, {"report": "page"}, arguments.stats)
     stats = ActivationStats.load(arguments.stats)
     if arguments.report:
         from pydit.demo import analysis_report as report

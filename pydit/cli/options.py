@@ -134,6 +134,19 @@ def require_output(out: Path, *sources: Path) -> None:
     files.require_replaceable(out)
 
 
+def require_file_outputs(arguments: argparse.Namespace, outputs: dict[str, str], *sources: Path | None) -> None:
+    """Raise UserError, before any work, for output files that would take the place of something else.
+
+    outputs : options and the kinds of file they write, as for :func:`pydit.files.require_file`. sources : what is read,
+        beside the prompts of a file.
+    """
+    prompts = getattr(arguments, "prompts", None)
+    read = [*sources, Path(prompts) if isinstance(prompts, str) and prompts != "demo" else None]
+    written = [getattr(arguments, name) for name in outputs]
+    for number, (name, kind) in enumerate(outputs.items()):
+        files.require_file(written[number], *read, *written[:number], what=name, kind=kind)
+
+
 def is_given(arguments: argparse.Namespace, name: str) -> bool:
     """Whether an option says something other than without it."""
     return getattr(arguments, name) not in (None, False, arguments.defaults(name))

@@ -135,7 +135,7 @@ def depth_axis(num_layers: int, intervals: Sequence[tuple[int, int]], r2: dict[s
         top.plot(depth, values, marker=marker, markersize=4.5, linewidth=1.6, color=STREAMS.get(stream, INK),
                  label=f"{stream} stream")
     for start, end in intervals:
-        top.axvspan(start - 0.5, end + 0.5, color=COLOURS["pruned"], alpha=0.10, linewidth=0)
+        top.axvspan(start - 0.45, end + 0.45, color=COLOURS["pruned"], alpha=0.10, linewidth=0)
     top.set_ylabel("share of the block's change\nthat a linear map explains")
     top.set_title("How linear is each block?")
     top.grid(axis="y")

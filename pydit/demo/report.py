@@ -161,7 +161,7 @@ student learns to predict what the teacher predicts.</p>
 
 
 def _quick_note(metrics: dict[str, Any]) -> str:
-    if not metrics["settings"].get("quick"):
+    if not metrics["settings"].get("quick") and metrics["settings"].get("output_steps"):
         return ""
     return ('<p class="note">A quick run: a few training steps and few sampling steps show the path, not the quality. '
             "Run <code>pydit demo</code> for figures that mean something.</p>")

@@ -24,7 +24,7 @@ from pydit.demo import choose, console, data, parallel, report, story, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.distill import DistillConfig
 from pydit.errors import UserError
-from pydit.files import read_json, remove_directory, write_json
+from pydit.files import is_unused, read_json, remove_directory, require_replaceable, write_json
 from pydit.inference.checks import check_pipeline
 from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
@@ -65,7 +65,8 @@ class Settings:
     def make(cls, *, seed: int, budget_minutes: float, prompts: int | None, quick: bool) -> Settings:
         """The settings of the command's options."""
         if not quick:
-            return cls(seed, budget_minutes, prompts, quick, workers=min(4, parallel.available_cores()))
+            images = max(512, round(cls.images * min(1, budget_minutes / 12)))  # 6144 take a minute or two
+            return cls(seed, budget_minutes, prompts, quick, images=images, workers=min(4, parallel.available_cores()))
         return cls(seed, budget_minutes, prompts or 14, quick, steps=4, calibration_batches=8, batch_size=8,
                    images=256, layers_steps=12, output_steps=8, gallery=7)
 
@@ -89,7 +90,8 @@ def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | 
     Raises
     ------
     UserError
-        ``out`` is a file, there is no teacher, or an option is out of range.
+        ``out`` is a file, or a directory with something else or with a run with other options in it; there is no
+        teacher, or an option is out of range.
     """
     started = time.monotonic()
     settings = Settings.make(seed=seed, budget_minutes=budget_minutes, prompts=prompts, quick=quick)
@@ -97,11 +99,13 @@ def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | 
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: expected a directory or a new path, got the file {out}")
+    if not is_unused(out) and not (out / "work" / "state.json").is_file():
+        raise UserError(f"out: expected a new path, an empty directory or the one of an earlier run, got {out}")
+    require_replaceable(out / "distilled")
     check_pipeline(folder)
     console.heading(f"pydit demo on {doctor.machine()}")
     pipe = load_pipeline(folder, dtype=torch.float32)
-    work = _Work(out / "work", {**asdict(settings), "teacher": content_hash(folder)}, fresh=fresh,
-                 started=started)
+    work = _Work(out / "work", asdict(settings), content_hash(folder), fresh=fresh, started=started)
     if work.stages:
         console.line(f"Continuing the run in {out} after the stage '{list(work.stages)[-1]}' (--fresh starts over).")
     return _Demo(out, settings, pipe, work, folder).run()
@@ -118,20 +122,28 @@ def data_teacher() -> Path:
 
 
 class _Work:
-    """Finished stages on disk: ``state.json`` holds the fingerprint and, per stage, its data and duration."""
+    """Finished stages on disk: ``state.json`` holds fingerprint and settings and, per stage, its data and duration."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, fresh: bool, started: float) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], teacher: str, *, fresh: bool, started: float) -> None:
         self.path = path
-        identity = {**identity, "format": FORMAT, "versions": doctor.versions()}
+        identity = {**settings, "teacher": teacher, "format": FORMAT, "versions": doctor.versions()}
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
         self.stages: dict[str, dict[str, Any]] = {}
         file = path / "state.json"
         if file.is_file():
             state = {} if fresh else read_json(file, what="work")
-            if isinstance(state, dict) and state.get("fingerprint") == self.fingerprint:
+            state = state if isinstance(state, dict) else {}
+            if state.get("fingerprint") == self.fingerprint:
                 self.stages = state["stages"]
             else:
-                remove_directory(path)  # of another teacher, of other settings, or not wanted
+                made_of = state.get("settings", {})
+                other = [f"{name.replace('_', '-')} {made_of[name]}" for name, value in settings.items()
+                         if made_of.get(name, value) != value]
+                if other and state.get("stages"):
+                    raise UserError(f"out: expected the options of the run that {path.parent} holds "
+                                    f"({', '.join(other)}), or --fresh to start over, got others")
+                remove_directory(path)  # of another teacher or version, or not wanted
+        self._settings = settings
         path.mkdir(parents=True, exist_ok=True)
         self._save()
 
@@ -159,7 +171,8 @@ class _Work:
         return self.stages[name]["data"]
 
     def _save(self) -> None:
-        write_json(self.path / "state.json", {"fingerprint": self.fingerprint, "stages": self.stages})
+        write_json(self.path / "state.json",
+                   {"fingerprint": self.fingerprint, "settings": self._settings, "stages": self.stages})
 
 
 class _Demo:
@@ -326,6 +339,14 @@ class _Demo:
         console.line(f"report      {page} ({console.duration(metrics['seconds'])} in all)")
         return metrics
 
+    def _command(self) -> str:
+        """What a reader would type for the same; where it is written to is no part of it."""
+        settings = self.settings
+        parts = ["pydit demo", "--quick" if settings.quick else f"--budget-minutes {settings.budget_minutes:g}"]
+        parts += [f"--{name} {value}" for name, value in (("prompts", settings.prompts), ("seed", settings.seed))
+                  if value and not (settings.quick and (name, value) == ("prompts", 14))]
+        return " ".join(parts)
+
     def _metrics(self, plan: PruningPlan, student) -> dict[str, Any]:
         self.loss = relative_loss(self.results["teacher"], self.results["distilled"])
         distilled = self.work.stages["distill"]["data"]
@@ -338,7 +359,7 @@ class _Demo:
             "prompts": len(self.results["teacher"].prompts),
             "relative_loss": self.loss.value, "relative_loss_interval": [self.loss.low, self.loss.high],
             "seconds": round(self.work.seconds, 1), "distill_seconds": round(distilled["seconds"], 1),
-            "settings": {"command": "pydit demo" + (" --quick" if self.settings.quick else ""), **asdict(self.settings),
+            "settings": {"command": self._command(), **asdict(self.settings),
                          "layer_steps": distilled["steps"]["layers"], "output_steps": distilled["steps"]["output"]},
             "versions": doctor.versions(), "machine": doctor.machine(),
         }

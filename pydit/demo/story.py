@@ -83,11 +83,13 @@ def as_json(stats: ActivationStats) -> dict[str, Any]:
 
 def print_results(results: dict[str, Result]) -> None:
     """One line per category and one for their mean, a column per model; Wilson intervals behind the last."""
+    from pydit.demo.figures import category_name
+
     last = list(results.values())[-1]
     rows = []
     for name, count in last.counts.items():
         low, high = last.intervals()[name]
-        rows.append([name.replace("_", " "), *(console.percent(r.per_category.get(name)) for r in results.values()),
+        rows.append([category_name(name), *(console.percent(r.per_category.get(name)) for r in results.values()),
                      f"{100 * low:.1f} to {100 * high:.1f}", count])
     overall = [console.percent(result.overall) for result in results.values()]
     rows.append(["mean over categories", *overall, "", len(last.prompts)])

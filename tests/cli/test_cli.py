@@ -289,7 +289,7 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     with pytest.MonkeyPatch.context() as patch:  # after the first checkpoint
         patch.setattr(ActivationStats, "save", interrupted)
         assert main([*map(str, analyze), "--batches", "8", "--save-every", "4"]) == 130
-    assert capfd.readouterr().err.endswith("pydit: interrupted\n")
+    assert capfd.readouterr().err.endswith("pydit: interrupted; with --resume it goes on from what was kept\n")
     assert not again.exists() and "expected no checkpoint of an earlier run" in fails(*analyze, "--batches", 8)
     assert main([*map(str, analyze), "--batches", "8", "--resume"]) == 0
     bar = capfd.readouterr().err

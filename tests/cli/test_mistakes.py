@@ -10,6 +10,7 @@ from pydit import files
 from pydit.analysis import ActivationStats
 from pydit.cli import main
 from pydit.cli.options import warnings_as_lines
+from pydit.demo.evaluate import Result
 from pydit.distill import checkpoint
 from pydit.plan import PruningPlan
 from tests.cli.test_cli import _tree, fails, plan_file  # noqa: F401
@@ -35,6 +36,60 @@ def test_what_is_read_is_not_written_over(tmp_path, fails, plan_file, student): 
         assert "out: expected a directory apart from" in fails(
             "distill", teacher, student, "--prompts", "demo", "--steps", 1, "--out", out)
     assert contents(teacher) == before
+
+
+@pytest.mark.parametrize("command, named", [
+    ("analyze TEACHER --prompts words.txt --out words.txt", "out: expected a file apart from words.txt"),
+    ("analyze TEACHER --prompts words.txt --out new --plot words.txt", "plot: expected a file apart from words.txt"),
+    ("analyze TEACHER --prompts words.txt --out new --plot ./new", "plot: expected a file apart from new"),
+    ("analyze TEACHER --prompts demo --out plan.json", "out: expected a new file or a pydit-activation-stats to replace"),
+    ("analyze TEACHER --prompts demo --out new --plot plan.json", "plot: expected a new file or a picture to replace"),
+    ("plan stats --out stats", "out: expected a file apart from stats"),
+    ("plan stats --scores stats", "scores: expected a file apart from stats"),
+    ("plan stats --out new --scores new", "scores: expected a file apart from new"),
+    ("plan stats --compare --report stats", "report: expected a file apart from stats"),
+    ("plan stats --report plan.json", "report: expected a new file or a page to replace, got plan.json, which is a pydit-pl"),
+    ("plan --show plan.json --out ../here/plan.json", "out: expected a file apart from plan.json"),
+    ("plan --preset ppcl-qwen-image-12b --out words.txt", "out: expected a new file or a pydit-plan to replace, got words"),
+    ("eval TEACHER --prompts 7 --compare eval.json --out eval.json", "out: expected a file apart from eval.json"),
+    ("eval TEACHER --prompts 7 --out plan.json", "out: expected a new file or a pydit-eval to replace"),
+    ("bench --json words.txt", "json: expected a new file or a pydit-bench to replace"),
+    ("bench --compare a.json --json a.json", "json: expected a file apart from a.json"),
+    ("bench layers --plan plan.json --json plan.json", "json: expected a file apart from plan.json"),
+    ("bench model --plan plan.json --json words.txt", "json: expected a new file or a pydit-bench-model to replace"),
+])
+def test_files_that_are_read_or_of_another_kind_are_not_written_over(command, named, tmp_path, monkeypatch, capfd):
+    """Before anything is read or computed; a file of the same kind and an empty one are replaced, below."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    files.write_text("words.txt", "a red circle\n")
+    files.save_safetensors("stats", {}, {"format": "pydit-activation-stats", "version": "0"})
+    PruningPlan.preset("ppcl-qwen-image-12b").save("plan.json")
+    files.write_json("eval.json", Result(["a"], ["glyph"], [0], [True]).to_json())
+    before = contents(folder)
+    assert main(command.replace("TEACHER", str(untrained())).split()) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert named in line and contents(folder) == before
+
+
+def test_files_of_the_same_kind_and_empty_ones_are_replaced(tmp_path):
+    pages = {"pydit-plan": b'{\n  "format": "pydit-plan"}', "picture": b"\x89PNG\r\n", "page": b"<!DOCTYPE html>\n<p>",
+             "pydit-scores": (header := b'{"__metadata__":{"a":"b","format":"pydit-scores"}}', len(header).to_bytes(8, "little"))}
+    pages["pydit-scores"] = b"".join(pages["pydit-scores"][::-1])
+    for kind, page in pages.items():
+        for content in (page, b""):
+            (tmp_path / "out").write_bytes(content)
+            files.require_file(tmp_path / "out", None, tmp_path / "other", what="out", kind=kind)
+        for other in pages.keys() - {kind}:
+            (tmp_path / "out").write_bytes(page)
+            with pytest.raises(files.UserError, match=f"got .*, which is a {kind}$"):
+                files.require_file(tmp_path / "out", what="out", kind=other)
+    files.require_file(None, what="out", kind="page")
+    for content in (b"[1]", b"{}", b'{"format": 3}', b"\x05" + bytes(7) + b"{oops", b"\x02" + bytes(7) + b"{}"):
+        (tmp_path / "out").write_bytes(content)
+        with pytest.raises(files.UserError, match="which is something else$"):
+            files.require_file(tmp_path / "out", what="out", kind="page")
 
 
 def test_prompts_that_nothing_is_fitted_to(tmp_path, fails, plan_file):  # noqa: F811
@@ -67,7 +122,7 @@ def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path, fai
     monkeypatch.setattr(distill, "distill", lambda *_: pytest.fail("training began"))
     line = fails("distill", untrained(), student, "--prompts", "demo", "--out", tmp_path / "photos")
     assert "out: expected a new path, an empty directory or a model directory" in line
-    assert "out: expected a file to write, got the directory" in fails(
+    assert "out: expected a file or a new path, got a directory" in fails(
         "analyze", untrained(), "--prompts", "demo", "--out", tmp_path / "photos")
 
 

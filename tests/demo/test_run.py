@@ -114,12 +114,41 @@ def test_a_killed_run_continues(where, finished, tmp_path, monkeypatch):
 
 
 def test_other_settings_start_over(finished, tmp_path, monkeypatch):
-    work = run._Work(tmp_path / "work", {"a": 1}, fresh=False, started=0.0)
+    work = run._Work(tmp_path / "work", {"a": 1}, "t", fresh=False, started=0.0)
     assert work.stage("x", lambda: 5) == 5 and work.stage("x", lambda: 6) == 5
     (tmp_path / "work" / "left.txt").touch()
-    assert run._Work(tmp_path / "work", {"a": 1}, fresh=False, started=0.0).stages["x"]["data"] == 5
-    assert not run._Work(tmp_path / "work", {"a": 2}, fresh=False, started=0.0).stages
+    assert run._Work(tmp_path / "work", {"a": 1}, "t", fresh=False, started=0.0).stages["x"]["data"] == 5
+    with pytest.raises(UserError, match=r"out: expected the options of the run that .* holds .a 1., or --fresh"):
+        run._Work(tmp_path / "work", {"a": 2}, "t", fresh=False, started=0.0)
+    assert (tmp_path / "work" / "left.txt").exists()
+    assert not run._Work(tmp_path / "work", {"a": 2}, "t", fresh=True, started=0.0).stages
     assert not (tmp_path / "work" / "left.txt").exists()
+    assert run._Work(tmp_path / "work", {"a": 2}, "t", fresh=False, started=0.0).stage("x", lambda: 7) == 7
+    assert not run._Work(tmp_path / "work", {"a": 2}, "another", fresh=False, started=0.0).stages
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    """Named at once, and not when the pipeline is saved at the end."""
+    mine = tmp_path / "mine"
+    (mine / "distilled").mkdir(parents=True)
+    (mine / "images.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="out: expected a new path, an empty directory or the one of an earlier run, got"):
+        run.run(mine, quick=True, teacher=untrained())
+    run.write_json(mine / "work" / "state.json", {})
+    (mine / "distilled" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="out: expected a new path, an empty directory or a model directory to replace"):
+        run.run(mine, quick=True, teacher=untrained())
+    assert (mine / "images.png").read_bytes() == b"mine" and (mine / "distilled" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("options, command", [
+    ({}, "pydit demo --budget-minutes 12"), ({"budget_minutes": 3.5, "seed": 2}, "pydit demo --budget-minutes 3.5 --seed 2"),
+    ({"quick": True}, "pydit demo --quick"), ({"quick": True, "prompts": 21}, "pydit demo --quick --prompts 21")])
+def test_the_report_says_what_to_type(options, command):
+    demo = run._Demo.__new__(run._Demo)
+    demo.settings = run.Settings.make(**{"seed": 0, "budget_minutes": 12.0, "prompts": None, "quick": False} | options)
+    assert demo._command() == command
+    assert demo.settings.images == {12.0: 6144, 3.5: 1792}[demo.settings.budget_minutes] or demo.settings.quick
 
 
 def test_bad_input(tmp_path, monkeypatch):

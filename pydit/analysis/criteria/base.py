@@ -15,7 +15,7 @@ from pydit.analysis.activations import ActivationStats
 from pydit.errors import FormatError, UserError
 from pydit.plan import PruningPlan
 
-_FORMAT = "pydit-scores"
+FORMAT = "pydit-scores"
 _VERSION = "1"
 _CRITERIA: dict[str, type] = {}
 BLIND = ("random", "uniform")  # these look at nothing
@@ -45,7 +45,7 @@ class Scores:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically."""
         files.save_safetensors(path, self.matrices, {
-            "format": _FORMAT, "version": _VERSION, "method": self.method, "family": self.family,
+            "format": FORMAT, "version": _VERSION, "method": self.method, "family": self.family,
             "num_layers": str(self.num_layers), "options": json.dumps(self.options),
             "starts": " ".join(map(str, self.starts))})
 
@@ -53,21 +53,21 @@ class Scores:
     def is_file(cls, path: str | os.PathLike) -> bool:
         """Whether a safetensors file says that it holds scores. Raises FormatError when it is no such file."""
         _, metadata = files.load_safetensors(path, what="stats", wanted=lambda name: False)
-        return metadata.get("format") == _FORMAT
+        return metadata.get("format") == FORMAT
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Scores:
         """Read a file written by :meth:`save`. Raises FormatError naming the file."""
         matrices, metadata = files.load_safetensors(path, what="scores")
-        if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
-            raise FormatError(f"scores: expected {_FORMAT} version {_VERSION} in {path}, "
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, _VERSION):
+            raise FormatError(f"scores: expected {FORMAT} version {_VERSION} in {path}, "
                               f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
         try:
             return cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
                        json.loads(metadata["options"]), matrices,
                        tuple(map(int, metadata.get("starts", "0").split())))
         except (KeyError, ValueError) as error:
-            raise FormatError(f"scores: expected complete {_FORMAT} in {path}, got {error!r}") from None
+            raise FormatError(f"scores: expected complete {FORMAT} in {path}, got {error!r}") from None
 
 
 class Criterion(Protocol):
