@@ -292,13 +292,15 @@ def require_file(path: str | os.PathLike | None, *apart: str | os.PathLike | Non
             raise UserError(f"{what}: expected a file apart from {other}, which is read or written too, got {path}")
     if path.exists() and not path.is_file():
         raise UserError(f"{what}: expected a file or a new path, got {_kind(path)} ({path})")
-    if path.is_file() and path.stat().st_size and (found := _format_of(path)) != kind:
+    if path.is_file() and path.stat().st_size and (found := format_of(path)) != kind:
         raise UserError(f"{what}: expected a new file or a {kind} to replace, got {path}, which is "
                         f"{f'a {found}' if found else 'something else'}")
 
 
-def _format_of(path: Path) -> str:
-    """What a file says that it is, as ``kind`` of :func:`require_file`; "" where it says nothing known."""
+def format_of(path: Path) -> str:
+    """What a file says that it is, as ``kind`` of :func:`require_file`; "" where it says nothing known, or is none."""
+    if not path.is_file():
+        return ""
     with path.open("rb") as file:
         first = file.read(4096)
         length = int.from_bytes(first[:8], "little")

@@ -29,7 +29,7 @@ def velocity(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         raise UserError(f"transformer: expected a diffusers transformer, got {type(model).__name__}")
     require_batch(batch)
     with torch.no_grad():
-        return model(**batch, return_dict=False)[0].double()
+        return model(**{**batch, "return_dict": False})[0].double()
 
 
 class GivenStates(nn.Module):

@@ -101,7 +101,7 @@ def learn_mask(transformer: nn.Module, make_batches: Callable[[int], Iterator[An
                     gate.keep = keep[:, layer]
                 updates.active = True
                 try:
-                    found = shell(**batch, return_dict=False)[0].float()
+                    found = shell(**{**batch, "return_dict": False})[0].float()
                 finally:
                     updates.active = False
                 loss = (found - wanted).square().sum() / wanted.square().sum()

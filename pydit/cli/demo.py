@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pydit.cli.options import (
     quiet,
     require_file_outputs,
     sampling_defaults,
+    seed,
     story_to,
     warnings_as_lines,
 )
@@ -39,7 +41,7 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--budget-minutes", type=positive, default=12.0,
                         help="time for everything, split by measuring this machine (default: 12)")
     parser.add_argument("--prompts", type=count, help="evaluation prompts (default: as many as the budget allows)")
-    parser.add_argument("--seed", type=int, default=0, help="of calibration, training and evaluation (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of calibration, training and evaluation (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a minute or two: shows the path, not the quality")
     parser.add_argument("--fresh", action="store_true", help="ignore what an earlier run left in OUT/work")
     parser.add_argument("--teacher", type=Path, metavar="DIR", help="another demo pipeline than the committed one")
@@ -69,7 +71,7 @@ def add_generate(commands: Any) -> None:
                         help="write each prompt beside its image: training data for `pydit distill --data`")
     parser.add_argument("--resume", action="store_true", help="leave out images that are there already")
     parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--seed", type=seed, default=0,
                         help="of the first prompt; each next one takes the next (default: 0)")
     parser.add_argument("--steps", type=count, help="denoising steps (default: the demo's own for it, else 40)")
     parser.add_argument("--guidance", type=at_least_one,
@@ -79,13 +81,14 @@ def add_generate(commands: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from pydit.inference.sampling import generate, image_name, read_prompts, save_images
+    from pydit.inference.sampling import generate, image_name, read_prompts, require_size, save_images
 
     if bool(arguments.prompts) == (arguments.prompts_file is not None):
         got = "both" if arguments.prompts else "neither"
         raise UserError(f"prompts: expected prompts or --prompts-file, got {got}")
     prompts = arguments.prompts or read_prompts(arguments.prompts_file)
     pipe = load(arguments.pipeline, arguments)
+    require_size(pipe, height=arguments.height, width=arguments.width)
     size, steps, guidance = sampling_defaults(pipe)
     numbers = [number for number, prompt in enumerate(prompts) if not (arguments.resume and (
         arguments.out / image_name(number, prompt, arguments.seed + number)).exists())]
@@ -106,7 +109,7 @@ def add_eval(commands: Any) -> None:
         "pydit eval ./demo_out/distilled --prompts 2500 --out distilled.json --compare teacher.json")
     add_pipeline(parser, optional=True)
     parser.add_argument("--prompts", type=count, default=2500, help="images to judge (default: 2500)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses prompts and noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="chooses prompts and noise (default: 0)")
     parser.add_argument("--steps", type=count, help="denoising steps (default: the demo's)")
     parser.add_argument("--guidance", type=at_least_one, help="1 is off (default: the demo's)")
     parser.add_argument("--batch", type=count, default=50, help="images drawn at once (default: 50)")
@@ -121,7 +124,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from pydit import doctor
     from pydit.demo import data as demo
     from pydit.demo import story, teacher, world
-    from pydit.demo.evaluate import FORMAT, Result, evaluate, relative_loss
+    from pydit.demo.evaluate import FORMAT, Result, evaluate, relative_loss, require_comparable
     from pydit.files import read_json, write_json
     from pydit.inference.pipeline import content_hash
 
@@ -134,11 +137,18 @@ def _eval(arguments: argparse.Namespace) -> None:
     pipe = demo_pipeline(load(path, arguments))
     prompts = world.sample_prompts(arguments.prompts, split=arguments.split, seed=arguments.seed)
     seeds = list(range(arguments.seed, arguments.seed + len(prompts)))
+    settings = {"images": len(prompts), "steps": arguments.steps or demo.STEPS,
+                "guidance": arguments.guidance or demo.GUIDANCE}
+    if other is not None:  # before hours of drawing
+        require_comparable(other, Result([p.text for p in prompts], [p.category for p in prompts], seeds, []))
+        differing = [f"{name} {other.settings[name]}, not {value}" for name, value in settings.items()
+                     if other.settings.get(name, value) != value]
+        if differing:
+            print(f"pydit eval: warning: {arguments.compare} was drawn with {' and '.join(differing)}", file=sys.stderr)
     log = None if arguments.out is None else arguments.out.with_name(arguments.out.name + ".log.jsonl")
     started = time.monotonic()
-    result = evaluate(pipe, prompts, seeds, steps=arguments.steps or demo.STEPS,
-                      guidance=arguments.guidance or demo.GUIDANCE, batch_size=arguments.batch, log=log,
-                      resume=arguments.resume, identity=content_hash(path))
+    result = evaluate(pipe, prompts, seeds, steps=settings["steps"], guidance=settings["guidance"],
+                      batch_size=arguments.batch, log=log, resume=arguments.resume, identity=content_hash(path))
     data = {**result.to_json(), "pipeline": str(arguments.pipeline or "the committed teacher"), "seed": arguments.seed,
             "split": arguments.split, "seconds": round(time.monotonic() - started, 1), "machine": doctor.machine(),
             "versions": doctor.versions()}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydit import files
 from pydit.cli.check import add_check, measure, require_check, show
 from pydit.cli.options import (
     add_batches,
@@ -35,6 +36,8 @@ from pydit.cli.options import (
     whole,
 )
 from pydit.errors import UserError
+from pydit.families import FAMILIES
+from pydit.presets import PRESETS
 
 
 def add_analyze(commands: Any) -> None:
@@ -157,7 +160,7 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("stats", nargs="?", type=Path, metavar="STATS", help="file written by `pydit analyze`")
     parser.add_argument("--search", type=Path, metavar="PIPELINE",
                         help="pipeline whose blocks are left out one by one, always the one that costs least")
-    parser.add_argument("--preset", help="a published layout, such as ppcl-qwen-image-12b")
+    parser.add_argument("--preset", metavar="NAME", help="a layout by its name: " + ", ".join(sorted(PRESETS)))
     parser.add_argument("--intervals", metavar="JSON", help="intervals by hand, such as '[[3,4],[5,7]]'")
     parser.add_argument("--show", type=Path, metavar="PLAN", help="print a plan file, or the plan of a pruned pipeline")
     thin = parser.add_argument_group("what more a plan does to its blocks, named by the first layer they stand for")
@@ -176,8 +179,12 @@ def add_plan(commands: Any) -> None:
                         help="with STATS: also write the method's scores, of ppcl the CKA of every start and end;\n"
                              "such a file (.safetensors) in the place of STATS replays the rule with other options")
     parser.add_argument("--num-layers", type=count, help="blocks of the teacher, with --intervals")
-    parser.add_argument("--family", default="qwen-image", help="with --intervals (default: qwen-image)")
-    parser.add_argument("--method", default="ppcl", help="with STATS: how redundancy is found (default: ppcl)")
+    parser.add_argument("--family", default="qwen-image", metavar="NAME",
+                        help="with --intervals: " + ", ".join(sorted(FAMILIES)) + " (default: qwen-image)")
+    parser.add_argument("--method", default="ppcl", metavar="NAME",
+                        help="with STATS: how redundancy is found: amber, bi, hierarchical, laptop, ppcl, random,\n"
+                             "rel_l1 or uniform (default: ppcl; what --compare calls ppcl optimal and ppcl cka is ppcl with\n"
+                             "--selection optimal, or --budget cka)")
     parser.add_argument("--compare", action="store_true",
                         help="with STATS: a table of the plans of all methods, and where they agree")
     parser.add_argument("--report", type=Path, metavar="FILE.html",
@@ -265,7 +272,11 @@ def _detected(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from pydit.analysis import ActivationStats, Scores, select
     from pydit.analysis.criteria import get_criterion
     from pydit.analysis.detect import decide
+    from pydit.plan import FORMAT
 
+    if files.format_of(arguments.stats) == FORMAT:
+        raise UserError(f"stats: expected a file written by `pydit analyze`, got the plan {arguments.stats}; "
+                        f"`pydit plan --show {arguments.stats}` prints it")
     scores = Scores.load(arguments.stats) if Scores.is_file(arguments.stats) else None
     method = arguments.method if scores is None else scores.method
     if arguments.method not in (method, arguments.defaults("method")):

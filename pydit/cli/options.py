@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,11 +17,24 @@ from pydit import files
 from pydit.errors import UserError
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs as wide as the terminal; lines that begin with spaces, as examples do, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        # Not at hyphens, in either: names of presets and options have some.
+        return "\n\n".join(paragraph if "\n " in paragraph else "\n".join(self._split_lines(paragraph, width))
+                            for paragraph in paragraphs)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line like any other bad input: in one line."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -63,7 +77,7 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
     parser.add_argument("--sampling-steps", type=count, default=20,
                         help="denoising steps per prompt, with a file; each is one batch (default: 20)")
     parser.add_argument("--size", type=count, help="image height and width, with a file (default: the pipeline's)")
-    parser.add_argument("--data-seed", type=int, default=0, help="of noise and order (default: 0)")
+    parser.add_argument("--data-seed", type=seed, default=0, help="of noise and order (default: 0)")
 
 
 def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
@@ -76,9 +90,10 @@ def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
         return lambda start: make_batches(pipe, batch_size=arguments.batch_size, seed=arguments.data_seed,
                                           start_step=start)
     from pydit.distill import distributed
-    from pydit.inference.sampling import endless_batches, read_prompts
+    from pydit.inference.sampling import endless_batches, read_prompts, require_size
 
     prompts = read_prompts(arguments.prompts)
+    require_size(pipe, size=arguments.size)
     rank, size = distributed.rank(), distributed.world_size()  # each process draws prompts of its own
     prompts = prompts[rank % len(prompts)::size]
     seed = arguments.data_seed + rank * 1_000_003
@@ -250,6 +265,11 @@ def count(text: str) -> int:
 def whole(text: str) -> int:
     """Type of an option: 0, 1, 2, ..."""
     return _number(text, int, lambda v: v >= 0, "a whole number of at least 0")
+
+
+def seed(text: str) -> int:
+    """Type of an option: a whole number that generators take, as do those that are made of it and a step."""
+    return _number(text, int, lambda v: abs(v) <= 2**40, "a whole number between -2^40 and 2^40")
 
 
 def positive(text: str) -> float:

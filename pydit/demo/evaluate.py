@@ -179,9 +179,7 @@ def relative_loss(teacher: Result, student: Result, *, resamples: int = 10_000, 
     UserError
         The two results are not of the same prompts and seeds in the same order.
     """
-    if (teacher.prompts, teacher.seeds) != (student.prompts, student.seeds):
-        raise UserError("compare: expected two results on the same prompts and seeds, got "
-                        f"{_sample_text(teacher)} and {_sample_text(student)}")
+    require_comparable(teacher, student)
     if teacher.overall == 0:
         return RelativeLoss(None, None, None)
     generator = np.random.default_rng(seed)
@@ -191,6 +189,13 @@ def relative_loss(teacher: Result, student: Result, *, resamples: int = 10_000, 
     losses = 1 - of_student[usable] / of_teacher[usable]
     low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2])
     return RelativeLoss(1 - student.overall / teacher.overall, float(low), float(high))
+
+
+def require_comparable(teacher: Result, student: Result) -> None:
+    """UserError unless both results are of the same prompts and seeds in the same order."""
+    if (teacher.prompts, teacher.seeds) != (student.prompts, student.seeds):
+        raise UserError("compare: expected two results on the same prompts and seeds, got "
+                        f"{_sample_text(teacher)} and {_sample_text(student)}")
 
 
 def wilson(successes: float, count: int, *, z: float = 1.959964) -> tuple[float, float]:
@@ -228,8 +233,12 @@ class _Journal:
         if self.path is None:
             return
         header = {"format": "pydit-eval-log", "version": VERSION, "fingerprint": fingerprint}
-        if resume and self.path.exists():
-            self._read(header)
+        if self.path.exists():
+            if not resume and self.path.stat().st_size > len(json.dumps(header)) + 1:
+                raise UserError(f"log: expected no verdicts of an earlier evaluation, got some in {self.path}; pass "
+                                "--resume (resume=True) to go on with them, or delete the file")
+            if resume:
+                self._read(header)
         if not self.passed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(json.dumps(header) + "\n", "w")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,12 +61,15 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
     backend chosen with ``set_attention_backend``, or with diffusers' ``attention_backend`` for a while (any but
     ``"native"``, which is what diffusers takes without a choice), stays; the report says so. Hooks of diffusers and of
     accelerate may come before or after; so may ``enable_parallelism``, with context parallelism (Ulysses, ring) over
-    the fused attention, or tensor parallelism.
+    the fused attention, or tensor parallelism. A pruned model that runs layers of its teacher shares them: while it
+    does, they are accelerated in the teacher too. Training SD3.5 under DistributedDataParallel takes
+    ``find_unused_parameters=True``: the last block's text query, whose output stock SD3.5 drops, does not run.
 
     Raises
     ------
     UserError
-        Another model, or graphs of a model whose weights are offloaded.
+        Another model, graphs of a model whose weights are offloaded, or ``exact`` with blocks that another accelerated
+        model runs.
     """
     models = _models_of(pipe_or_model)
     for name, value in (("exact", exact), ("cuda_graphs", cuda_graphs)):
@@ -74,6 +77,9 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
             raise UserError(f"{name}: expected True or False, got {value!r}")
     if cuda_graphs:
         graphs.check(models[0])
+    if exact:
+        for model in models:
+            _require_unshared(model)
     for model in models:
         _undo(model)
         state = model.__dict__[_KEY] = _Accelerated(exact_only=exact)
@@ -88,9 +94,26 @@ def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = F
     return pipe_or_model
 
 
+def _require_unshared(model: nn.Module) -> None:
+    """UserError where another accelerated model runs blocks of this one fused: it would not be exact."""
+    from pydit.models.fused_blocks import FUSED
+
+    mine = [block for block, _ in model.__dict__[_KEY].blocks] if _KEY in model.__dict__ else []
+    shared = [block for block in _blocks_of(model)
+              if type(block) in FUSED.values() and not any(block is one for one in mine)]
+    if shared:
+        raise UserError("exact: expected blocks that no other accelerated model runs, got "
+                        f"{len(shared)} that one does; pydit.restore it, or set_active it to its own blocks, first")
+
+
 def _swap(model: nn.Module) -> None:
-    """Swap what runs and has not been swapped yet; again for a pruned model whose route has changed."""
+    """Swap what runs and has not been swapped yet; again for a pruned model whose route has changed.
+
+    What no longer runs is put back: it may be a layer of the teacher, which runs by itself too.
+    """
     state = model.__dict__[_KEY]
+    running = {id(module) for module in (*_modules_of(model), *_blocks_of(model))}
+    _put_back(state, lambda module: id(module) not in running)
     _swap_processors(model, state, state.exact_only)
     _swap_blocks(model, state, state.exact_only)
     state.places = _places(state)
@@ -371,24 +394,33 @@ class _Accelerated:
         return self.exact
 
 
+def _put_back(state: _Accelerated, chosen: Callable[[nn.Module], bool]) -> None:
+    """Undo what was done to the modules that are ``chosen``, and forget them."""
+    for module, processor, ours in state.processors:
+        if chosen(module) and _is(module.processor, ours):  # what somebody has put there since stays
+            for name in ("_attention_backend", "_parallel_config"):  # and what was chosen since
+                if hasattr(processor, name):
+                    setattr(processor, name, getattr(module.processor, name))
+            module.processor = processor
+    for block, cls in state.blocks:
+        if chosen(block):
+            change_class(block, cls)
+            block.__dict__.pop("_pydit_target", None)
+            block.__dict__.pop("_pydit_exact", None)
+    state.processors = [entry for entry in state.processors if not chosen(entry[0])]
+    state.blocks = [entry for entry in state.blocks if not chosen(entry[0])]
+    state.notes = [entry for entry in state.notes if not chosen(entry[1])]
+
+
 def _undo(model: nn.Module) -> None:
     graphs.disable(model)
     state = model.__dict__.pop(_KEY, None)
     model.__dict__.pop("_pydit_on_route", None)
     if state is not None:
-        for module, processor, ours in state.processors:
-            if _is(module.processor, ours):  # what somebody has put there since stays
-                for name in ("_attention_backend", "_parallel_config"):  # and what was chosen since
-                    if hasattr(processor, name):
-                        setattr(processor, name, getattr(module.processor, name))
-                module.processor = processor
         kept = model.__dict__.get("original_attn_processors") or {}  # of fuse_qkv_projections, for unfusing
         for name, kept_one in kept.items():
             kept[name] = next((stock for _, stock, ours in state.processors if ours is kept_one), kept_one)
-        for block, cls in state.blocks:
-            change_class(block, cls)
-            block.__dict__.pop("_pydit_target", None)
-            block.__dict__.pop("_pydit_exact", None)
+        _put_back(state, lambda module: True)
         for hook in state.hooks:
             hook.remove()
         for name in state.guards:

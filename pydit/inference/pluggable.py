@@ -89,7 +89,7 @@ def fallback_order(student: nn.Module, batches: Iterable[Mapping[str, Any]], *, 
 
     def outputs(active: Iterable[tuple[int, int]]) -> list[torch.Tensor]:
         student.set_active(active)
-        return [student(**batch, return_dict=False)[0].double() for batch in batches]
+        return [student(**{**batch, "return_dict": False})[0].double() for batch in batches]
 
     try:
         targets = outputs([])

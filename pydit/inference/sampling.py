@@ -107,6 +107,15 @@ def _call(pipe, prompt: str, seed: int, steps: int, guidance: float, height: int
     return pipe(**arguments)
 
 
+def require_size(pipe, **sides: int | None) -> None:
+    """UserError for a height, width or size that is no whole number of the transformer's patches: diffusers would draw
+    another one, and say so in a log alone."""
+    step = 2 * getattr(pipe, "vae_scale_factor", 1)  # of Qwen-Image, FLUX.1 and SD3.5 alike
+    for name, side in sides.items():
+        if side is not None and side % step:
+            raise UserError(f"{name}: expected a multiple of {step} for this pipeline, got {side}")
+
+
 def image_name(number: int, prompt: str, seed: int) -> str:
     """``000-a-red-circle-seed0.png``."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"

@@ -86,6 +86,8 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
         restore(model)
         raise
     baked.hooks.append(model.register_forward_pre_hook(_at_step, with_kwargs=True))
+    if hasattr(model, "save_pretrained"):  # which writes config.json before it asks for the weights
+        model.__dict__["save_pretrained"] = functools.partial(_refuse, model)
     for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
         if hasattr(type(model), name):
             method = functools.partial(_then_refreshed, model, name)  # can be pickled
@@ -101,7 +103,7 @@ def restore(transformer: nn.Module) -> nn.Module:
         _put_back(baked, *_place(model))
         for hook in baked.hooks:
             hook.remove()
-        for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
+        for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS, "save_pretrained"):
             model.__dict__.pop(name, None)
         del model.__dict__[_KEY]
     return transformer
@@ -419,7 +421,7 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype if weight.element_size() > 1 else model.dtype
 
 
-def _refuse(module: nn.Module, *_args: Any) -> None:
+def _refuse(module: nn.Module, *_args: Any, **_options: Any) -> None:
     raise UserError("transformer: expected one with its modulation weights, got a baked schedule; pydit.restore it "
                     "before saving or loading weights")
 

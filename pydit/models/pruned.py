@@ -125,7 +125,8 @@ class PrunedModel:
     def set_active(self, intervals: Iterable[Sequence[int]]) -> None:
         """Run the student's blocks on the listed intervals and the teacher's own layers on every other one.
 
-        With ``[]`` and untrained kept blocks the model is the teacher, bit for bit.
+        With ``[]`` and untrained kept blocks the model is the teacher, bit for bit; of a lean plan, whose kept blocks
+        lack what no output depends on, within rounding.
 
         Parameters
         ----------

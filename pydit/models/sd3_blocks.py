@@ -20,6 +20,8 @@ from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 class PrunedSD3AttnProcessor(ThinnedAttnProcessor):
     """As ``JointAttnProcessor2_0`` for thinned-out blocks."""
 
+    text_first = False
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         """hidden_states [B, S_img, C], encoder_hidden_states [B, S_txt, C] -> (image [B, S_img, C], text or None)."""
         if attention_mask is not None:

@@ -141,6 +141,7 @@ class ThinnedAttnProcessor:
 
     _attention_backend = None
     _parallel_config = None
+    text_first = True  # of the tokens, as in the family's stock processor: the order decides the last bits
 
     def attend(self, attn: nn.Module, image: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor | None,
                rotate_image: Any, rotate_text: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -155,15 +156,20 @@ class ThinnedAttnProcessor:
         if text_mask is not None:
             ones = text_mask.new_ones(image.shape[:2], dtype=torch.bool)
             mask = torch.cat((text_mask.bool(), ones), dim=1)[:, None, None]
-        asks = text_parts[0] is not None
-        queries = torch.cat((text_parts[0], image_parts[0]), dim=1) if asks else image_parts[0]
-        joined = [torch.cat(pair, dim=1) for pair in zip(text_parts[1:], image_parts[1:], strict=True)]
-        out = dispatch_attention_fn(queries, *joined, attn_mask=mask, dropout_p=0.0, is_causal=False,
+        asks, order = text_parts[0] is not None, 1 if self.text_first else -1
+
+        def joined(text, image):
+            return torch.cat((text, image)[::order], dim=1)
+
+        queries = joined(text_parts[0], image_parts[0]) if asks else image_parts[0]
+        keys, values = map(joined, text_parts[1:], image_parts[1:])
+        out = dispatch_attention_fn(queries, keys, values, attn_mask=mask, dropout_p=0.0, is_causal=False,
                                     backend=self._attention_backend, parallel_config=self._parallel_config)
         out = out.flatten(2, 3).to(queries.dtype)
-        tokens = text.shape[1] if asks else 0
-        image_out = _through(out[:, tokens:].contiguous(), getattr(attn, "to_out", ()))
-        return image_out, _through(out[:, :tokens].contiguous(), names.output) if asks else None
+        sizes = (text.shape[1] if asks else 0, image.shape[1])
+        text_out, image_out = out.split(sizes[::order], dim=1)[::order]
+        image_out = _through(image_out.contiguous(), getattr(attn, "to_out", ()))
+        return image_out, _through(text_out.contiguous(), names.output) if asks else None
 
 
 def _projected(attn, x, names, norms, rotate):

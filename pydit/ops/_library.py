@@ -8,7 +8,8 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,11 +26,31 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     if written:
         implementation = _noted(implementation, written)
+    implementation = _as_given(implementation)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implementations[name] = implementation
     _library.impl(name, implementation, "CPU")
     _library.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"pydit::{name}", fake, lib=_library)
+
+
+def _as_given(implementation: Callable) -> Callable:
+    """The same outside of torch.autocast, which casts what torch's own ops inside are given: an op has its arguments'
+    dtype."""
+    def run(*args: Any) -> Any:
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return implementation(*args)
+        with without_autocast():
+            return implementation(*args)
+
+    return run
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Ops of torch in here keep the dtype of what they are given."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _noted(implementation: Callable, written: list[int]) -> Callable:

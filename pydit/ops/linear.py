@@ -23,6 +23,7 @@ from pydit.ops._library import (
     define,
     define_backward,
     modulation_rows,
+    without_autocast,
 )
 from pydit.ops.block import gated_residual
 from pydit.ops.reference import wide
@@ -242,6 +243,9 @@ def _joint(op, img, txt, split, gelu):
 
 def _library_linear(x, weight, bias, residual=None, gate=None, split=None, gelu=False):
     """The same by torch's products, with the epilogues that cuBLASLt offers."""
+    if torch.is_autocast_enabled(x.device.type):
+        with without_autocast():
+            return _library_linear(x, weight, bias, residual, gate, split, gelu)
     if gelu:
         if x.is_cuda and bias is not None and x.dtype != torch.float64 and not _needs_gradient(x, weight, bias):
             flat = torch._addmm_activation(bias, _flat(x), weight.T, use_gelu=True)

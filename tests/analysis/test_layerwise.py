@@ -291,6 +291,8 @@ def test_joint_removal(model, batches):
     plan = PruningPlan.from_intervals(6, [(0, 1), (2, 4)])
     found = analysis.joint_removal(model, plan, batches[:2])
     assert abs(found["measured"] - velocity_error(model, prune(model, plan), batches[:2])) < 1e-6
+    given = [{**batch, "return_dict": True} for batch in batches[:2]]  # as of a pipeline's own calls
+    assert velocity_error(model, prune(model, plan), given) == velocity_error(model, prune(model, plan), batches[:2])
     singles = ablate(model, batches[:2])
     assert abs(found["predicted"] - float(singles.losses[:, [1, 3, 4]].sum() / singles.norms.sum())) < 1e-12
     assert abs(found["ratio"] - found["measured"] / found["predicted"]) < 1e-12

@@ -5,9 +5,11 @@ import itertools
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
+from pydit import files
 from pydit.analysis import Ablation, Scores, candidates, collect, detect, score
 from pydit.analysis import select as select_with_defaults
 from pydit.analysis.criteria import PPCL, get_criterion, names, register
@@ -181,7 +183,7 @@ def test_refused_unit_does_not_hide_the_next():
     assert select(scores_of(cka), min_cka=0.9).intervals == ((1, 4),)
 
 
-def test_target_cuts_the_units():
+def test_target_cuts_the_units(tmp_path):
     cka = matrix(8, {0: [0.1, 0.05, 0.5], 3: [0.01, 0.01, 0.001, 0.5]})
     scores = scores_of(cka)
     assert select(scores).intervals == ((0, 2), (3, 6))
@@ -191,6 +193,7 @@ def test_target_cuts_the_units():
     with pytest.raises(UserError, match="at most the 5 layers that the difference rule finds removable, got 6"):
         select(scores, target=6)
     assert select(scores, target=0.5).removed == 4
+    files.write_json(tmp_path / "plan.json", select(scores, target=np.float64(0.5)).to_dict())
     assert select(scores, target=0.51).removed == 5
 
 

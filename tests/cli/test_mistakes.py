@@ -1,6 +1,7 @@
 """Mistakes that would cost a user a model, hours or a wrong result: named before anything starts."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -8,11 +9,14 @@ import pytest
 
 from pydit import files
 from pydit.analysis import ActivationStats
+from pydit.analysis.criteria import get_criterion, names
 from pydit.cli import main
 from pydit.cli.options import warnings_as_lines
 from pydit.demo.evaluate import Result
 from pydit.distill import checkpoint
+from pydit.families import FAMILIES
 from pydit.plan import PruningPlan
+from pydit.presets import PRESETS
 from tests.cli.test_cli import _tree, fails, plan_file  # noqa: F401
 from tests.demo.pipelines import untrained
 
@@ -90,6 +94,49 @@ def test_files_of_the_same_kind_and_empty_ones_are_replaced(tmp_path):
         (tmp_path / "out").write_bytes(content)
         with pytest.raises(files.UserError, match="which is something else$"):
             files.require_file(tmp_path / "out", what="out", kind="page")
+
+
+def test_sizes_and_seeds_that_nothing_can_be_drawn_with(tmp_path, fails):  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    draw = ["generate", untrained(), "a red circle", "--out", tmp_path / "images"]
+    assert "height: expected a multiple of 8 for this pipeline, got 50" in fails(*draw, "--height", 50)
+    assert "width: expected a multiple of 8 for this pipeline, got 7" in fails(*draw, "--width", 7)
+    assert "size: expected a multiple of 8 for this pipeline, got 7" in fails(
+        "analyze", untrained(), "--prompts", tmp_path / "prompts.txt", "--size", 7, "--out", tmp_path / "x")
+    assert "argument --seed: expected a whole number between -2^40 and 2^40, got '1" in fails(*draw, "--seed", 10**30)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_results_that_cannot_be_compared_are_named_before_anything_is_drawn(tmp_path, fails, capfd, monkeypatch):  # noqa: F811
+    """Of other prompts; with other steps there is a warning, as both may be wanted."""
+    few = ["eval", untrained(), "--prompts", 7, "--steps", 2, "--out", tmp_path / "few.json"]
+    assert main(list(map(str, few))) == 0
+    capfd.readouterr()
+    assert main(list(map(str, [*few[:5], 1, "--out", tmp_path / "x.json", "--compare", tmp_path / "few.json"]))) == 0
+    assert f"pydit eval: warning: {tmp_path}/few.json was drawn with steps 2, not 1\n" in capfd.readouterr().err
+    monkeypatch.setattr("pydit.demo.data.generate", lambda *_, **__: pytest.fail("drawn"))
+    assert "compare: expected two results on the same prompts" in fails(
+        "eval", untrained(), "--prompts", 14, "--compare", tmp_path / "few.json")
+
+
+def test_a_plan_is_no_statistics(fails, plan_file):  # noqa: F811
+    assert f"stats: expected a file written by `pydit analyze`, got the plan {plan_file}; `pydit plan --show" in fails(
+        "plan", plan_file)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_fits_the_terminal_and_lists_what_can_be_chosen(columns, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in ("demo", "analyze", "plan", "prune", "distill", "generate", "eval", "bench", "doctor"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capfd.readouterr().out
+        body, _, _ = text.partition("example")
+        assert max(map(len, body.splitlines())) <= columns, command
+        if command == "plan":
+            words = set(re.findall(r"[\w.-]+", text))
+            ours = [name for name in names() if type(get_criterion(name)).__module__.startswith("pydit.")]
+            assert words >= {*PRESETS, *FAMILIES, *ours}
 
 
 def test_prompts_that_nothing_is_fitted_to(tmp_path, fails, plan_file):  # noqa: F811

@@ -132,6 +132,8 @@ def test_resume_draws_only_what_is_missing(drawing, tmp_path, monkeypatch):
     whole = evaluate.evaluate(None, prompts, seeds, **arguments)
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:3]) + lines[3][:5])  # killed while writing the third chunk
+    with pytest.raises(UserError, match="log: expected no verdicts of an earlier evaluation, got some in .*log.jsonl; pass"):
+        evaluate.evaluate(None, prompts, seeds, **arguments)
     drawing.clear()
     again = evaluate.evaluate(None, prompts, seeds, resume=True, keep=2, **arguments)
     assert again.passed == whole.passed and drawing == [0, 1, *range(8, 14)]  # the two pictures, then what was missing

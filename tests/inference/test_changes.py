@@ -191,6 +191,26 @@ def test_a_layer_of_two_accelerated_models():
     assert torch.equal(run(pydit.restore(model), tiny.batch()), run(tiny.transformer(4), tiny.batch()))
 
 
+def test_the_teacher_is_stock_again_when_its_layers_run_no_more():
+    """Of an accelerated student that ran them: its own forward, and exact=True, which blocks in use elsewhere refuse."""
+    teacher, batch = tiny.transformer(4), tiny.batch()
+    student, expected = pydit.prune(teacher, PruningPlan.from_intervals(4, [(1, 2)])), run(teacher, batch)
+    pydit.accelerate(student)
+    fast = run(student, batch)
+    assert torch.equal(run(teacher, batch), expected)
+    student.set_active([])
+    assert not torch.equal(run(teacher, batch), expected)
+    with pytest.raises(UserError, match="exact: expected blocks that no other accelerated model runs, got 2 that one does"):
+        pydit.accelerate(teacher, exact=True)
+    student.set_active([(1, 2)])
+    assert torch.equal(run(teacher, batch), expected) and torch.equal(run(student, batch), fast)
+    assert torch.equal(run(pydit.accelerate(teacher, exact=True), batch), expected)
+    for exact in (False, True):  # of the model's own blocks
+        pydit.accelerate(pydit.accelerate(student), exact=exact)
+    pydit.restore(teacher), pydit.restore(student)
+    assert torch.equal(run(teacher, batch), expected)
+
+
 CACHES = {"first block": lambda: FirstBlockCacheConfig(threshold=0.4),
           "mag": lambda: MagCacheConfig(mag_ratios=torch.ones(4), num_inference_steps=4, threshold=0.5, max_skip_steps=2)}
 THINNED = {"linear FFN": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, linear_ffn=[0, 3]), tiny.batch),

@@ -113,13 +113,18 @@ def test_baking_again_replaces_the_table():
 
 
 def test_weights_are_neither_saved_nor_loaded(tmp_path):
+    """Nor is a config written beside another model's weights, as diffusers does first."""
     model = tiny.transformer(2)
     state = model.state_dict()
+    tiny.transformer(3).save_pretrained(tmp_path / "x")
+    before = {path: path.read_bytes() for path in (tmp_path / "x").iterdir()}
     pydit.bake_schedule(model, TIMES)
     for act in (model.state_dict, lambda: model.load_state_dict(state), lambda: model.save_pretrained(tmp_path / "x")):
         with pytest.raises(UserError, match=r"pydit.restore it before saving or loading"):
             act()
+    assert {path: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
     pydit.restore(model).load_state_dict(state)
+    model.save_pretrained(tmp_path / "x")
 
 
 def test_compiles_whole():

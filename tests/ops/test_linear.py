@@ -130,6 +130,30 @@ def test_odd_features_and_a_strided_weight_values(device):
     assert_accurate(ops.linear_gelu(x, w.T.contiguous().T), plain(*double((x, w)), None), plain(x, w, None))
 
 
+@pytest.mark.parametrize("device", ["reference", "sim"], indirect=True)
+@pytest.mark.parametrize("gemm", ["pydit", "library"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_dtype(dtype, gemm, device, monkeypatch):
+    """Values and gradients as outside of it, in the arguments' dtype."""
+    monkeypatch.setenv("PYDIT_GEMM", gemm)
+    for op, _, names in OPS.values():
+        args = inputs(names, dtype, device)
+        expected = op(*args)
+        leaves = [x.clone().requires_grad_() for x in args]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found, graph = op(*args), op(*leaves)
+        assert found.dtype == graph.dtype == dtype and torch.equal(found, expected)
+        graph.float().sum().backward()
+        assert all(x.grad.dtype == dtype for x in leaves)
+    x, w, b = inputs("xwb", dtype, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        pair = ops.joint_linear(x, x[:, :3], w, w, b, b)
+        q = torch.randn(1, 9, 2, 32, device=device, dtype=torch.bfloat16 if device.type == "cpu" and "sim" in os.environ[
+            "PYDIT_BACKEND"] else dtype)
+        assert ops.joint_attention(q, q, q, q, q, q)[0].dtype == q.dtype
+    assert {out.dtype for out in pair} == {dtype}
+
+
 @pytest.mark.parametrize("device", ["sim-90a", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("copies", ["lazy", "eager"])
 @pytest.mark.parametrize("cluster", ["1", "2"])

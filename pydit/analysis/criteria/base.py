@@ -132,7 +132,7 @@ def removal_target(target: float | int | None, num_layers: int) -> int | None:
         if not 0 < target < 1:
             raise UserError("target: expected a share between 0 and 1 (or an integer number of layers), "
                             f"got {target!r}")
-        share = target * num_layers
+        share = float(target) * num_layers  # of numpy's kind too
         target = int(share) + (share - int(share) > 1e-9)
     if not 1 <= target < num_layers:
         raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {target}")
