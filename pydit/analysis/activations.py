@@ -20,7 +20,7 @@ from pydit.analysis.ablation import Ablation
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES
 from pydit.models.adapter import STREAMS
-from pydit.stats import CKA, LinearProbe, Moments, clip_outliers
+from pydit.stats import CKA, LinearProbe, Moments, checks, clip_outliers
 
 FORMAT = "pydit-activation-stats"
 VERSION = "1"
@@ -151,6 +151,8 @@ class ActivationStats:
         self._check_stream(stream)
         if rows not in ("token", "image"):
             raise UserError(f"rows: expected token or image, got {rows!r}")
+        if clip is not None:
+            checks.number("clip", clip, "a number above 0", lambda x: x > 0)
         cka = CKA(self.num_layers + 1)
         for batch, ids in zip(self.samples[stream], self.sample_ids[stream], strict=True):
             features = batch if clip is None else clip_outliers(batch, clip)

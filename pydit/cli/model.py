@@ -183,8 +183,8 @@ def add_plan(commands: Any) -> None:
                         help="with --intervals: " + ", ".join(sorted(FAMILIES)) + " (default: qwen-image)")
     parser.add_argument("--method", default="ppcl", metavar="NAME",
                         help="with STATS: how redundancy is found: amber, bi, hierarchical, laptop, ppcl, random,\n"
-                             "rel_l1 or uniform (default: ppcl; what --compare calls ppcl optimal and ppcl cka is ppcl with\n"
-                             "--selection optimal, or --budget cka)")
+                             "rel_l1 or uniform (default: ppcl; what --compare calls ppcl optimal and ppcl cka is\n"
+                             "ppcl with --selection optimal, or --budget cka)")
     parser.add_argument("--compare", action="store_true",
                         help="with STATS: a table of the plans of all methods, and where they agree")
     parser.add_argument("--report", type=Path, metavar="FILE.html",

@@ -64,10 +64,18 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
 
     Parameters
     ----------
+    plan : of the student.
     config : the teacher's configuration; None is the family's published size.
     settings : phases, steps, schedule, checkpointing, averaging, caches, optimiser, sharding and teacher's memory.
     batch_size : of all processes together; each takes its share of every batch.
     element_bytes : of weights and activations: 2 for bfloat16, 4 for float32.
+    image_tokens, text_tokens : of a sample.
+    processes : that share the work, with a GPU each.
+
+    Returns
+    -------
+    Estimate
+        Bytes of one GPU's memory and of the disk by what they are for, seconds of each phase; ``describe()`` prints it.
 
     Raises
     ------

@@ -97,6 +97,12 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
     config : DistillConfig
     progress : show a progress bar, if tqdm is installed.
 
+    Returns
+    -------
+    DistillResult
+        ``history``, a dict per logged step with phase, step and losses; ``steps`` of each phase, ``seconds``,
+        ``resumed_from`` and ``batches`` taken from the stream. The student is what has changed.
+
     Raises
     ------
     UserError

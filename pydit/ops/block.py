@@ -20,7 +20,7 @@ def ada_layer_norm(x, scale, shift, *, eps=1e-6, split=None):
 
     Parameters
     ----------
-    x : torch.Tensor, shape (B, S, C)
+    x : torch.Tensor, shape (B, S, C); float32, float16 or bfloat16, and float64 where torch computes (on a CPU).
     scale, shift : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C). dtype and device of x.
     eps : float, added to the (biased) variance.
     split : int, optional. Tokens < split take row 0 of scale and shift, the others row 1 (Qwen-Image-Edit-2511).
@@ -51,8 +51,8 @@ def gated_residual(x, y, gate, *, split=None, exact=False):
 
     Parameters
     ----------
-    x, y : torch.Tensor, shape (B, S, C), same dtype and device.
-    gate : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C).
+    x, y : torch.Tensor, shape (B, S, C), same dtype (as in :func:`ada_layer_norm`) and device.
+    gate : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C). dtype and device of x.
     split : int, optional. As in :func:`ada_layer_norm`.
     exact : round the product to the dtype before the sum: what ``x + gate * y`` in torch computes, bit for bit.
 
@@ -80,8 +80,8 @@ def gated_residual_ada_layer_norm(x, y, gate, scale, shift, *, eps=1e-6, split=N
 
     Parameters
     ----------
-    x, y : torch.Tensor, shape (B, S, C), same dtype and device.
-    gate, scale, shift : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C).
+    x, y : torch.Tensor, shape (B, S, C), same dtype (as in :func:`ada_layer_norm`) and device.
+    gate, scale, shift : torch.Tensor, shape (B, C) or (B, 1, C); with ``split``: (B, 2, C). dtype and device of x.
     eps, split : as in :func:`ada_layer_norm`.
 
     Returns

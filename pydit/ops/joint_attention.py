@@ -87,6 +87,11 @@ def pack_text(mask, *tensors):
         txt_lens int32 (B,); order int64 (B, S), the index each place was filled from; the tensors in that order, kept
         tokens first and in their sequence. ``torch.empty_like(x).scatter_(1, index, x)`` with ``order`` expanded to the
         shape of x undoes it, as :func:`unpack_text` does.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong type, dtype, device or shape; the message names the argument, what was expected, what came.
     """
     if not _is_dense(mask) or mask.dtype != torch.bool or mask.ndim != 2:
         raise TypeError(f"pack_text: mask: expected a bool tensor [B, S], got {_described(mask)}")
@@ -103,7 +108,10 @@ def pack_text(mask, *tensors):
 
 
 def unpack_text(order, x):
-    """Put the tokens of x [B, S, ...], packed by :func:`pack_text` with this ``order``, back to their places."""
+    """Put the tokens of x [B, S, ...], packed by :func:`pack_text` with this ``order``, back to their places.
+
+    Raises TypeError and ValueError as it does.
+    """
     if not _is_dense(order) or order.dtype != torch.int64 or order.ndim != 2:
         raise TypeError(f"unpack_text: order: expected an int64 tensor [B, S], got {_described(order)}")
     if not _is_dense(x):

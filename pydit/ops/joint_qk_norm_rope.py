@@ -24,7 +24,8 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
     q_img, k_img : torch.Tensor, shape (B, S_img, H, D). q_txt, k_txt : shape (B, S_txt, H, D). Any strides with a
         contiguous last dimension. float32, float16 or bfloat16 (float64 on the reference backend). Either stream may
         have no tokens.
-    weights : four tensors of shape (D,) or None, for (q_img, k_img, q_txt, k_txt); None as a whole: all ones.
+    weights : four tensors of shape (D,) and the dtype of q_img, or None, for (q_img, k_img, q_txt, k_txt); None as a
+        whole: all ones.
     freqs_img, freqs_txt : (cos, sin), float32, shape (S_img, D/2) and (S_txt, D/2), contiguous, or None for no
         rotation.
     eps : float, added to the mean square.

@@ -164,7 +164,10 @@ def joint_linear(x_img, x_txt, weight_img, weight_txt, bias_img=None, bias_txt=N
 
 
 def joint_linear_gelu(x_img, x_txt, weight_img, weight_txt, bias_img=None, bias_txt=None):
-    """:func:`linear_gelu` of both streams in one launch; arguments as in :func:`joint_linear`."""
+    """:func:`linear_gelu` of both streams in one launch.
+
+    Arguments, what is returned and what is raised are as in :func:`joint_linear`.
+    """
     _check_streams("joint_linear_gelu", x_img, x_txt, weight_img, weight_txt, bias_img, bias_txt)
     return _joint("joint_linear_gelu", (x_img, weight_img, bias_img, None, None),
                   (x_txt, weight_txt, bias_txt, None, None), None, True)
@@ -175,7 +178,7 @@ def joint_linear_gated_residual(x_img, x_txt, weight_img, weight_txt, bias_img, 
     """:func:`linear_gated_residual` of both streams in one launch.
 
     Arguments as in :func:`joint_linear` and, for each stream, in :func:`linear_gated_residual`; ``split`` is of the
-    image stream.
+    image stream. Returned and raised is what :func:`joint_linear` does.
     """
     name = "joint_linear_gated_residual"
     gate_img = _check_gated(name, "_img", x_img, weight_img, bias_img, residual_img, gate_img, split)
@@ -187,7 +190,10 @@ def joint_linear_gated_residual(x_img, x_txt, weight_img, weight_txt, bias_img, 
 
 
 def joint_linear_residual(x_img, x_txt, weight_img, weight_txt, bias_img=None, bias_txt=None):
-    """:func:`linear_residual` of both streams in one launch; arguments as in :func:`joint_linear`, weights square."""
+    """:func:`linear_residual` of both streams in one launch.
+
+    Arguments as in :func:`joint_linear`, weights square; what is returned and raised too.
+    """
     name = "joint_linear_residual"
     _check_streams(name, x_img, x_txt, weight_img, weight_txt, bias_img, bias_txt)
     _check_square(name, weight_img, "_img")

@@ -28,7 +28,7 @@ def clip_outliers(features: torch.Tensor, limit: float) -> torch.Tensor:
     A few massive activations decide CKA, cosines and norms: 8 of 4096 tokens that share one channel at 100 standard
     deviations make unrelated features look alike (CKA 0.9).
     """
-    limit = checks.number("clip", limit, "a number above 0", lambda x: x > 0)
+    limit = checks.number("limit", limit, "a number above 0", lambda x: x > 0)
     if checks.tensor("features", features).ndim < 2 or not features.is_floating_point():
         raise UserError(f"features: expected floats [..., n, d], got {features.dtype} {list(features.shape)}")
     bound = limit * features.abs().flatten(-2).median(-1).values[..., None, None]

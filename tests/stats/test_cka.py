@@ -95,7 +95,7 @@ def test_clip_takes_shared_outliers_out():
     assert torch.equal(clip_outliers(x, 1e9), x)
     sparse = torch.where(torch.rand(1024, 64, generator=generator) < 0.7, 0.0, x)  # a median of 0
     assert torch.equal(clip_outliers(sparse, 5.0), sparse)
-    with pytest.raises(UserError, match="clip: expected a number above 0, got 0"):
+    with pytest.raises(UserError, match="limit: expected a number above 0, got 0"):
         clip_outliers(x, 0)
 
 
