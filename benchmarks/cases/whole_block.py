@@ -59,7 +59,7 @@ def block_of(family, config, spec, kind, model, batch, image, text, dtype) -> Ca
 
     def make(device):
         """image, text, what :func:`benchmarks.blocks.others` gives, then the weights."""
-        from pydit.models import attention, fused_blocks, get_adapter
+        from pydit.models import attention, fused_blocks, get_adapter, projections
 
         with torch.device(device):
             stock = blocks.stock_block(family, config, spec)
@@ -77,7 +77,7 @@ def block_of(family, config, spec, kind, model, batch, image, text, dtype) -> Ca
                 twin = _twin(inner)
                 setattr(fused, name, twin)
                 twin.processor = getattr(attention, _PROCESSORS[family])()
-                attention.pack_projections(inner)
+                projections.pack_projections(twin)
         streams = [torch.randn(batch, n, heads * dim, device=device, dtype=DTYPES[dtype])
                    for n in (image, text * (2 if spec.text == "linear" else 1))]
         more = blocks.others(family, config, spec, batch, image, text, device, DTYPES[dtype])

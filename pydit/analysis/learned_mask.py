@@ -106,7 +106,7 @@ def learn_mask(transformer: nn.Module, make_batches: Callable[[int], Iterator[An
                     updates.active = False
                 loss = (found - wanted).square().sum() / wanted.square().sum()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward(inputs=[*updates.parameters, *logits])  # the teacher keeps what gradients it has
                 optimizer.step()
                 schedule.step()
                 bar.update(1)

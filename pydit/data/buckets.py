@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def decode(image: bytes, sizes: tuple[tuple[int, int], ...]) -> np.ndarray:
             if min(opened.size) < 1:
                 raise ValueError("an empty image")
             height, width = nearest(sizes, opened.height, opened.width)
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
+            upright = _eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
             if (upright.height > upright.width) != (opened.height > opened.width):
                 height, width = nearest(sizes, upright.height, upright.width)
             return np.asarray(ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS))
@@ -65,3 +66,12 @@ def decode(image: bytes, sizes: tuple[tuple[int, int], ...]) -> np.ndarray:
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning, ValueError,
             MemoryError) as error:
         raise ValueError(f"no readable image: {str(error)[:100] or type(error).__name__}") from None
+
+
+def _eight_bits(image: Any) -> Any:
+    """A grey picture of 16 bits in 8: Pillow's own conversion clips at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))

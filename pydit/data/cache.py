@@ -111,8 +111,9 @@ def build_cache(pipe, source: str | os.PathLike, out: str | os.PathLike, *, reso
             (out / name).unlink()
         with contextlib.suppress(OSError):
             out.rmdir()
+        first = index["skipped"][0] if index["skipped"] else {"key": source, "reason": "nothing in it"}
         raise UserError(f"data: expected at least one captioned image that can be read, got none of {read} (the first: "
-                        f"{index['skipped'][0]['key']}: {index['skipped'][0]['reason']})")
+                        f"{first['key']}: {first['reason']})")
     index["complete"] = True
     files.write_json(out / INDEX, index)
     _remove_parts(out)

@@ -61,8 +61,8 @@ def read_samples(path: str | os.PathLike) -> Iterator[Sample | Skipped]:
     for shard in shards:
         yield from _shard(shard, shard.name if path.is_file() else shard.relative_to(path).as_posix())
     for image in images:
-        key = image.relative_to(path).with_suffix("").as_posix()
-        files = {suffix: image.with_suffix(suffix) for suffix in CAPTIONS}
+        key = _printable(image.relative_to(path).with_suffix("").as_posix())
+        files = _captions(image)
         try:
             files = {image.suffix.lower(): image, **{s: file for s, file in files.items() if file.is_file()}}
             large = [suffix for suffix, file in files.items() if file.stat().st_size > _most(suffix)]
@@ -78,13 +78,25 @@ def checksum(path: str | os.PathLike) -> str:
     """Of the names and sizes of everything that :func:`read_samples` reads; it raises the same errors."""
     path = Path(path)
     shards, images = _files(path)
-    captions = [image.with_suffix(suffix) for image in images for suffix in CAPTIONS]
+    captions = [file for image in images for file in _captions(image).values()]
     digest = hashlib.sha256()
     for file in [*shards, *images, *(file for file in captions if file.is_file())]:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         with contextlib.suppress(OSError):
             digest.update(f"{name} {file.stat().st_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def _captions(image: Path) -> dict[str, Path]:
+    """The files beside an image that may hold its caption, by suffix in small letters."""
+    spelled = {suffix: (suffix, suffix.upper()) for suffix in CAPTIONS}
+    return {suffix: next((file for file in map(image.with_suffix, ways) if file.is_file()), image.with_suffix(suffix))
+            for suffix, ways in spelled.items()}
+
+
+def _printable(key: str) -> str:
+    """A name of bytes that are not UTF-8 as text that can be written to a file."""
+    return os.fsencode(key).decode("utf-8", "backslashreplace")
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -115,13 +127,14 @@ def _shard(path: Path, name: str) -> Iterator[Sample | Skipped]:
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")
                 # WebDataset allows several dots ("1.0.jpg" holds the image of sample 1); the last part is the type.
-                this, suffix = f"{folder}/{stem}" if folder else stem, dot + suffix.rpartition(".")[2].lower()
+                this = _printable(f"{folder}/{stem}" if folder else stem)
+                suffix = dot + suffix.rpartition(".")[2].lower()
                 problem = _problem(member, suffix, sum(map(len, parts.values())) if this == key else 0)
                 if problem:
-                    yield Skipped(f"{name}:{member.name}", problem)
+                    yield Skipped(f"{name}:{_printable(member.name)}", problem)
                 if problem or not member.isfile():
                     continue
-                if this != key:
+                if this != key or parts.get(suffix):  # shards that were joined: another sample of the same name
                     if parts:
                         yield _sample(f"{name}:{key}", parts)
                     key, parts = this, {}
@@ -189,16 +202,17 @@ def _sample(key: str, parts: dict[str, bytes]) -> Sample | Skipped:
         return Skipped(key, f"no image among {', '.join(sorted(parts))}")
     try:
         caption = _caption(parts)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        caption.encode()  # JSON can hold half of a surrogate pair
+    except (ValueError, RecursionError) as error:  # UnicodeError is the first
         return Skipped(key, f"caption cannot be read: {str(error)[:100]}")
     return Sample(key, image, caption) if caption else Skipped(key, "no caption")
 
 
 def _caption(parts: dict[str, bytes]) -> str:
     if ".txt" in parts:
-        return parts[".txt"].decode("utf-8").strip()
+        return parts[".txt"].decode("utf-8-sig").strip()
     if ".json" not in parts:
         return ""
-    data = json.loads(parts[".json"].decode("utf-8"))
+    data = json.loads(parts[".json"].decode("utf-8-sig"))
     found = (data.get(name) for name in CAPTION_KEYS) if isinstance(data, dict) else ()
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")

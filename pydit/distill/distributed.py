@@ -102,7 +102,7 @@ def shard(model: nn.Module, adapter: ModelAdapter, *, device: torch.device | Non
     without their model. Gradients are reduced in float32. ``device`` : where parameters without memory (meta) will be.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, share_comm_ctx
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if world_size() == 1:
         return
@@ -114,9 +114,10 @@ def shard(model: nn.Module, adapter: ModelAdapter, *, device: torch.device | Non
         return
     mesh = init_device_mesh((device or next(model.parameters()).device).type, (world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    # Without a common context (share_comm_ctx): FSDP2's order of a forward would go on from one phase to the next, and
+    # its prefetch in a backward fails where two blocks that are neighbours have run alone.
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    share_comm_ctx(units)
 
 
 def gathered(module: nn.Module) -> nn.Module:

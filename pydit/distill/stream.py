@@ -26,6 +26,21 @@ class Batch(NamedTuple):
     weights: dict[str, float] | None = None
 
 
+class Drawn:
+    """An iterator that can be gone through once, and how many items it has given: a later stage steps over the rest."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items, self.drawn = items, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        item = next(self._items)
+        self.drawn += 1
+        return item
+
+
 class BatchStream:
     """Batches from number ``start`` on, on a device, with their targets.
 
@@ -38,6 +53,7 @@ class BatchStream:
         ``(dict, target)``.
     start : number of the first batch to deliver.
     part : (number of this process, processes) that share every batch row by row; None: a batch is this process's own.
+    together : rows that belong to one process, as the pairs of ``DistillConfig.guidance`` do.
 
     Attributes
     ----------
@@ -46,8 +62,8 @@ class BatchStream:
     """
 
     def __init__(self, batches: Batches, start: int, adapter: ModelAdapter, device: torch.device,
-                 part: tuple[int, int] | None = None) -> None:
-        self._adapter, self._device, self._part = adapter, device, part
+                 part: tuple[int, int] | None = None, together: int = 1) -> None:
+        self._adapter, self._device, self._part, self._together = adapter, device, part, together
         self.delivered = start
         self._again = None
         if callable(batches):
@@ -58,7 +74,7 @@ class BatchStream:
                             f"got {type(batches).__name__}")
         self._iterator = iter(batches)
         self._again = None if self._iterator is batches else batches
-        for number in range(start):
+        for number in range(getattr(batches, "drawn", 0), start):
             self._advance(number)
 
     def next(self) -> Batch:
@@ -81,15 +97,19 @@ class BatchStream:
     def _own_rows(self, batch: dict[str, Any], target: torch.Tensor | None) -> Batch:
         """This process's rows. One that gets none takes the first with weight 0: it has a part in every collective."""
         number, processes = self._part
-        rows = len(batch[self._adapter.block_io.image])
-        own = slice(number * rows // processes, (number + 1) * rows // processes)
+        rows, together = len(batch[self._adapter.block_io.image]), self._together
+        if rows % together:  # on every process, so that none waits for the others
+            raise UserError("batches: expected an even number of rows, pairs of one state with a prompt and with the "
+                            f"negative prompt, because guidance is set, got {rows} rows")
+        units = rows // together
+        own = slice(number * units // processes * together, (number + 1) * units // processes * together)
         count = own.stop - own.start
         weights = dict.fromkeys(STREAMS, count * processes / rows)
         mask = self._adapter.text_mask(batch)
         if mask is not None:
             weights["text"] = int(mask[own].sum()) * processes / max(1, int(mask.sum()))
         if not count:
-            own = slice(0, 1)
+            own = slice(0, together)
         # Positions of tokens (FLUX.1) are common to all rows.
         cut = {name: value[own] if _length(value) == rows and not name.endswith("_ids") else value
                for name, value in batch.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
@@ -23,7 +24,7 @@ from pydit.distill.progress import step_bar
 from pydit.distill.residence import teacher_blocks
 from pydit.distill.schedule import Budget, lr_factor
 from pydit.distill.stages import change_plan, require_successor
-from pydit.distill.stream import Batches, BatchStream
+from pydit.distill.stream import Batches, BatchStream, Drawn
 from pydit.errors import FormatError, UserError
 from pydit.models import get_adapter
 from pydit.models.adapter import ModelAdapter
@@ -116,6 +117,8 @@ def distill(teacher: nn.Module, student: nn.Module, batches: Batches, config: Di
         raise UserError(f"config: expected a DistillConfig, got {type(config).__name__}")
     config.validate()
     results: list[DistillResult] = []
+    if config.schedule and isinstance(batches, Iterator):
+        batches = Drawn(batches)
     for number in range(len(config.schedule) + 1):
         stage, first = config.stage(number), 0
         if number:
@@ -264,7 +267,7 @@ class _Run:
                                   f"{self.progress.step}, got one of {self.progress.batches}")
             part = (distributed.rank(), distributed.world_size()) if self.config.split_batches else None
             self.stream = BatchStream(self.batches, self.progress.batches - batches, self.adapter, self.device,
-                                      None if part == (0, 1) else part)
+                                      None if part == (0, 1) else part, 1 if self.config.guidance is None else 2)
         return self.stream
 
     def _store(self, phase: Phase) -> MemoryStore | DiskStore:

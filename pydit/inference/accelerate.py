@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from pydit import env
 from pydit.errors import UserError
 from pydit.inference import graphs, hooked, schedule, traps
 from pydit.inference.hooked import change_class, has_offloading
 from pydit.models import caches
-from pydit.models.attention import PLAIN_TENSORS, pack_projections
+from pydit.models.projections import PLAIN_TENSORS, is_stock, pack_projections
 
 _KEY = "_pydit_accelerated"
 _PROCESSORS = {  # stock class -> ours
@@ -138,7 +139,8 @@ def _adopt(model: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
 def _places(state: _Accelerated) -> list[int]:
     """Where the first projection of every attention module lies."""
     weights = (getattr(getattr(module, "to_q", None), "weight", None) for module, _, _ in state.processors)
-    return [weight.data_ptr() if type(weight) in PLAIN_TENSORS else 0 for weight in weights]
+    return [weight.data_ptr() if type(weight) in PLAIN_TENSORS and not _is_wrapped(weight) else 0
+            for weight in weights]
 
 
 def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None:
@@ -160,7 +162,8 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
         elif isinstance(processor, attention.Replacing) and not exact:  # the user's choice, or a shared layer's
             state.note("attention", module, "pydit", "")
             continue
-        elif kind not in _PROCESSORS or type(processor).__module__ == attention.__name__:
+        elif kind not in _PROCESSORS or type(processor).__module__ == attention.__name__ or (
+                not is_stock(processor)):
             state.note("attention", module, "stock", f"no {'exact' if exact else 'fused'} form of {kind}")
             continue
         elif chosen is not None:
@@ -213,7 +216,8 @@ def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
         elif two_rows:
             if state.target is None:
                 state.target = qwen_image_blocks.TargetTokens()
-                state.hooks.append(model.register_forward_pre_hook(state.target, with_kwargs=True))
+                state.hooks += [model.register_forward_pre_hook(state.target, with_kwargs=True),
+                                model.register_forward_hook(state.target.forget)]
             block.__dict__["_pydit_target"] = state.target
             state.note("blocks", block, "pydit", "two modulation rows; batches whose target images differ in size run "
                                                  "stock operations")
@@ -402,6 +406,7 @@ def _put_back(state: _Accelerated, chosen: Callable[[nn.Module], bool]) -> None:
                 if hasattr(processor, name):
                     setattr(processor, name, getattr(module.processor, name))
             module.processor = processor
+            module.__dict__.pop("_pydit_packed", None)
     for block, cls in state.blocks:
         if chosen(block):
             change_class(block, cls)

@@ -233,7 +233,8 @@ class GraphCache:
             self._weights = weights
         kind = tensors[0].device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (repr(spec), autocast, model.training, active_backend(),
+        # What inference_mode has made, nothing outside may write to.
+        key = (repr(spec), autocast, model.training, active_backend(), torch.is_inference_mode_enabled(),
                *((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves))
         if key in self.failed:
             return self._stock(self.failed[key], model, forward, args, kwargs)
@@ -291,6 +292,8 @@ def _unfit(model: nn.Module, leaves: list[Any]) -> str:
     """Why this call must run as it is; "" if a replay would do the same."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
         return "gradients are enabled"
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves):
+        return "an input needs a gradient"
     other = next((x for x in leaves if not isinstance(x, (torch.Tensor, *_PLAIN))), None)
     if other is not None:
         return f"an argument is a {type(other).__name__}"

@@ -338,7 +338,7 @@ def _missed(model: nn.Module, baked: _Baked, given: dict[str, Any]) -> torch.Ten
     timestep = given.get("timestep")
     if timestep is None:
         return None
-    dtype, others = _place(model)[1], []
+    dtype, others = _computed_in(model, given), []
     if baked.family == "qwen-image":
         condition = given.get("additional_t_cond")
         others = [None] + ([condition] if condition is not None else [])
@@ -348,6 +348,12 @@ def _missed(model: nn.Module, baked: _Baked, given: dict[str, Any]) -> torch.Ten
         others.append(given["pooled_projections"])
     rows = baked.embedded(_as_embedded(baked.family, timestep, dtype), *others)
     return rows[:, 0] == baked.embedded.count
+
+
+def _computed_in(model: nn.Module, given: dict[str, Any]) -> torch.dtype:
+    """The dtype in which a forward embeds its timestep: that of its latents."""
+    latents = given.get("hidden_states")
+    return latents.dtype if isinstance(latents, torch.Tensor) else _place(model)[1]
 
 
 def _settle(model: nn.Module, baked: _Baked) -> None:
@@ -372,7 +378,10 @@ def _handle(model: nn.Module, baked: _Baked, missed: torch.Tensor, given: dict[s
         raise UserError(f"{what}: expected one of the {baked.embedded.count} of the baked schedule, got another; "
                         "pydit.bake_schedule with those in use or on_miss='extend', or pydit.restore")
     where = missed.nonzero()[:, 0]
-    _append(baked, "timesteps", given["timestep"], where)
+    timestep = given["timestep"]
+    if baked.family != "sd3.5":  # what the forward makes of it is what will be asked for
+        timestep = timestep.to(_computed_in(model, given))
+    _append(baked, "timesteps", timestep, where)
     _append(baked, "guidance", given.get("guidance"), where)
     _append(baked, "pooled", given.get("pooled_projections"), where)
     with _opened(model, baked):
@@ -401,7 +410,7 @@ def _refuse_scale(baked: _Baked, options: Any) -> None:
 
 def _find(values: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(place in keys, whether it is there at all) of every value, exactly and without waiting for the device."""
-    same = values.reshape(-1)[:, None] == keys.to(values.dtype)
+    same = values.reshape(-1)[:, None] == keys  # in the wider dtype: in a narrower one, two keys may be one
     return same.int().argmax(1), same.any(1)
 
 

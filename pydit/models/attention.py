@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit import backend, ops
 from pydit.models import context_parallel
+from pydit.models.projections import adjacent, alike, is_watched
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
 from pydit.ops.direct import ops_for
@@ -32,7 +33,6 @@ except ImportError:  # without diffusers nothing chooses a backend
     _RMS_NORMS = (torch.nn.RMSNorm,)
 
 _ONE_PRODUCT = "torch's matrix product, one per stream"
-PLAIN_TENSORS = (torch.nn.Parameter, torch.Tensor)  # others compute their product by themselves: quantized, for example
 _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a module without"
 
 
@@ -42,11 +42,6 @@ def active_backend():
     choice."""
     active = None if attention_dispatch is None else attention_dispatch._AttentionBackendRegistry._active_backend
     return "" if active is None or active == "native" else active.value
-
-
-def is_watched(module):
-    """Whether something listens to a module or has replaced its forward: what it does is then known by calling it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class Replacing:
@@ -261,7 +256,7 @@ def _packed(attn, streams, mask):
     for x, names, norms, _ in streams:
         if len(names) != 3 or None in names or None in norms:
             return None
-        product = _adjacent([getattr(attn, name) for name in names], x)
+        product = adjacent(attn, [getattr(attn, name) for name in names], x)
         if product is None or len({*product[2]}) != 1 or not direct.attends(x):
             return None
         products.append(product)
@@ -273,7 +268,7 @@ def _packed(attn, streams, mask):
         backend.record("projections", "torch", _ONE_PRODUCT)
         packed.append(F.linear(x, weight, bias).view(*x.shape[:2], 3, sizes[0] // dim, dim))
     tables = [stream.table for stream in streams]
-    keep = None if mask is None else _once(lambda: mask.bool()[:, :, None, None], mask)
+    keep = None if mask is None else mask.bool()[:, :, None, None]
     return direct.packed_attention(packed, weights, None if tables[0] is None else tables,
                                    eps=streams[0].norms[0].eps, keep=keep).flatten(2)
 
@@ -287,7 +282,7 @@ def _in_one_launch(kit, attn, streams):
     for x, names, norms, table in streams:
         linears = [getattr(attn, name) for name in names if name is not None]
         norms = norms[1:] if names[0] is None else norms
-        if not _alike(linears) or linears[0].weight.dtype != x.dtype:
+        if not alike(linears) or linears[0].weight.dtype != x.dtype:
             return None
         parts = [(linear.weight, linear.bias) for linear in linears]
         if len(names) == 1:
@@ -322,7 +317,7 @@ def _one_by_one(kit, attn, streams):
 def _project(attn, x, *names):
     """Query, key and value [B, S, H, D] from one projection each or from one for all."""
     modules = [getattr(attn, name) for name in names if name is not None]
-    packed = _adjacent(modules, x)
+    packed = adjacent(attn, modules, x)
     if not torch.compiler.is_compiling():
         backend.record("projections", "torch", _ONE_PRODUCT if packed is not None or len(modules) == 1 else
                        "torch's matrix product, one per projection: gradients are needed, or something has replaced "
@@ -336,77 +331,6 @@ def _project(attn, x, *names):
         heads = F.linear(x, weight, bias).unflatten(-1, (-1, dim))
         found = heads.split_with_sizes([size // dim for size in sizes], 2)
     return [None, *found] if names[0] is None else found
-
-
-def pack_projections(attn):
-    """Lay the projections of each stream behind one another in memory, in place, so that one product serves them all.
-
-    Weights, modules and names stay what they are; only where the numbers lie changes. Whatever moves a weight later
-    (``to``, offloading, an adapter) just separates them again: :func:`_adjacent` looks at every call.
-
-    Returns
-    -------
-    bool : whether there was anything to pack.
-    """
-    done = False
-    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")):
-        linears = [getattr(attn, name) for name in names if getattr(attn, name, None) is not None]
-        if len(linears) < 2 or not _alike(linears) or any(p.requires_grad and p.grad is not None
-                                                          for linear in linears for p in linear.parameters()):
-            continue
-        for name in ("weight", "bias"):
-            parts = [getattr(linear, name) for linear in linears]
-            if parts[0] is not None:
-                with torch.inference_mode(parts[0].is_inference()):  # weights stay fit to be trained
-                    whole = torch.cat([part.detach() for part in parts])
-                for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-                    part.data = place
-        done = True
-    return done
-
-
-def _alike(linears):
-    """Plain linear layers of one input width, dtype and device, all with a bias or none, that nothing listens to."""
-    like = None
-    for linear in linears:
-        if type(linear) is not torch.nn.Linear or is_watched(linear):
-            return False
-        weight, bias = map(linear._parameters.get, ("weight", "bias"))
-        if type(weight) not in PLAIN_TENSORS or not weight.is_contiguous():
-            return False
-        kind = (linear.in_features, weight.dtype, weight.device, bias is None)
-        like = like or kind
-        if kind != like:
-            return False
-    return True
-
-
-def _adjacent(linears, x):
-    """(weight, bias, sizes) of one layer in place of several whose numbers lie behind one another; None if they do not.
-
-    Not where a gradient is needed, which would reach the first alone, nor in a graph that is being compiled.
-    """
-    if len(linears) < 2 or torch.compiler.is_compiling() or not _alike(linears):
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or any(linear.weight.requires_grad for linear in linears)):
-        return None
-    sizes = [linear.out_features for linear in linears]
-    found = []
-    for name in ("weight", "bias"):
-        parts = [linear._parameters[name] for linear in linears]
-        if parts[0] is None:
-            found.append(None)
-            continue
-        end = parts[0].data_ptr()
-        for part in parts:
-            if part.data_ptr() != end:
-                return None
-            end += part.nbytes
-        try:
-            found.append(torch.as_strided(parts[0], (sum(sizes), *parts[0].shape[1:]), parts[0].stride()))
-        except RuntimeError:  # neighbours by chance: the first one's storage does not reach that far
-            return None
-    return (*found, sizes)
 
 
 def _norm_and_rotate(kit, norms, streams, tables):

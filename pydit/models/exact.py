@@ -22,7 +22,7 @@ from diffusers.models.transformers import transformer_flux, transformer_qwenimag
 from torch import nn
 
 from pydit import backend, ops
-from pydit.models import attention
+from pydit.models import projections
 from pydit.models.flux_blocks import listened, modulation
 
 
@@ -219,7 +219,7 @@ class _Together:
         self._packed = []
         for names, x in zip(_PROJECTIONS, streams, strict=True):
             modules = [getattr(attn, name, None) for name in names]
-            packed = None if x is None or None in modules else attention._adjacent(modules, x)
+            packed = None if x is None or None in modules else projections.adjacent(attn, modules, x)
             if packed is not None:
                 self._packed.append((names, x, *packed))
 

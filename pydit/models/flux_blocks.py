@@ -13,16 +13,19 @@ so its linear FFN is PPCL's Eq. 9: the MLP half is replaced by an affine map of 
 from __future__ import annotations
 
 import torch
+from diffusers.models import normalization
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
 from pydit import backend
 from pydit.families import BlockSpec
-from pydit.models.attention import is_watched
 from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, rows_of
+from pydit.models.projections import is_watched
 from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 
+_NORMS = (normalization.AdaLayerNormZero, normalization.AdaLayerNormZeroSingle, normalization.AdaLayerNormContinuous,
+          normalization.SD35AdaLayerNormZeroX)
 
 class PrunedFluxAttnProcessor(ThinnedAttnProcessor):
     """As diffusers' ``FluxAttnProcessor`` for thinned-out blocks."""
@@ -115,9 +118,9 @@ def modulation(norm: nn.Module, temb: torch.Tensor) -> torch.Tensor:
 
 
 def listened(*norms: nn.Module) -> bool:
-    """Whether something listens to an AdaLayerNorm, or has replaced its forward: fused blocks do not call that."""
-    found = any(map(is_watched, norms))
+    """Whether something listens to an AdaLayerNorm, or has replaced it: fused blocks do not call that."""
+    found = any(is_watched(norm) or type(norm) not in _NORMS for norm in norms)
     if found:
-        backend.record("ada_layer_norm", "torch", "something listens to an AdaLayerNorm, or has replaced its forward: "
+        backend.record("ada_layer_norm", "torch", "something listens to an AdaLayerNorm, or has replaced it: "
                                                   "the stock block runs")
     return found

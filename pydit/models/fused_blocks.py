@@ -16,15 +16,17 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models import activations as diffusers_activations
 from diffusers.models import attention as diffusers_attention
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 from torch import nn
 
 from pydit import backend, ops
-from pydit.models import attention, flux_blocks, pruned, qwen_image_blocks, sd3_blocks
+from pydit.models import attention, flux_blocks, projections, pruned, qwen_image_blocks, sd3_blocks
 from pydit.models.dual_stream import Modulation, Output, Stock, Stream, is_recast
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
 
+_ATTENTION = (Attention, transformer_flux.FluxAttention)
 _LISTENED = "something listens to a norm, has replaced its forward, or stands in its place: it is called as it is"
 
 
@@ -49,7 +51,7 @@ class Fused(Stock):
     def attend(cls, attn: nn.Module, image: torch.Tensor, text: torch.Tensor | None, options: dict[str, Any]
                ) -> list[Output | None]:
         processor = attn.processor
-        ours = isinstance(processor, attention.Replacing) and not processor.why_stock() and _plain(attn, type(attn))
+        ours = isinstance(processor, attention.Replacing) and not processor.why_stock() and _plain(attn, *_ATTENTION)
         if not (ours and options.keys() <= processor.options and options.get("attention_mask") is None):
             return super().attend(attn, image, text, options)
         out_image, out_text = processor.attend(attn, image, text, **options, kit=cls.ops)
@@ -107,7 +109,7 @@ class Fused(Stock):
     @classmethod
     def feed_forward(cls, mlps: list[nn.Module], xs: list[torch.Tensor]) -> list[Output]:
         """diffusers' FeedForward, with its first product and GELU as one op where it is as it was made."""
-        nets = [[*mlp.net] if _plain(mlp, type(mlp)) else [None] for mlp in mlps]
+        nets = [[*mlp.net] if _plain(mlp, diffusers_attention.FeedForward) else [None] for mlp in mlps]
         firsts = [net[0] if _plain(net[0], diffusers_activations.GELU) else None for net in nets]
         if len(xs) == 2 and cls.ops.in_one_launch(xs[0]) and all(
                 first and _fuses(first.proj, first) for first in firsts):
@@ -164,7 +166,7 @@ def _fuses(linear: nn.Module, gelu: nn.Module) -> bool:
 
 def _multiplies(linear: nn.Module) -> bool:
     """Whether a module is a linear layer of plain weights and nothing more."""
-    return _plain(linear, nn.Linear) and type(linear.weight) in attention.PLAIN_TENSORS
+    return _plain(linear, nn.Linear) and type(linear.weight) in projections.PLAIN_TENSORS
 
 
 def _normalizes(norm: nn.Module) -> bool:
@@ -174,7 +176,7 @@ def _normalizes(norm: nn.Module) -> bool:
 
 def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is of exactly one of these classes, and nothing listens to it or has replaced its forward."""
-    return type(module) in kinds and not attention.is_watched(module)
+    return type(module) in kinds and not projections.is_watched(module)
 
 
 def _idle(module: nn.Module) -> bool:

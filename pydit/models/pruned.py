@@ -272,8 +272,12 @@ class PrunedModel:
         Raises
         ------
         UserError
-            The plan thins blocks out, which the stock class cannot carry.
+            The plan thins blocks out, which the stock class cannot carry, or a schedule is baked, whose tables it
+            could not follow.
         """
+        if "_pydit_baked_schedule" in self.__dict__:
+            raise UserError("to_stock: expected a model with its modulation weights, got a baked schedule; "
+                            "pydit.restore it first")
         if not self.plan.is_stock:
             other = [i for i, spec in enumerate(self.plan.blocks) if not spec.is_stock]
             raise UserError(f"to_stock: expected a plan with intervals alone, got one whose blocks {other} are no "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock, apply_rotary_emb_qwen
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit.models import context_parallel
 from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, Stock, rows_of
@@ -54,7 +55,7 @@ class QwenImageForward(DualStreamBlock):
             text_mod = Modulation(rows_of(image_mod[:len(temb)], self.dim))
         elif self.spec.text != "linear":
             text_mod = Modulation(rows_of(self.txt_mod(temb), self.dim))
-        split = None if do is Stock or modulate_index is None else target_tokens(self)
+        split = None if do is Stock or modulate_index is None else target_tokens(self, modulate_index)
         if modulate_index is None:
             rows = rows_of(image_mod, self.dim)
         elif split is None:
@@ -76,14 +77,30 @@ class PrunedQwenImageTransformerBlock(ThinnedBlock, QwenImageForward, QwenImageT
 class TargetTokens:
     """A forward pre-hook of a model with two modulation rows: how many tokens the target image has.
 
-    ``tokens`` is the same number for every sample of the batch at hand, or None where it is not, or is not known;
-    ``of_thread`` has that of each thread's forward. Blocks find it under ``_pydit_target``; reading it from
-    ``modulate_index`` would wait for the device.
+    ``tokens`` is the same number for every sample of the batch at hand, or None where it is not, or is not known.
+    Blocks find it under ``_pydit_target``; reading it from ``modulate_index`` would wait for the device. The model
+    makes one such tensor per forward, and the first block that sees a new one takes the number of its thread's forward
+    for it: a block that runs in another model, or again for a gradient, finds that of its own forward, or none.
     """
 
     def __init__(self) -> None:
         self.tokens: int | None = None
-        self.of_thread: dict[int, int | None] = {}
+        self._of_thread: dict[int, int | None] = {}
+        self._of_index = WeakTensorKeyDictionary()
+
+    def of(self, index: torch.Tensor) -> int | None:
+        """The number for a forward's ``modulate_index``."""
+        if index not in self._of_index:
+            self._of_index[index] = self._of_thread.get(threading.get_ident())
+        return self._of_index[index]
+
+    def forget(self, *_args: Any) -> None:
+        """A forward hook of the model: what runs its blocks from now on is another forward."""
+        if not torch.compiler.is_compiling():
+            self._of_thread.pop(threading.get_ident(), None)
+
+    def __reduce__(self) -> tuple:
+        return TargetTokens, ()  # a copy has seen no forward
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # Context parallelism gives this process a part of the tokens, wherever the target image ends.
@@ -92,12 +109,12 @@ class TargetTokens:
         found = {math.prod(sample[0]) for sample in shapes}
         self.tokens = found.pop() if len(found) == 1 else None
         if not torch.compiler.is_compiling():
-            self.of_thread[threading.get_ident()] = self.tokens
+            self._of_thread[threading.get_ident()] = self.tokens
 
 
-def target_tokens(block: nn.Module) -> int | None:
+def target_tokens(block: nn.Module, index: torch.Tensor) -> int | None:
     """Tokens of the target image, where a block has two modulation rows and the number is known."""
     target = block.__dict__.get("_pydit_target")
     if target is None or torch.compiler.is_compiling():  # a graph is keyed on the number
         return None if target is None else target.tokens
-    return target.of_thread.get(threading.get_ident(), target.tokens)
+    return target.of(index)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("pydit", "DEF")
 _implementations: dict[str, Callable] = {}
@@ -85,7 +86,14 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def call(name: str, *args: Any) -> Any:
-    """``torch.ops.pydit.<name>(*args)``, without the dispatcher where it would only run the implementation."""
+    """``torch.ops.pydit.<name>(*args)``, without the dispatcher where it would only run the implementation.
+
+    NotImplementedError for forward-mode derivatives, which an op would drop without a word.
+    """
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and any(
+            isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise NotImplementedError(f"{name}: expected no forward-mode derivatives (torch.func.jvp, forward_ad), got a "
+                                  "dual tensor; the ops have backward ones, and a model after pydit.restore both")
     if runs_straight(args):
         return _implementations[name](*args)
     return getattr(torch.ops.pydit, name)(*args)

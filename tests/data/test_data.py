@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import tarfile
 
 import numpy as np
@@ -69,6 +70,32 @@ def test_shards_in_order(tmp_path):
     assert isinstance(found[0], Sample) and found[0].caption == "one"
     assert found[1] == Skipped("s1.tar:d/b", "no image among .txt")
     assert list(read_samples(tmp_path / "s2.tar")) == [Sample("s2.tar:x", picture(2), "two")]
+
+
+def test_odd_names_and_captions_are_samples_or_listed(tmp_path, pipe):
+    """Bytes that are not UTF-8, half a surrogate pair, a byte order mark, capitals, shards that were joined."""
+    shard(tmp_path / "s" / "s.tar", [("a.png", picture(0)), ("a.txt", b"one"), ("a.png", picture(1)), ("a.txt", b"two"),
+                                     (os.fsdecode(b"caf\xe9.png"), picture(2)), (os.fsdecode(b"caf\xe9.txt"), b"\xef\xbb\xbfthree"),
+                                     ("half.png", picture(3)), ("half.json", b'{"caption": "a cat \\ud83d"}')])
+    assert [(s.key, getattr(s, "caption", None)) for s in read_samples(tmp_path / "s")] == [
+        ("s.tar:a", "one"), ("s.tar:a", "two"), ("s.tar:caf\\xe9", "three"), ("s.tar:half", None)]
+    index = build_cache(pipe, tmp_path / "s", tmp_path / "cache", resolution=48, progress=False)
+    assert len(index["samples"]) == 3 and index["skipped"][0]["reason"].startswith("caption cannot be read")
+    (tmp_path / "A.PNG").write_bytes(picture(0))
+    (tmp_path / "A.TXT").write_text("capitals")
+    (tmp_path / "s" / "s.tar").unlink()
+    assert [s.caption for s in read_samples(tmp_path)] == ["capitals"]
+    shard(tmp_path / "empty.tar", [])
+    with pytest.raises(UserError, match="got none of 0 .the first: .*empty.tar: nothing in it"):
+        build_cache(pipe, tmp_path / "empty.tar", tmp_path / "none", resolution=48, progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_sixteen_bits_of_grey_are_the_same_picture():
+    grey, file = np.tile(np.arange(48, dtype=np.uint16) * 1365, (48, 1)), io.BytesIO()
+    Image.fromarray(grey).save(file, "PNG")
+    found = decode(file.getvalue(), ((48, 48),))
+    assert np.abs(found[:, :, 0].astype(int) - grey // 257).max() <= 1
 
 
 @pytest.mark.parametrize("parts, reason", [

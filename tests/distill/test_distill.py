@@ -11,6 +11,7 @@ import torch
 import pydit
 from pydit import PruningPlan, UserError
 from pydit.distill import DistillConfig, NonFiniteLossError, distill, trainer
+from pydit.distill.stream import BatchStream
 from pydit.models import get_adapter
 from tests.distill import tiny
 
@@ -158,6 +159,17 @@ def test_the_guided_error_is_that_of_what_a_sampler_makes_of_a_pair():
     row = run(teacher, student, config, [batch]).history[0]
     assert row["output"]["velocity"] == pytest.approx(expected.item(), rel=1e-5)
     assert expected > 1.2 * plain
+    for rows, processes in ((6, 2), (8, 3), (2, 3)):  # a pair stays with one process, and every row has one
+        numbers = torch.arange(rows)
+        batch = {"hidden_states": numbers[:, None], "encoder_hidden_states": numbers[:, None]}
+        found = [BatchStream([(batch, numbers)], 0, get_adapter("qwen-image"), torch.device("cpu"), (rank, processes), 2).next()
+                 for rank in range(processes)]
+        assert all(len(part.target) % 2 == 0 and part.target[0] % 2 == 0 for part in found)
+        assert sum(part.weights["image"] for part in found) == processes
+        assert torch.cat([part.target for part in found if part.weights["image"]]).tolist() == numbers.tolist()
+        with pytest.raises(UserError, match="batches: expected an even number of rows, .* because guidance is set, got 5"):
+            BatchStream([{name: value[:1].repeat(5, 1) for name, value in batch.items()}], 0, get_adapter("qwen-image"),
+                        torch.device("cpu"), (0, 2), 2).next()
     with pytest.raises(UserError, match="batches: expected an even number of rows, .* because guidance is set, got 3"):
         run(teacher, student, config, [tiny.make_batch(0, size=3)])
 

@@ -20,6 +20,7 @@ from tests.distill import tiny
 CONFIG = DistillConfig(layers_steps=2, layers_lr=1e-3, output_steps=None, output_lr=1e-3, max_minutes=1e-9, log_every=1)
 STEPS = dataclasses.replace(CONFIG, output_steps=2, max_minutes=None, output_trainable="all", boundary_weight=0.1,
                             flow_weight=0.1)
+NEIGHBOURS = ((1, 2), (3, 4))  # as in published plans: blocks that follow one another run alone, then in their model
 RUNS = {  # name -> settings; all of them split batches of three rows with padded text, one row to two
     "whole": {},
     "student": {"shard": "student", "muon_lr": 0.01, "gradient_checkpointing": True},
@@ -81,7 +82,7 @@ def program(rank, out, port):
     assert distributed.start("cpu") == "cpu" and (distributed.world_size(), distributed.rank()) == (2, rank)
 
     def pair():
-        teacher, student = tiny.make_pair()
+        teacher, student = tiny.make_pair(NEIGHBOURS)
         if rank:  # starts elsewhere; the main process's weights win
             with torch.no_grad():
                 student.transformer_blocks[1].img_mlp.net[2].weight += 1
@@ -136,7 +137,7 @@ def require_equal_steps(out, name, student, result):
     for key in ("losses", "norms"):
         torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), rtol=1e-4, atol=1e-6)
     weights, _ = files.load_safetensors(out / f"{name}.safetensors", what="weights")
-    start = tiny.weights(tiny.make_pair()[1])
+    start = tiny.weights(tiny.make_pair(NEIGHBOURS)[1])
     moved = torch.cat([(p.detach() - start[key]).flatten() for key, p in student.named_parameters()]).norm()
     apart = torch.cat([(p.detach() - weights[key]).flatten() for key, p in student.named_parameters()]).norm()
     assert apart < 0.01 * moved
@@ -145,7 +146,7 @@ def require_equal_steps(out, name, student, result):
 
 @pytest.mark.slow
 def test_batches_of_their_own(two):
-    teacher, student = tiny.make_pair()
+    teacher, student = tiny.make_pair(NEIGHBOURS)
     result = distill(teacher, student, part(slice(0, 2)), STEPS, progress=False)
     require_equal_steps(two, "own", student, result)
 
@@ -153,7 +154,7 @@ def test_batches_of_their_own(two):
 @pytest.mark.parametrize("name", RUNS)
 def test_rows_of_common_batches_whole_and_sharded(two, name):
     """The run "all" was also stopped after a step of the second phase and resumed by two processes."""
-    teacher, student = tiny.make_pair()
+    teacher, student = tiny.make_pair(NEIGHBOURS)
     fields = {key: value for key, value in RUNS[name].items() if key != "shard"}
     result = distill(teacher, student, three, dataclasses.replace(STEPS, split_batches=True, **fields), progress=False)
     found = require_equal_steps(two, name, student, result)
@@ -163,7 +164,7 @@ def test_rows_of_common_batches_whole_and_sharded(two, name):
 def test_what_two_saved_one_resumes(two):
     config = dataclasses.replace(STEPS, split_batches=True, magnitude=0.1, checkpoint_dir=two / "one", save_every=1,
                                  resume=True)
-    teacher, student = tiny.make_pair()
+    teacher, student = tiny.make_pair(NEIGHBOURS)
     result = distill(teacher, student, three, config, progress=False)
     assert result.resumed_from == ("output", 1)
     found = require_equal_steps(two, "all", student, result)
@@ -175,6 +176,6 @@ def test_damaged_shards_are_passed_over(two):
     """And what a killed write left is removed by the next one that is whole."""
     config = dataclasses.replace(STEPS, split_batches=True, magnitude=0.1, checkpoint_dir=two / "damaged", resume=True)
     with pytest.warns(UserWarning, match="its checksum is another.*going on from the checkpoint before, step 0 of"):
-        result = distill(*tiny.make_pair(), three, config, progress=False)
+        result = distill(*tiny.make_pair(NEIGHBOURS), three, config, progress=False)
     assert result.resumed_from == ("output", 0)
     assert not list((two / "run").glob(".*")) and (two / "run" / "state-done-00000000").is_dir()

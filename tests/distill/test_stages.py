@@ -87,6 +87,24 @@ def test_what_is_gone_does_not_come_back(after, message):
         distill(*pair(FINAL), tiny.stream, DistillConfig(schedule=(Stage(after, 1),)), progress=False)
 
 
+def test_stages_go_on_in_a_generator_where_the_one_before_ended():
+    """Which cannot be entered anywhere: what it has given is not stepped over again."""
+    drawn = []
+
+    def once(batches):
+        for number, batch in enumerate(batches):
+            drawn.append(number)
+            yield batch
+
+    found = []
+    for batches in (tiny.stream, once(tiny.stream(0))):
+        teacher, student = pair()
+        result = distill(teacher, student, batches, CONFIG, progress=False)
+        found.append(([row["loss"] for row in result.history], result.batches, tiny.weights(student)))
+    assert found[0][:2] == found[1][:2] and drawn == list(range(found[0][1]))
+    assert all(torch.equal(found[0][2][name], weight) for name, weight in found[1][2].items())
+
+
 def test_a_schedule_is_checked_and_survives_json():
     assert DistillConfig.from_dict(CONFIG.to_dict()) == CONFIG
     for wrong in ([(FINAL, 0)], [(FINAL, -1)], [("plan", 1)], 3):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydit
 from pydit.errors import UserError
-from pydit.models import attention
+from pydit.models import attention, projections
 from pydit.plan import PruningPlan
 from pydit.testing import assert_accurate
 from tests.models import tiny
@@ -295,7 +295,7 @@ def test_projections_lie_together_and_come_apart_again(tmp_path):
     assert tiny.same(before, model.state_dict()) and [id(p) for p in model.parameters()] == identities
     attn = model.transformer_blocks[0].attn
     x = torch.randn(2, 5, 64)
-    assert attention._adjacent([attn.to_q, attn.to_k, attn.to_v], x) is not None
+    assert projections.adjacent(attn, [attn.to_q, attn.to_k, attn.to_v], x) is not None
     together = [part.clone() for part in attention._project(attn, x, "to_q", "to_k", "to_v")]
     for part, linear in zip(together, (attn.to_q, attn.to_k, attn.to_v), strict=True):
         torch.testing.assert_close(part, linear(x).unflatten(-1, (-1, 32)))
@@ -308,7 +308,7 @@ def test_projections_lie_together_and_come_apart_again(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(run(loaded, batch), changed, rtol=1e-4, atol=1e-4)
     attn.to_k.weight.data = attn.to_k.weight.data.clone()  # as offloading leaves it
-    assert attention._adjacent([attn.to_q, attn.to_k, attn.to_v], x) is None
+    assert projections.adjacent(attn, [attn.to_q, attn.to_k, attn.to_v], x) is None
     torch.testing.assert_close(run(model, batch), changed, rtol=1e-4, atol=1e-4)
     model.double().float()
     torch.testing.assert_close(run(model, batch), changed, rtol=1e-4, atol=1e-4)

@@ -9,10 +9,14 @@ import types
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers import transformer_flux
+from safetensors.torch import save_model
+from torch.nn.modules.module import register_module_full_backward_hook
 
 import pydit
-from pydit import backend
+from pydit import backend, files
 from pydit.errors import UserError
 from pydit.plan import PruningPlan
 from pydit.testing import assert_accurate
@@ -209,6 +213,137 @@ def test_the_teacher_is_stock_again_when_its_layers_run_no_more():
         pydit.accelerate(pydit.accelerate(student), exact=exact)
     pydit.restore(teacher), pydit.restore(student)
     assert torch.equal(run(teacher, batch), expected)
+
+
+def test_packed_projections_are_weights_of_their_own(tmp_path):
+    """To whoever saves them: safetensors and accelerate take what shares a storage for one weight."""
+    model = pydit.accelerate(tiny.transformer(2))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert rows(model, "attention") == {("pydit", ""): 2} and run(model, tiny.batch()).isfinite().all()
+    for _ in range(2):
+        save_model(model, tmp_path / "model.safetensors")
+        saved = files.load_safetensors(tmp_path / "model.safetensors", what="x")[0]
+        assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
+        torch.save(model.transformer_blocks[0].attn.to_q.weight, tmp_path / "q.pt")
+        assert (tmp_path / "q.pt").stat().st_size < 2 * 64 * 64 * 4
+        pydit.restore(model)
+
+
+def test_weights_in_somebody_elses_memory_stay_there():
+    """As an optimizer's flat buffer, which is written to and then read through the weights."""
+    model, stock = tiny.transformer(2), tiny.transformer(2)
+    for each in (model, stock):
+        flat = torch.cat([p.detach().flatten() for p in each.parameters()])
+        start = 0
+        for p in each.parameters():
+            p.data, start = flat[start:start + p.numel()].view_as(p), start + p.numel()
+        if each is model:
+            pydit.accelerate(each)
+            run(each, tiny.batch())
+        flat.mul_(1.25)
+    tiny.assert_as_stock(run(model, tiny.batch()), lambda: copy.deepcopy(stock), tiny.batch())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_alone_are_trained(family):
+    make, batches = FAMILIES[family]
+    grads = []
+    for model in (make(), pydit.accelerate(make())):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith("bias"))
+        model(**batches(), return_dict=False)[0].square().sum().backward()
+        grads.append({name: p.grad is not None and bool(p.grad.any()) for name, p in model.named_parameters()
+                      if ".attn.to_" in name or "add_" in name})
+    assert grads[0] == grads[1] and any(grads[0].values())
+
+
+def test_classes_of_ones_own_are_called():
+    """A processor of the stock one's name, a feed-forward and an AdaLayerNorm derived from diffusers'."""
+    class FluxAttnProcessor(transformer_flux.FluxAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            return tuple(2 * part for part in super().__call__(*args, **kwargs))
+
+    class Doubled(FeedForward):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Shifted(AdaLayerNormZero):
+        def forward(self, *args, **kwargs):
+            normed, *rest = super().forward(*args, **kwargs)
+            return (normed + 0.5, *rest)
+
+    def own_processor(model):
+        model.transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
+
+    def own_classes(model):
+        model.transformer_blocks[1].ff.__class__, model.transformer_blocks[0].norm1.__class__ = Doubled, Shifted
+
+    for change in (own_processor, own_classes):
+        def make(change=change):
+            model = tiny.flux()
+            change(model)
+            return model
+
+        assert not torch.allclose(run(make(), tiny.flux_batch()), run(tiny.flux(), tiny.flux_batch()), atol=1e-3)
+        for before in (True, False):
+            model = pydit.accelerate(make()) if before else pydit.accelerate(tiny.flux())
+            if not before:
+                change(model)
+            tiny.assert_as_stock(run(model, tiny.flux_batch()), make, tiny.flux_batch())
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_who_listens_to_gradients_is_told(everywhere):
+    calls = {}
+    for kind, model in (("stock", tiny.transformer(2)), ("ours", pydit.accelerate(tiny.transformer(2)))):
+        names, seen = {module: name for name, module in model.named_modules()}, calls.setdefault(kind, [])
+        keep = lambda module, *_, seen=seen, names=names: seen.append(names[module])  # noqa: E731
+        handles = [register_module_full_backward_hook(keep)] if everywhere else [
+            module.register_full_backward_hook(keep) for name, module in model.named_modules() if "transformer_blocks.1." in name]
+        model(**tiny.batch(), return_dict=False)[0].square().sum().backward()
+        for handle in handles:
+            handle.remove()
+    assert sorted(set(calls["ours"])) == sorted(set(calls["stock"])) and calls["ours"]
+
+
+def test_forward_mode_derivatives_are_refused():
+    """An op would drop them, and they would be 0."""
+    model, batch = pydit.accelerate(tiny.transformer(1).requires_grad_(False)), tiny.batch()
+    forward = lambda x: model(**{**batch, "hidden_states": x}, return_dict=False)[0]  # noqa: E731
+    x = batch["hidden_states"]
+    with pytest.raises(NotImplementedError, match="expected no forward-mode derivatives"):
+        torch.func.jvp(forward, (x,), (torch.ones_like(x),))
+    pydit.restore(model)
+    model.set_attention_backend("_native_math")
+    assert torch.func.jvp(forward, (x,), (torch.ones_like(x),))[1].any()
+    model.reset_attention_backend()
+    tiny.flux().set_attention_backend("native")  # the choice above is global in diffusers
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "again"])
+def test_target_images_are_of_the_forward_at_hand(who):
+    """Of batches whose target images differ in size: in a model that shares the blocks, and for a gradient's recomputation."""
+    batch = tiny.batch(images=1, masked=False)
+    one, other = ({**batch, "img_shapes": [[(1, n, 4), (1, 4 - n, 4)]]} for n in (1, 3))
+    make = lambda: tiny.transformer(4, zero_cond_t=True)  # noqa: E731
+    if who == "again":
+        grads = []
+        for model in (make().double(), make(), pydit.accelerate(make())):
+            model.enable_gradient_checkpointing()
+            model.train()
+            inputs = [tiny.cast(b, next(model.parameters()).dtype) for b in (one, other)]
+            sum(model(**b, return_dict=False)[0].square().sum() for b in inputs).backward()
+            grads.append(model.transformer_blocks[0].attn.to_q.weight.grad)
+        assert_accurate(grads[2], grads[0], grads[1])
+        return
+    teacher = make()
+    student = pydit.prune(teacher, PruningPlan.from_intervals(4, [(1, 2)]))
+    student.set_active([])
+    first, second = (student, teacher) if who == "teacher" else (teacher, student)
+    pydit.accelerate(first)
+    run(first, one)
+    tiny.assert_as_stock(run(second, other), make, other)
+    tiny.assert_as_stock(run(first, other), make, other)
 
 
 CACHES = {"first block": lambda: FirstBlockCacheConfig(threshold=0.4),

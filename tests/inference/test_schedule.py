@@ -123,8 +123,24 @@ def test_weights_are_neither_saved_nor_loaded(tmp_path):
         with pytest.raises(UserError, match=r"pydit.restore it before saving or loading"):
             act()
     assert {path: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+    student = pydit.bake_schedule(pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)])), TIMES)
+    with pytest.raises(UserError, match="to_stock: expected a model with its modulation weights, got a baked schedule"):
+        student.to_stock()  # which save_pipeline writes
     pydit.restore(model).load_state_dict(state)
     model.save_pretrained(tmp_path / "x")
+
+
+def test_a_key_that_a_narrow_dtype_cannot_tell_from_another_is_no_answer():
+    """Of two that round to one, neither is taken: both are compared in the wider dtype."""
+    model = pydit.bake_schedule(tiny.sd3(), [998.0, 1000.0], pooled_projections=tiny.sd3_batch()["pooled_projections"])
+    batch = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in tiny.sd3_batch().items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        given = {**batch, "timestep": torch.tensor([1000.0], dtype=dtype)}
+        assert torch.equal(run(model, given), run(tiny.sd3(), given))
+    model = pydit.bake_schedule(tiny.transformer(2), [0.5039, 0.502])
+    low = {**tiny.cast(tiny.batch(images=1), torch.bfloat16), "timestep": torch.tensor([0.502])}
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match="timestep: expected one of the 2"):
+        run(model, low)
 
 
 def test_compiles_whole():

@@ -1,0 +1,126 @@
+"""Projections of an attention module that one product computes, and whether anything listens to a module.
+
+A weight keeps its name, its module and its place in a checkpoint; only where its numbers lie changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules import module as nn_module
+
+PLAIN_TENSORS = (torch.nn.Parameter, torch.Tensor)  # others compute their product by themselves: quantized, for example
+
+
+def is_watched(module):
+    """Whether something listens to a module, or to all, or has replaced its forward: what it does is then known by
+    calling it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+                or module._backward_hooks or module._backward_pre_hooks or _global_hooks())
+
+
+def _global_hooks():
+    """Those of a profiler or a counter of FLOPs, say, on every module there is."""
+    return (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks
+            or nn_module._global_backward_pre_hooks)
+
+
+def is_stock(thing):
+    """Whether the class of a module or processor is diffusers' or ours; one of the same name may be somebody's."""
+    return type(thing).__module__.startswith(("diffusers.", "pydit."))
+
+
+def pack_projections(attn):
+    """Lay the projections of each stream behind one another in memory, in place, so that one product serves them all.
+
+    Weights, modules and names stay what they are; only where the numbers lie changes. Each weight has a storage of its
+    own there: those that share one count as one weight where a model is saved. What is a view of somebody's memory, as
+    of an optimizer's, stays. Whatever moves a weight later (``to``, offloading, an adapter) just separates them again:
+    :func:`adjacent` looks at every call.
+
+    Returns
+    -------
+    bool : whether there was anything to pack.
+    """
+    done = False
+    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")):
+        linears = [getattr(attn, name) for name in names if getattr(attn, name, None) is not None]
+        parameters = [p for linear in linears for p in linear.parameters()]
+        if len(linears) < 2 or not alike(linears) or any((p.requires_grad and p.grad is not None) or _is_lent(p)
+                                                          for p in parameters):
+            continue
+        for name in ("weight", "bias"):
+            parts = [getattr(linear, name) for linear in linears]
+            if parts[0] is not None:
+                with torch.inference_mode(parts[0].is_inference()):  # weights stay fit to be trained
+                    whole = torch.cat([part.detach() for part in parts])
+                    known, start = attn.__dict__.setdefault("_pydit_packed", Packed()), 0
+                    for linear, part in zip(linears, parts, strict=True):
+                        part.data = torch.from_dlpack(whole[start:start + len(part)])
+                        known[linear, name], start = whole[start:], start + len(part)
+        done = True
+    return done
+
+
+def _is_lent(parameter):
+    """Whether a weight cannot be moved: it has no memory, other processes see it, or it is a part of a larger one that
+    was not read from a file."""
+    if parameter.device.type not in ("cpu", "cuda") or (parameter.is_cpu and parameter.is_shared()):
+        return True
+    storage = parameter.untyped_storage()
+    return storage.nbytes() > parameter.nbytes and getattr(storage, "filename", None) is None
+
+
+class Packed(dict):
+    """(linear layer, "weight" or "bias") -> its numbers and those of all layers behind it; no part of a copy."""
+
+    def __reduce__(self):
+        return Packed, ()
+
+    def __deepcopy__(self, memo):
+        return Packed()
+
+
+def alike(linears):
+    """Plain linear layers of one input width, dtype and device, all with a bias or none, that nothing listens to."""
+    like = None
+    for linear in linears:
+        if type(linear) is not torch.nn.Linear or is_watched(linear):
+            return False
+        weight, bias = map(linear._parameters.get, ("weight", "bias"))
+        if type(weight) not in PLAIN_TENSORS or not weight.is_contiguous():
+            return False
+        kind = (linear.in_features, weight.dtype, weight.device, bias is None)
+        like = like or kind
+        if kind != like:
+            return False
+    return True
+
+
+def adjacent(attn, linears, x):
+    """(weight, bias, sizes) of one layer in place of several whose numbers lie behind one another; None if they do not.
+
+    Not where a gradient is needed, which would reach the first alone, nor in a graph that is being compiled.
+    """
+    if len(linears) < 2 or torch.compiler.is_compiling() or not alike(linears):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for linear in linears
+                                                           for p in linear._parameters.values() if p is not None)):
+        return None
+    known = attn.__dict__.get("_pydit_packed")
+    if not known:
+        return None
+    sizes = [linear.out_features for linear in linears]
+    found = []
+    for name in ("weight", "bias"):
+        parts = [linear._parameters[name] for linear in linears]
+        if parts[0] is None:
+            found.append(None)
+            continue
+        whole = known.get((linears[0], name))
+        end = -1 if whole is None or len(whole) < sum(sizes) else whole.data_ptr()
+        for part in parts:
+            if part.data_ptr() != end:
+                return None
+            end += part.nbytes
+        found.append(whole if len(whole) == sum(sizes) else whole[:sum(sizes)])
+    return (*found, sizes)
