@@ -1,7 +1,7 @@
 // What is set for all launches: the multiprocessors that they leave alone.
-#include "device/arch.h"
-
 #include <atomic>
+
+#include "device/arch.h"
 
 namespace pydit::PYDIT_BACKEND {
 namespace {

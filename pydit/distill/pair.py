@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -35,6 +36,9 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
     elif (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
         raise UserError(f"student: expected the teacher's device and dtype ({theirs.device}, {theirs.dtype}), "
                         f"got {ours.device}, {ours.dtype}")
+    if ours.dtype == torch.float16:
+        warnings.warn("student: gradients in float16 below 6e-8 are 0, as the loss is not scaled; bfloat16 and float32 "
+                      "keep them", UserWarning, stacklevel=4)
     if config.output_steps != 0 and config.output_trainable == "all":
         shared = {distributed.local(p).data_ptr() for p in teacher.parameters()} - {0}  # 0: a part without rows
         for name, p in student.named_parameters():

@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
 
 import pydit
 from pydit import PruningPlan, UserError
-from pydit.distill import DistillConfig, NonFiniteLossError, distill, trainer
+from pydit.distill import DistillConfig, NonFiniteLossError, distill, pair, trainer
 from pydit.distill.stream import BatchStream
 from pydit.models import get_adapter
 from tests.distill import tiny
@@ -371,3 +372,12 @@ def test_a_list_starts_over_and_plain_dicts_are_accepted():
     teacher, student = tiny.make_pair()
     batches = [tiny.make_batch(k)[0] for k in range(2)]
     assert run(teacher, student, batches=batches).steps["layers"] == 3
+
+
+def test_float16_says_what_it_loses():
+    teacher, student = tiny.make_pair(dtype=torch.float16)
+    with pytest.warns(UserWarning, match="student: gradients in float16 below 6e-8 are 0, as the loss is not scaled"):
+        pair.require_pair(teacher, student, FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair.require_pair(*tiny.make_pair(dtype=torch.bfloat16), FAST)
