@@ -64,8 +64,9 @@ def commands(folder):
                     ["prune", teacher, "--plan", before, "--out", out]),
         "then": (["distill", teacher, folder / "student", *TRAIN, "--steps", 1, "--then", f"{further}:1:1", "--save-every", 1,
                   "--out", out], ["prune", teacher, "--plan", before, "--out", out]),
-        "report": (["plan", measured, "--report", out], lambda: shutil.copy(stats, out)),
-        "eval": (["eval", teacher, "--prompts", 7, "--batch", 4, "--steps", 1, "--out", out], lambda: shutil.copy(stats, out)),
+        "report": (["plan", measured, "--report", out], lambda: Path(out).write_text("<!doctype html>an earlier page")),
+        "eval": (["eval", teacher, "--prompts", 7, "--batch", 4, "--steps", 1, "--out", out],
+                 lambda: Path(out).write_text('{"format": "pydit-eval"}')),
         "generate": (["generate", teacher, "a red circle", "a blue ring", "--steps", 1, "--dataset", "--out", out],
                      lambda: None),
         "images": (lambda: build_cache(pipeline(teacher, "teacher"), folder / "images", out, resolution=48, shard_size=2,
@@ -84,7 +85,7 @@ def prepare(folder):
     for number in range(3):
         Image.new("RGB", (48, 48), (80 * number, 0, 0)).save(folder / "images" / f"{number}.png")
         (folder / "images" / f"{number}.txt").write_text("a red circle")
-    (folder / "stats.safetensors").write_bytes(b"an earlier file of statistics")
+    files.save_safetensors(folder / "stats.safetensors", {}, {"format": "pydit-activation-stats"})
     for command in (["prune", folder / "teacher", "--plan", folder / "after.json", "--out", folder / "student"],
                     ["analyze", folder / "teacher", *TRAIN, "--batches", 4, "--tokens", 8,
                      "--out", folder / "measured.safetensors"],
