@@ -36,6 +36,7 @@ def test_finds_the_planted_layers_and_leaves_the_teacher_alone(redundant):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     output = model(**tiny.batch(seed=0)).sample
     plan = learn_mask(model, batches, target=0.5, steps=25, rank=2)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert sorted(plan.provenance["removed"]) == sorted(redundant)
     assert plan.num_student_layers == 4 and plan.family == "qwen-image"
     assert all(row["probability"] > 0.5 for row in plan.provenance["groups"])

@@ -107,6 +107,18 @@ def test_the_dtype_of_autocast_is_part_of_the_key():
         assert found.dtype == right.dtype and torch.equal(found, right) and fake.captures == captures
 
 
+def test_inference_mode_has_recordings_of_its_own():
+    """Nothing outside it may write to the memory of those that it made."""
+    model, fake = recorded()
+    plain, captures = pydit.accelerate(tiny.transformer(2)), 0
+    for seed, inference in enumerate((False, True, False, True)):
+        right = run(plain, tiny.batch(seed=seed))
+        with torch.inference_mode(inference):
+            found = run(model, tiny.batch(seed=seed))
+        captures += seed < 2
+        assert torch.equal(found, right) and fake.captures == captures
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_weights_and_adapters_that_change_are_recorded_anew():
     model, fake = recorded()
@@ -147,12 +159,16 @@ def test_what_is_not_recorded_runs_as_it_is_and_says_why():
     model.requires_grad_(True)
     model(**batch).sample.sum().backward()
     model.requires_grad_(False)
+    needs = {**batch, "hidden_states": batch["hidden_states"].clone().requires_grad_()}
+    model(**needs).sample.sum().backward()
+    assert needs["hidden_states"].grad.any() and fake.captures == 1
     run(model, batch, attention_kwargs={"unknown": object()})
     fake.capture = lambda run: (_ for _ in ()).throw(RuntimeError("operation not permitted when stream is capturing"))
     other = tiny.batch(images=2)
     assert torch.equal(run(model, other), run(pydit.accelerate(tiny.transformer(2)), other))
     reasons = [row["reason"] for row in pydit.report(model)["model"]["graphs"] if row["path"] == "stock"]
-    for words in ("something listens to a QwenImageTransformerBlock", "gradients are enabled", "an argument is a object",
+    for words in ("something listens to a QwenImageTransformerBlock", "gradients are enabled", "an input needs a gradient",
+                  "an argument is a object",
                   "could not be recorded: RuntimeError: operation not permitted"):
         assert any(words in reason for reason in reasons), (words, reasons)
 
