@@ -200,6 +200,18 @@ def test_lean_is_lossless_and_files_are_exact(tmp_path, family, name):
     assert torch.allclose(run(loaded, batch), run(teacher, batch), rtol=1e-4, atol=1e-5)
 
 
+def test_whole_attention_in_the_order_of_the_stock_processor():
+    """SD3.5's has the image first; the other order would change the last bits."""
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    attn = student_of(sd3(), plan("sd3.5", "ffn")).transformer_blocks[1].attn
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(2, tokens, 64, generator=generator) for tokens in (150, 70))
+    with torch.no_grad():
+        for found, expected in zip(attn.processor(attn, image, text), JointAttnProcessor2_0()(attn, image, text), strict=True):
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("family", MADE)
 def test_flops_are_those_counted_by_torch(family):
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -105,6 +105,19 @@ def test_joint_qk_norm_rope_arguments(kernels, image, text, message):
     assert str(caught.value) == f"joint_qk_norm_rope: {message}"
 
 
+@pytest.mark.parametrize(("tokens", "message"), [
+    ((1 << 31) - 255, "tokens of layer 1: expected 0 to 2^31 - 256, got 2147483393"),
+    ((1 << 31) - 256, "features of layer 1: expected 1 to 2^24, got 0")])  # so many are none too many
+def test_grouped_linear_tokens(kernels, tokens, message):
+    """The last tile's rows begin below 2^31 too."""
+    def layer(tokens, features):
+        return Shaped(1, tokens, features), Shaped(8, features), None, None, None, -1, None, None, None, 0, Shaped(1, tokens, 8)
+
+    with pytest.raises(RuntimeError) as caught:
+        kernels.grouped_linear([layer(3, 8), layer(tokens, 0)], 0, 0.0, Shaped, 0, 1, 2, 0)
+    assert str(caught.value) == f"grouped_linear: {message}"
+
+
 def test_cosine_needs_its_sine(kernels):
     x = Shaped(1, 2, 3, 8)
     with pytest.raises(RuntimeError, match="qk_norm_rope: cos, sin: expected both or neither, got one"):
