@@ -39,7 +39,7 @@ def collect(model, batch, image, text, heads, dim, dtype, *, probes) -> Case:
     def forward(*args):
         return block.eager(*args[:-_STREAMS * _SUMS])
 
-    def collecting(add):
+    def collecting(add, forward=forward):
         def call(*args):
             outputs, sums = forward(*args), args[-_STREAMS * _SUMS:]
             for stream, (x, y) in enumerate(zip(args[:_STREAMS], outputs, strict=True)):
@@ -47,12 +47,21 @@ def collect(model, batch, image, text, heads, dim, dtype, *, probes) -> Case:
             return outputs
         return call
 
+    def check(function, args):
+        """The block's outputs, then the sums, of each xx its triangle. They hold something before, as a kernel must add
+        to it; of ``forward``, which makes none, they are torch's."""
+        sums = [t.new_full(t.shape, batch * image) for t in args[-_STREAMS * _SUMS:]]
+        outputs = (eager if function is forward else function)(*args[:-_STREAMS * _SUMS], *sums)
+        sums = [t.triu() if i % _SUMS == 0 else t for i, t in enumerate(sums)]
+        return (*outputs, *(sums if function is exact else (t.float() for t in sums)))
+
+    exact = collecting(_add_exact, lambda *args: block.exact(*args[:-_STREAMS * _SUMS]))
     eager = collecting(_add_eager)
     return Case("collect_xx_xy" if probes else "collect_xx", model, block.shape, dtype,
                 Work(bytes=block.work.bytes + sum(w.bytes for w in more),
                      flops=block.work.flops + sum(w.flops for w in more)),
-                make, collecting(add_second_moments), lambda *args: block.exact(*args[:-_STREAMS * _SUMS]), eager,
-                (Peer("forward", lambda: forward, rival=False), eager_peer(eager), compiled(eager)))
+                make, collecting(add_second_moments), exact, eager,
+                (Peer("forward", lambda: forward, rival=False), eager_peer(eager), compiled(eager)), call=check)
 
 
 def _add_eager(x, y, sums):
@@ -64,3 +73,13 @@ def _add_eager(x, y, sums):
     if y is not None:
         sums[3].add_(y.sum(0))
         sums[4].add_(y.float().square().sum(0))
+
+
+def _add_exact(x, y, sums):
+    x = x.double()
+    sums[0].add_(x.T @ x)
+    sums[2].add_(x.sum(0))
+    if y is not None:
+        sums[1].add_(x.T @ y)
+        sums[3].add_(y.sum(0))
+        sums[4].add_(y.square().sum(0))

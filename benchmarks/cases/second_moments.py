@@ -109,14 +109,17 @@ QUACK = Peer("quack symmetric", _quack, needs_gpu("quack.gemm_interface", capabi
 def _run(x, xx, sum_x, _narrow):
     nothing = sum_x[:0]
     add_second_moments(x, None, (xx, xx[:, :0], sum_x, nothing, nothing))
-    return xx
+    return xx, sum_x
 
 
-def _exact(x, xx, _sum_x, _narrow):
-    return xx + x.double().T @ x.double()
+def _exact(x, xx, sum_x, _narrow):
+    return xx + x.double().T @ x.double(), sum_x + x.double().sum(0)
 
 
 def _call(function, args):
-    """With copies of the sums, which are updated; of the result the triangle, in the peers' dtype."""
-    result = function(args[0], *(t.clone() for t in args[1:])).triu()
-    return result if function is _exact else result.float()
+    """With sums that are 1 before, as a kernel must add to them; of the result the triangle and the column sums, in the
+    peers' dtype. Peers make no column sums: theirs are torch's."""
+    x, *sums = args
+    found = function(x, *map(torch.ones_like, sums))
+    xx, columns = found if isinstance(found, tuple) else (found, 1 + x.float().sum(0))
+    return (xx.triu(), columns) if function is _exact else (xx.triu().float(), columns.float())

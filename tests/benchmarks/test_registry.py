@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import registry, runner
-from benchmarks.cases import Work, attention_backward, collect, whole_block
+from benchmarks.cases import Work, attention_backward, collect, second_moments, whole_block
 from benchmarks.peers import Peer
 from pydit.errors import UserError
 
@@ -136,6 +136,35 @@ def test_torch_has_the_product_that_collecting_is_raced_against_on_a_gpu():
         sums = [torch.empty(shape, device="cuda", dtype=torch.float64) for shape in ((8, 8), (8, 8), (8,), (8,), (8,))]
         collect._add_eager(x, x, sums)
     assert products == [(torch.bfloat16, torch.float32)] * 2
+
+
+@pytest.mark.parametrize("left_out", ["all", "before", 0, 1, 2, 3, 4])
+def test_sums_that_are_not_made_are_found(monkeypatch, left_out):
+    """What is timed is a block and its sums, or sums alone: each of the five, added to what was there."""
+    add = second_moments.add_second_moments
+
+    def wrong(x, y, sums):
+        if left_out == "before":
+            for t in sums:
+                t.zero_()
+        if left_out != "all":
+            add(x, y, tuple(torch.zeros_like(t) if i == left_out else t for i, t in enumerate(sums)))
+
+    for module in ("collect", "second_moments"):
+        for case in registry.cases("small", module):
+            args = case.make("cpu")
+            right = runner.references(case, args)
+            runner.verify(case.run, case, args, right)
+            for peer in case.peers:
+                if peer.name == "forward":  # makes none, and is right
+                    runner.verify(peer.build(), case, args, right)
+            if left_out in (1, 3, 4) and case.op != "collect_xx_xy":  # which alone has a y
+                continue
+            with monkeypatch.context() as patch:
+                patch.setattr(f"benchmarks.cases.{module}.add_second_moments", wrong)
+                broken, = registry.find(case.name, "small", module)
+                with pytest.raises(AssertionError, match="worst error"):
+                    runner.verify(broken.run, case, args, right)
 
 
 def test_graphs_of_a_compiler_may_run_backward_again():
