@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
+from benchmarks import table
 from pydit.errors import FormatError
 from pydit.files import read_json
 
 FORMAT, VERSION = "pydit-bench", 1
 NOISE = 0.01  # two runs of the same code differ by this much whatever their quartiles say
-SAME_MACHINE = ("device", "kind")
+SAME_MACHINE = ("device", "kind", "threads")
 SAME_SOFTWARE = ("torch", "cuda", "driver")
 
 
 def load(path: Path, *, what: str = "compare") -> dict:
-    """A results file, checked; FormatError names ``what``."""
+    """A results file, checked: it can be shown whole. FormatError names ``what``."""
     data = read_json(path, what=what)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{what}: expected a file written by `pydit bench --json`, got {path}")
@@ -24,11 +26,17 @@ def load(path: Path, *, what: str = "compare") -> dict:
     if not isinstance(data.get("machine"), dict) or not isinstance(rows, list) or not all(
             isinstance(row, dict) and isinstance(row.get("case"), str) for row in rows):
         raise FormatError(f"{what}: expected machine and rows, got a file without them ({path})")
-    for row in rows:
-        ours = row.get("providers", {}).get("pydit")
-        if "wrong" not in row and not (isinstance(ours, dict) and all(
-                isinstance(ours.get(key), (int, float)) and ours[key] > 0 for key in ("us", "q1_us", "q3_us"))):
-            raise FormatError(f"{what}: expected positive us, q1_us and q3_us of {row['case']}, got none ({path})")
+    try:
+        table.render(data)
+        for row in rows:
+            if "wrong" in row:
+                row["wrong"].strip()
+            elif not all(0 < entry[key] < inf for entry in (row["providers"]["pydit"], *row["providers"].values())
+                         for key in ("us", "q1_us", "q3_us")):
+                raise ValueError(f"expected positive us, q1_us and q3_us of {row['case']}, got others")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise FormatError(f"{what}: expected all that `pydit bench --json` writes, got a file where some is missing or "
+                          f"wrong ({path}: {type(error).__name__}: {error})") from None
     return data
 
 

@@ -77,6 +77,14 @@ def modelled(results: Sequence[dict] = ()) -> list[Point]:
             for case in registry.cases("full")]
 
 
+def _on_an_h200(path: Path) -> dict:
+    """A results file, as points of another machine have no place under this roof."""
+    data = compare.load(path, what="results")
+    if not data["machine"]["device"].startswith("NVIDIA H200"):
+        raise UserError(f"results: expected what was measured on an H200, got {path} of {data['machine']['device']}")
+    return data
+
+
 def digest(points: Sequence[Point]) -> str:
     """A checksum of what a picture shows; the committed one carries that of its points."""
     return hashlib.sha256(json.dumps([asdict(point) for point in points]).encode()).hexdigest()
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="what `pydit bench --json` wrote on an H200; of a case in several files the last counts")
     args = parser.parse_args(argv)
     try:
-        points = modelled([compare.load(path, what="results") for path in args.results])
+        points = modelled([_on_an_h200(path) for path in args.results])
         figures.save(_figure(points, H200, "NVIDIA H200, cases of the benchmark registry"), args.out,
                      description=digest(points))
     except (UserError, OSError) as error:

@@ -34,10 +34,11 @@ def gpu_table(results: Path) -> str:
     runs: dict[str, list[tuple[Path, dict]]] = {}
     for path in sorted(results.glob("*.json")):
         raw = read_json(path, what="results")
-        if not isinstance(raw, dict) or raw.get("format") != compare.FORMAT or raw["machine"].get("kind") != "cuda":
+        if not isinstance(raw, dict) or raw.get("format") != compare.FORMAT:
             continue
         data = compare.load(path, what="results")
-        runs.setdefault(data["machine"]["device"], []).append((path, data))
+        if data["machine"].get("kind") == "cuda":
+            runs.setdefault(data["machine"]["device"], []).append((path, data))
     if not runs:
         return "Not measured yet.\n"
     return "\n".join(_gpu(found) for found in runs.values())
@@ -106,12 +107,16 @@ def demo_table(results: Path) -> str:
     if not files:
         return "Not measured yet.\n"
     data = read_json(files[-1], what="results")
-    blocks, parameters = data["blocks"], data["parameters"]
-    lines = ["| demo pipeline, held-out prompts | blocks | transformer parameters | prompts met (mean over "
-             f"{len(data['teacher']['per_category'])} categories) |", "|---|---|---|---|"]
-    for label, key, model in (("teacher", "teacher", "teacher"), ("pruned, untrained", "pruned", "student"),
-                              ("pruned and distilled", "distilled", "student")):
-        lines.append(f"| {label} | {blocks[model]} | {parameters[model]:,} | {100 * data[key]['overall']:.1f} % |")
+    try:
+        blocks, parameters = data["blocks"], data["parameters"]
+        lines = ["| demo pipeline, held-out prompts | blocks | transformer parameters | prompts met (mean over "
+                 f"{len(data['teacher']['per_category'])} categories) |", "|---|---|---|---|"]
+        for label, key, model in (("teacher", "teacher", "teacher"), ("pruned, untrained", "pruned", "student"),
+                                  ("pruned and distilled", "distilled", "student")):
+            lines.append(f"| {label} | {blocks[model]} | {parameters[model]:,} | {100 * data[key]['overall']:.1f} % |")
+    except (LookupError, TypeError, ValueError) as error:
+        raise FormatError(f"results: expected what a demo run writes, got a file where some is missing or wrong "
+                          f"({files[-1]}: {type(error).__name__}: {error})") from None
     return "\n".join(lines) + "\n"
 
 

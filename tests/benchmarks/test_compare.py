@@ -10,11 +10,15 @@ from pydit.errors import FormatError
 
 
 def row(case, us, iqr):
-    return {"case": case, "providers": {"pydit": {"us": us, "q1_us": us - iqr / 2, "q3_us": us + iqr / 2}}}
+    return {"case": case, "op": "op", "shape": "1x2", "dtype": "bf16", "bytes": 8, "flops": 8, "not_raced": {}, "failed": {},
+            "providers": {"pydit": {"us": us, "q1_us": us - iqr / 2, "q3_us": us + iqr / 2, "iqr_us": iqr, "gb_s": 1.0,
+                                    "tflop_s": 1.0, "ratio": 1.0, "percent_of_limit": None, "method": "graph"}}}
 
 
 def results(**times):
-    return {"format": "pydit-bench", "version": 1, "machine": {"device": "NVIDIA H200", "kind": "cuda", "torch": "2.13"},
+    return {"format": "pydit-bench", "version": 1, "limits": {}, "not_run": [],
+            "machine": {"device": "NVIDIA H200", "kind": "cuda", "torch": "2.13", "commit": "abc", "dirty": False,
+                        "date": "2026-11-21 10:00:00"},
             "rows": [row(case, *value) for case, value in times.items()]}
 
 
@@ -51,6 +55,13 @@ def test_another_machine_is_said_loudly_and_gives_no_verdict(tmp_path):
     assert "!!!" not in compare.describe(compare.compare(results(a=(1, 1)), results(a=(1, 1))), tmp_path)
 
 
+def test_other_threads_are_another_machine():
+    one, eight = results(a=(100, 1)), results(a=(20, 1))
+    one["machine"]["threads"], eight["machine"]["threads"] = 1, 8
+    got = compare.compare(one, eight)
+    assert got["rows"][0]["verdict"] == "other machine" and got["machine"] == [("threads", 1, 8)]
+
+
 def test_other_versions_are_a_note(tmp_path):
     other = results(a=(100, 1))
     other["machine"]["torch"] = "2.11"
@@ -72,6 +83,25 @@ def test_files_are_checked(tmp_path):
                           ("machine", "machine and rows"), ("rows", "machine and rows"), ("time", "positive us")):
         path.write_text(json.dumps(broken[name]))
         with pytest.raises(FormatError, match=f"compare: expected .*{message}|compare: {message}"):
+            compare.load(path)
+    def at(*keys, value=None):
+        data = copy.deepcopy(good)
+        place = data
+        for key in keys[:-1]:
+            place = place[key]
+        del place[keys[-1]]
+        if value is not None:
+            place[keys[-1]] = value
+        return data
+
+    entry = ("rows", 0, "providers", "pydit")
+    for data in (at("limits"), at("limits", value=3), at("not_run"), at("machine", "device"), at("machine", "commit"),
+                 at("rows", 0, "op"), at("rows", 0, "bytes"), at("rows", 0, "bytes", value=0), at("rows", 0, "failed"),
+                 at("rows", 0, "providers", value=[1]), at(*entry), at(*entry, "ratio"), at(*entry, "iqr_us", value="1"),
+                 at(*entry, "q3_us", value=float("inf")), at(*entry, "us", value=float("nan")), good | {"paths": {"op": 1}},
+                 good | {"rows": [{**good["rows"][0], "wrong": 3}]}):
+        path.write_text(json.dumps(data))
+        with pytest.raises(FormatError, match="compare: expected all that .*r.json"):
             compare.load(path)
     path.write_text("{")
     with pytest.raises(FormatError, match="compare: expected JSON"):

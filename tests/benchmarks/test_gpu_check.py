@@ -46,9 +46,9 @@ def check(tmp_path):
                        "compute-sanitizer": '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\n"$@"\n'}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
-    row = {"case": registry.cases("full")[0].name, "wrong": "worst error"}
+    row = runner._row(registry.cases("full")[0], {}) | {"wrong": "worst error"}
     (place / "part.json").write_text(json.dumps(
-        {"format": compare.FORMAT, "version": compare.VERSION, "complete": False, "machine": {"device": "NVIDIA H200"},
+        {"format": compare.FORMAT, "version": compare.VERSION, "complete": False, "machine": machine.describe("cpu"),
          "limits": {}, "rows": [row], "not_run": []}))
 
     def call(*options, **variables):

@@ -72,3 +72,12 @@ def test_wrong_results_are_an_error(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x.png"), "--results", str(tmp_path / "r.json")]
     assert roofline.main(arguments) == 2 and not (tmp_path / "x.png").exists()
     assert "roofline: error: results: expected a file written by `pydit bench --json`" in capsys.readouterr().err
+
+
+def test_points_of_another_machine_have_no_place_under_an_h200s_roof(tmp_path, capsys):
+    data = {"format": "pydit-bench", "version": 1, "limits": {}, "not_run": [], "rows": [],
+            "machine": {"device": "NVIDIA H100 80GB HBM3", "commit": "abc", "dirty": False, "date": "2026-11-21"}}
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    arguments = ["--out", str(tmp_path / "x.png"), "--results", str(tmp_path / "r.json")]
+    assert roofline.main(arguments) == 2 and not (tmp_path / "x.png").exists()
+    assert "results: expected what was measured on an H200, got" in capsys.readouterr().err

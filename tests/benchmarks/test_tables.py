@@ -20,7 +20,7 @@ def run(device="NVIDIA H200", kind="cuda", date="2026-11-21 10:00:00", us=20.0):
     return {"format": "pydit-bench", "version": 1, "complete": True, "limits": {}, "not_run": [],
             "machine": {"device": device, "kind": kind, "date": date, "commit": "abc", "dirty": False},
             "rows": [{"case": "op/m/1/bf16", "op": "op", "shape": "1x2", "dtype": "bf16", "bytes": 8, "flops": 8,
-                      "providers": {"pydit": entry(us), "eager": entry(60.0, 3.0), "fast": entry(30.0, 1.5)}},
+                      "not_raced": {}, "failed": {}, "providers": {"pydit": entry(us), "eager": entry(60.0, 3.0), "fast": entry(30.0, 1.5)}},
                      {"case": "bad/m/1/bf16", "op": "bad", "shape": "1x2", "dtype": "bf16", "bytes": 8, "flops": 8,
                       "wrong": "worst error"}]}
 
@@ -122,6 +122,22 @@ def test_rows_of_the_same_commit_that_raced_more_peers_are_shown(place):
     assert "[2] NVIDIA H200" in text and "no figure: worst error" in text and "Not raced" not in text
 
 
+@pytest.mark.parametrize("data", [
+    {"format": "pydit-bench"}, {**run(), "machine": []}, {**run(), "machine": {"kind": "cuda"}},
+    {**run(), "rows": [{"case": "a", "providers": [1]}]},
+    {**run(), "rows": [{"case": "a", "providers": {"pydit": {"us": 1, "q1_us": 1, "q3_us": 1}}}]},
+    {**run(), "rows": [{**run()["rows"][1], "wrong": 3}]}])
+def test_a_results_file_without_its_parts_is_named(place, capsys, data):
+    (place.path / "results" / "broken.json").write_text(json.dumps(data))
+    assert place("--check") == 2
+    assert "tables: error: results: expected" in (error := capsys.readouterr().err) and "broken.json" in error
+
+
+def test_a_demo_file_without_its_parts_is_named(place, capsys):
+    (place.path / "results" / "demo-cpu-2026-11-26.json").write_text('{"teacher": {"per_category": 3}}')
+    assert place("--check") == 2 and "results: expected what a demo run writes" in capsys.readouterr().err
+
+
 def test_demo_table_of_the_committed_run():
     text = tables.demo_table(tables.RESULTS)
     path = max(tables.RESULTS.glob("demo-*.json"), key=lambda path: path.stem[-10:])
@@ -157,7 +173,7 @@ def test_parts_become_one_file(tmp_path, capsys):
     for part, mine, copy in (("a", names[:2], 4000.0), ("b", names[2:3], 4100.0)):
         data = run()
         data["rows"] = [{**data["rows"][0], "case": name} for name in mine]
-        data |= {"limits": {"copy_gb_s": copy}, "paths": {part: {"path": "cuda", "reason": ""}},
+        data |= {"limits": {"copy_gb_s": copy, "gemm_tflop_s": 700.0, "gemm": "bf16"}, "paths": {part: {"path": "cuda", "reason": ""}},
                  "not_run": names[3:4] if part == "b" else [], "complete": False}
         parts.append(tmp_path / f"{part}.json")
         parts[-1].write_text(json.dumps(data))
@@ -165,8 +181,8 @@ def test_parts_become_one_file(tmp_path, capsys):
     assert steps.main([str(path) for path in (lines, out, *parts, tmp_path / "c.json")]) == 0
     data = compare.load(out)
     assert [row["case"] for row in data["rows"]] == names[:3] and data["not_run"] == names[3:] and not data["complete"]
-    assert data["limits"] == {"copy_gb_s": 4000.0} and set(data["paths"]) == {"a", "b"}
-    assert data["parts"]["b"] == {"limits": {"copy_gb_s": 4100.0}, "not_run": names[3:4]}
+    assert data["limits"]["copy_gb_s"] == 4000.0 and set(data["paths"]) == {"a", "b"}
+    assert data["parts"]["b"]["limits"]["copy_gb_s"] == 4100.0 and data["parts"]["b"]["not_run"] == names[3:4]
     assert f"3 cases timed, 0 wrong, {len(names) - 3} not run" in capsys.readouterr().out
     ended = steps.merge({"a": {**run(), "running": "x"}, "b": {**run(), "limits_failed": "why"}})
     assert "running" not in ended and ended["parts"]["a"]["running"] == "x"
