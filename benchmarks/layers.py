@@ -25,12 +25,13 @@ import torch
 from benchmarks import blocks, compare, machine, parts, timing
 from benchmarks.cases import whole_block
 from benchmarks.cases.linear import own_kernel
+from benchmarks.output import JSON_HELP, Output
 from benchmarks.runner import run_case, settle, unwanted_peers
 from pydit import PruningPlan
 from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError, one_line
 from pydit.families import BlockSpec
-from pydit.files import require_file, write_json
+from pydit.files import require_file
 
 FORMAT = "pydit-bench-layers"
 ENERGY_SECONDS = 2.0  # of nothing but the block, as sensors of power average over one
@@ -53,7 +54,7 @@ def _parse(argv):
     parser.add_argument("--without", metavar="PARTS", default="",
                         help="no peer whose name contains one of these, separated by commas")
     parser.add_argument("--seconds", type=positive, help="start no kind of block after this time")
-    parser.add_argument("--json", type=Path, help="write all figures to this file, after every kind")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP.format("kind"))
     args = parser.parse_args(argv)
     require_file(args.json, args.plan, what="json", kind=FORMAT)
     if args.rounds < 3:
@@ -106,7 +107,7 @@ def _main(args) -> int:
     family, config = plan.family, blocks.config_of(args.config, plan)
     started, without = time.monotonic(), unwanted_peers(args.without)
     specs, counts = kinds_of(family, config, plan)
-    order = list(specs)
+    order, out = list(specs), Output(args.json, kind=FORMAT)
     data = {"format": FORMAT, "version": compare.VERSION, "complete": False, "not_run": list(order),
             "machine": machine.describe(device), "limits": {}, "plan": plan.to_dict(), "rows": []}
     with torch.no_grad():
@@ -126,12 +127,10 @@ def _main(args) -> int:
             data["rows"].append(row)
             data["not_run"].remove(kind)
             settle(device)
-            if args.json:
-                write_json(args.json, data)
+            out.write(data)
     data["complete"] = not data["not_run"]
     print(render(data["rows"]))
-    if args.json:
-        write_json(args.json, data)
+    out.finish(data, whole=data["complete"])
     return 1 if any("wrong" in row for row in data["rows"]) else 0
 
 

@@ -32,9 +32,10 @@ import torch
 import pydit
 from benchmarks import blocks, compare, machine, timing
 from benchmarks.layers import add_model, plan_of, settle_size
+from benchmarks.output import JSON_HELP, Output
 from pydit.cli.options import Parser, count, positive
 from pydit.errors import UserError, one_line
-from pydit.files import require_file, write_json
+from pydit.files import require_file
 
 FORMAT = "pydit-bench-model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,7 +60,7 @@ def _parse(argv):
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas (default: all)")
     parser.add_argument("--rounds", type=count, default=9, help="steps timed per variant (default: 9)")
     parser.add_argument("--seconds", type=positive, help="start no variant after this time")
-    parser.add_argument("--json", type=Path, help="write all figures to this file, after every variant")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP.format("variant"))
     args = parser.parse_args(argv)
     require_file(args.json, args.plan, what="json", kind=FORMAT)
     if not args.narrow:
@@ -83,7 +84,7 @@ def _main(args) -> int:
     data = {"format": FORMAT, "version": compare.VERSION, "complete": False,
             "not_run": [f"{shape}, {variant}" for shape, variant in wanted], "machine": machine.describe(device),
             "limits": {}, "plan": plan.to_dict(), "rows": []}
-    started = time.monotonic()
+    started, out = time.monotonic(), Output(args.json, kind=FORMAT)
     with machine.Sampler(device) as sampler:
         for shape, variant in wanted:
             if args.seconds is not None and time.monotonic() - started > args.seconds:
@@ -93,13 +94,11 @@ def _main(args) -> int:
             data["not_run"].remove(f"{shape}, {variant}")
             data["machine"] |= sampler.result()
             _compare(data["rows"])
-            if args.json:
-                write_json(args.json, data)
+            out.write(data)
     data["complete"] = not data["not_run"]
     print(render(data["rows"]))
     print("".join(f"not run, out of time: {name}\n" for name in data["not_run"]), end="")
-    if args.json:
-        write_json(args.json, data)
+    out.finish(data, whole=data["complete"])
     return 0
 
 
@@ -202,6 +201,7 @@ NARROW = ((64, 16), (64, 256), (256, 256), (768, 256))  # channels, image tokens
 
 def _narrow(args) -> int:
     threads, wanted = torch.get_num_threads(), [(family, *shape) for shape in NARROW for family in _FAMILIES]
+    out = Output(args.json, kind=FORMAT)
     data = {"format": FORMAT, "version": compare.VERSION, "complete": False, "not_run": [],
             "machine": machine.describe("cpu"), "limits": {}, "rows": []}
     torch.set_num_threads(1)
@@ -211,10 +211,10 @@ def _narrow(args) -> int:
             data["not_run"] = [f"{family}, {width} channels, {tokens} tokens"
                                for family, width, tokens in wanted[number:]]
             data["complete"] = not data["not_run"]
-            if args.json:
-                write_json(args.json, data)
+            out.write(data)
     finally:
         torch.set_num_threads(threads)
+    out.finish(data, whole=True)
     return 0
 
 

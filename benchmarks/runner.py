@@ -21,12 +21,13 @@ import torch
 
 from benchmarks import compare, machine, registry, roofline, table, timing
 from benchmarks.cases import Case
+from benchmarks.output import JSON_HELP, Output
 from benchmarks.peers import Peer
 from benchmarks.registry import SIZES, find
 from pydit import backend
 from pydit.cli.options import Parser, count, positive
-from pydit.errors import UserError, one_line
-from pydit.files import require_file, write_json
+from pydit.errors import FormatError, UserError, one_line
+from pydit.files import require_file
 from pydit.testing import assert_accurate
 
 
@@ -57,7 +58,7 @@ def _parse(argv):
                         help="end the process in a case that takes longer, as with a kernel that hangs")
     parser.add_argument("--resume", action="store_true",
                         help="keep what the file of --json holds, and go on after the case in which that run ended")
-    parser.add_argument("--json", type=Path, help="write all figures to this file, after every case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP.format("case"))
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="results of an earlier run to compare with")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a roofline picture")
     args = parser.parse_args(argv)
@@ -82,10 +83,17 @@ def _main(args) -> int:
                         + ", ".join(peer.name for peer in case.peers) for case in cases))
         return 0
     old = compare.load(args.compare) if args.compare else None
+    if not args.resume:
+        _require_no_others(args.json, cases)
+    out = Output(args.json, kind=compare.FORMAT, resume=args.resume)
     data = {"format": compare.FORMAT, "version": compare.VERSION, "complete": False,
             "machine": machine.describe(device), "limits": {}, "rows": [], "not_run": [case.name for case in cases]}
-    if args.resume and args.json.exists():
-        data |= _before(compare.load(args.json, what="resume"), cases)
+    seen = []  # what processes before this one sampled
+    if out.before is not None:
+        before = compare.load(out.before, what="resume")
+        _require_same(before["machine"], data["machine"], out.before)
+        data |= _before(before, cases)
+        seen.append(before["machine"])
     gc.collect()
     gc.freeze()  # modules, which live to the end: to look through them after every case takes longer than many a case
     with machine.Sampler(device) as sampler, torch.no_grad():
@@ -100,21 +108,19 @@ def _main(args) -> int:
                 break
             print(f"{case.name} ...", file=sys.stderr, flush=True)
             data["running"] = case.name  # until it is over: where the process ends meanwhile, the file says in which
-            if args.json:
-                write_json(args.json, data)
+            out.write(data)
             if args.case_seconds is not None:
                 faulthandler.dump_traceback_later(args.case_seconds, exit=True, file=sys.__stderr__)
             data["rows"].append(run_case(case, device, data["limits"], rounds=args.rounds, peers=peers,
                                          without=without))
             faulthandler.cancel_dump_traceback_later()
             data["not_run"].remove(case.name)
-            data["machine"] |= sampler.result()
-            data["paths"] = backend.report()
+            data["machine"] |= (sampled := sampler.result()) | machine.together([*seen, sampled])
+            data["paths"] = data.get("paths", {}) | backend.report()
             faulted = not settle(device)
             if not faulted:
                 del data["running"]
-            if args.json:
-                write_json(args.json, data)
+            out.write(data)
             if faulted:
                 print(f"the GPU has faulted in {case.name}: no case after it is run", file=sys.stderr)
                 break
@@ -123,11 +129,32 @@ def _main(args) -> int:
     if old is not None:
         data["compared"] = compare.compare(old, data)
         print("\n" + compare.describe(data["compared"], args.compare))
-    if args.json:
-        write_json(args.json, data)
+    out.finish(data, whole=not data["not_run"])
     if args.plot:
         roofline.draw(data, args.plot)
     return 1 if any("wrong" in row for row in data["rows"]) else 0
+
+
+def _require_no_others(path: Path | None, cases: list[Case]) -> None:
+    """UserError where a file has figures of cases that this run, which would take its place, does not take."""
+    if path is None or not path.is_file():
+        return
+    try:
+        data = compare.load(path, what="json")
+    except FormatError:  # no figures to lose
+        return
+    others = sorted({row["case"] for row in data["rows"] if "wrong" not in row} - {case.name for case in cases})
+    if others:
+        raise UserError(f"json: expected a new file, or one whose cases this run takes too, got {path} of commit "
+                        f"{data['machine']['commit']} with {len(others)} more, such as {others[0]}")
+
+
+def _require_same(old: dict, new: dict, path: Path) -> None:
+    """UserError where figures would stand beside those of another machine or other code, under one machine line."""
+    differ = [f"{name} {old.get(name)} instead of {new.get(name)}"
+              for name in (*compare.SAME_MACHINE, "commit", "torch", "cuda_archs") if old.get(name) != new.get(name)]
+    if differ:
+        raise UserError(f"resume: expected results of this machine and this code, got {path} with {', '.join(differ)}")
 
 
 def _before(old: dict, cases: list[Case]) -> dict:
@@ -138,7 +165,7 @@ def _before(old: dict, cases: list[Case]) -> dict:
     rows += [_row(case, {}) | {"wrong": "the process ended in this case"} for case in cases
              if case.name == ended and ended not in done]
     done.add(ended)
-    return {"limits": old.get("limits") or {}, "rows": rows,
+    return {"limits": old.get("limits") or {}, "rows": rows, "paths": old.get("paths", {}),
             "not_run": [case.name for case in cases if case.name not in done]}
 
 

@@ -190,6 +190,75 @@ def test_a_run_that_was_ended_is_gone_on_with(tmp_path, monkeypatch):
     assert pydit(["bench", "--resume"]) == 2
 
 
+@pytest.fixture
+def abc(tmp_path, monkeypatch):
+    """A command on three cases that writes r.json; ``ends`` names one in which the process is to end."""
+    timed = runner.run_case
+
+    def call(*options, ends=None):
+        def run_case(case, *args, **more):
+            if case.model == ends:
+                raise KeyboardInterrupt
+            return timed(case, *args, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "find", lambda text, *_: [case(model=name) for name in text or "abc"])
+            patch.setattr(runner, "run_case", run_case)
+            return pydit(["bench", "--json", str(path), "--rounds", "3", *options])
+
+    path = tmp_path / "r.json"
+    call.path, call.partial = path, tmp_path / "r.json.partial"
+    return call
+
+
+def test_figures_of_an_earlier_run_stay_until_there_are_others(abc, capsys, monkeypatch):
+    assert abc() == 0 and not abc.partial.exists()
+    first = abc.path.read_bytes()
+    assert abc(ends="b") == 130 and abc.path.read_bytes() == first
+    assert [row["model"] for row in compare.load(abc.partial)["rows"]] == ["a"]
+    assert abc("--seconds", "1e-9") == 0 and abc.path.read_bytes() == first
+    assert "is as it was: this run ended before its last case, and what it has is in" in capsys.readouterr().err
+    assert abc(ends="c") == 130
+    assert abc("--resume") == 1 and not abc.partial.exists()  # in c a process ended
+    data = compare.load(abc.path)
+    assert [row["model"] for row in data["rows"]] == ["a", "b", "c"] and "wrong" in data["rows"][2]
+    assert abc() == 0 and "wrong" not in compare.load(abc.path)["rows"][2] and not abc.partial.exists()
+
+
+def test_figures_of_other_cases_are_not_replaced(abc, capsys):
+    """Those of more cases than this run takes; fewer are."""
+    assert abc("--filter", "ab") == 0 and abc() == 0
+    first = abc.path.read_bytes()
+    assert abc("--filter", "b") == 2 and abc.path.read_bytes() == first
+    assert re.search(r"json: expected a new file, or one whose cases this run takes too, got \S+r.json of commit \w+ with 2 "
+                     "more, such as ada_layer_norm/a/", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("field, value", [("device", "NVIDIA H100"), ("commit", "abc1234"), ("threads", 77), ("torch", "2.0")])
+def test_a_run_goes_on_where_it_began(abc, capsys, field, value):
+    """Else figures and ceilings of two machines would stand under the line of one."""
+    assert abc(ends="b") == 130
+    data = compare.load(abc.path)
+    abc.path.write_text(json.dumps({**data, "machine": {**data["machine"], field: value}}))
+    before = abc.path.read_bytes()
+    assert abc("--resume") == 2 and abc.path.read_bytes() == before
+    assert f"resume: expected results of this machine and this code, got {abc.path} with {field} {value} instead of" \
+        in capsys.readouterr().err
+
+
+def test_what_earlier_processes_saw_of_the_machine_is_kept(abc, monkeypatch):
+    assert abc(ends="b") == 130
+    data = compare.load(abc.path)
+    seen = machine.summarise([{"power_w": 100.0, "throttle": 4}])
+    paths = {"op": {"path": "cuda", "reason": "", "calls": 1}}
+    abc.path.write_text(json.dumps({**data, "machine": {**data["machine"], "sampled": seen}, "paths": paths}))
+    monkeypatch.setattr(machine.Sampler, "result", lambda self: {"sampled": machine.summarise([{"power_w": 300.0, "throttle": 0}])})
+    assert abc("--resume") == 1
+    data = compare.load(abc.path)
+    assert data["machine"]["sampled"]["power_w"] == {"min": 100.0, "median": 200.0, "max": 300.0}
+    assert data["machine"]["sampled"]["throttled"] == {"software power cap": 0.5} and set(data["paths"]) > {"op"}
+
+
 def test_a_case_that_hangs_ends_the_process(tmp_path):
     """In a process of its own, which says where it hung; the file says in which case."""
     code = f"""
@@ -375,7 +444,7 @@ def test_a_full_disk_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", full)
     assert pydit(["bench", "--size", "small", "--peers", "none", "--filter", "ada_layer_norm/tiny",
                   "--json", str(tmp_path / "out.json")]) == 2
-    assert re.match(r"pydit bench: error: \S+/out.json: No space left on device; .*make room and run it again$",
+    assert re.match(r"pydit bench: error: \S+/out.json.partial: No space left on device; .*make room and run it again$",
                     capsys.readouterr().err.strip().splitlines()[-1])
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"] and (tmp_path / "out.json").stat().st_size == 25
 
