@@ -12,6 +12,9 @@ from collections.abc import Callable
 from statistics import median, quantiles
 
 import torch
+from torch.utils import _pytree as pytree
+
+from pydit.inference.capture import clean_up_after_capture
 
 ROTATED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # several times the last-level cache (60 MB of L2 on an H200)
 MOST_SETS = {"cuda": 64, "cpu": 256}
@@ -32,7 +35,8 @@ def input_sets(make: Callable, nbytes: int, device: str) -> list[tuple]:
 def timer(function: Callable, inputs: list[tuple], device: str, *, long: bool = False) -> tuple[Callable, str]:
     """A function that takes one sample (us per call), and how it does so: "graph", "stream" or "host".
 
-    A function that cannot be captured (it allocates or synchronises) is timed on the stream instead.
+    A function that cannot be captured (it allocates or synchronises), or whose graph does not do its work, is timed on
+    the stream instead.
     """
     for args in inputs:  # all of them: what a peer keeps for its inputs is made before the clock starts
         function(*args)
@@ -109,17 +113,28 @@ def _graph_timer(function, inputs):
         with torch.cuda.graph(graph, pool=pool):
             kept = [function(*args) for args in inputs]  # all outputs live: none is written twice in a walk
     except BaseException:
-        from pydit.inference.graphs import clean_up_after_capture  # imports diffusers, which takes seconds
-
         clean_up_after_capture(stream, pool)
         raise
-    graph.replay()
-    torch.cuda.synchronize()
+    _require_work(graph, kept, inputs)
 
     def sample(_keep=(kept, inputs)):
         return _between_events(graph.replay, 3) / len(inputs)
 
     return sample
+
+
+def _require_work(graph, kept, inputs):
+    """RuntimeError where a replay does not write every output: what a function launched on another stream is not in its
+    graph, whose time would be that of nothing. Outputs that are inputs are left as they are."""
+    own = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)}
+    outputs = [x for x in pytree.tree_leaves(kept) if isinstance(x, torch.Tensor) and x.is_floating_point()
+               and x.untyped_storage().data_ptr() not in own]
+    for x in outputs:
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    if any(bool(x.isnan().any()) for x in outputs):
+        raise RuntimeError("the replay of a graph left outputs unwritten")
 
 
 def _stream_timer(function, inputs):

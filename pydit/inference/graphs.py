@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pydit import backend
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.inference.capture import clean_up_after_capture
 from pydit.models.attention import active_backend
 
 _KEY = "_pydit_graphs"
@@ -115,22 +116,6 @@ class Recorder(Protocol):
 
     def in_turn(self) -> contextlib.AbstractContextManager:
         """A context whose work on the device begins after that of the contexts before, whichever streams they had."""
-
-
-def clean_up_after_capture(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
-    """What torch leaves undone where a capture into ``pool`` failed: see torch's CUDAGraph::capture_end.
-
-    Its stream stays the current one, and what follows would not wait for what came before; its allocator goes on
-    recording to the pool; and random numbers from the device raise for the rest of the process, as the default
-    generator takes itself to be in the capture.
-    """
-    torch.cuda.set_stream(stream)
-    device = torch.cuda.current_device()
-    with contextlib.suppress(RuntimeError):  # raises where that is over
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
-    generator = torch.cuda.default_generators[device]
-    generator.graphsafe_set_state(generator.clone_state())  # the same seed and offset, in no capture
 
 
 class CudaRecorder:
