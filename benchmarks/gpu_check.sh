@@ -2,7 +2,8 @@
 # Everything worth knowing from one visit to a GPU machine in at most ten minutes: import, an op on a side stream, the
 # cuda tests and compute-sanitizer over our kernels side by side, then ceilings and the benchmark registry.
 #   [VARIABLE=VALUE ...] benchmarks/gpu_check.sh [--no-bench] [--no-tests] [--no-sanitizer]
-# OUT      results file or its directory (default: benchmarks/results); beside FILE.json lie all logs, FILE.logs.tar.gz
+# OUT      results file or its directory (default: benchmarks/results); beside FILE.json lie all logs, FILE.logs.tar.gz.
+#          Where FILE.json is there already, a benchmark takes FILE-2.json
 # MODULES  which files of benchmarks/cases, in this order, one process each: what hangs or faults in one spares the rest
 # WITHOUT  peers left out (parts of their names); by default those that take long to build, to run or much memory
 # FILTER   only cases whose name contains this text, or one of several that spaces separate
@@ -10,10 +11,11 @@
 # CASE     seconds for a case (25): one that hangs or faults is left without a figure, and its module goes on after it
 # LIMIT    seconds for everything (570)
 # COMMIT   what the results are of, where the checkout came without its history
-# Needs a GPU, pytest, and pydit importable: installed, or a plain checkout with a module, pydit/_C*.so or the one that
-# PYDIT_EXTENSION names. pytest-xdist and pytest-timeout are used where they are installed, and worth it: with them a
-# kernel that hangs or faults costs one test. A step that exceeds its budget is ended and the next one starts. Exit code 1
-# when a step failed or ran out of time.
+# Needs a GPU, pytest, hypothesis, and pydit importable: installed, or a plain checkout with a module, pydit/_C*.so or
+# the one that PYDIT_EXTENSION names. Whole blocks, collecting and the tests of models need diffusers. pytest-xdist and
+# pytest-timeout are used where they are installed, and worth it: with them a kernel that hangs or faults costs one
+# test. A step that exceeds its budget is ended and the next one starts; where torch or the kernels cannot use the GPU,
+# no other is begun. Exit code 1 when a step failed or ran out of time.
 #
 # A machine without compiler takes a module built elsewhere for its Python; -lineinfo names lines in sanitizer reports:
 #   cmake -S . -B build/gpu -G Ninja -DPYDIT_SIM=off -DPYDIT_CUDA=on -DCMAKE_CUDA_FLAGS=-lineinfo \
@@ -36,10 +38,16 @@ PYTHON=${PYTHON:-python3}
 MODULES=${MODULES-modulate attention linear qk_norm_rope second_moments attention_backward hsic_matrix whole_block collect}
 WITHOUT=${WITHOUT-compile,flex,math,pairwise} FILTER=${FILTER-} T=${T:-70} CASE=${CASE:-25} LIMIT=${LIMIT:-570}
 export COMMIT=${COMMIT-}
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
+# Where it fails it says so on its standard output.
+gpu=$(timeout -k 5 60 nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) || gpu=
+gpu=$(head -1 <<<"$gpu" | tr 'A-Z /' 'a-z--')
 [ -n "$gpu" ] || { echo "gpu_check: expected a GPU, got none (nvidia-smi)" >&2; exit 2; }
 OUT=${OUT:-benchmarks/results}
 [[ $OUT == *.json ]] || OUT=$OUT/$gpu-$(date +%F).json
+if [[ " $* " != *" --no-bench "* ]]; then # without, the steps join the file
+  first=${OUT%.json} number=1
+  while [ -e "$OUT" ]; do OUT=$first-$((++number)).json; done
+fi
 LOGS=${OUT%.json}.logs
 mkdir -p "$LOGS" && rm -f "$LOGS"/* || exit 2
 STEPS=$LOGS/steps.tsv
@@ -74,8 +82,18 @@ has pytest_timeout && parallel+=" --timeout 60 --timeout-method thread"
 step machine 15 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv,noheader
 step import 60 "$PYTHON" -c 'import sys, pydit, torch
 print(torch.__version__, pydit.backend_info())
-sys.exit(not pydit.backend_info()["cuda_archs"])  # without kernels every test below would be skipped, and pass'
-step side_stream 60 "$PYTHON" -m benchmarks.side_stream
+torch.cuda.init()  # raises where torch cannot use the GPU
+# Without kernels that run there every test below would be skipped, and pass, or be one of torch, and figures too.
+sys.exit(pydit.backend_info()["default_backend"]["cuda"] != "cuda")'
+step needs 30 "$PYTHON" -c 'import importlib.util, sys
+missing = [name for name in ("pytest", "hypothesis", "diffusers") if importlib.util.find_spec(name) is None]
+sys.exit(f"not installed: {missing}" if missing else 0)'
+if grep -q $'^import\tfailed' "$STEPS"; then
+  record side_stream "not run: import failed"
+  set -- --no-tests --no-bench
+else
+  step side_stream 60 "$PYTHON" -m benchmarks.side_stream
+fi
 
 if [[ " $* " == *" --no-tests "* ]]; then
   for name in tests other_tests memcheck racecheck; do record $name "not run: --no-tests"; done

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import compare, machine, registry
 from pydit.errors import FormatError
-from pydit.files import read_json, write_json
+from pydit.files import write_json
 
 
 def main(argv: list[str]) -> int:
@@ -30,11 +30,14 @@ def main(argv: list[str]) -> int:
             found[path.stem] = compare.load(path, what="part")
         except FormatError as error:  # what one process left behind does not cost what the others did
             print(error, file=sys.stderr)
-    if found:
-        data = merge(found)
-    elif out.exists():
-        data = read_json(out, what="out")
-    else:  # the benchmark did not get to its first case: the other steps are worth keeping
+    data = merge(found) if found else None
+    if data is None and out.exists():
+        try:
+            data = compare.load(out, what="out")
+        except FormatError as error:  # what is there stays, and the steps stand beside it
+            print(error, file=sys.stderr)
+            out = out.with_name(f"{out.stem}.steps.json")
+    if data is None:  # the benchmark did not get to its first case: the other steps are worth keeping
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         data = {"format": compare.FORMAT, "version": compare.VERSION, "complete": False,
                 "machine": machine.describe(kind), "limits": {}, "rows": [], "not_run": []}

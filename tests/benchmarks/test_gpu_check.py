@@ -21,6 +21,7 @@ words="$*"
 echo "${words//$'\\n'/ }" >>"$PLACE/calls"
 case "$words" in
   "-c import pytest_timeout") exit 1 ;;
+  "-c import sys, pydit"*) exit ${IMPORT:-0} ;;
   *benchmarks.steps*) exec "$REAL" "$@" ;;
   *"-m pytest tests/ops"*-n*) echo "1 failed"; exit 1 ;;
   *"--module linear "*) exit 124 ;;
@@ -55,8 +56,9 @@ def check(tmp_path):
         environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"),
                        "REAL": sys.executable, "PLACE": str(place), "OUT": str(place / "out" / "run.json"), **variables}
         done = subprocess.run(["bash", str(SCRIPT), *options], env=environment, capture_output=True, text=True, timeout=120)
-        assert (place / "out" / "run.json").exists(), done.stdout + done.stderr
-        steps = {step["step"]: step["state"] for step in read_json(place / "out" / "run.json", what="out")["steps"]}
+        written = re.search(r"wrote (\S+)$", done.stdout)
+        assert written, done.stdout + done.stderr
+        steps = {step["step"]: step["state"] for step in read_json(written[1], what="out")["steps"]}
         return done, (place / "calls").read_text().splitlines(), steps
 
     call.out = place / "out"
@@ -66,7 +68,7 @@ def check(tmp_path):
 def test_steps_their_states_and_what_is_left(check):
     done, calls, steps = check(MODULES="modulate linear collect", WITHOUT="math", FILTER="/x", T="32")
     assert done.returncode == 1
-    assert steps == {"machine": "passed", "import": "passed", "side_stream": "passed", "tests": "failed (1)",
+    assert steps == {"machine": "passed", "import": "passed", "needs": "passed", "side_stream": "passed", "tests": "failed (1)",
                      "other_tests": "passed", "memcheck": "passed", "racecheck": "passed", "bench_modulate": "passed",
                      "bench_linear": "out of time", "bench_collect": "failed (2)"}
     assert sorted(path.name for path in check.out.iterdir()) == ["run.json", "run.logs.tar.gz"]
@@ -105,11 +107,40 @@ def test_no_module_begins_that_could_not_end(check):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\nexit 9\n")
+    """As where the tool says on its output that it has failed: that is no GPU's name."""
+    (tmp_path / "nvidia-smi").write_text('#!/bin/bash\necho "NVIDIA-SMI has failed because it could not"\nexit 9\n')
     (tmp_path / "nvidia-smi").chmod(stat.S_IRWXU)
-    done = subprocess.run(["bash", str(SCRIPT)], env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    done = subprocess.run(["bash", str(SCRIPT)], env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                                                      "OUT": str(tmp_path / "out"), "PYTHON": "true"},
                           capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "expected a GPU, got none" in done.stderr
+    assert done.returncode == 2 and "expected a GPU, got none" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code, begun", [("1", False), ("124", True)])
+def test_nothing_is_begun_where_the_gpu_cannot_be_used(check, code, begun):
+    """But where its modules are merely slow to load, as from a cold disk."""
+    done, calls, steps = check("--no-sanitizer", MODULES="modulate", IMPORT=code)
+    assert done.returncode == 1 and steps["import"] == ("out of time" if begun else "failed (1)")
+    assert any("benchmarks.runner" in line or "-m pytest" in line for line in calls) == begun
+    assert steps["side_stream"] == ("passed" if begun else "not run: import failed")
+    assert ("bench_modulate" in steps) == begun
+
+
+def test_results_that_are_there_are_kept(check):
+    for _ in range(2):
+        check("--no-tests", MODULES="modulate")
+        (check.out / "run.json").write_text("mine")
+    assert (check.out / "run.json").read_text() == "mine"
+    assert sorted(path.name for path in check.out.iterdir()) == ["run-2.json", "run-2.logs.tar.gz", "run.json",
+                                                                 "run.logs.tar.gz"]
+
+
+def test_steps_join_no_file_that_is_none(check):
+    check.out.mkdir()
+    (check.out / "run.json").write_text("mine")
+    check("--no-tests", "--no-bench")
+    assert (check.out / "run.json").read_text() == "mine"
+    assert read_json(check.out / "run.steps.json", what="out")["steps"][0]["step"] == "machine"
 
 
 def test_the_later_visits_have_cases_in_every_module_and_peers_that_there_are():
