@@ -6,7 +6,9 @@
 Weights are random: latency and memory, never quality. Variants are built and timed one after another, because two dense
 transformers do not fit a GPU; each is timed as the median of --rounds steps after two to warm up. torch.compile takes
 the repeated blocks, as diffusers recommends. Peak memory is the GPU's, weights included and no teacher's beside a
-pruned model's; on a CPU it stays empty. ratio is the dense eager step over the variant's.
+pruned model's; on a CPU it stays empty. off is the norm of what a variant's output differs by from the eager one's,
+over that one's norm: rounding, and beyond a half an error, whose time is not shown. ratio is the dense eager step over
+the variant's.
 
     pydit bench model --narrow --dtype bf16 --samples 2
 
@@ -39,6 +41,7 @@ from pydit.files import require_file
 
 FORMAT = "pydit-bench-model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOST_OFF = 0.5  # rounding in bf16 gives under a hundredth in six blocks; zeros give 1, other numbers 1.4, NaN NaN
 VARIANTS = ("eager", "torch.compile", "accelerate", "accelerate + graphs", "accelerate + table")
 
 
@@ -85,12 +88,13 @@ def _main(args) -> int:
             "not_run": [f"{shape}, {variant}" for shape, variant in wanted], "machine": machine.describe(device),
             "limits": {}, "plan": plan.to_dict(), "rows": []}
     started, out = time.monotonic(), Output(args.json, kind=FORMAT)
+    eager: dict[str, torch.Tensor] = {}  # outputs by model
     with machine.Sampler(device) as sampler:
         for shape, variant in wanted:
             if args.seconds is not None and time.monotonic() - started > args.seconds:
                 break
             print(f"{shape}, {variant} ...", file=sys.stderr, flush=True)
-            data["rows"].append(_row(plan, shape, variant, args, device))
+            data["rows"].append(_row(plan, shape, variant, args, device, eager))
             data["not_run"].remove(f"{shape}, {variant}")
             data["machine"] |= sampler.result()
             _compare(data["rows"])
@@ -102,22 +106,42 @@ def _main(args) -> int:
     return 0
 
 
-def _row(plan: pydit.PruningPlan, shape: str, variant: str, args, device: str) -> dict[str, Any]:
-    """One variant, whose memory is free again when it returns."""
-    row: dict[str, Any] = {"model": shape, "variant": variant, "parameters": None}
+def _row(plan: pydit.PruningPlan, shape: str, variant: str, args, device: str,
+         eager: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One variant, whose memory is free again when it returns. Its output is held against ``eager``'s of the model,
+    which is kept there; where that variant was not run, against none."""
+    row: dict[str, Any] = {"model": shape, "variant": variant, "parameters": None, "off": None}
     try:
         model = _make(args.config, plan, shape, device)
         row["parameters"] = sum(p.numel() for p in model.parameters())
-        row |= _timed(_changed(model, variant), _batch(model, args, device), args.rounds, device)
+        batch = _batch(model, args, device)
+        run = _changed(model, variant, batch)
+        row["off"] = _off(run, batch, shape, variant, eager)
+        row |= _timed(run, batch, args.rounds, device)
     except Exception as error:  # one variant that cannot run here stops no other
         row["failed"] = f"{type(error).__name__}: {one_line(error)}"[:200]
-    model = None
+    model = run = None
     torch._dynamo.reset()  # its caches keep what was compiled
     gc.collect()
     if device == "cuda":
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
     return row
+
+
+@torch.no_grad()
+def _off(run: Callable[..., Any], batch: dict[str, Any], shape: str, variant: str,
+         eager: dict[str, torch.Tensor]) -> float | None:
+    """How far the output is off; AssertionError where it is another one."""
+    output = run(**batch, return_dict=False)[0].float().cpu()
+    if variant == "eager":
+        eager[shape] = output
+    if shape not in eager:
+        return None
+    off = float((output - eager[shape]).norm() / eager[shape].norm())
+    if not off <= MOST_OFF:
+        raise AssertionError(f"expected the output of the eager model, got one that is off by {off:.3g} of its norm")
+    return off
 
 
 def _compare(rows: list[dict]) -> None:
@@ -144,15 +168,21 @@ def _make(config: str, plan: pydit.PruningPlan, shape: str, device: str) -> torc
             model = (adapter.pruned_class() if shape == "pruned" else adapter.stock_class())(**settings)
     finally:
         torch.set_default_dtype(before)
-    return model.to(device, torch.bfloat16).requires_grad_(False).eval()
+    return _to(model.requires_grad_(False).eval(), device, torch.bfloat16)
 
 
-def _changed(model: torch.nn.Module, variant: str) -> Callable[..., Any]:
+def _to(model: torch.nn.Module, *what: Any) -> torch.nn.Module:
+    """diffusers' own ``to`` says of every model that some of its modules should have stayed in float32: "[]"."""
+    return torch.nn.Module.to(model, *what)
+
+
+def _changed(model: torch.nn.Module, variant: str, batch: dict[str, Any]) -> Callable[..., Any]:
     if variant == "torch.compile":
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
         return model
     if variant == "accelerate + table":
-        pydit.bake_schedule(model, [0.5])
+        pydit.bake_schedule(model, batch["timestep"], pooled_projections=batch.get("pooled_projections"),
+                            guidance=batch.get("guidance"))
     return model if variant == "eager" else pydit.accelerate(model, cuda_graphs=variant == "accelerate + graphs")
 
 
@@ -222,7 +252,7 @@ def _narrow(args) -> int:
 def _narrow_row(family: str, width: int, tokens: int, args) -> dict[str, Any]:
     torch.manual_seed(0)
     model, batch = _FAMILIES[family](width, round(tokens ** 0.5))
-    model, batch = model.requires_grad_(False).eval().to(DTYPES[args.dtype]), _batch_of(batch, args)
+    model, batch = _to(model.requires_grad_(False).eval(), DTYPES[args.dtype]), _batch_of(batch, args)
     models = {"stock": model, "accelerated": pydit.accelerate(copy.deepcopy(model))}
     outs = [m(**batch, return_dict=False)[0] for m in models.values()]
     bound = 1e-4 if args.dtype == "fp32" else 5e-2
@@ -305,7 +335,7 @@ _FAMILIES: dict[str, Callable[[int, int], tuple[torch.nn.Module, dict[str, Any]]
 
 def render(rows: list[dict]) -> str:
     """The table; a dash stands for what this machine does not measure."""
-    lines = [f"{'model':7} {'variant':20} {'parameters':>15} {'ms':>10} {'peak GiB':>9} {'ratio':>7}"]
+    lines = [f"{'model':7} {'variant':20} {'parameters':>15} {'ms':>10} {'peak GiB':>9} {'off':>8} {'ratio':>7}"]
     for row in rows:
         head = f"{row['model']:7} {row['variant']:20} {row['parameters'] or 0:15,}"
         if "failed" in row:
@@ -313,7 +343,8 @@ def render(rows: list[dict]) -> str:
             continue
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2 ** 30:.2f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        lines.append(f"{head} {row['ms']:10.2f} {peak:>9} {ratio:>7}")
+        off = "-" if row["off"] is None else f"{row['off']:.4f}"
+        lines.append(f"{head} {row['ms']:10.2f} {peak:>9} {off:>8} {ratio:>7}")
     return "\n".join(lines)
 
 

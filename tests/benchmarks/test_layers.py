@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
 import pydit
@@ -114,9 +115,12 @@ def test_blocks_and_models_of_every_family(config, fields, command, tmp_path, ca
                          {"dense", "dense_attn2", "linear_ffn_attn2", "dense_last"}), rows.keys()
     assert all(row["ideal_us"] > 0 and "details_failed" not in row for row in rows.values())
     (tmp_path / "out.json").unlink()  # of layers, which a file of models does not replace
-    assert model.main([*command, "--variants", "eager,accelerate"]) == 0
+    capsys.readouterr()
+    assert model.main([*command, "--variants", "eager,accelerate,accelerate + table"]) == 0
+    assert "kept in float32" not in capsys.readouterr().err  # diffusers' warning of every model
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert len(rows) == 4 and all(row["ms"] > 0 for row in rows), rows
+    assert len(rows) == 6 and all(row["ms"] > 0 for row in rows), rows
+    assert all(row["off"] == 0 if row["variant"] == "eager" else 0 < row["off"] < 0.02 for row in rows), rows
     dense = blocks.config_of(config, plan)
     assert [row["parameters"] for row in rows[:2]] == [pydit.PruningPlan(plan.family, plan.num_layers).num_parameters(dense),
                                                        plan.num_parameters(dense)]
@@ -196,6 +200,18 @@ def test_a_pruned_model_is_timed_without_its_teacher(command):
     assert sum(p.numel() for p in student.parameters()) == plan.num_parameters(dense.config)
     thinned = [(block.spec, spec) for block, spec in zip(student.own_blocks, plan.blocks, strict=True) if not spec.is_stock]
     assert thinned and all(found == wanted for found, wanted in thinned)
+
+
+@pytest.mark.parametrize("output", [float("nan"), 0.0])
+def test_a_model_that_computes_something_else_gets_no_time(command, tmp_path, monkeypatch, capsys, output):
+    def broken(made, **_):
+        return lambda **batch: (torch.full_like(made(**batch)[0], output),)
+
+    monkeypatch.setattr(model.pydit, "accelerate", broken)
+    assert model.main([*command, "--variants", "eager,accelerate"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert ["ms" in row for row in rows] == [True, True, False, False]
+    assert "expected the output of the eager model" in rows[3]["failed"] and "failed: AssertionError" in capsys.readouterr().out
 
 
 def test_models_leave_what_they_have_when_time_is_over(command, tmp_path, monkeypatch):
