@@ -22,6 +22,7 @@ from pydit.cli.options import (
     is_given,
     load,
     not_negative,
+    of_demo,
     parse_list,
     positive,
     print_json,
@@ -347,21 +348,29 @@ def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
     if family != plan.family:
         raise UserError(f"student: expected a plan for {family or config.get('_class_name')} like {arguments.teacher}, "
                         f"got one for {plan.family}")
+    usual, text = _usual(config)
     side = arguments.resolution or arguments.size
-    tokens = {} if side is None else {"image_tokens": (side // _pixels(arguments.teacher)) ** 2}
+    tokens = (side or usual) // _pixels(arguments.teacher)
     size = {"bfloat16": 2, "float16": 2}.get(arguments.dtype, 4)
     rows = arguments.batch_size * (1 if settings.guidance is None else 2)
     found = estimate(plan, config, settings, batch_size=rows, element_bytes=size, processes=arguments.processes,
-                     **tokens)
+                     image_tokens=tokens ** 2, text_tokens=text)
     if arguments.json:
         print_json({"memory_bytes": found.memory, "host_bytes": found.host, "disk_bytes": found.disk,
                     "flops_per_step": found.flops,
                     "seconds": found.seconds})
     else:
         print(plan.describe(config).splitlines()[0])
-        print(f"batches of {rows}, each of {tokens.get('image_tokens', 6889)} image and 512 text tokens"
-              + ("" if tokens else "; --resolution gives another size"))
+        print(f"batches of {rows}, each of {tokens ** 2} image and {text} text tokens"
+              + ("" if side else "; --resolution gives another size"))
         print(found.describe())
+
+
+def _usual(config: dict[str, Any] | None) -> tuple[int, int]:
+    """Side of an image in pixels, and text tokens: of the demo world for a pipeline that was made for it."""
+    if config is not None and of_demo()[0].items() <= config.items():
+        return of_demo()[1:]
+    return 1328, 512
 
 
 def _pixels(teacher: Path) -> int:

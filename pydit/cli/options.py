@@ -180,12 +180,18 @@ def inputs(item: Any) -> dict[str, Any]:
     return item[0] if isinstance(item, tuple) else item
 
 
+def of_demo() -> tuple[dict[str, int], int, int]:
+    """What the configuration of a transformer made for the demo world says, the side of its images in pixels, and the
+    tokens of its longest prompts."""
+    from pydit.demo import data, teacher
+
+    return ({"in_channels": 4 * teacher.LATENT_CHANNELS, "joint_attention_dim": teacher.TEXT_WIDTH}, data.SIZE,
+            data.TEXT_TOKENS)
+
+
 def demo_pipeline(pipe):
     """``pipe``, or UserError when it was not made for the demo world."""
-    from pydit.demo import teacher
-
-    config = getattr(getattr(pipe, "transformer", None), "config", {})
-    expected = {"in_channels": 4 * teacher.LATENT_CHANNELS, "joint_attention_dim": teacher.TEXT_WIDTH}
+    config, expected = getattr(getattr(pipe, "transformer", None), "config", {}), of_demo()[0]
     got = {name: config.get(name) for name in expected}
     if got != expected:
         raise UserError(f"pipeline: expected one made for the demo world ({expected}), "

@@ -13,6 +13,7 @@ from pydit.errors import UserError
 
 GRID = 6  # latent tokens per side: 48 pixels, VAE factor 4, 2x2 packing
 IMG_SHAPES = [(1, GRID, GRID)]
+TEXT_TOKENS = 8  # of the longest prompts
 # Of the sampler, for teacher and student alike; chosen on prompts of another seed (CONTRIBUTING).
 STEPS, GUIDANCE = 18, 2.5
 

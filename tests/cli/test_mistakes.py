@@ -338,3 +338,5 @@ def test_an_estimate_of_two_families(fails, capfd, student):  # noqa: F811
     assert "each of 6889 image and 512 text tokens" in told("qwen-image", "ppcl-qwen-image-12b")
     assert "each of 4096 image and 512" in told("qwen-image", "ppcl-qwen-image-12b", "--resolution", 1024)
     assert " MB" in told(untrained(), student, "--resolution", 48)
+    assert "each of 36 image and 8 text tokens; --resolution" in (own := told(untrained(), student))
+    assert own.replace("; --resolution gives another size", "") == told(untrained(), student, "--resolution", 48)

@@ -33,6 +33,7 @@ def test_every_prompt_is_one_token_a_word_and_a_suffix(pipeline):
     for prompt in world.all_prompts():
         ids = pipeline.tokenizer(teacher.PREFIX + prompt.text + teacher.SUFFIX)["input_ids"]
         assert len(ids) == 34 + len(prompt.text.split()) + 1, prompt.text
+    assert max(len(prompt.text.split()) for prompt in world.all_prompts()) + 1 == data.TEXT_TOKENS
 
 
 def test_text_encoder_returns_the_normalised_embedding(pipeline):
