@@ -54,7 +54,8 @@ def compare(old: dict, new: dict) -> dict:
         ``machine``: [(field, old, new)] that make it another machine; ``software``: likewise, but the same machine;
         ``rows``: [{case, old_us, new_us, ratio, verdict}] with ratio above 1 where the new one is faster and verdict
         one of "faster", "slower", "within noise" (the interquartile ranges overlap, or the medians differ by under
-        1 %), "other machine"; ``only_old``, ``only_new``: case names without a time on the other side.
+        1 %), "other machine", "other method" (timed from a graph in one run, on the stream in the other); ``only_old``,
+        ``only_new``: case names without a time on the other side.
     """
     differ = {kind: [(name, old["machine"].get(name), new["machine"].get(name)) for name in names
                      if old["machine"].get(name) != new["machine"].get(name)]
@@ -63,7 +64,8 @@ def compare(old: dict, new: dict) -> dict:
     rows = []
     for case in (case for case in after if case in before):
         a, b = before[case], after[case]
-        verdict = "other machine" if differ["machine"] else _verdict(a, b)
+        verdict = ("other machine" if differ["machine"] else "other method" if a["method"] != b["method"]
+                   else _verdict(a, b))
         rows.append({"case": case, "old_us": a["us"], "new_us": b["us"], "ratio": a["us"] / b["us"],
                      "verdict": verdict})
     return {**differ, "rows": rows, "only_old": [case for case in before if case not in after],

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cases import DTYPES, Case, Work
 from benchmarks.cases.attention import eager
-from benchmarks.peers import Peer, compiled, eager_peer, never
+from benchmarks.peers import Peer, compiled, never
 from benchmarks.peers.attention import attention_peers, joined_peers, masked_attention_peers
 
 SHAPES = {  # model, batch, image tokens, text tokens, heads, head dim, dtype, text lengths or None
@@ -49,7 +49,7 @@ def joint_attention_backward(model, b, s_img, s_txt, h, d, dtype, lens) -> Case:
     peers = (*(never(peer.name, "it has no backward") if peer.name == "sageattention" else _differentiated(peer)
                for peer in kernels),
              *(joined_peers(joined_gradients) if lens is None else ()),
-             eager_peer(gradients(eager)), _differentiated(compiled(eager)),
+             Peer("eager", lambda: gradients(eager)), _differentiated(compiled(eager)),  # which keep graphs for a case
              Peer("deterministic", lambda: _in_order, rival=False))
     shape = f"{b}x{s_img}+{s_txt}x{h}x{d}" + ("" if lens is None else "/" + ",".join(map(str, lens)))
     lengths = lens or (s_txt,) * b

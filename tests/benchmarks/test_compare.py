@@ -62,6 +62,13 @@ def test_other_threads_are_another_machine():
     assert got["rows"][0]["verdict"] == "other machine" and got["machine"] == [("threads", 1, 8)]
 
 
+def test_another_method_gives_no_verdict():
+    """A graph leaves out what the host takes: around its limit a kernel is timed now so, now so."""
+    old, new = results(a=(100, 1)), results(a=(50, 1))
+    new["rows"][0]["providers"]["pydit"]["method"] = "stream"
+    assert compare.compare(old, new)["rows"][0]["verdict"] == "other method"
+
+
 def test_other_versions_are_a_note(tmp_path):
     other = results(a=(100, 1))
     other["machine"]["torch"] = "2.11"

@@ -167,6 +167,20 @@ def test_sums_that_are_not_made_are_found(monkeypatch, left_out):
                     runner.verify(broken.run, case, args, right)
 
 
+def test_peers_of_hsic_matrix_get_layers_that_lie_stacked(monkeypatch):
+    """Beside those that stack them, which pydit does not: in one tensor, made once for the same layers."""
+    from benchmarks.cases import hsic_matrix
+
+    case = registry.cases("small", "hsic_matrix")[0]
+    args, other, stacks, stack = case.make("cpu"), case.make("cpu"), [], torch.stack
+    peer = next(peer for peer in case.peers if peer.name == "eager stacked").build()
+    runner.verify(peer, case, args)
+    monkeypatch.setattr(hsic_matrix.torch, "stack", lambda x: stacks.append(x) or stack(x))
+    peer(*args)
+    assert not stacks
+    assert torch.equal(peer(*other), case.eager(*other)) and len(stacks) == 2
+
+
 def test_graphs_of_a_compiler_may_run_backward_again():
     """Whatever peer is built first: each keeps the graph of its forward."""
     import torch._functorch.config as functorch

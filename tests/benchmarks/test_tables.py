@@ -90,6 +90,13 @@ def test_newest_run_of_each_gpu_against_its_fastest_peer(place):
     assert place("--check") == 1
 
 
+def test_a_peer_that_no_graph_holds_says_so(place):
+    data = run()
+    data["rows"][0]["providers"]["fast"]["method"] = "stream"
+    (place.path / "results" / "a.json").write_text(json.dumps(data))
+    assert place("--write") == 0 and "| fast (by stream) | 1.50 |" in (place.path / "README.md").read_text()
+
+
 def test_a_partial_run_takes_no_complete_ones_place(place):
     results = place.path / "results"
     (results / "later.json").write_text(json.dumps({**run(date="2026-11-22 10:00:00", us=99.0), "complete": False}))
