@@ -22,6 +22,8 @@ SHAPES = {  # model, tokens, channels, dtype
     "full": (("qwen-image", 7401, 3072, "bf16"), ("flux.1", 4608, 3072, "bf16"), ("sd3.5-large", 4429, 2432, "fp16")),
     "small": (("tiny", 300, 136, "bf16"),),
 }
+# Earlier addmm adds 16-bit products to 16-bit matrices alone (pytorch/pytorch#167931, of November 2025).
+_ADDS_IN_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 def cases(size: str) -> list[Case]:
@@ -93,6 +95,8 @@ def second_moments(model, n, d, dtype) -> Case:
 def eager(x, _xx, _sum_x, narrow):
     """``narrow`` += x^T x by cuBLAS with float32 sums; on a CPU, which has no such product, in float32 throughout."""
     if x.is_cuda:
+        if not _ADDS_IN_FLOAT32:
+            return narrow.add_(torch.mm(x.T, x, out_dtype=torch.float32))
         return torch.addmm(narrow, x.T, x, out_dtype=torch.float32, out=narrow)
     return narrow.addmm_(x.T.float(), x.float())
 

@@ -167,6 +167,32 @@ def test_sums_that_are_not_made_are_found(monkeypatch, left_out):
                     runner.verify(broken.run, case, args, right)
 
 
+@pytest.mark.parametrize("newer", [True, False])
+def test_sums_that_second_moments_is_held_against_on_a_gpu(monkeypatch, newer):
+    """Torch before 2.11 may refuse to add to float32 what it multiplies in 16 bits, and the case would have no figure. A
+    tensor on a CPU says that it is on a GPU, and products with an ``out_dtype`` are made there as a GPU makes them."""
+    asked = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if kwargs.pop("out_dtype", None) is not None:
+                asked.append(func.__name__)
+                args = [x.as_subclass(torch.Tensor).float() for x in args]
+                return kwargs["out"].copy_(func(*args)) if "out" in kwargs else func(*args)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    monkeypatch.setattr(second_moments, "_ADDS_IN_FLOAT32", newer)
+    x, narrow = torch.randn(40, 8).bfloat16(), torch.ones(8, 8)
+    right = 1 + x.float().T @ x.float()
+    torch.testing.assert_close(second_moments.eager(x.as_subclass(OnGpu), None, None, narrow), right)
+    torch.testing.assert_close(narrow, right)
+    assert asked == (["addmm"] if newer else ["mm"])
+
+
 def test_peers_of_hsic_matrix_get_layers_that_lie_stacked(monkeypatch):
     """Beside those that stack them, which pydit does not: in one tensor, made once for the same layers."""
     from benchmarks.cases import hsic_matrix
