@@ -46,7 +46,7 @@ def timer(function: Callable, inputs: list[tuple], device: str, *, long: bool = 
     if not long:
         try:
             return _graph_timer(function, inputs), "graph"
-        except RuntimeError:
+        except Exception:  # it has run before: whatever it raises, it raises in the capture
             torch.cuda.synchronize()
     return _stream_timer(function, inputs), "stream"
 

@@ -106,8 +106,9 @@ def test_the_right_results_are_computed_once():
     assert set(row["providers"]) == {"pydit", "a", "b", "c"} and calls == ["exact", "eager"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ArithmeticError])  # torch's; one of another library
 @pytest.mark.parametrize("victim", ["late", "pydit"])
-def test_what_raises_while_all_are_timed_spares_the_others(victim):
+def test_what_raises_while_all_are_timed_spares_the_others(victim, error):
     """As what has no memory left beside the others: right when it was verified and warmed up. A peer is taken out;
     where it is pydit, all peers are."""
     calls, right, own = [], case().eager, case().run
@@ -117,7 +118,7 @@ def test_what_raises_while_all_are_timed_spares_the_others(victim):
         def call(*args):
             calls.append(1)
             if len(calls) == fails:
-                raise RuntimeError("out of memory")
+                raise error("out of memory")
             return function(*args)
         return call
 
@@ -125,7 +126,7 @@ def test_what_raises_while_all_are_timed_spares_the_others(victim):
               peers=(Peer("late", lambda: late(right) if victim == "late" else right), Peer("other", lambda: right)))
     lost = {"late"} if victim == "late" else {"late", "other"}
     assert set(row["providers"]) == {"pydit", "late", "other"} - lost and "wrong" not in row
-    assert row["failed"] == dict.fromkeys(lost, "while all were timed: RuntimeError: out of memory")
+    assert row["failed"] == dict.fromkeys(lost, f"while all were timed: {error.__name__}: out of memory")
 
 
 def test_a_peer_whose_availability_raises_loses_itself_alone():
@@ -297,7 +298,8 @@ def test_an_allocator_that_cannot_is_no_fault_of_the_gpu(monkeypatch):
     assert not runner.settle("cuda")
 
 
-def test_a_failed_capture_leaves_no_trace(monkeypatch):
+@pytest.mark.parametrize("raised", [RuntimeError, ArithmeticError])
+def test_a_failed_capture_leaves_no_trace(monkeypatch, raised):
     """Stand-ins for CUDA: ``torch.cuda.graph`` changes the stream, and its exit raises before it changes it back and
     before the allocator and the generator end the capture. They would give neither memory back nor random numbers. Nor
     does it take diffusers to clean up, which a GPU machine may lack."""
@@ -316,7 +318,7 @@ def test_a_failed_capture_leaves_no_trace(monkeypatch):
             now[0] = "capture"
 
         def __exit__(self, *error):
-            raise RuntimeError("operation failed due to a previous error during capture")
+            raise raised("operation failed due to a previous error during capture")
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"graph": Graph, "CUDAGraph": lambda: None, "Stream": lambda: stream, "synchronize": lambda: None,
