@@ -175,7 +175,7 @@ def run_case(case: Case, device: str, limits: dict, *, rounds: int = 15, peers: 
 
     A case that is wrong, or that raises (no memory, a package that is missing), has "wrong" instead of "providers".
     Peers that took no part are in "not_raced" (absent, or left out by ``peers`` or ``without``) or "failed" (raised, or
-    wrong), each with the reason.
+    wrong), each with the reason. "paths" has what pydit's ops ran on, which a case by itself does not tell.
     """
     row = _row(case, limits)
     try:
@@ -201,7 +201,10 @@ def _race(case, device, row, rounds, peers, without) -> dict:
     torch.manual_seed(0)
     args = case.make(device)
     right = references(case, args)
+    calls = {op: path["calls"] for op, path in backend.report().items()}
     verify(case.run, case, args, right)
+    row["paths"] = {op: f"{path['path']} ({path['reason']})" if path["reason"] else path["path"]
+                    for op, path in backend.report().items() if path["calls"] > calls.get(op, 0)}
     inputs = timing.input_sets(case.make, case.work.bytes, device)
     long = timing.is_long(case.run, inputs, device)
     timers, methods = {}, {}

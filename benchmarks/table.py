@@ -21,12 +21,12 @@ def render(data: dict) -> str:
     lines += ["", f"{'op and shape':{width}} {'dtype':5} {'provider':22} {'us':>10} {'IQR':>8} {'rate':>13} "
                   f"{'% limit':>8} {'ratio':>6}"]
     for row in data["rows"]:
-        lines += _row(row, width, data["machine"].get("peak_tflop_s"))
+        lines += _row(row, width, data["machine"].get("peak_tflop_s"), data["machine"].get("kind"))
     lines += [f"not run, out of time: {name}" for name in data["not_run"]]
     return "\n".join(lines)
 
 
-def _row(row: dict, width: int, peak: float | None) -> list[str]:
+def _row(row: dict, width: int, peak: float | None, kind: str | None) -> list[str]:
     head = f"{row['op'] + ' ' + row['shape']:{width}} {row['dtype']:5}"
     if "wrong" in row:
         return [f"{head} WRONG, not timed: {row['wrong']}"]
@@ -41,7 +41,17 @@ def _row(row: dict, width: int, peak: float | None) -> list[str]:
                      f"{entry['ratio']:6.2f}{note}")
     lines += [f"{'':{len(head)}} {name:22} not raced: {reason}" for name, reason in row["not_raced"].items()]
     lines += [f"{'':{len(head)}} {name:22} failed: {reason}" for name, reason in row["failed"].items()]
+    if kind == "cuda" and (found := by_torch(row)):
+        told = ", ".join(f"{op}, {row['paths'][op]}" for op in found)
+        lines.insert(1, f"{'':{len(head)}} {'pydit':22} by torch: {told}")
     return lines
+
+
+def by_torch(row: dict) -> list[str]:
+    """Ops of a row from a GPU that no CUDA kernel of pydit ran: its own, or one that fell back to the reference. Blocks
+    take the library's products by choice."""
+    return [op for op, path in row.get("paths", {}).items()
+            if path.startswith("reference") or (op == row["op"] and not path.startswith("cuda"))]
 
 
 def rate(row: dict, entry: dict) -> str:

@@ -74,6 +74,7 @@ def _gpu(found: list[tuple[Path, dict]]) -> str:
         if best:  # a function that no graph holds is timed with what the host takes, which a graph leaves out
             method = "" if peers[best]["method"] == ours["method"] else f" (by {peers[best]['method']})"
             raced = f"{best}{method} | {peers[best]['ratio']:.2f}"
+        mark = " by torch" * bool(table.by_torch(row)) + mark
         lines.append(f"{head} {ours['us']:.1f} ({ours['iqr_us']:.1f}){mark} | {table.rate(row, ours)} | {percent} | "
                      f"{raced} |")
     numbers = {number for number, _ in rows.values()}

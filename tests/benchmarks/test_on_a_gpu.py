@@ -148,6 +148,8 @@ def test_the_runner(module, gpu, tmp_path, capsys):
     methods = {entry["method"] for row in data["rows"] for entry in row["providers"].values()}
     assert methods <= {"graph", "stream"} and Graph.replays > 0  # of the copies at least
     assert all(row["providers"]["pydit"]["percent_of_limit"] > 0 for row in data["rows"])
+    assert all(row["op"] in row["paths"] or row["op"] == "normed_attention" for row in data["rows"])
+    assert "by torch: " in out  # its tensors are on the CPU
     line = machine.sentence(data["machine"])
     assert "NVIDIA H100 80GB HBM3 | driver 580.1 | cuda 13.0" in line and "1980 MHz SM" in line and "500 W" in line
     assert "throttled: software power cap 100%" in line and "limit 700 W" in line and line in out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import compare, machine, registry, steps, tables
+from benchmarks import compare, machine, registry, steps, table, tables
 from pydit.files import read_json
 from pydit.plan import PruningPlan
 
@@ -95,6 +95,19 @@ def test_a_peer_that_no_graph_holds_says_so(place):
     data["rows"][0]["providers"]["fast"]["method"] = "stream"
     (place.path / "results" / "a.json").write_text(json.dumps(data))
     assert place("--write") == 0 and "| fast (by stream) | 1.50 |" in (place.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("paths, told", [
+    ({"op": "cuda (not measured yet)", "joint_linear": "torch (PYDIT_GEMM=library)"}, False), ({"op": "torch (why)"}, True),
+    ({"other": "reference (the driver is too old)"}, True)])
+def test_a_figure_of_torchs_own_says_so(place, paths, told):
+    """Of a kernel that fell back; not of a block's products, which are the library's by choice."""
+    data = run()
+    data["rows"][0]["paths"] = paths
+    (place.path / "results" / "a.json").write_text(json.dumps(data))
+    assert place("--write") == 0
+    assert ("| 20.0 (0.0) by torch |" in (place.path / "README.md").read_text()) == told
+    assert any("by torch: " in line and line.split()[0] == "pydit" for line in table.render(data).splitlines()) == told
 
 
 def test_a_partial_run_takes_no_complete_ones_place(place):
