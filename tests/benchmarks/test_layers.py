@@ -233,6 +233,15 @@ def test_models_leave_what_they_have_when_time_is_over(command, tmp_path, monkey
     assert data["rows"][1]["ratio"] is None and data["format"] not in (compare.FORMAT, layers.FORMAT)
 
 
+@pytest.mark.parametrize("main", [layers, model])
+def test_an_earlier_runs_figures_stay_where_time_is_over(main, command, tmp_path, capsys):
+    earlier = json.dumps({"format": main.FORMAT, "rows": ["of an earlier run"]})
+    (tmp_path / "out.json").write_text(earlier)
+    assert main.main([*command, "--seconds", "1e-9"]) == 0
+    assert (tmp_path / "out.json").read_text() == earlier and (tmp_path / "out.json.partial").exists()
+    assert "out.json is as it was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (["--size", "33"], "size: expected a multiple of 16, got 33"), (["--plan", "no-such"], "no-such"),
     (["--config", "flux.1-dev"], "plan: expected one of flux.1 for flux.1-dev, got one of qwen-image"),
