@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import compare, machine, quality_table, registry, table
@@ -111,16 +112,12 @@ def demo_table(results: Path) -> str:
     if not files:
         return "Not measured yet.\n"
     data = read_json(files[-1], what="results")
-    try:
-        blocks, parameters = data["blocks"], data["parameters"]
-        lines = ["| demo pipeline, held-out prompts | blocks | transformer parameters | prompts met (mean over "
-                 f"{len(data['teacher']['per_category'])} categories) |", "|---|---|---|---|"]
-        for label, key, model in (("teacher", "teacher", "teacher"), ("pruned, untrained", "pruned", "student"),
-                                  ("pruned and distilled", "distilled", "student")):
-            lines.append(f"| {label} | {blocks[model]} | {parameters[model]:,} | {100 * data[key]['overall']:.1f} % |")
-    except (LookupError, TypeError, ValueError) as error:
-        raise FormatError(f"results: expected what a demo run writes, got a file where some is missing or wrong "
-                          f"({files[-1]}: {type(error).__name__}: {error})") from None
+    blocks, parameters = data["blocks"], data["parameters"]
+    lines = ["| demo pipeline, held-out prompts | blocks | transformer parameters | prompts met (mean over "
+             f"{len(data['teacher']['per_category'])} categories) |", "|---|---|---|---|"]
+    for label, key, model in (("teacher", "teacher", "teacher"), ("pruned, untrained", "pruned", "student"),
+                              ("pruned and distilled", "distilled", "student")):
+        lines.append(f"| {label} | {blocks[model]} | {parameters[model]:,} | {100 * data[key]['overall']:.1f} % |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,7 +175,16 @@ def render(text: str, results: Path) -> str:
     if not names or any(name not in TABLES for name in names) or len(names) != 2 * len(MARKED.findall(text)):
         raise UserError(f"readme: expected pairs of markers `<!-- table: NAME -->` and `<!-- end of table: NAME -->` "
                         f"with NAME one of {', '.join(TABLES)}, got {names or 'none'}")
-    return MARKED.sub(lambda match: match[1] + TABLES[match[2]](results) + match[4], text)
+    return MARKED.sub(lambda match: match[1] + _made(TABLES[match[2]], results, match[2]) + match[4], text)
+
+
+def _made(make: Callable[[Path], str], results: Path, name: str) -> str:
+    """A table; FormatError where the files it is made of lack something."""
+    try:
+        return make(results)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise FormatError(f"results: expected what the table {name} is made of, got a file in {results} where some is "
+                          f"missing or of another kind ({type(error).__name__}: {error})") from None
 
 
 def main(argv: list[str] | None = None) -> int:

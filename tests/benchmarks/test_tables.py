@@ -153,9 +153,13 @@ def test_a_results_file_without_its_parts_is_named(place, capsys, data):
     assert "tables: error: results: expected" in (error := capsys.readouterr().err) and "broken.json" in error
 
 
-def test_a_demo_file_without_its_parts_is_named(place, capsys):
-    (place.path / "results" / "demo-cpu-2026-11-26.json").write_text('{"teacher": {"per_category": 3}}')
-    assert place("--check") == 2 and "results: expected what a demo run writes" in capsys.readouterr().err
+@pytest.mark.parametrize("table_of, data", [
+    ("demo", {"teacher": {"per_category": 3}}), ("demo", []), ("narrow", {"format": "pydit-bench-model", "rows": []}),
+    ("narrow", {"format": "pydit-bench-model", "rows": [{"dtype": "bf16"}]}), ("quality", {"format": "pydit-quality", "version": 1, "rows": [3]})])
+def test_a_file_without_the_parts_of_its_table_is_named(place, capsys, table_of, data):
+    (place.path / "README.md").write_text(f"<!-- table: {table_of} -->\n<!-- end of table: {table_of} -->\n")
+    (place.path / "results" / f"{table_of}-cpu-2026-11-26.json").write_text(json.dumps(data))
+    assert place("--check") == 2 and "tables: error: " in capsys.readouterr().err
 
 
 def test_demo_table_of_the_committed_run():
