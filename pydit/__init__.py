@@ -1,7 +1,7 @@
 """pydit: fused CUDA kernels for diffusion transformers, and the pruning and distillation built on them.
 
-Importing the package imports nothing of weight: torch, diffusers, the compiled extension, a driver and a GPU are
-needed by what uses them, when it is used.
+Importing the package is cheap: torch, diffusers, the compiled extension, a driver and a GPU are needed only by what
+uses them, and only when it does.
 """
 
 from __future__ import annotations

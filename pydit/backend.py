@@ -29,6 +29,8 @@ KERNEL_PATHS = ("the Hopper kernel (TMA, wgmma)", "the portable kernel: the devi
 # Until benchmarks/results holds a file of a GPU; tests/package/test_backend.py keeps the two together.
 NOT_MEASURED = "the CUDA kernel, whose speed has not been measured yet"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pydit_dtype in pydit.h
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)  # of the kernels that multiply on tensor cores
+KERNEL_HEAD_DIMS = (32, 64, 128)  # of those that work on heads: joint_attention, joint_qkv
 
 
 class Path(NamedTuple):
@@ -117,7 +119,7 @@ def default(device_type: str) -> str:
     built = device_type == "cuda" and module is not None and module.cuda_archs.strip(",")
     if not built or mode == "reference":
         return "reference"
-    # a process that has not begun to use its GPUs is left so: it may mean to fork
+    # Do not initialise CUDA in a process that has not used it yet: it may want to fork.
     return "reference" if torch.cuda.is_initialized() and unusable(torch.cuda.current_device()) else "cuda"
 
 
@@ -125,11 +127,11 @@ def default(device_type: str) -> str:
 def unusable(device: int) -> str:
     """Why the kernels that were built cannot run on the GPU of this index with its driver; "" where they can.
 
-    Machine code runs on GPUs of its major compute capability from its own minor on; any newer GPU takes the PTX of the
-    lowest one, which the driver compiles if it knows that version of PTX. The CUDA runtime inside the module needs a
-    driver of its own major version (CUDA compatibility guide). Code that a toolkit from 12.8 on compresses, as
-    CMakeLists.txt asks for, needs a driver of CUDA 12.4 (nvcc's manual, --compress-mode). Where torch does not tell the
-    driver's version, those parts are left to the launch.
+    Machine code runs on GPUs of the same major compute capability and at least its minor one; any newer GPU takes the
+    PTX of the lowest, which the driver compiles if it knows that version of PTX. The CUDA runtime inside the module
+    needs a driver of its own major version (CUDA compatibility guide). Code compressed by a toolkit from 12.8 on, as
+    CMakeLists.txt asks for, needs a driver of CUDA 12.4 (nvcc's manual, --compress-mode). If torch does not tell the
+    driver's version, such problems show at the launch.
     """
     module, _ = extension()
     built, versions = sorted(map(int, module.cuda_archs.split(","))), module.cuda_version.split(".")
@@ -188,7 +190,7 @@ def choose(op: str, tensor: torch.Tensor) -> Path:
 
 
 def explain(op: str, reason: str) -> None:
-    """Add to the report of the call that :func:`choose` has just recorded which of several kernels it took."""
+    """Add to the call that :func:`choose` has just recorded which of several kernels it took."""
     with _taking:
         entry = _taken[op]
         if not entry["reason"].endswith(reason):  # another thread's call may come between a choice and its explanation
@@ -196,7 +198,7 @@ def explain(op: str, reason: str) -> None:
 
 
 def record(op: str, path: str, reason: str) -> None:
-    """Note for :func:`report` that a call of ``op`` took a path; nothing while a graph is traced, which is no call."""
+    """Note for :func:`report` that a call of ``op`` took a path. Tracing a graph is no call and is not noted."""
     if torch.compiler.is_compiling():
         return
     with _taking:

@@ -32,23 +32,24 @@ VARIABLES = (
     Variable("PYDIT_SIM_THREADS", "0", (), "run", "Host threads of the simulator; 0 means one per core."),
     Variable("PYDIT_SIM_ASYNC", "lazy", ("lazy", "eager"), "run",
              "When the simulator's asynchronous copies land: in the wait for them, or at once."),
-    Variable("PYDIT_SIM_ARCH", "80", ("80", "90a"), "run", "The device that the simulator plays."),
+    Variable("PYDIT_SIM_ARCH", "80", ("80", "90a"), "run", "The GPU architecture that the simulator plays."),
     Variable("PYDIT_EXTENSION", "", (), "run",
              "Path of another build of pydit._C to load, such as one with the simulator's race detector."),
     Variable("PYDIT_GEMM", "auto", ("auto", "pydit", "library"), "run",
-             "Whose product linear ops take. auto: this package's kernel in the simulator, the library's (cuBLASLt) on "
-             "a GPU, until a race there says otherwise. pydit: the kernel everywhere. library: torch's everywhere."),
+             "Whose matrix product linear ops use. auto: this package's kernel in the simulator, the library's "
+             "(cuBLASLt) on a GPU, until a race there says otherwise. pydit: the kernel everywhere. library: torch's "
+             "everywhere."),
     Variable("PYDIT_CLUSTER", "auto", ("auto", "1", "2"), "run",
-             "How many blocks of the Hopper kernels of second_moments and the linear ops share what they load. "
-             "auto: two where that reads fewer bytes, by count."),
+             "Blocks per cluster, which share what they load, in the Hopper kernels of second_moments and the linear "
+             "ops. auto: two where that reads fewer bytes, by count."),
     Variable("PYDIT_PARTS", "auto", ("auto", *"12345678"), "run",
              "Into how many parts along K the Hopper kernel of the linear ops cuts the tiles that would not fill a "
              "wave. auto: what takes the fewest steps, by count. 1: none is cut."),
     Variable("PYDIT_SM_MARGIN", "0", (), "run",
-             "How many multiprocessors the kernels whose blocks stay until all is done leave to others, such as a "
-             "collective that runs meanwhile. Read when the extension is loaded."),
+             "Multiprocessors that persistent kernels leave free for others, such as a collective that runs at the "
+             "same time. Read when the extension is loaded."),
     Variable("PYDIT_CHECK", "0", ("0", "1"), "run",
-             "1: ops check the contents of index tensors (txt_lens) too, which waits for the GPU."),
+             "1: ops also check the contents of index tensors (txt_lens), which waits for the GPU."),
     Variable("PYDIT_DEBUG", "0", ("0", "1"), "run", "1: the command line shows the traceback of an error."),
     Variable("PYDIT_CUDA", "auto", ("auto", "on", "off"), "build",
              "auto: build CUDA kernels when nvcc is found. on: fail without nvcc. off: leave them out."),
@@ -72,11 +73,11 @@ def get(name: str) -> str:
     UserError
         The environment holds a value that is not allowed.
     """
-    # os.environ raises and catches inside where a name is not set, which takes longer than a small op's arithmetic;
-    # below it lies a dictionary, of bytes where names are bytes.
+    # For a name that is not set, os.environ raises and catches inside, which takes longer than a small op's arithmetic.
+    # The dictionary below it does not; its keys are bytes where the system's names are bytes.
     try:
         raw = os.environ._data.get(_ENCODED[name], "")
-    except AttributeError:  # another mapping stands in for it
+    except AttributeError:  # os.environ was replaced by another mapping
         raw = os.environ.get(name, "")
     return _checked(name, raw)
 

@@ -1,7 +1,7 @@
 """What is known of a model family without building a model: its class, its published sizes, its arithmetic.
 
-The arithmetic is exact and takes configuration values alone, so that a plan can be priced where neither diffusers nor
-the weights are.
+The arithmetic (parameters and FLOPs) is exact and needs configuration values alone, so that the size of a plan can be
+computed where neither diffusers nor the weights are.
 """
 
 from __future__ import annotations

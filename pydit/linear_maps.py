@@ -1,8 +1,8 @@
 """Closed-form fits of the linear maps that a plan puts in place of text streams, FFNs and blocks (PPCL, Eq. 1, 8, 9).
 
-Each map is ``x + (W x + b)`` and gets the ridge regression of its own target on its own input, from moments streamed
-over all rows of all batches; padded text takes no part. Inputs are what the map will be fed by the teacher's
-activations through the student's own block, so an FFN's map sees the attention that the student has.
+Each map is ``x + (W x + b)``, fitted by ridge regression of its target on its input, from moments streamed over all
+rows of all batches; padded text takes no part. The input is what the student's own block gives the map when it is fed
+the teacher's activations, so an FFN's map sees the student's attention.
 """
 
 from __future__ import annotations

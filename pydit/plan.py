@@ -2,8 +2,8 @@
 
 A plan names teacher layers. ``[start, end]`` intervals merge layers into one student block each; the other fields
 thin blocks out: text streams and FFNs become linear maps, blocks affine maps, deep blocks single-stream. A plan binds
-to a model family and a number of layers, nothing else; it is written as versioned JSON and printed as a table. What it
-makes of every student block is :attr:`PruningPlan.blocks`; what a family can carry is in :mod:`pydit.families`.
+to a model family and a number of layers, nothing else; it is saved as versioned JSON and printed as a table.
+:attr:`PruningPlan.blocks` says what becomes of every student block; :mod:`pydit.families`, what a family supports.
 """
 
 from __future__ import annotations

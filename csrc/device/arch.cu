@@ -1,4 +1,4 @@
-// What is set for all launches: the multiprocessors that they leave alone.
+// The process-wide setting of the C API: how many multiprocessors launches leave free.
 #include <atomic>
 
 #include "device/arch.h"

@@ -1,4 +1,4 @@
-// What the current device is, and which kernel of an op with two runs there.
+// The current device, and which kernel runs there: Hopper's or the portable one.
 #pragma once
 
 #include "device/platform.cuh"
@@ -13,9 +13,9 @@ inline bool on_hopper() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 }
 
-int reserved_multiprocessors();  // what pydit_<backend>_reserve_multiprocessors was told
+int reserved_multiprocessors();  // as set by pydit_<backend>_reserve_multiprocessors
 
-// How many multiprocessors of the current device a kernel may fill whose blocks stay until all is done.
+// Multiprocessors of the current device that a persistent kernel may fill: all but the reserved ones, at least one.
 inline cudaError_t count_multiprocessors(int* count) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -26,8 +26,7 @@ inline cudaError_t count_multiprocessors(int* count) {
   return cudaSuccess;
 }
 
-// Whether kernels may have parameters of more than 4 KB, up to 32,764 bytes: since CUDA 12.1, of the toolkit and of the
-// driver.
+// Whether a kernel's parameters may exceed 4 KB, up to 32,764 bytes: needs toolkit and driver from CUDA 12.1 on.
 #if defined(PYDIT_SIM) || CUDART_VERSION >= 12010
 constexpr bool kLargeParameters = true;
 #else
@@ -42,12 +41,12 @@ inline bool large_parameters() {
 #endif
 }
 
-// PYDIT_PATH_* for tensors that suit the copy engine, or do not.
-inline int hopper_path(bool aligned) {
+// PYDIT_PATH_* of an op with a Hopper kernel, for tensors that TMA can or cannot address.
+inline int hopper_path(bool tma_addressable) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  return on_hopper() ? aligned ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
+  return on_hopper() ? tma_addressable ? PYDIT_PATH_HOPPER : PYDIT_PATH_UNALIGNED : PYDIT_PATH_NOT_HOPPER;
 #else
-  (void)aligned;
+  (void)tma_addressable;
   return PYDIT_PATH_NOT_BUILT;
 #endif
 }

@@ -1,4 +1,4 @@
-// Status and error text of the C API. Launchers return Status; the first failed check wins and its sentence is kept
+// Status and error text of the C API. Launchers return a status; the first failed check wins, and its sentence is kept
 // per host thread for pydit_<backend>_last_error().
 #pragma once
 
@@ -32,7 +32,7 @@ constexpr int kErrorBytes = 2048;
 
 inline int launch_status(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return kOk;
-  (void)cudaGetLastError();  // it is told here: the runtime would tell it of the next launch too
+  (void)cudaGetLastError();  // clears the error, which the runtime would report again at the next launch
 #ifdef PYDIT_SIM
   const char* reason = pydit_sim_last_report();  // kernel, block, thread and what happened
 #else

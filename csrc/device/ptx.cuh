@@ -11,7 +11,7 @@
 //   ptx_atomic.cuh  acquire and release accesses for semaphores between blocks, vector atomics
 //
 // sm_80 has cp.async, named barriers, ldmatrix, mma.sync and the scalar accesses of ptx_atomic.cuh; the rest needs
-// sm_90a. An mbarrier or a destination is the block's own, but for what ptx_cluster.cuh and the multicast load say.
+// sm_90a. Mbarriers and shared memory are the block's own unless ptx_cluster.cuh or the multicast load says otherwise.
 #pragma once
 
 #include "device/ptx_async.cuh"

@@ -1,4 +1,4 @@
-// Asynchronous copies of single accesses, barriers between some of a block's threads, mbarriers.
+// cp.async, barriers between some of a block's threads, mbarriers, and a warpgroup's register budget.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // cp.async -------------------------------------------------------------------------------------------------------
 
-// Copies `valid` of kBytes (4, 8 or 16) bytes from global to shared memory and fills the rest with zeros. 16 bytes go
-// past the L1 cache. Done for this thread after cp_async_wait_group of the group it was committed in.
+// Copies `valid` of kBytes (4, 8 or 16) bytes from global to shared memory and fills the rest with zeros. 16-byte
+// copies bypass L1. Visible to this thread after cp_async_wait_group for the group that it was committed in.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -81,7 +81,7 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 #endif
 }
 
-// Comes to barrier `id` without waiting there.
+// Arrives at barrier `id` without waiting there.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 #ifdef PYDIT_SIM
   simt::named_barrier(id, threads, false);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arriva
 #endif
 }
 
-// After it the memory may be used for something else.
+// Afterwards the memory may be used for something else.
 __device__ __forceinline__ void mbarrier_invalidate(uint64_t* barrier) {
 #ifdef PYDIT_SIM
   simt::mbarrier_invalidate(barrier);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void mbarrier_invalidate(uint64_t* barrier) {
 #endif
 }
 
-// Makes initialised mbarriers visible to the copy engine.
+// Makes initialised mbarriers visible to TMA.
 __device__ __forceinline__ void fence_barrier_init() {
 #ifdef PYDIT_SIM
   simt::mbarrier_init_fence();
@@ -171,9 +171,9 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 #endif
 }
 
-// Orders this thread's plain accesses of shared memory before those of the copy engine and of wgmma that come after a
-// barrier: every thread that wrote what they read, or read what they write, calls it, then all synchronise, then one
-// issues.
+// Orders this thread's plain accesses to shared memory before those of TMA and wgmma (the async proxy) after the next
+// barrier: every thread that wrote what these will read, or read what these will write, calls it; then all synchronise;
+// then one issues.
 __device__ __forceinline__ void fence_proxy_async() {
 #ifdef PYDIT_SIM
   simt::proxy_fence();
@@ -184,8 +184,8 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 // Warps ----------------------------------------------------------------------------------------------------------
 
-// True in one lane of the warp, the same one in every call. All 32 lanes call. What it guards ptxas knows to be one
-// thread's: a copy by the engine behind another condition becomes a loop over the lanes that might be there.
+// True in one lane of the warp, the same one in every call. All 32 lanes call. It tells ptxas that what it guards runs
+// in one thread; behind any other condition a TMA copy becomes a loop over the lanes that might be there.
 __device__ __forceinline__ bool elect_one() {
 #ifdef PYDIT_SIM
   return simt::elect_one();
@@ -196,7 +196,7 @@ __device__ __forceinline__ bool elect_one() {
 #endif
 }
 
-// The register budget of the calling warpgroup becomes kRegisters per thread. Needs __launch_bounds__ on the kernel.
+// Sets the register budget of the calling warpgroup to kRegisters per thread. Needs __launch_bounds__ on the kernel.
 // All budgets together must fit what the block was launched with, or the GPU waits for registers that never come.
 template <int kRegisters>
 __device__ __forceinline__ void set_max_registers_up() {

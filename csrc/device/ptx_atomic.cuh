@@ -15,8 +15,8 @@
 
 namespace pydit::PYDIT_BACKEND {
 
-// Reads a semaphore. What the releasing thread wrote before is visible to this thread after it; a __syncthreads makes
-// it so for the block.
+// Reads a semaphore. What the releasing thread wrote before is then visible to this thread, and after a __syncthreads
+// to the block.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* semaphore) {
 #ifdef PYDIT_SIM
   return simt::load_acquire(semaphore);
@@ -27,7 +27,7 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* semaphore) {
 #endif
 }
 
-// Sets a semaphore, after everything this thread has written, and what it has synchronised with.
+// Sets a semaphore, after everything that this thread has written and that it has synchronised with.
 __device__ __forceinline__ void store_release(unsigned* semaphore, unsigned value) {
 #ifdef PYDIT_SIM
   simt::store_release(semaphore, value);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_release(unsigned* semaphore, unsigned valu
 #endif
 }
 
-// Adds, as store_release sets; returns the value before.
+// Adds with the ordering of store_release; returns the value before.
 __device__ __forceinline__ unsigned add_release(unsigned* semaphore, unsigned value) {
 #ifdef PYDIT_SIM
   return simt::add_release(semaphore, value);
@@ -47,7 +47,7 @@ __device__ __forceinline__ unsigned add_release(unsigned* semaphore, unsigned va
 #endif
 }
 
-// Adds, as store_release sets, with no value back.
+// The same without a result.
 __device__ __forceinline__ void reduce_release(unsigned* semaphore, unsigned value) {
 #ifdef PYDIT_SIM
   simt::add_release(semaphore, value);

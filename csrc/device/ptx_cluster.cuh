@@ -2,8 +2,8 @@
 // many blocks, neighbours along x, make one (PYDIT_LAUNCH_CLUSTER); in any other launch a block is a cluster of its
 // own.
 //
-// Before a block is reached into it must have started, and it must not exit before that is over: a barrier of the
-// cluster at both ends.
+// A block must have started before another reaches into its memory, and must not exit before that is over: the kernel
+// needs a cluster barrier at both ends.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 namespace pydit::PYDIT_BACKEND {
 
-// Of the running block in its cluster.
+// Rank of the running block in its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
 #ifdef PYDIT_SIM
   return simt::current->block->rank();
@@ -38,8 +38,8 @@ __device__ __forceinline__ uint32_t cluster_size() {
 #endif
 }
 
-// Comes to the barrier of all threads of the cluster that have not exited, and goes on. Writes before it, to whatever
-// memory, are seen after the wait of any of them. cluster_wait comes next, once.
+// Arrives, without waiting, at the barrier of all threads of the cluster that have not exited. Earlier writes, to any
+// memory, are visible to every one of them after its wait. Each arrival is followed by exactly one cluster_wait.
 __device__ __forceinline__ void cluster_arrive() {
 #ifdef PYDIT_SIM
   simt::cluster().arrive();
@@ -61,7 +61,7 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_wait();
 }
 
-// The place of `shared`, in the running block's shared memory, in block `rank`: to load from and to store to.
+// The address in block `rank` that corresponds to `shared` in the running block, to load from and to store to.
 template <typename T>
 __device__ __forceinline__ T* cluster_map(T* shared, uint32_t rank) {
 #ifdef PYDIT_SIM
@@ -73,9 +73,9 @@ __device__ __forceinline__ T* cluster_map(T* shared, uint32_t rank) {
 #endif
 }
 
-// mbarrier_arrive at the mbarrier in the same place in block `rank`, to give back memory that has been read. What the
-// thread wrote, the other block sees only after a barrier of the cluster: a release that reaches so far would be a
-// fence of the whole GPU, in every round of a ring.
+// mbarrier_arrive at the mbarrier in the same place in block `rank`, to hand back memory that has been read. It does
+// not publish what the thread wrote, which the other block sees only after a cluster barrier: a release of that scope
+// would be a GPU-wide fence in every round of a ring.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
 #ifdef PYDIT_SIM
   simt::mbarrier_arrive_cluster(barrier, rank);

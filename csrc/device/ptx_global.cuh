@@ -5,8 +5,8 @@
 
 namespace pydit::PYDIT_BACKEND {
 
-// 16 bytes at an address that is a multiple of 16. Assigning a uint4, nvcc splits into stores of the members that it
-// has just made; each of those would touch a part of every sector.
+// 16 bytes at an address that is a multiple of 16. nvcc splits the assignment of a uint4 whose members it has just
+// computed into four stores, each of which would touch a part of every sector.
 __device__ __forceinline__ void store_global_16(void* pointer, uint4 value) {
 #ifdef PYDIT_SIM
   *static_cast<uint4*>(pointer) = value;

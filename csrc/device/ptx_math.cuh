@@ -1,4 +1,4 @@
-// Approximate functions of the special function units, and what CUDA has no name for.
+// Approximate functions of the special function units, and instructions that CUDA C++ has no name for.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
-// The smaller one; NaN if either is, which fminf leaves out.
+// The smaller one, or NaN if either is NaN, where fminf returns the other.
 __device__ __forceinline__ float min_or_nan(float x, float y) {
 #ifdef PYDIT_SIM
   return x < y || x != x ? x : y;

@@ -1,4 +1,4 @@
-// Bulk copies by the copy engine (sm_90). One thread issues; the whole block may wait.
+// Bulk copies by the Tensor Memory Accelerator (TMA, sm_90). One thread issues; the whole block may wait.
 //
 // A load signals an mbarrier with the bytes of the box: announce them there first (mbarrier_arrive_expect_tx). A store
 // belongs to a group of the issuing thread, like cp.async. Boxes lie in shared memory as sim/tma.h says; the address is
@@ -21,6 +21,12 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
 #else
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 #endif
+}
+
+// Where the byte at `offset` of a box, whose rows are kSpan bytes wide, lies after a swizzle of kSpan bytes.
+template <int kSpan>
+__device__ __forceinline__ int tma_swizzle(int offset) {
+  return offset ^ (offset >> 7 & (kSpan / 16 - 1)) << 4;
 }
 
 // The box whose first element has the coordinates c0 (innermost), c1, ...; outside the tensor it is zero.

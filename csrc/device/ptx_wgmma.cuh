@@ -22,7 +22,7 @@ namespace pydit::PYDIT_BACKEND {
 // Descriptor of an operand in (dynamic) shared memory, offsets in bytes; kSwizzle: 0, 32, 64 or 128.
 // K-major: stride_bytes between groups of 8 rows along M or N; leading_bytes between groups of 8 along K without
 // swizzle, unused with one. Transposed: stride_bytes between groups of 8 along K, leading_bytes between the spans along
-// M or N; without swizzle the two change places. A step of 16 along K inside a swizzled K-major row adds 32 bytes to
+// M or N; without swizzle the two are exchanged. A step of 16 along K inside a swizzled K-major row adds 32 bytes to
 // `start`.
 template <int kSwizzle>
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, uint32_t leading_bytes,
@@ -66,7 +66,7 @@ __device__ __forceinline__ void wgmma_wait_group() {
 }
 
 #ifndef PYDIT_SIM
-// The instruction names each of its N / 2 accumulators, so every N is a text of its own: ptx_wgmma_shapes.inc.
+// The instruction names each of its N / 2 accumulators, so every N needs its own text: ptx_wgmma_shapes.inc.
 template <int kN>
 struct WgmmaShape;
 #include "device/ptx_wgmma_shapes.inc"

@@ -1,12 +1,12 @@
-// A ring of stages in shared memory between who fills it and who empties it.
+// A ring of stages in shared memory between a producer and its consumers.
 #pragma once
 
 #include "device/platform.cuh"
 
 namespace pydit::PYDIT_BACKEND {
 
-// Slot and parity of the n-th use of a ring of kSlots slots. Its "full" barrier has `parity` once the slot is filled;
-// who fills waits for "empty" with parity ^ 1, which the first time round is there at once.
+// Slot and parity of the n-th use of a ring of kSlots slots. A consumer waits for the slot's "full" barrier with
+// `parity`, the producer for its "empty" barrier with parity ^ 1, which passes at once the first time round.
 template <int kSlots>
 struct Ring {
   int slot = 0;

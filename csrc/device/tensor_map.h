@@ -1,5 +1,5 @@
-// Tensor maps: what the copy engine must know of a tensor to copy boxes of it (ptx_tma.cuh). Made on the host, passed
-// to the kernel by value as `const __grid_constant__ TensorMap`.
+// Tensor maps: what TMA (the Tensor Memory Accelerator, Hopper's copy engine) must know of a tensor to copy boxes of it
+// (ptx_tma.cuh). Made on the host, passed to the kernel by value as `const __grid_constant__ TensorMap`.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// cuTensorMapEncodeTiled, asked of the driver at run time: the module must load where there is none. Null if it lacks
+// cuTensorMapEncodeTiled, looked up at run time because the module must load without a driver. Null if the driver lacks
 // it.
 inline EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
@@ -43,8 +43,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A call of the driver needs a current context, which this host thread lacks when it has launched nothing yet: one that
-// autograd or a server has just begun, say. This gives it the current device's.
+// A driver call needs a current context. A host thread that has launched nothing yet, such as a fresh one of autograd
+// or of a server, has none; this makes the current device's primary context current.
 inline bool make_context_current() {
   int device = 0;
   return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
@@ -53,13 +53,13 @@ inline bool make_context_current() {
 
 constexpr int kMaxTensorMapRank = 4;
 
-// A box's place in shared memory is permuted in rows of this many bytes, which then is the size of a row of the box.
+// The span of bytes within which a box's 16-byte chunks are permuted in shared memory; a row of the box is as wide.
 enum class Swizzle : int { kNone = 0, k32 = 32, k64 = 64, k128 = 128 };
 
 // Describes the tensor of `rank` (2 to 4) dimensions at `base`, dimension 0 innermost and contiguous: `size` elements
-// each, `stride` bytes from one index to the next for dimensions 1 and up (stride[0] belongs to dimension 1; of a
-// dimension of one element it may be anything), copied in boxes of `box` elements. T: float, __half or __nv_bfloat16.
-// Returns null, or why it cannot be: text that lives until the next call on this thread.
+// each, `stride` bytes from one index to the next for dimensions 1 and up (stride[0] belongs to dimension 1; that of a
+// dimension of one element may be anything), copied in boxes of `box` elements. T: float, __half or __nv_bfloat16.
+// Returns null, or why TMA cannot address it: text that lives until the next call on this thread.
 template <typename T>
 const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uint64_t* size, const uint64_t* stride,
                               const uint32_t* box, Swizzle swizzle) {
@@ -74,7 +74,7 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
   const uint64_t row = box[0] * sizeof(T), address = reinterpret_cast<uintptr_t>(base);
   if (rank < 2 || rank > kMaxTensorMapRank) return refuse("rank", "2 to 4", static_cast<unsigned long long>(rank));
   if (address % 16 != 0) return refuse("base", "a multiple of 16 bytes", address);
-  // A stride counts the dimensions before it (CUDA's documentation), one that is never used too.
+  // Each stride must span the dimensions before it (CUDA's documentation), even one that is never used.
   constexpr uint64_t kMost = (1ull << 40) - 16;
   uint64_t step[kMaxTensorMapRank] = {sizeof(T)};
   for (int d = 0; d < rank; ++d) {
@@ -87,7 +87,7 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
       const uint64_t whole = step[d - 1] < kMost / size[d - 1] ? (step[d - 1] * size[d - 1] + 15) / 16 * 16 : kMost;
       step[d] = whole < kMost ? whole : kMost;
     }
-    // Of a stride of 0, an expanded dimension's, the documentation says nothing but that strides grow.
+    // An expanded dimension has a stride of 0; the documentation only says that strides increase.
     if (step[d] == 0 || step[d] % 16 != 0 || step[d] > kMost)
       return refuse("stride", "a multiple of 16 bytes, more than 0 and below 2^40", step[d]);
   }
@@ -107,7 +107,7 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
 #else
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return "tensor map: the driver has no cuTensorMapEncodeTiled; it needs CUDA 12.0 or newer";
-  const cuuint32_t every[kMaxTensorMapRank] = {1, 1, 1, 1};
+  const cuuint32_t element_strides[kMaxTensorMapRank] = {1, 1, 1, 1};
   cuuint64_t sizes[kMaxTensorMapRank], strides[kMaxTensorMapRank] = {};
   for (int d = 0; d < rank; ++d) sizes[d] = size[d];
   for (int d = 0; d + 1 < rank; ++d) strides[d] = step[d + 1];
@@ -119,7 +119,7 @@ const char* encode_tensor_map(TensorMap* map, const T* base, int rank, const uin
                     : swizzle == Swizzle::k32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                               : CU_TENSOR_MAP_SWIZZLE_NONE;
   const auto call = [&] {
-    return encode(map, type, static_cast<cuuint32_t>(rank), const_cast<T*>(base), sizes, strides, box, every,
+    return encode(map, type, static_cast<cuuint32_t>(rank), const_cast<T*>(base), sizes, strides, box, element_strides,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };

@@ -41,8 +41,8 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// The inverse of pack, exactly. In a loop that keeps pairs in registers, of more use than Pack<T, 2>: what the compiler
-// sees as two elements of 16 bits may take two registers.
+// The exact inverse of pack. Loops that keep pairs in registers hold such words rather than Pack<T, 2>, whose two
+// 16-bit elements the compiler may give a register each.
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t pair);
 template <>
@@ -57,7 +57,7 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
 template <typename T>
 constexpr int kElementsIn16Bytes = 16 / sizeof(T);
 
-// kWidth elements on their way, as words: kept one by one, halves of words would take a register each.
+// kWidth loaded elements that wait to be used, kept as 32-bit words: 16-bit elements would take a register each.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Words {
   static constexpr int kCount = sizeof(T) * kWidth / 4;

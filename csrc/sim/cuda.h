@@ -12,8 +12,8 @@
 //                with a report of who waits where.
 //   cluster.h    Blocks that run together on one OS thread, their barrier, and one's memory seen by another.
 //   warp.h       Warp collectives: each lane deposits its operand, the last to arrive computes for all.
-//   streams.h    Work in the order in which it comes; or of two streams in any order, for a host that runs ahead.
-//   async.h      What is in flight: cp.async groups here; copies land late or at once, as a switch says.
+//   streams.h    Streams: work runs in the order in which it comes, or for a host that runs ahead, streams in any
+//   order. async.h      What is in flight: cp.async groups here; copies land late or at once, as a switch says.
 //   matrix.h     ldmatrix, stmatrix and mma.sync, who holds which element.
 //   mbarrier.h, tma.h, wgmma.h    Hopper: barriers that count bytes, bulk copies of boxes, products of a warpgroup.
 //   atomics.h, progress.h         Semaphores between blocks: a block that only polls gives its OS thread away, and a
@@ -23,19 +23,20 @@
 //                from; race_map.h: which memory an address is of; race_launch.h: the tensors and counts of a launch;
 //                accumulators.h: registers of products; race.cpp: the detector itself.
 //   fault.h      A wild pointer or a stack overflow of a kernel ends the launch, not the process.
-//   symbols.h    From an address to a file and line, for reports; report.cpp writes those of the scheduler.
+//   symbols.h    From an address to a file and line, for reports; report.cpp writes the scheduler's.
 //   types.h, half.h, intrinsics.h, runtime.h    vector types, bf16/fp16, math and atomics, the few runtime calls.
 //   control.h    C functions of the host side: seed, OS threads, late or early copies, device, last report, launches.
 //
-// In an hour: this head; launch.cpp for how blocks are dealt out; scheduler.h and .cpp for what a thread is and how it
-// waits; warp.h for a collective; async.h and mbarrier.cpp for work in flight; wgmma.h and tma.h for the layouts; and
-// the head of race.h. The rest is read when it is needed. tests/sim has a small kernel for every part.
+// To read it in an hour: this comment; launch.cpp for how blocks are dealt out; scheduler.h and .cpp for what a thread
+// is and how it waits; warp.h for a collective; async.h and mbarrier.cpp for work in flight; wgmma.h and tma.h for the
+// layouts; and the comment at the top of race.h. The rest can wait until it is needed. tests/sim has a small kernel for
+// every part.
 //
 // Shared memory: a static __shared__ variable is thread-local to the OS thread, hence one per running block; dynamic
 // shared memory is an arena filled with 0xFF (NaN) before every block. Neither is zero for a block to rely on.
 //
-// A kernel that throws, traps, touches memory it cannot, deadlocks or misuses a collective makes the launch return
-// cudaErrorLaunchFailure; the reason is in pydit_sim_last_report(), and the next launch works.
+// A kernel that throws, traps, touches memory that it must not, deadlocks or misuses a collective makes the launch
+// return cudaErrorLaunchFailure; the reason is in pydit_sim_last_report(), and the next launch works.
 //
 // Not modelled: timing, memory ordering weaker than the host's, caches, programmatic dependent launch (no kernel uses
 // it). What depends on ptxas (spills, products it serialises) is the static gates' (build_tools/gates.py). Compile with

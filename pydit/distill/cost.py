@@ -1,8 +1,7 @@
 """What a distillation will need, from configuration values alone: memory by item, work per step, time.
 
-Memory is counted, not guessed, but for one block's activations; time is work over an assumed share of a GPU's peak,
-with nothing for copies, collectives or the disk.
-Nothing here has been compared with a run on a GPU yet.
+Memory is counted, except that of one block's activations, which is estimated. Time is the work over an assumed share of
+a GPU's peak; copies, collectives and the disk are left out. None of it has been compared with a run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from pydit.families import FAMILIES, BlockSpec
 from pydit.models import get_adapter
 from pydit.plan import H200_FLOPS, PruningPlan
 
-_SHARE = 0.4  # of it that a training step reaches; assumed
+_SHARE = 0.4  # of H200_FLOPS that a training step reaches; assumed
 _SAVED = 34  # values per token and channel that a block keeps for its backward pass
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process.
+    """What one process needs.
 
-    memory : item -> bytes on the device. host : the same in host memory. disk : the same on the disk, of all processes
-    together.
-    flops : of an optimiser step of each phase, over its batch.
-    seconds : of each phase at 40 % of an H200's dense bfloat16 peak; None for a phase that only time ends.
+    memory : item -> bytes on the device. host : the same for host memory. disk : the same for the disk, of all
+        processes together.
+    flops : phase -> work of one optimiser step over its batch.
+    seconds : phase -> duration at 40 % of an H200's dense bfloat16 peak; None for a phase that only a time limit ends.
     """
 
     memory: dict[str, int]
@@ -60,7 +59,8 @@ def estimate(plan: PruningPlan, config: Mapping[str, Any] | None, settings: Dist
              element_bytes: int = 2, image_tokens: int = 6889, text_tokens: int = 512, processes: int = 1) -> Estimate:
     """Memory and time of :func:`pydit.distill.distill` in one process, with one GPU.
 
-    Of a schedule, memory is that of the stage that needs most, disk and time are sums, and a step is one of the first.
+    For a schedule, memory is that of the stage that needs most, disk and time are sums over the stages, and work per
+    step is that of the first.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Fused kernels for a model as it is, by one call, and back.
+"""Fused kernels for an existing model, switched on and off by one call each.
 
-What is swapped: attention processors and the forward of the blocks, of Qwen-Image, FLUX.1, SD3 and SD3.5, whole or
-pruned, and of their ControlNets. Weights, modules and their names stay; query, key and value projections move next to
-each other in memory, so that one product serves them where no gradient is needed.
+Attention processors and the forward of blocks are swapped: those of Qwen-Image, FLUX.1, SD3 and SD3.5, whole or pruned,
+and of their ControlNets. Weights, modules and their names stay; query, key and value projections move next to each
+other in memory, so that one product computes them where no gradient is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from pydit import env
+from pydit.backend import KERNEL_DTYPES, KERNEL_HEAD_DIMS
 from pydit.errors import UserError
 from pydit.inference import graphs, hooked, schedule, traps
 from pydit.inference.hooked import change_class, has_offloading
@@ -32,7 +33,6 @@ _PROCESSORS = {  # stock class -> ours
     "PrunedQwenImageAttnProcessor": "QwenImageAttnProcessor", "PrunedFluxAttnProcessor": "FluxAttnProcessor",
     "PrunedSD3AttnProcessor": "SD3AttnProcessor",
 }
-_HEAD_DIMS = (32, 64, 128)
 _MODELS = ("QwenImageTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel")
 _CONTROLNETS = ("QwenImageControlNetModel", "FluxControlNetModel", "SD3ControlNetModel")
 _BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
@@ -41,36 +41,43 @@ _EXACT = "exact=True: sums over channels and tokens keep eager's order"
 
 
 def accelerate(pipe_or_model: Any, *, exact: bool = False, cuda_graphs: bool = False) -> Any:
-    """Let a diffusers transformer run on this package's kernels, in place; :func:`restore` undoes it.
+    """Make a diffusers transformer run on this package's kernels, in place; :func:`restore` undoes it.
 
     Parameters
     ----------
     pipe_or_model : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, a ControlNet of one of these families, or
-        a pipeline with one, whose ControlNets are taken along.
+        a pipeline with one, whose ControlNets are accelerated too.
     exact : equal eager diffusers to the last bit, with fewer launches: element-wise ops are fused with eager's
-        roundings, projections are one product where that gives the same bits; what sums in another order stays torch's.
-        Every fused form is compared with eager the first time it meets a signature of shapes, and dropped where a bit
-        differs (:mod:`pydit.models.exact`). :func:`report` says which.
+        roundings, and projections become one product where that gives the same bits; whatever would sum in another
+        order stays torch's. Every fused form is compared with eager the first time it meets a signature of shapes, and
+        dropped where a bit differs (:mod:`pydit.models.exact`). ``pydit.report(model)`` says which.
     cuda_graphs : record the transformer's whole forward as a CUDA graph per shape
         (:func:`pydit.inference.graphs.enable`).
 
     Returns
     -------
-    The argument. Call it where the model will run, in its dtype: the attention kernels take 16 bits. What the kernels
-    round once eager rounds two or three times; without ``exact``, results differ by rounding. Under torch.autocast to
-    another dtype than that of the weights blocks run stock operations, and ``pydit.report()`` says so. An attention
-    backend chosen with ``set_attention_backend``, or with diffusers' ``attention_backend`` for a while (any but
-    ``"native"``, which is what diffusers takes without a choice), stays; the report says so. Hooks of diffusers and of
-    accelerate may come before or after; so may ``enable_parallelism``, with context parallelism (Ulysses, ring) over
-    the fused attention, or tensor parallelism. A pruned model that runs layers of its teacher shares them: while it
-    does, they are accelerated in the teacher too. Training SD3.5 under DistributedDataParallel takes
-    ``find_unused_parameters=True``: the last block's text query, whose output stock SD3.5 drops, does not run.
+    The argument.
 
     Raises
     ------
     UserError
         Another model, graphs of a model whose weights are offloaded, or ``exact`` with blocks that another accelerated
         model runs.
+
+    Notes
+    -----
+    Call it on the device where the model will run and in its dtype: the attention kernels take 16 bits. The kernels
+    round once where eager rounds two or three times, so without ``exact`` results differ by rounding. Under
+    torch.autocast to a dtype other than the weights' the blocks run stock operations, and ``pydit.report()`` says so.
+
+    An attention backend chosen with ``set_attention_backend``, or temporarily with diffusers' ``attention_backend``,
+    stays in force, unless it is ``"native"``, diffusers' default. Hooks of diffusers and of accelerate may come before
+    or after, and so may ``enable_parallelism``: context parallelism (Ulysses, ring) over the fused attention, or tensor
+    parallelism.
+
+    A pruned model shares the teacher layers that it runs: while it does, they are accelerated in the teacher too.
+    Training SD3.5 under DistributedDataParallel needs ``find_unused_parameters=True``, because the last block's text
+    query, whose output stock SD3.5 drops, does not run.
     """
     models = _models_of(pipe_or_model)
     for name, value in (("exact", exact), ("cuda_graphs", cuda_graphs)):
@@ -121,8 +128,8 @@ def _swap(model: nn.Module) -> None:
 
 
 def _adopt(model: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: tell processors that were made anew of ours what runs where a backend is chosen, and lay
-    projections next to each other again where ``to``, copying or loading has moved them."""
+    """A forward pre-hook: give processors of ours that were re-created, as by an IP-adapter, their stock one to fall
+    back on, and pack projections again after ``to``, copying or loading has moved them."""
     if torch.compiler.is_compiling():
         return
     state = model.__dict__[_KEY]
@@ -172,7 +179,7 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
         elif exact or refused:
             state.note("attention", module, "stock", refused or f"no exact form of {kind}")
             continue
-        elif module.inner_dim // module.heads not in _HEAD_DIMS:
+        elif module.inner_dim // module.heads not in KERNEL_HEAD_DIMS:
             state.note("attention", module, "stock", f"heads of {module.inner_dim // module.heads} channels; the "
                                                      "kernels take 32, 64 and 128")
             continue
@@ -240,10 +247,10 @@ def describe(pipe_or_model: Any) -> dict[str, Any]:
     -------
     dict
         ``attention`` and ``blocks``: rows of ``path`` (``"pydit"`` or ``"stock"``), ``reason`` ("" where nothing faster
-        exists) and ``count``; ``modulation``: the same, ``path`` ``"table"`` where :func:`bake_schedule` was called;
-        ``exact``: per op of ``exact=True`` what ran fused so far; ``parallel``: after ``enable_parallelism``, which
-        attention runs over the processes; ``graphs``: of ``cuda_graphs=True``, what was
-        recorded and replayed; ``controlnets``: the same of a pipeline's ControlNets.
+        exists) and ``count``; ``modulation``: the same, with ``path`` ``"table"`` after :func:`bake_schedule`;
+        ``exact``: per op of ``exact=True``, what ran fused so far; ``parallel``: after ``enable_parallelism``, which
+        attention runs over the processes; ``graphs``: with ``cuda_graphs=True``, what was recorded and replayed;
+        ``controlnets``: the same for a pipeline's ControlNets.
     """
     models = _models_of(pipe_or_model)
     found = _describe(models[0])
@@ -341,7 +348,7 @@ def _refused(model: nn.Module) -> str:
     parameter, dtype = next(model.parameters()), model.dtype
     kernels = (parameter.is_cuda or env.get("PYDIT_BACKEND") == "sim"
                or (torch.cuda.is_available() and has_offloading(model) != ""))
-    if kernels and dtype not in (torch.float16, torch.bfloat16):
+    if kernels and dtype not in KERNEL_DTYPES:
         return f"{dtype}: the attention kernels take float16 and bfloat16"
     return ""
 

@@ -39,13 +39,13 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
 
     Rows are computed one by one by the modules they replace, so a forward of batch 1 is equal to the last bit. The
     modules leave ``parameters()`` and the device; :func:`restore` brings them back. Baking again replaces the table.
-    A LoRA that is loaded, scaled, fused or removed afterwards, also one on the modulation, and any other change of the
-    modules' weights or the model's dtype makes the table anew, and so does ``set_active`` of a pruned model.
+    The table is recomputed when a LoRA is loaded, scaled, fused or removed, even one on the modulation, when the
+    modules' weights or the model's dtype change in another way, and after ``set_active`` of a pruned model.
 
     Parameters
     ----------
-    transformer : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one. Of a pruned one the
-        blocks that are active; layers of the teacher among them are its own, so it cannot run until :func:`restore`.
+    transformer : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one. In a pruned one the
+        active blocks are baked; if layers of the teacher are among them, the teacher cannot run until :func:`restore`.
     timesteps : the values that ``forward(timestep=...)`` will receive (pipelines of Qwen-Image and FLUX.1 pass sigma,
         0 to 1, those of SD3 0 to 1000). They are looked up exactly, in the dtype in which the forward embeds them.
     pooled_projections : FLUX.1 and SD3: the prompts' pooled text, shape (P, C), as the forward will receive it; that of
@@ -56,9 +56,9 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
 
     Returns
     -------
-    The argument. On the CPU a miss is found before the forward runs; on a GPU, where finding out at once would mean to
-    wait, it gives NaN for its sample, and raises or extends the table at the next forward. Saving or loading weights of
-    a baked model is refused.
+    The argument. On the CPU a miss is found before the forward runs. On a GPU, where finding out would mean to wait,
+    its sample becomes NaN and the next forward raises or extends the table. Saving or loading weights of a baked model
+    is refused.
 
     Raises
     ------

@@ -23,7 +23,6 @@ from pydit.models.projections import adjacent, alike, is_watched
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
 from pydit.ops.direct import ops_for
-from pydit.ops.joint_qkv import HEAD_DIMS as QKV_HEAD_DIMS
 
 try:
     from diffusers.models import attention_dispatch, normalization
@@ -37,16 +36,15 @@ _NO_NORM = "attn: expected RMSNorm on queries and keys of both streams, got a mo
 
 
 def active_backend():
-    """The backend that diffusers gives processors without one of their own, by ``with attention_backend(...)``, by
-    DIFFUSERS_ATTN_BACKEND or after another model's ``set_attention_backend``; "" for "native", what it is without a
-    choice."""
+    """The backend that diffusers gives processors without one of their own, chosen by ``with attention_backend(...)``,
+    DIFFUSERS_ATTN_BACKEND or another model's ``set_attention_backend``; "" for "native", the default."""
     active = None if attention_dispatch is None else attention_dispatch._AttentionBackendRegistry._active_backend
     return "" if active is None or active == "native" else active.value
 
 
 class Replacing:
-    """A processor in the place of a stock one, which runs again where ``set_attention_backend`` or
-    ``with attention_backend(...)`` chooses a backend."""
+    """A processor that replaces a stock one, which still runs where ``set_attention_backend`` or
+    ``with attention_backend(...)`` has chosen a backend."""
 
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
@@ -89,8 +87,8 @@ class Replacing:
 
 
 def _projected(attend):
-    """The ``__call__`` that belongs to an ``attend``, with its signature, which diffusers reads: the streams after
-    attention and its output projections; the image alone where it came alone."""
+    """The ``__call__`` for an ``attend``, with its signature, which diffusers inspects: returns the streams after
+    attention and its output projections, or the image alone if it came alone."""
     @functools.wraps(attend)
     def call(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
         if (stock := self.chosen(self.masked(args, kwargs))) is not None:
@@ -276,7 +274,7 @@ def _packed(attn, streams, mask):
 def _in_one_launch(kit, attn, streams):
     """Query, key and value of each stream, normed and rotated, by one launch for all; None where that is impossible."""
     dim = attn.inner_dim // attn.heads
-    if not kit.in_one_launch(streams[0].x) or dim not in QKV_HEAD_DIMS:
+    if not kit.in_one_launch(streams[0].x) or dim not in backend.KERNEL_HEAD_DIMS:
         return None
     arguments, found_norms = [], []
     for x, names, norms, table in streams:

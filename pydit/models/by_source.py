@@ -1,7 +1,7 @@
-"""What others address by teacher layer, put where a pruned model has that layer: LoRA weights, ControlNet residuals.
+"""Maps what is addressed by teacher layer, LoRA weights and ControlNet residuals, to the blocks of a pruned model.
 
-Block numbers of a pruned model are not those of its teacher. Adapters for the teacher loaded by number would land on
-the wrong depth without a word, and a ControlNet's residuals would be spread over fewer blocks; both follow ``source``.
+Block numbers of a pruned model are not those of its teacher. Loaded by number, the teacher's adapters would silently
+land at the wrong depth, and a ControlNet's residuals would be spread over fewer blocks; both follow ``source`` instead.
 """
 
 from __future__ import annotations

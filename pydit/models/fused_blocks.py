@@ -1,10 +1,10 @@
 """Blocks of diffusers models on :mod:`pydit.ops`: the same modules and weights, another forward.
 
-A block takes such a class in place of its own (``block.__class__ = ...``), so hooks, adapters, checkpointing and
-whatever looks a block up by name or type keep working. Each class keeps the name of its parent, by which diffusers
-finds repeated blocks. Where this package's matrix product runs, a layer of both streams is one launch with whatever
-follows it: norm and rotation, GELU, or gate and residual. Where the library's does, LayerNorm and modulation are one
-launch, and a gated residual and the next LayerNorm another.
+A block's class is replaced by one of these (``block.__class__ = ...``), so hooks, adapters, checkpointing and whatever
+looks a block up by name or type keep working. Each class keeps the name of its parent, by which diffusers finds
+repeated blocks. Where this package's matrix product runs, a layer of both streams is one launch together with what
+follows it: norm and rotation, GELU, or gate and residual. Where the library's runs, LayerNorm and modulation are one
+launch, and a gated residual with the next LayerNorm another.
 """
 
 from __future__ import annotations

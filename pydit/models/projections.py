@@ -1,6 +1,6 @@
-"""Projections of an attention module that one product computes, and whether anything listens to a module.
+"""Packing the projections of an attention module so that one product computes them; whether a module is hooked.
 
-A weight keeps its name, its module and its place in a checkpoint; only where its numbers lie changes.
+A weight keeps its name, its module and its place in a checkpoint; only its memory moves.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ PLAIN_TENSORS = (torch.nn.Parameter, torch.Tensor)  # others compute their produ
 
 
 def is_watched(module):
-    """Whether something listens to a module, or to all, or has replaced its forward: what it does is then known by
-    calling it."""
+    """Whether a module has hooks, its own or global ones, or a replaced forward: then only calling it does what it
+    should."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
                 or module._backward_hooks or module._backward_pre_hooks or _global_hooks())
 
 
 def _global_hooks():
-    """Those of a profiler or a counter of FLOPs, say, on every module there is."""
+    """Hooks on all modules, such as those of a profiler or a FLOP counter."""
     return (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks
             or nn_module._global_backward_pre_hooks)
 
@@ -30,12 +30,12 @@ def is_stock(thing):
 
 
 def pack_projections(attn):
-    """Lay the projections of each stream behind one another in memory, in place, so that one product serves them all.
+    """Move the projections of each stream next to each other in memory, so that one product computes them all.
 
-    Weights, modules and names stay what they are; only where the numbers lie changes. Each weight has a storage of its
-    own there: those that share one count as one weight where a model is saved. What is a view of somebody's memory, as
-    of an optimizer's, stays. Whatever moves a weight later (``to``, offloading, an adapter) just separates them again:
-    :func:`adjacent` looks at every call.
+    Weights, modules and names stay; only their memory moves. Each weight keeps a storage of its own, because weights
+    that share one are saved as one. Weights that are views of other memory, such as an optimizer's, are left alone.
+    Whatever moves a weight later (``to``, offloading, an adapter) just separates them again: :func:`adjacent` checks at
+    every call.
 
     Returns
     -------
@@ -71,7 +71,8 @@ def _is_lent(parameter):
 
 
 class Packed(dict):
-    """(linear layer, "weight" or "bias") -> its numbers and those of all layers behind it; no part of a copy."""
+    """(linear layer, "weight" or "bias") -> a tensor of its values and those of all layers behind it; not copied along
+    with the module."""
 
     def __reduce__(self):
         return Packed, ()
@@ -97,9 +98,9 @@ def alike(linears):
 
 
 def adjacent(attn, linears, x):
-    """(weight, bias, sizes) of one layer in place of several whose numbers lie behind one another; None if they do not.
+    """(weight, bias, sizes) of one layer in place of several that are adjacent in memory; None if they are not.
 
-    Not where a gradient is needed, which would reach the first alone, nor in a graph that is being compiled.
+    None also where a gradient is needed, which would reach the first layer only, and in a graph that is being compiled.
     """
     if len(linears) < 2 or torch.compiler.is_compiling() or not alike(linears):
         return None

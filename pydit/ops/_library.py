@@ -2,8 +2,8 @@
 
 An op is defined once by its schema and gets four things: an implementation (one function for CPU and CUDA; the
 backend is chosen inside), a fake for tracing, and a backward. A backward in Python makes every call through the
-dispatcher cost tens of microseconds, so :func:`call` goes to the implementation where the dispatcher would do nothing
-else.
+dispatcher cost tens of microseconds, so :func:`call` bypasses the dispatcher where it would only run the
+implementation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     arguments = torch._C.parse_schema(f"pydit::{schema}").arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     if written:
-        implementation = _noted(implementation, written)
-    implementation = _as_given(implementation)
+        implementation = _bumping_versions(implementation, written)
+    implementation = _outside_autocast(implementation)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implementations[name] = implementation
     _library.impl(name, implementation, "CPU")
@@ -35,9 +35,9 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"pydit::{name}", fake, lib=_library)
 
 
-def _as_given(implementation: Callable) -> Callable:
-    """The same outside of torch.autocast, which casts what torch's own ops inside are given: an op has its arguments'
-    dtype."""
+def _outside_autocast(implementation: Callable) -> Callable:
+    """``implementation`` with torch.autocast off, which would cast the arguments of torch's own ops inside: an op of
+    this package computes in its arguments' dtype."""
     def run(*args: Any) -> Any:
         if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
             return implementation(*args)
@@ -49,16 +49,16 @@ def _as_given(implementation: Callable) -> Callable:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Ops of torch in here keep the dtype of what they are given."""
+    """Inside, torch's ops keep the dtype of their arguments."""
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         yield
 
 
-def _noted(implementation: Callable, written: list[int]) -> Callable:
-    """The same, with the version counters of the arguments it writes moved on.
+def _bumping_versions(implementation: Callable, written: list[int]) -> Callable:
+    """``implementation``, and after it the version counters of the arguments it writes go up.
 
-    A kernel writes through a pointer, which autograd does not see: a backward that needs what was there would go on
-    with what is there now.
+    A kernel writes through a pointer, which autograd does not see: a backward that saved the old values would silently
+    use the new ones.
     """
     def run(*args: Any) -> Any:
         found = implementation(*args)
@@ -75,13 +75,13 @@ def define_backward(name: str, backward: Callable, setup_context: Callable) -> N
     torch.library.register_autograd(f"pydit::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-# What a plain tensor and a plain thread have to do with the dispatcher; subclasses, fake and functional tensors, modes,
-# transforms and tracers all add a key beyond these.
+# Dispatch keys of an ordinary tensor in an ordinary thread. Subclasses, fake and functional tensors, modes, transforms
+# and tracers each add another one.
 _PLAIN = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView",
              "BackendSelect"):
     _PLAIN |= DispatchKeySet(getattr(DispatchKey, _key)).raw_repr()
-_BEYOND = ~_PLAIN
+_SPECIAL = ~_PLAIN
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -104,18 +104,18 @@ def runs_straight(args: tuple) -> bool:
     if torch.compiler.is_compiling():
         return False
     if (torch._C._is_torch_function_mode_enabled() or torch.autograd._profiler_enabled()
-            or _dispatch_tls_local_include_set().raw_repr() & _BEYOND):
+            or _dispatch_tls_local_include_set().raw_repr() & _SPECIAL):
         return False
     grad = torch.is_grad_enabled()
     for x in args:
-        if isinstance(x, torch.Tensor) and (_dispatch_keys(x).raw_repr() & _BEYOND or (grad and x.requires_grad)):
+        if isinstance(x, torch.Tensor) and (_dispatch_keys(x).raw_repr() & _SPECIAL or (grad and x.requires_grad)):
             return False
     return True
 
 
 def check_tokens(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
     """x must be a floating [B, S, C] tensor with a contiguous last dimension (shape, dtype, device of ``like``)."""
-    _check_tensor(op, name, x, like)
+    check_tensor(op, name, x, like)
     shape = x.shape
     if len(shape) != 3:
         raise ValueError(f"{op}: {name}: expected shape [B, S, C], got {list(shape)}")
@@ -123,12 +123,12 @@ def check_tokens(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None 
         raise ValueError(f"{op}: {name}: expected 1 to 8192 channels, got {shape[2]}")
     if like is not None and shape != like.shape:
         raise ValueError(f"{op}: {name}: expected shape {list(like.shape)} like x, got {list(shape)}")
-    _check_last_dim(op, name, x)
+    check_last_dim(op, name, x)
 
 
 def modulation_rows(op: str, name: str, row: torch.Tensor, x: torch.Tensor, split: int | None) -> torch.Tensor:
     """Check a modulation vector against x [B, S, C] and return it as [B, R, C]."""
-    _check_tensor(op, name, row, x)
+    check_tensor(op, name, row, x)
     batch, _, channels = x.shape
     if split is None:
         if row.shape == (batch, channels):
@@ -139,7 +139,7 @@ def modulation_rows(op: str, name: str, row: torch.Tensor, x: torch.Tensor, spli
     elif row.shape != (batch, 2, channels):
         raise ValueError(f"{op}: {name}: expected shape [{batch}, 2, {channels}] with split={split}, "
                          f"got {list(row.shape)}")
-    _check_last_dim(op, name, row)
+    check_last_dim(op, name, row)
     return row
 
 
@@ -235,7 +235,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return reachable(distance // size, 0)
 
 
-def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None) -> None:
+def check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:  # is_floating_point() is true of 8 bits too, which nothing here computes with
@@ -249,6 +249,6 @@ def _check_tensor(op: str, name: str, x: torch.Tensor, like: torch.Tensor | None
         raise ValueError(f"{op}: {name}: expected device {like.device} like the first argument, got {x.device}")
 
 
-def _check_last_dim(op: str, name: str, x: torch.Tensor) -> None:
+def check_last_dim(op: str, name: str, x: torch.Tensor) -> None:
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(f"{op}: {name}: expected a contiguous last dimension, got stride {x.stride(-1)}")

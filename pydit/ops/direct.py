@@ -1,12 +1,12 @@
-"""The ops as a model on a CPU calls them: torch's own kernels at once, by :mod:`pydit.ops.fallback`.
+"""The ops as a model on a CPU calls them: straight to torch's own kernels, by :mod:`pydit.ops.fallback`.
 
-What a public op does around its arithmetic (checks with words, the dispatcher, the choice of a backend) takes longer
-than the arithmetic where a tensor is small. A block whose streams have passed :func:`ops_for` needs none of it: its
+For small tensors, what a public op does around its arithmetic (checks with messages, the dispatcher, the choice of a
+backend) takes longer than the arithmetic. A block whose streams have passed :func:`ops_for` needs none of it: its
 shapes fit by construction, no kernel of this package runs, and nothing traces the ops or wants a gradient.
 
 Signatures and results are those of :mod:`pydit.ops`, except that ``freqs`` is one complex table [S, D/2], and that
-torch's kernels round as they do in eager models where rounding once would take longer: a sum before it is normalised,
-several samples' LayerNorm before it is modulated. What ``pydit.report()`` counts is the same.
+intermediate results are rounded as in eager models where rounding once would be slower: a sum before it is normalised,
+several samples' LayerNorm before it is modulated. ``pydit.report()`` counts calls in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydit.ops.fallback import attends
 
 
 def ops_for(*streams) -> ModuleType:
-    """This module where all that ops do to tensors like these is to run torch's kernels; else :mod:`pydit.ops`.
+    """This module where ops on tensors like these would only run torch's kernels; else :mod:`pydit.ops`.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""The ops by torch's own kernels, for tensors that none of ours takes: what a CPU runs, or a GPU without our kernels.
+"""The ops by torch's own kernels, for tensors that none of ours takes: on a CPU, or on a GPU without our kernels.
 
-The formulas of :mod:`pydit.ops.reference`, in as few passes as torch has for them; arithmetic is fp32 and every output
-is rounded once, as in the kernels, but for products of 16 bits, which torch rounds before what follows: in float32 they
-would take longer. float64 takes the formulas themselves.
+The formulas of :mod:`pydit.ops.reference` in as few passes as torch allows. Arithmetic is fp32 and every output is
+rounded once, as in the kernels, except for 16-bit matrix products, which torch rounds before their epilogue (float32
+ones would be slower). float64 takes the formulas themselves.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _pairs(value):
 def packed_attention(packed, weights, rotations, eps, scale, keep=None):
     """:func:`pydit.ops.joint_qk_norm_rope` and :func:`pydit.ops.joint_attention` of one stream or two, on a CPU.
 
-    Streams are put behind one another once, before the norms, in the place of three times after them.
+    Streams are concatenated once, before the norms, instead of three times after them.
 
     Parameters
     ----------

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from pydit import backend
+from pydit.backend import KERNEL_DTYPES
 from pydit.ops import reference
-from pydit.ops._library import _check_tensor, check_list, define
-from pydit.ops.second_moments import KERNEL_DTYPES
+from pydit.ops._library import check_list, check_tensor, define
 
 _OP = "hsic_matrix"
 _MAX_KERNEL_LAYERS, _MAX_KERNEL_ROWS = 128, 1 << 20
@@ -41,16 +41,16 @@ def hsic_matrix(features: Sequence[torch.Tensor]) -> torch.Tensor:
     -----
     On a GPU, float16 and bfloat16 go to the tensor cores and sums are in float32 and float64; other dtypes, and fewer
     than 16 rows, are multiplied in float64 by torch. Against float64 the error is below 1e-4 of sqrt(HSIC_aa HSIC_bb).
-    Channels with a large common offset are shifted first, in 16 bits: what lies between half and twice the offset
-    exactly. A row beyond that is rounded once more, and where it decides the HSIC this is off by twice the rounding, up
-    to 8e-3 in bfloat16; CKA less, as such a row is off in both. No gradient.
+    Channels with a large common offset are shifted first, in 16 bits: exactly for values between half and twice the
+    offset. Other values are rounded once more; if such a row dominates, HSIC is off by up to twice that rounding (8e-3
+    in bfloat16), CKA by less, since the row is off in both of its factors. No gradient.
     """
     features = check_list(_OP, "features", features)
     if not features:
         raise ValueError(f"{_OP}: features: expected at least one matrix, got none")
     for index, x in enumerate(features):
         name = f"features[{index}]"
-        _check_tensor(_OP, name, x, features[0] if index else None)
+        check_tensor(_OP, name, x, features[0] if index else None)
         if x.ndim != 2 or x.shape[1] < 1 or x.shape[0] != features[0].shape[0]:
             rows = "n" if index == 0 else features[0].shape[0]
             raise ValueError(f"{_OP}: {name}: expected shape [{rows}, d], got {list(x.shape)}")

@@ -11,11 +11,10 @@ import torch
 
 from pydit import backend, env
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, call, define, define_backward
+from pydit.ops._library import call, check_last_dim, check_tensor, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "joint_attention"
-_HEAD_DIMS = (32, 64, 128)
 _TINIEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2  # kernels multiply by 1.44
 _CHUNK = 1 << 25  # scores that the backward holds at once
 
@@ -26,16 +25,17 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
     Parameters
     ----------
     q_img, k_img, v_img : torch.Tensor, shape (B, S_img, H, D). float16 or bfloat16; also float32 and float64 on the
-        reference backend. D is 32, 64 or 128. Any strides with a contiguous last dimension (views of packed QKV); an
-        address or stride that is not a multiple of 16 bytes, or a stride of 0, costs the fast path.
+        reference backend. D is 32, 64 or 128. Any strides with a contiguous last dimension (views of packed QKV); where
+        an address or stride is not a multiple of 16 bytes, or a stride is 0, the portable kernel runs.
     q_txt, k_txt, v_txt : torch.Tensor, shape (B, S_txt, H, D). S_txt may be 0. ``q_txt=None``: the text gives keys and
         values only, and ``out_txt`` is None.
     txt_lens : torch.Tensor, int32, shape (B,), on the same device, or None. Text tokens from a sample's length on take
         no part whatever they hold (NaN included): their keys are not seen, their outputs and all their gradients are
         0. It is read on the device, without a synchronisation, and clamped to 0 .. S_txt; with ``PYDIT_CHECK=1`` a
-        length outside raises, at the price of a synchronisation. For a mask with holes see :func:`pack_text`.
-    scale : float > 0, or None for 1 / sqrt(D). A scaled score may be as large as float32 holds; where float32 no
-        longer tells such scores apart, in the millions, gradients are finite but mean little.
+        length outside that range raises, at the price of a synchronisation. For a mask with holes see
+        :func:`pack_text`.
+    scale : float > 0, or None for 1 / sqrt(D). Scaled scores may use all of float32's range; in the millions, where
+        float32 no longer tells neighbouring scores apart, gradients are finite but mean little.
     return_lse : also return the log-sum-exp of the scaled scores.
 
     Returns
@@ -66,8 +66,7 @@ def joint_attention(q_img, k_img, v_img, q_txt, k_txt, v_txt, *, txt_lens=None, 
         raise ValueError(f"{_OP}: scale: expected a number above 0, of float32's range, or None, got {what}")
     inputs = (q_img, k_img, v_img, q_txt, k_txt, v_txt)  # a backward reads the logarithms too
     lse = return_lse or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-    out_img, out_txt, lse_img, lse_txt = call("joint_attention", q_img, k_img, v_img, q_txt, k_txt, v_txt,
-                                                                         txt_lens, float(scale), lse)
+    out_img, out_txt, lse_img, lse_txt = call(_OP, *inputs, txt_lens, float(scale), lse)
     if q_txt is None:
         out_txt = lse_txt = None
     return (out_img, out_txt, lse_img, lse_txt) if return_lse else (out_img, out_txt)
@@ -141,16 +140,16 @@ def _check_stream(stream, q, k, v, like):
     if q is None and stream == "txt":
         del given[0]
     for name, x in given:
-        _check_tensor(_OP, name, x, None if x is like else like)
+        check_tensor(_OP, name, x, None if x is like else like)
         if x.ndim != 4:
             raise ValueError(f"{_OP}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
     for name, x in given:
-        if x.shape[3] not in _HEAD_DIMS:
+        if x.shape[3] not in backend.KERNEL_HEAD_DIMS:
             raise ValueError(f"{_OP}: {name}: expected a head dim of 32, 64 or 128, got {x.shape[3]}")
         expected = [like.shape[0], k.shape[1], like.shape[2], like.shape[3]]
         if list(x.shape) != expected:
             raise ValueError(f"{_OP}: {name}: expected shape {expected}, got {list(x.shape)}")
-        _check_last_dim(_OP, name, x)
+        check_last_dim(_OP, name, x)
 
 
 def _check_lens(lens, k_txt):
@@ -192,7 +191,7 @@ def _forward(q_img, k_img, v_img, q_txt, k_txt, v_txt, txt_lens, scale, lse=True
             found = (found[0], empty[1], found[2], empty[3])
         return tuple(value.contiguous() for value in found)
     outputs = _outputs(q_img, q_txt, k_txt)
-    if q_img.dtype not in (torch.float16, torch.bfloat16):
+    if q_img.dtype not in backend.KERNEL_DTYPES:
         raise TypeError(f"{_OP}: expected float16 or bfloat16 on the {path.name} backend, got {q_img.dtype}")
     out_img, out_txt, lse_img, lse_txt = outputs
     text = (None, None) if q_txt is None else (out_txt, lse_txt)

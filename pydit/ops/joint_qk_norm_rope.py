@@ -10,7 +10,7 @@ import torch
 from pydit import backend
 from pydit.ops import fallback
 from pydit.ops._library import call, check_eps, check_out, define, define_backward
-from pydit.ops.qk_norm_rope import _check_freqs, _check_heads, _check_weight, _like, _one_backward
+from pydit.ops.qk_norm_rope import check_freqs, check_heads, check_weight, contiguous_like, norm_rope_backward
 
 _OP = "joint_qk_norm_rope"
 _NAMES = ("q_img", "k_img", "q_txt", "k_txt")
@@ -43,7 +43,7 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
     """
     tensors = (q_img, k_img, q_txt, k_txt)
     for name, x in zip(_NAMES, tensors, strict=True):
-        _check_heads(name, x, None if name == "q_img" else q_img, op=_OP, same_tokens=name == "k_img")
+        check_heads(name, x, None if name == "q_img" else q_img, op=_OP, same_tokens=name == "k_img")
     if k_txt.shape != q_txt.shape:
         raise ValueError(f"{_OP}: k_txt: expected shape {list(q_txt.shape)} like q_txt, got {list(k_txt.shape)}")
     check_eps(_OP, eps)
@@ -51,15 +51,15 @@ def joint_qk_norm_rope(q_img, k_img, q_txt, k_txt, weights, freqs_img, freqs_txt
     if not isinstance(weights, (tuple, list)) or len(weights) != 4:
         raise TypeError(f"{_OP}: weights: expected four tensors or None, got {_describe(weights)}")
     for name, weight in zip(_NAMES, weights, strict=True):
-        _check_weight(f"weights {name}", weight, q_img, op=_OP)
-    tables = (*_check_freqs(freqs_img, q_img, op=_OP, name="freqs_img"),
-              *_check_freqs(freqs_txt, q_txt, op=_OP, name="freqs_txt"))
+        check_weight(f"weights {name}", weight, q_img, op=_OP)
+    tables = (*check_freqs(freqs_img, q_img, op=_OP, name="freqs_img"),
+              *check_freqs(freqs_txt, q_txt, op=_OP, name="freqs_txt"))
     if out is None:
         return tuple(call("joint_qk_norm_rope", *tensors, *weights, *tables, eps))
     if not isinstance(out, (tuple, list)) or len(out) != 4:
         raise TypeError(f"{_OP}: out: expected four tensors, got {_describe(out)}")
     for name, like, x in zip(_NAMES, tensors, out, strict=True):
-        _check_heads(f"out {name}", x, like, op=_OP)
+        check_heads(f"out {name}", x, like, op=_OP)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *weights, *out)):
         raise ValueError(f"{_OP}: out: expected tensors that need no gradient (or torch.no_grad()), got one that does")
     names = ("cos_img", "sin_img", "cos_txt", "sin_txt")
@@ -87,7 +87,7 @@ def _run(tensors, weights, tables, eps, out):
             to.copy_(x)
         return out
     if out is None:
-        out = tuple(_like(x) for x in tensors)
+        out = tuple(contiguous_like(x) for x in tensors)
     with backend.device_of(tensors[0]):
         path.kernels.joint_qk_norm_rope(*tensors, weights, *tables, out, eps, backend.DTYPE_CODES[tensors[0].dtype],
                                         backend.stream_of(tensors[0]))
@@ -106,7 +106,7 @@ _ARGUMENTS = ("Tensor q_img, Tensor k_img, Tensor q_txt, Tensor k_txt, Tensor? q
               "Tensor? q_txt_weight, Tensor? k_txt_weight, Tensor? cos_img, Tensor? sin_img, Tensor? cos_txt, "
               "Tensor? sin_txt, float eps")
 define(f"joint_qk_norm_rope({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _new,
-       lambda *args: tuple(_like(x) for x in args[:4]))
+       lambda *args: tuple(contiguous_like(x) for x in args[:4]))
 define(f"joint_qk_norm_rope_out({_ARGUMENTS}, Tensor(a!) q_img_out, Tensor(b!) k_img_out, Tensor(c!) q_txt_out, "
        "Tensor(d!) k_txt_out) -> ()", _into, lambda *_: None)
 
@@ -118,7 +118,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, *grads):
     saved = ctx.saved_tensors
-    found = [_one_backward(x, weight, grad, *table, ctx.eps)
+    found = [norm_rope_backward(x, weight, grad, *table, ctx.eps)
              for x, weight, grad, table in zip(saved[:4], saved[4:8], grads,
                                                (saved[8:10], saved[8:10], saved[10:], saved[10:]), strict=True)]
     return *(dx for dx, _ in found), *(dw for _, dw in found), None, None, None, None, None

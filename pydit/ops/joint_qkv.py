@@ -10,22 +10,18 @@ import torch.nn.functional as F
 
 from pydit import backend
 from pydit.ops import reference
-from pydit.ops._library import _check_tensor, call, check_eps, define, define_backward
-from pydit.ops.linear import (
-    KERNEL_DTYPES,
-    _check_linear,
-    _kernels,
-    _launch,
-    _layer,
-    _library_linear,
-    _library_reason,
-    _product_grads,
-    _record,
+from pydit.ops._library import call, check_eps, check_tensor, define, define_backward
+from pydit.ops._products import (
+    as_layer,
+    check_linear,
+    kernels_for,
+    launch,
+    library_linear,
+    library_reason,
+    product_grads,
 )
-from pydit.ops.qk_norm_rope import _check_freqs, _one_backward
+from pydit.ops.qk_norm_rope import check_freqs, norm_rope_backward
 from pydit.ops.reference import wide
-
-HEAD_DIMS = (32, 64, 128)  # of the kernel
 
 
 def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_txt=None, norms_img=None, norms_txt=None,
@@ -36,7 +32,7 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
     ----------
     x_img, x_txt : as in :func:`pydit.ops.joint_linear`.
     weights_img, weights_txt : three tensors of shape (H D, K), for queries, keys and values, as a model keeps them. The
-        text's first may be None: it then gives keys and values only.
+        text's first may be None: the text then gives keys and values only.
     biases_img, biases_txt : three tensors of shape (H D,) or None, or None as a whole.
     norms_img, norms_txt : the RMSNorm weights of queries and keys, shape (D,) or None for ones; None as a whole: ones.
     freqs_img, freqs_txt : (cos, sin), float32, shape (S, D/2), contiguous, or None for no rotation.
@@ -55,8 +51,8 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
 
     Notes
     -----
-    This package's kernel normalises and rotates in float32 and rounds once. The backward computes the products of
-    queries and keys again.
+    This package's kernel normalises and rotates in float32 and rounds once. The backward recomputes the products of
+    queries and keys.
     """
     name = "joint_qkv"
     if not isinstance(head_dim, int) or head_dim % 2 or not 2 <= head_dim <= 256:
@@ -73,7 +69,7 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
             weight, bias = weights[number], biases[number]
             if weight is None and (stream, part) == ("txt", "q"):
                 continue
-            _check_linear(name, x, weight, bias, f"_{stream}", f"weights_{stream} {part}", f"biases_{stream} {part}",
+            check_linear(name, x, weight, bias, f"_{stream}", f"weights_{stream} {part}", f"biases_{stream} {part}",
                           like=x_img)
             if x.ndim != 3 or x.shape[0] != x_img.shape[0]:
                 raise ValueError(f"{name}: x_{stream}: expected shape [B, S, K], B the same in both, "
@@ -83,18 +79,18 @@ def joint_qkv(x_img, x_txt, weights_img, weights_txt, biases_img=None, biases_tx
                                  f"as many as k, got {weight.shape[0]}")
         for part, norm in zip("qk", norms, strict=True):
             if norm is not None:
-                _check_tensor(name, f"norms_{stream} {part}", norm, x_img)
+                check_tensor(name, f"norms_{stream} {part}", norm, x_img)
                 if tuple(norm.shape) != (head_dim,):
                     raise ValueError(f"{name}: norms_{stream} {part}: expected shape [{head_dim}], got "
                                      f"{list(norm.shape)}")
         heads = x.new_empty(1).expand(*x.shape[:2], 1, head_dim)  # whose shape the tables must fit
-        tables = _check_freqs(freqs, heads, op=name, name=f"freqs_{stream}")
+        tables = check_freqs(freqs, heads, op=name, name=f"freqs_{stream}")
         streams += [x, *weights, *biases, *norms, *tables]
     arguments = (*streams, head_dim, eps)
-    reason = _library_reason(x_img.device.type)
+    reason = library_reason(x_img.device.type)
     if reason is not None:
-        _record(name, reason)
-        found = _qkv_by_parts(arguments, _library_linear)
+        backend.record(name, "torch", reason)
+        found = _qkv_by_parts(arguments, library_linear)
     else:
         found = call("joint_qkv", *arguments)
     return (*found[:3], None if weights_txt[0] is None else found[3], *found[4:])
@@ -146,11 +142,11 @@ def _run_qkv(*args):
     op, (head_dim, eps) = "joint_qkv", args[-2:]
     x = args[0]
     widths = [n for _, weights, *_ in _streams(args) for w in weights if w is not None for n in w.shape]
-    if x.dtype in KERNEL_DTYPES and head_dim not in HEAD_DIMS:
+    if x.dtype in backend.KERNEL_DTYPES and head_dim not in backend.KERNEL_HEAD_DIMS:
         backend.record(op, "torch", f"head_dim {head_dim}: the kernel takes 32, 64 and 128")
         kernels = None
     else:
-        kernels = _kernels(op, x, *widths)
+        kernels = kernels_for(op, x, *widths)
     if kernels is None:
         wide_args = [wide(a) if isinstance(a, torch.Tensor) else a for a in args]
         found = _qkv_by_parts(wide_args, F.linear)
@@ -163,8 +159,8 @@ def _run_qkv(*args):
             if weight is None:
                 continue
             tail = (None, None, None, 0) if part == 2 else (norm, cos, sin, head_dim)
-            layers.append((*_layer(stream, weight, bias, None, None, -1, None)[:6], *tail, out.flatten(2)))
-    _launch(op, kernels, layers, False, eps)
+            layers.append((*as_layer(stream, weight, bias, None, None, -1, None)[:6], *tail, out.flatten(2)))
+    launch(op, kernels, layers, False, eps)
     return outs
 
 
@@ -178,15 +174,15 @@ def _backward_qkv(ctx, *grads):
     for first, (x, weights, biases, norms, tables) in zip((0, _OF_STREAM), _streams(ctx.saved_tensors), strict=True):
         d_x, d_weights, d_biases, d_norms = None, [], [], []
         for part, (weight, bias, norm) in enumerate(zip(weights, biases, norms, strict=True)):
-            above, d_norm = next(remaining), None
+            d_out, d_norm = next(remaining), None
             if weight is None:
                 d_weights.append(None), d_biases.append(None), d_norms.append(None)
                 continue
             if part < 2:
                 product = F.linear(x, weight, bias).unflatten(-1, (-1, ctx.head_dim))
-                above, d_norm = _one_backward(product, norm, above, *tables, ctx.eps)
+                d_out, d_norm = norm_rope_backward(product, norm, d_out, *tables, ctx.eps)
             wanted = (needs[first], needs[first + 1 + part], needs[first + 4 + part])
-            more, d_weight, d_bias = _product_grads(x, weight, bias, above.flatten(2), wanted)
+            more, d_weight, d_bias = product_grads(x, weight, bias, d_out.flatten(2), wanted)
             d_x = more if d_x is None else d_x if more is None else d_x + more
             d_weights.append(d_weight), d_biases.append(d_bias), d_norms.append(d_norm)
         found += [d_x, *d_weights, *d_biases, *d_norms[:2], None, None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pydit.ops._library import _check_tensor, check_list
+from pydit.ops._library import check_list, check_tensor
 from pydit.ops.reference import wide
 
 _OP = "merge_attention"
@@ -63,11 +63,11 @@ def _check(outs, lses):
         raise ValueError(f"{_OP}: expected as many lses as outs, and one at least, got {len(outs)} outs and "
                          f"{len(lses)} lses")
     for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        _check_tensor(_OP, f"outs[{index}]", out, outs[0])
+        check_tensor(_OP, f"outs[{index}]", out, outs[0])
         if out.ndim != 4 or out.shape != outs[0].shape:
             expected = "[B, S, H, D]" if index == 0 else f"{list(outs[0].shape)} like the first"
             raise ValueError(f"{_OP}: outs[{index}]: expected shape {expected}, got {list(out.shape)}")
-        _check_tensor(_OP, f"lses[{index}]", lse, None)
+        check_tensor(_OP, f"lses[{index}]", lse, None)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         if lse.dtype != dtype or lse.device != out.device:
             raise TypeError(f"{_OP}: lses[{index}]: expected {dtype} on {out.device} for outputs of {out.dtype}, got "

@@ -9,7 +9,7 @@ import torch
 
 from pydit import backend
 from pydit.ops import fallback, reference
-from pydit.ops._library import _check_last_dim, _check_tensor, call, check_eps, check_out, define, define_backward
+from pydit.ops._library import call, check_eps, check_last_dim, check_out, check_tensor, define, define_backward
 from pydit.ops.reference import wide
 
 _OP = "qk_norm_rope"
@@ -42,18 +42,18 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
     -----
     RMSNorm: Zhang & Sennrich 2019; RoPE: Su et al. 2021. Differentiable in q, k and the weights.
     """
-    _check_heads("q", q, None)
-    _check_heads("k", k, q)
+    check_heads("q", q, None)
+    check_heads("k", k, q)
     check_eps(_OP, eps)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        _check_weight(name, weight, q)
-    cos, sin = _check_freqs(freqs, q)
+        check_weight(name, weight, q)
+    cos, sin = check_freqs(freqs, q)
     if out is None:
         return call("qk_norm_rope", q, k, q_weight, k_weight, cos, sin, eps)
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"{_OP}: out: expected a pair of tensors, got {type(out).__name__}")
-    _check_heads("out[0]", out[0], q)
-    _check_heads("out[1]", out[1], q)
+    check_heads("out[0]", out[0], q)
+    check_heads("out[1]", out[1], q)
     needs_grad = [t for t in (q, k, q_weight, k_weight, *out) if t is not None and t.requires_grad]
     if needs_grad and torch.is_grad_enabled():
         raise ValueError(f"{_OP}: out: expected tensors that need no gradient (or torch.no_grad()), got one that does")
@@ -64,8 +64,10 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
     return out[0], out[1]
 
 
-def _check_heads(name, x, like, *, op=_OP, same_tokens=True):
-    _check_tensor(op, name, x, like)
+def check_heads(name, x, like, *, op=_OP, same_tokens=True):
+    """x [B, S, H, D] of even D, with a contiguous last dimension; shape (S too, if ``same_tokens``), dtype, device of
+    ``like``."""
+    check_tensor(op, name, x, like)
     if x.ndim != 4:
         raise ValueError(f"{op}: {name}: expected shape [B, S, H, D], got {list(x.shape)}")
     if x.shape[3] % 2 or not 2 <= x.shape[3] <= 256:
@@ -74,19 +76,21 @@ def _check_heads(name, x, like, *, op=_OP, same_tokens=True):
         expected = [like.shape[0], like.shape[1] if same_tokens else x.shape[1], *like.shape[2:]]
         if list(x.shape) != expected:
             raise ValueError(f"{op}: {name}: expected shape {expected} like the first argument, got {list(x.shape)}")
-    _check_last_dim(op, name, x)
+    check_last_dim(op, name, x)
 
 
-def _check_weight(name, weight, q, *, op=_OP):
+def check_weight(name, weight, q, *, op=_OP):
+    """weight [D] of q's dtype and device, or None."""
     if weight is None:
         return
-    _check_tensor(op, name, weight, q)
+    check_tensor(op, name, weight, q)
     if tuple(weight.shape) != (q.shape[3],):
         raise ValueError(f"{op}: {name}: expected shape [{q.shape[3]}], got {list(weight.shape)}")
-    _check_last_dim(op, name, weight)
+    check_last_dim(op, name, weight)
 
 
-def _check_freqs(freqs, q, *, op=_OP, name="freqs"):
+def check_freqs(freqs, q, *, op=_OP, name="freqs"):
+    """freqs = (cos, sin) [S, D/2] for q, or None; returns (cos, sin), both None without."""
     if freqs is None:
         return None, None
     if not isinstance(freqs, (tuple, list)) or len(freqs) != 2:
@@ -117,7 +121,7 @@ def _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
         k_out.copy_(k_new)
         return q_out, k_out
     if q_out is None:
-        q_out, k_out = _like(q), _like(k)
+        q_out, k_out = contiguous_like(q), contiguous_like(k)
     with backend.device_of(q):
         path.kernels.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps, backend.DTYPE_CODES[q.dtype],
                                   backend.stream_of(q))
@@ -132,12 +136,13 @@ def _qk_norm_rope_out(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out):
     _run(q, k, q_weight, k_weight, cos, sin, eps, q_out, k_out)
 
 
-def _like(x):
+def contiguous_like(x):
+    """An empty contiguous tensor like x, whose own strides torch.empty_like would keep."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 define("qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps) "
-       "-> (Tensor, Tensor)", _qk_norm_rope, lambda q, k, *_: (_like(q), _like(k)))
+       "-> (Tensor, Tensor)", _qk_norm_rope, lambda q, k, *_: (contiguous_like(q), contiguous_like(k)))
 define("qk_norm_rope_out(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
        "Tensor(a!) q_out, Tensor(b!) k_out) -> ()", _qk_norm_rope_out, lambda *_: None)
 
@@ -145,7 +150,8 @@ define("qk_norm_rope_out(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight,
 # Backward: rotate the gradient back, then the RMSNorm formula; fp32 inside (float64 for float64). -----------------
 
 
-def _one_backward(x, weight, grad, cos, sin, eps):
+def norm_rope_backward(x, weight, grad, cos, sin, eps):
+    """Gradients of x [B, S, H, D] and weight [D] (None without one) from that of the normed and rotated x."""
     value, grad = wide(x), wide(grad)
     if cos is not None:
         grad = reference.rotate(grad, cos, -sin)
@@ -166,8 +172,8 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad_q, grad_k):
     q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-    d_q, d_q_weight = _one_backward(q, q_weight, grad_q, cos, sin, ctx.eps)
-    d_k, d_k_weight = _one_backward(k, k_weight, grad_k, cos, sin, ctx.eps)
+    d_q, d_q_weight = norm_rope_backward(q, q_weight, grad_q, cos, sin, ctx.eps)
+    d_k, d_k_weight = norm_rope_backward(k, k_weight, grad_k, cos, sin, ctx.eps)
     return d_q, d_k, d_q_weight, d_k_weight, None, None, None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from pydit import backend
+from pydit.backend import KERNEL_DTYPES
 from pydit.ops import reference
-from pydit.ops._library import _check_last_dim, _check_tensor, define
+from pydit.ops._library import check_last_dim, check_tensor, define
 
 _OP = "second_moments"
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def second_moments(x, y=None, *, shift_x=None, shift_y=None):
@@ -94,7 +94,8 @@ def _add(x, y, xx, xy, sum_x, sum_y, sum_yy):
         if path.kernels is not None:
             with backend.device_of(x):
                 taken = path.kernels.second_moments(x, y, sums, lambda size: x.new_empty(size, dtype=torch.uint8),
-                                            backend.cluster(), backend.DTYPE_CODES[x.dtype], backend.stream_of(x))
+                                                    backend.cluster(), backend.DTYPE_CODES[x.dtype],
+                                                    backend.stream_of(x))
             backend.explain(_OP, backend.KERNEL_PATHS[taken])
             return
     x = x.double()
@@ -114,13 +115,13 @@ def _check(x, y, shift_x, shift_y):
             if shift is not None:
                 raise ValueError(f"{_OP}: shift_y: expected None without y, got a {type(shift).__name__}")
             continue
-        _check_tensor(_OP, name, rows, None if name == "x" else x)
+        check_tensor(_OP, name, rows, None if name == "x" else x)
         if rows.ndim != 2:
             raise ValueError(f"{_OP}: {name}: expected shape [N, {'d' if name == 'x' else 'e'}], "
                              f"got {list(rows.shape)}")
         if rows.shape[0] != x.shape[0]:
             raise ValueError(f"{_OP}: y: expected as many rows as x ({x.shape[0]}), got {rows.shape[0]}")
-        _check_last_dim(_OP, name, rows)
+        check_last_dim(_OP, name, rows)
         if shift is None:
             continue
         if not isinstance(shift, torch.Tensor) or not shift.is_floating_point():

@@ -127,7 +127,7 @@ def test_expanded_values(device):
     tensors[1:3] = [x[:, :, :1].expand(-1, -1, 2, -1) for x in tensors[1:3]]
     check(tensors, device, lens=[40, 7])
     check_gradients(tensors, [40, 40], device)
-    for op in ("joint_attention", "joint_attention_backward"):  # the copy engine is not given them
+    for op in ("joint_attention", "joint_attention_backward"):  # TMA is not given them
         entry = backend.report()[op]
         if entry["path"] == "sim" and os.environ["PYDIT_SIM_ARCH"] == "90a":
             assert "portable kernel" in entry["reason"] and "or a stride is 0" in entry["reason"]

@@ -105,7 +105,7 @@ def test_layouts(layout, device):
 @every_kernel
 @pytest.mark.parametrize("expanded", ["batch of x", "tokens of x", "residual", "weight"])
 def test_expanded_inputs(expanded, device):
-    """Of expanded tensors, which the copy engine is not given."""
+    """Of expanded tensors, which TMA is not given."""
     x, w, b, r, g = inputs("xwbrg", torch.bfloat16, device, tokens=20)
     if expanded == "weight":
         w = w[:1].expand_as(w)

@@ -13,8 +13,9 @@ import pytest
 
 from tests.sim import build
 
-CASES = Path(__file__).parent / "races" / "sim_races.cpp"
-TESTS = re.findall(r"^TEST\((\w+)\)", CASES.read_text(), re.MULTILINE)
+HERE = Path(__file__).parent
+CASES = sorted((HERE / "races").glob("*.cpp"))
+TESTS = [name for path in CASES for name in re.findall(r"^TEST\((\w+)\)", path.read_text(), re.MULTILINE)]
 FLAGS = ["-g1", "-DPYDIT_SIM_RACE"]
 COMPILER = shutil.which("g++")  # the calls of its -fsanitize=thread are known
 OBSERVED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1", "-fno-tree-sra"]
@@ -39,13 +40,13 @@ def linked(runtime, name, *sources):
 
 @pytest.fixture(scope="module")
 def program(runtime):
-    return linked(runtime, "races", CASES)
+    return linked(runtime, "races", *CASES)
 
 
 @pytest.fixture(scope="module")
 def products(runtime):
     """The matrix products of test_ptx.py, observed."""
-    return linked(runtime, "products", CASES.parents[1] / "ptx" / "test_gemm.cpp")
+    return linked(runtime, "products", HERE / "ptx" / "test_gemm.cpp")
 
 
 def test_enough_bugs_are_planted():

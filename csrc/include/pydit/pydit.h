@@ -10,10 +10,10 @@
  *   - Any alignment is accepted. When every pointer and stride is a multiple of 16 bytes and C (or D) a multiple of
  *     the elements in 16 bytes, the 16-byte path runs; otherwise an element-wise path gives the same result.
  *   - An empty problem (B, S or H of 0) returns 0 without a launch; its pointers may be NULL.
- *   - The library never allocates: the caller owns outputs. Outputs may alias an input exactly (same pointer and
- *     strides) where an op says so, never partially.
- *   - Arithmetic and sums are fp32, long sums of second_moments and hsic_matrix fp64; an output of 16 bits is rounded
- *     once, to nearest even.
+ *   - The library never allocates: the caller owns outputs and workspaces. Outputs may alias an input exactly (same
+ *     pointer and strides) where an op says so, never partially.
+ *   - Arithmetic and sums are fp32, long sums of second_moments and hsic_matrix fp64; a 16-bit output is rounded once,
+ *     to nearest even.
  */
 #ifndef PYDIT_PYDIT_H_
 #define PYDIT_PYDIT_H_
@@ -60,7 +60,7 @@ typedef struct {
 } pydit_ada_layer_norm_params;
 
 /* out = x + gate * y.   x, y, out [B, S, C]; gate [B, R, C]. 1 <= C <= 8192. out may alias x or y. x may have a token
- * stride of 0. exact: the product is rounded to the dtype before the sum, as two separate operations do.
+ * stride of 0. exact: rounds the product to the dtype before the sum, as two separate operations would.
  * Bytes moved: 3 B S C elements. */
 typedef struct {
   pydit_tokens x;        /* [B, S, C] in  */
@@ -74,7 +74,7 @@ typedef struct {
   void* stream;
 } pydit_gated_residual_params;
 
-/* residual = x + gate * y;   out = LN(residual) * (1 + scale) + shift, LN of the fp32 sum before it is rounded.
+/* residual = x + gate * y;   out = LN(residual) * (1 + scale) + shift, with LN of the unrounded fp32 sum.
  * x, y, residual, out [B, S, C]; gate, scale, shift [B, R, C]. 1 <= C <= 8192. residual may alias x or y.
  * Bytes moved: 4 B S C elements. */
 typedef struct {
@@ -139,13 +139,13 @@ typedef struct {
   void* stream;
 } pydit_joint_attention_params;
 
-/* Gradients of joint_attention. out and lse as it returned them; d_lse the gradient of lse, or NULL for none. Gradients
+/* Gradients of joint_attention. out and lse: as it returned them; d_lse: the gradient of lse, or NULL for 0. Gradients
  * of padded text are 0 whatever inputs, out and d_out hold there. q_txt.data NULL: the text gave keys and values only;
  * out_txt, d_out_txt, d_q_txt, lse_txt and d_lse_txt are not used.
  *   out, d_out and the gradients [B, S, H, D] of `dtype`;  lse, d_lse [B, H, S] fp32 contiguous.
  * workspace: joint_attention_backward_workspace() bytes at a multiple of 16, of any content; free again when the stream
  * is past this call. deterministic: not 0 asks for the same bits in every run, which the portable kernel always gives.
- * FLOPs: 10 B H D (S_img + S_txt)^2, of the portable kernel 14. */
+ * FLOPs: 10 B H D (S_img + S_txt)^2, 14 in the portable kernel. */
 typedef struct {
   pydit_heads q_img, k_img, v_img, q_txt, k_txt, v_txt;             /* in */
   pydit_heads out_img, out_txt, d_out_img, d_out_txt;               /* in */
@@ -162,12 +162,12 @@ typedef struct {
 
 /* Sums over tokens, added to what the outputs hold:
  *   xx += x^T x,  xy += x^T y,  sum_x += sum of x,  sum_y += sum of y,  sum_yy += sum of y^2, per column.
- * Of xx the triangle on and above the diagonal counts; what is below is undefined.
+ * Only the triangle of xx on and above the diagonal is defined.
  *   x [N, dim_x], y [N, dim_y] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  dim_y 0: no y.
  *   xx [dim_x, dim_x], xy [dim_x, dim_y], sums [dim_x] or [dim_y], fp64 contiguous. Outputs alias nothing.
  * workspace: second_moments_workspace() bytes of any content; free again when the stream is past this call.
- * cluster: how many blocks of the Hopper kernel share what they load: 1, 2, or 0 for what it takes to be faster.
- * Run to run the bits are the same on one device. FLOPs: N dim_x (dim_x + 1) + 2 N dim_x dim_y. */
+ * cluster: blocks of the Hopper kernel that share what they load: 1, 2, or 0 for whichever it expects to be faster.
+ * The bits are the same from run to run on one device. FLOPs: N dim_x (dim_x + 1) + 2 N dim_x dim_y. */
 typedef struct {
   const void *x, *y;
   int64_t stride_x, stride_y;
@@ -181,12 +181,12 @@ typedef struct {
 /* hsic[i, j] = unbiased HSIC_1 (Song et al. 2012) of features i and j, <U_i, U_j> / (n (n - 3)), where U is the Gram
  * matrix x x^T with its diagonal set to 0, U-centred (Szekely and Rizzo 2014).
  *   features[l]: [n, dim[l]] of `dtype`, float16 or bfloat16, rows `stride` elements apart;  n = rows >= 4
- *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike, or all but one, has HSIC 0
- *   exactly.
+ *   hsic: [layers, layers] fp64 contiguous. A layer whose rows are all alike, or all but one, has HSIC 0 exactly.
  * workspace: hsic_matrix_workspace() bytes at a multiple of 16, of any content; free again when the stream is past
- * this call. At most `gram_bytes` of it are Gram matrices, or 256 x 256 elements of each, and a 16th more is for sums
- * of their rows; the rest grows with n and with the widest layer, not with n^2. What is more than fits is made twice.
- * Run to run the bits are the same on one device. FLOPs: n (n + 1) sum(dim) + n^2 layers (layers + 1) / 2. */
+ * this call. Gram matrices take at most `gram_bytes` of it, but at least 256 x 256 elements each, and sums of their
+ * rows a 16th more; the rest grows with n and the widest layer, not with n^2. If they do not all fit, they are computed
+ * twice. The bits are the same from run to run on one device. FLOPs: n (n + 1) sum(dim) + n^2 layers (layers + 1) / 2.
+ */
 #define PYDIT_MAX_LAYERS 128
 typedef struct {
   const void* features[PYDIT_MAX_LAYERS];
@@ -206,14 +206,14 @@ typedef struct {
  *   x [B, S, K], residual and out [B, S, N], gate [B, R, N], weight [N, K], bias [N], all of `dtype`, float16 or
  *   bfloat16; cos, sin fp32 [S, head_dim / 2] contiguous. NULL data leaves out bias, residual, gate, norm_weight or
  *   (both or neither) cos and sin. K, N >= 1; S may be 0. head_dim: 0, or 32, 64 or 128, N a multiple of it; then no
- *   layer of the call has residual, gate or activation. `activation` is that of all. out may alias residual; it aliases
- * nothing else. Layers may share x. cluster: as in pydit_second_moments_params.
+ *   layer of the call has residual, gate or activation. `activation` applies to all layers. out may alias residual and
+ *   nothing else. Layers may share x. cluster: as in pydit_second_moments_params.
  *   parts: into how many parts along K the Hopper kernel cuts the tiles that would not fill a wave of multiprocessors:
- *   1 to PYDIT_MAX_PARTS, 1 for none, or 0 for what it takes to be fastest; never more than the shallowest layer has
- *   steps of 64 along K. Parts are summed in fp32, in an order that is the same run to run on one device.
+ *   1 (none is cut) to PYDIT_MAX_PARTS, or 0 for what it expects to be fastest; never more than the steps of 64 along K
+ *   of the shallowest layer. Parts are summed in fp32, in the same order from run to run on one device.
  *   workspace: grouped_linear_workspace() bytes, 0 where nothing is cut, at a multiple of 16, of any content; free
  *   again when the stream is past this call. NULL: nothing is cut.
- *   FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each once. */
+ *   FLOPs: the sum of 2 B S N K. Bytes: x, weight, residual and out of each layer once. */
 #define PYDIT_MAX_LINEARS 6
 #define PYDIT_MAX_PARTS 8
 typedef enum { PYDIT_NO_ACTIVATION = 0, PYDIT_GELU_TANH = 1 } pydit_activation;
@@ -226,7 +226,7 @@ typedef struct {
   pydit_tokens out;        /* [B, S, N] out */
   const void* norm_weight; /* [head_dim] in or NULL */
   const float *cos, *sin;  /* [S, head_dim / 2] in or NULL */
-  int64_t weight_stride;   /* from one row of weight to the next */
+  int64_t weight_stride;   /* between rows of weight */
   int64_t tokens, in_features, out_features;
   int64_t split; /* first token of gate's row 1 */
   int32_t head_dim;
@@ -234,7 +234,7 @@ typedef struct {
 typedef struct {
   pydit_linear linear[PYDIT_MAX_LINEARS];
   int64_t batch;
-  int32_t count, activation; /* linears; pydit_activation */
+  int32_t count, activation; /* layers in `linear`; pydit_activation */
   float eps;                 /* of the RMSNorm */
   int32_t dtype, cluster, parts;
   void* workspace; /* or NULL */
@@ -253,10 +253,10 @@ enum {
   PYDIT_PATH_OLD_CUDA = 6      /* portable: the toolkit or the driver is older than CUDA 12.1 */
 };
 
-/* reserve_multiprocessors: how many multiprocessors of a device the kernels leave alone whose blocks stay on theirs until
- * all is done (attention, second_moments, hsic_matrix and the linear layers, on Hopper; second_moments everywhere), for
- * what runs beside them, as a collective's; 0 at first. A kernel takes one at least. Not between asking how large a
- * workspace is and the call that gets it. */
+/* reserve_multiprocessors: how many multiprocessors of a device persistent kernels leave free for what runs beside
+ * them, such as a collective; 0 at first. Persistent are attention, second_moments, hsic_matrix and the linear layers
+ * on Hopper, and second_moments everywhere; each uses at least one multiprocessor. Do not call it between asking for
+ * the size of a workspace and the call that gets the workspace. */
 #define PYDIT_DECLARE_BACKEND(backend)                                                                        \
   const char* pydit_##backend##_last_error(void);                                                             \
   void pydit_##backend##_reserve_multiprocessors(int count);                                                  \

@@ -1,17 +1,18 @@
-// Joint attention, portable (sm_80 and up): cp.async, ldmatrix, mma.sync. And the entry point, which prefers Hopper's.
+// Joint attention: the portable kernel (sm_80 and up; cp.async, ldmatrix, mma.sync) and the entry point, which prefers
+// the Hopper kernel.
 //
-// out = softmax(scale * q k^T) v over the keys of two streams that stay where they are; see pydit.h.
+// out = softmax(scale * q k^T) v over the keys of two streams that stay in tensors of their own; see pydit.h.
 //
-// A block has 128 queries of one stream, head and sample, 16 a warp, and walks through all keys in tiles of kN that
+// A block owns 128 queries of one stream, head and sample, 16 per warp, and walks through all keys in tiles of kN that
 // never mix the streams; while it multiplies one tile the next is copied. Queries stay in registers. FLOPs 4 D S per
-// query; bytes: Q and O once, K and V once per tile of queries, which neighbouring blocks share through L2. On
-// Hopper mma.sync does not reach the rate of wgmma; on sm_80 it is the way to the tensor cores.
+// query; bytes: Q and O once, K and V once per tile of queries, which neighbouring blocks share through L2. On Hopper
+// mma.sync does not reach the rate of wgmma; on sm_80 it is the way to the tensor cores.
 //
-// Text padding: rows past the sample's length are filled with zeros by the copy, whatever they hold, and their scores
-// become -inf.
+// Text padding: the copy fills rows past the sample's length with zeros, whatever they hold, and their scores become
+// -inf.
 //
-// Shared memory is at most 96 KB, which every device since sm_80 can give to a block. Rows of 16-byte vectors are
-// permuted so that neither ldmatrix nor the copies meet bank conflicts.
+// Shared memory is at most 96 KB, which every device since sm_80 can give a block. Tiles are swizzled so that neither
+// ldmatrix nor the copies meet bank conflicts.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -27,7 +28,7 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps, kM = 16 * kWarps, kStages = 2;
 template <int kD>
 struct Tile {
   static constexpr int kN = kD == 128 ? 64 : 128;  // 64 at D = 128: two stages of K and V fit 96 KB beside Q
-  static constexpr int kQBytes = kM * Rows<kD>::kBytes, kKeyBytes = kN * Rows<kD>::kBytes;
+  static constexpr int kQBytes = kM * kD * 2, kKeyBytes = kN * kD * 2;
   static constexpr int kStageBytes = 2 * kKeyBytes;
   static constexpr int kSharedBytes = kQBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= 96 * 1024, "more than a block gets on sm_86, sm_89 and sm_120");
@@ -55,14 +56,13 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
   using Shape = Tile<kD>;
   constexpr int kN = Shape::kN;
   PYDIT_DYNAMIC_SHARED(char, shared);
-  // Tiles that are neighbours share their keys.
-  const auto query_tiles = [](int64_t tokens) { return (static_cast<int>(tokens) + kM - 1) / kM; };
-  const int all = query_tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : query_tiles(p.txt_tokens));
+  // Neighbouring blocks work on tiles of one head and sample, and so share its keys in L2.
+  const int all = count_query_tiles<kM>(p);
   const int index = static_cast<int>(blockIdx.x), rest = index / all;
   const Work work = find_work<kM, kN>(p, rest / p.heads, rest % p.heads, index % all);
   const int tiles = work.tiles(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int image_tokens = static_cast<int>(p.img_tokens);
-  if (tiles == 0) return store_nothing<T, kD>(p, work, kM, static_cast<int>(threadIdx.x), kThreads);
+  if (tiles == 0) return store_empty<T, kD>(p, work, kM, static_cast<int>(threadIdx.x), kThreads);
   char* stages = shared + Shape::kQBytes;
   const float scale = p.scale * kLog2E;
 
@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
   __syncthreads();
   uint32_t queries[kD / 16][4];
 #pragma unroll
-  for (int d = 0; d < kD / 16; ++d)
-    ldmatrix(queries[d], shared + Rows<kD>::offset(warp * 16 + lane % 16, d * 2 + lane / 16));
+  for (int d = 0; d < kD / 16; ++d) load_left<kD>(queries[d], shared, warp * 16, d);
 
   Softmax<T, kN, kD> state;
 #pragma unroll
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
     if (existing < kN) mask_keys(scores, existing);
     state.step(scores, scale, factor, tile == 0);
     state.rescale(factor);
-    state.keep(scores);
+    state.pack_probabilities(scores);
     multiply<T, kN, kD>(state.out, state.probabilities, stage + Shape::kKeyBytes);
     __syncthreads();  // the stage is read; the next round writes to it
   }
@@ -111,9 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_kernel(const pydi
 
 template <typename T, int kD, bool kAligned>
 int launch(const pydit_joint_attention_params& p) {
-  const auto tiles = [](int64_t tokens) { return (tokens + kM - 1) / kM; };
-  const int64_t blocks =
-      p.batch * p.heads * (tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens)));
+  const int64_t blocks = p.batch * p.heads * count_query_tiles<kM>(p);
   if (blocks > INT32_MAX) return bad_argument("joint_attention: expected at most 2^31 - 1 tiles, got more");
   constexpr int kBytes = Tile<kD>::kSharedBytes;
   const cudaError_t error = cudaFuncSetAttribute(joint_attention_kernel<T, kD, kAligned>,
@@ -127,18 +124,15 @@ int launch(const pydit_joint_attention_params& p) {
 
 // Whether 16-byte accesses are legal everywhere.
 bool aligned(const pydit_joint_attention_params& p) {
-  const auto legal = [&](const pydit_heads& t, int64_t tokens) {
-    return aligned16(t.data) && (p.batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
-           (p.heads <= 1 || t.stride_h % 8 == 0);
-  };
+  const auto legal = [&](const pydit_heads& t, int64_t tokens) { return is_aligned(t, p.batch, tokens, p.heads); };
   bool all = true;
   for (const pydit_heads* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img}) all = all && legal(*t, p.img_tokens);
   for (const pydit_heads* t : {&p.q_txt, &p.k_txt, &p.v_txt, &p.out_txt}) all = all && legal(*t, p.txt_tokens);
   return all;
 }
 
-// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
-bool copyable(const pydit_joint_attention_params& p) {
+// Whether TMA can address all tensors. A stride of 0, that of an expanded tensor, is not documented to work.
+bool tma_addressable(const pydit_joint_attention_params& p) {
   const auto expanded = [&](const pydit_heads& t, int64_t tokens) { return is_expanded(t, p.batch, tokens, p.heads); };
   for (const pydit_heads* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img})
     if (expanded(*t, p.img_tokens)) return false;
@@ -165,7 +159,7 @@ int launch_head_dim(const pydit_joint_attention_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(joint_attention_path)(const pydit_joint_attention_params* p) {
-  return hopper_path(copyable(*p));
+  return hopper_path(tma_addressable(*p));
 }
 
 extern "C" int PYDIT_ENTRY(joint_attention)(const pydit_joint_attention_params* p) {

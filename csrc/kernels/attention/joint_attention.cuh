@@ -1,15 +1,16 @@
-// What the kernels of joint attention share: which queries and keys a tile has, and the online softmax.
+// What all kernels of joint attention share: which queries and keys a tile has, and the online softmax.
 #pragma once
 
 #include "device/platform.cuh"
 #include "device/ptx_math.cuh"
+#include "device/tiling.cuh"
 #include "device/vector.cuh"
 #include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kFineScores = 8388608;  // 2^23; floats beyond lie a whole power of 2 of probability apart, and more
+constexpr float kFineScores = 8388608;  // 2^23: neighbouring floats beyond it differ by 1 or more, a factor of 2 in P
 
 // Tiles ----------------------------------------------------------------------------------------------------------
 
@@ -17,19 +18,21 @@ constexpr float kFineScores = 8388608;  // 2^23; floats beyond lie a whole power
 // those of the text.
 struct Work {
   int batch, head, first_query;
-  int queries;    // that exist from first_query on, which may be more than the tile holds, or none
+  int queries;    // from first_query to the end of the stream: may exceed the tile, or be none
   bool image;     // whose queries
   int text_keys;  // of this sample
   int image_tiles, text_tiles;
   __device__ __forceinline__ int tiles() const { return image_tiles + text_tiles; }
 };
 
-__device__ __forceinline__ int text_length(const pydit_joint_attention_params& p, int batch) {
+// Text tokens of a sample that take part. Params: those of the forward or of the backward.
+template <typename Params>
+__device__ __forceinline__ int text_length(const Params& p, int batch) {
   const int tokens = static_cast<int>(p.txt_tokens);
   return p.txt_lens == nullptr ? tokens : min(max(p.txt_lens[batch], 0), tokens);
 }
 
-// `tile` counts those of one head and sample: first those of the image, then those of the text.
+// `tile` counts the query tiles of one head and sample: first those of the image, then those of the text.
 template <int kM, int kN>
 __device__ __forceinline__ Work find_work(const pydit_joint_attention_params& p, int batch, int head, int tile) {
   const int image_tokens = static_cast<int>(p.img_tokens), image_queries = (image_tokens + kM - 1) / kM;
@@ -45,16 +48,17 @@ __device__ __forceinline__ Work find_work(const pydit_joint_attention_params& p,
   return work;
 }
 
-// The keys that exist from the first of a tile on; all of a tile exist when there are kN or more.
+// Keys from the first of a tile to the end of their stream; with kN or more the tile is full.
 template <int kN>
 __device__ __forceinline__ int keys_in(const Work& work, int image_tokens, int tile) {
   return tile < work.image_tiles ? image_tokens - tile * kN : work.text_keys - (tile - work.image_tiles) * kN;
 }
 
-// Zeros and -inf for `rows` queries without a key, or past the sample's length. All threads of a group call.
+// Stores out = 0 and lse = -inf for `rows` queries without a key, or past the sample's length. All threads of a group
+// call.
 template <typename T, int kD>
-__device__ __forceinline__ void store_nothing(const pydit_joint_attention_params& p, const Work& work, int rows,
-                                              int thread, int threads) {
+__device__ __forceinline__ void store_empty(const pydit_joint_attention_params& p, const Work& work, int rows,
+                                            int thread, int threads) {
   const pydit_heads& out = work.image ? p.out_img : p.out_txt;
   float* lse = work.image ? p.lse_img : p.lse_txt;
   const int tokens = static_cast<int>(work.image ? p.img_tokens : p.txt_tokens);
@@ -68,7 +72,8 @@ __device__ __forceinline__ void store_nothing(const pydit_joint_attention_params
   }
 }
 
-// Of a backward, which has the log-sum-exp, in base 2. Of huge scores the rounding of both would have it overflow.
+// Recomputed in the backward: exp2(score * scale - lse), lse in base 2. Clamped at 1, which the rounding of huge scores
+// could exceed up to an overflow.
 __device__ __forceinline__ float probability(float score, float scale, float lse) {
   return exp2_approx(min_or_nan(fmaf(score, scale, -lse), 0.f));
 }
@@ -78,7 +83,7 @@ __device__ __forceinline__ float probability(float score, float scale, float lse
 // A warp holds 16 rows (queries) of scores as the tensor cores leave them: lane l has of each group of 8 columns
 // columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8. Element i of a thread is in group i / 4, row i / 2 % 2.
 
-// Scores of keys from `keys` on become -inf. For the last tile of a stream.
+// Sets the scores of keys from `keys` on to -inf: those beyond the end in the last tile of a stream.
 template <int kElements>
 __device__ __forceinline__ void mask_keys(float (&scores)[kElements], int keys) {
   const int column = threadIdx.x % 4 * 2;
@@ -88,14 +93,21 @@ __device__ __forceinline__ void mask_keys(float (&scores)[kElements], int keys) 
   }
 }
 
+// 16 columns of accumulators as the left operand of a product, rounded to T.
+template <typename T>
+__device__ __forceinline__ void pack_left(uint32_t (&left)[4], const float* values) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) left[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+}
+
 template <typename T, int kN, int kD>
 struct Softmax {
   float out[kD / 2];
-  float maximum[2], sum[2];            // of scaled scores, base 2; the sum is over this thread's columns only
+  float maximum[2], sum[2];            // of the scaled scores, in base 2; the sum is over this thread's columns only
   uint32_t probabilities[kN / 16][4];  // as the left operand of a product
 
-  // Turns scores into exp2(scale * score - maximum) and brings `sum` up to date. factor: what earlier sums and outputs
-  // are to be multiplied by. The maximum that is subtracted is the one that lse adds, so its rounding cancels.
+  // Turns scores into exp2(scale * score - maximum) and updates `sum`. factor: what earlier sums and outputs must be
+  // multiplied by. lse adds the same maximum that is subtracted here, so its rounding cancels.
   __device__ __forceinline__ void step(float (&scores)[kN / 2], float scale, float (&factor)[2], bool first) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -110,32 +122,31 @@ struct Softmax {
       const float now = first ? scaled : fmaxf(before, scaled);
       factor[row] = first ? 0.f : exp2_approx(before - now);
       maximum[row] = now;
-      float less = now;
+      float subtracted = now;
       if (fabsf(now) > kFineScores) {
-        // The rounding of `scaled` would be an exponent of its own, up to an overflow, or until no key has a share.
+        // The product is so large that its rounding error alone would be an exponent: exp2 could overflow, or leave no
+        // key a share. So the largest score is subtracted before scaling, which is exact for scores near it.
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) {
           if (i / 2 % 2 == row) scores[i] -= largest;
         }
-        less = now - scaled;
+        subtracted = now - scaled;
       }
       float total = 0;
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
         if (i / 2 % 2 != row) continue;
-        scores[i] = exp2_approx(fmaf(scores[i], scale, -less));
+        scores[i] = exp2_approx(fmaf(scores[i], scale, -subtracted));
         total += scores[i];
       }
       sum[row] = first ? total : fmaf(sum[row], factor[row], total);
     }
   }
 
-  __device__ __forceinline__ void keep(const float (&scores)[kN / 2]) {
+  // Rounds what step() left in scores to T, for the product with V.
+  __device__ __forceinline__ void pack_probabilities(const float (&scores)[kN / 2]) {
 #pragma unroll
-    for (int k = 0; k < kN / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) probabilities[k][i] = pack<T>(scores[8 * k + 2 * i], scores[8 * k + 2 * i + 1]);
-    }
+    for (int k = 0; k < kN / 16; ++k) pack_left<T>(probabilities[k], scores + 8 * k);
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
@@ -149,8 +160,8 @@ struct Softmax {
     return pair + __shfl_xor_sync(0xffffffffu, pair, 2);
   }
 
-  // Divides the outputs by the sums and stores lse. `in_tile` is the tile's row of this thread's first row; rows from
-  // work.queries on, which read whatever is there, NaN included, become 0.
+  // Divides the outputs by the sums and stores lse. `in_tile`: this thread's first row within the tile. Rows from
+  // work.queries on were computed from padding, which may hold NaN, and become 0.
   __device__ __forceinline__ void finish(const pydit_joint_attention_params& p, const Work& work, int in_tile) {
     float* lse = work.image ? p.lse_img : p.lse_txt;
     const int tokens = static_cast<int>(work.image ? p.img_tokens : p.txt_tokens);

@@ -8,18 +8,32 @@
 
 namespace pydit::PYDIT_BACKEND {
 
-// The Hopper kernel, for arguments that the entry point has checked. Tensors must suit the copy engine: bases and
-// strides that are multiples of 16 bytes, no stride of 0; scale > 0.
+// The Hopper kernel, for arguments that the entry point has checked and tensors that TMA can address: bases and strides
+// are multiples of 16 bytes, no stride is 0.
 int launch_joint_attention_sm90(const pydit_joint_attention_params& p);
 
-// Whether a tensor's elements share memory: those of a dimension with a stride of 0.
+// Query tiles of kRows tokens of one head and sample: those of the image, then those of the text, if it has queries.
+// Params: those of the forward or of the backward.
+template <int kRows, typename Params>
+__host__ __device__ inline int count_query_tiles(const Params& p) {
+  const auto tiles = [](int64_t tokens) { return (static_cast<int>(tokens) + kRows - 1) / kRows; };
+  return tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens));
+}
+
+// Whether 16-byte accesses to a tensor are legal.
+inline bool is_aligned(const pydit_heads& t, int64_t batch, int64_t tokens, int64_t heads) {
+  return aligned16(t.data) && (batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
+         (heads <= 1 || t.stride_h % 8 == 0);
+}
+
+// Whether a dimension is expanded: its elements share memory through a stride of 0.
 inline bool is_expanded(const pydit_heads& t, int64_t batch, int64_t tokens, int64_t heads) {
   return t.data != nullptr && tokens > 0 &&
          ((batch > 1 && t.stride_b == 0) || (tokens > 1 && t.stride_s == 0) || (heads > 1 && t.stride_h == 0));
 }
 
-// How the copy engine sees a stream's tensor: boxes of `rows` tokens by `span` bytes of a head, swizzled over `span`.
-// Params has batch, heads and head_dim. Returns null or what is wrong; an absent tensor is never used.
+// How TMA sees a stream's tensor: boxes of `rows` tokens by `span` bytes of a head, swizzled over `span`.
+// Params: those of the forward or of the backward. Returns null or what is wrong; an absent tensor gets no map.
 template <typename T, typename Params>
 const char* encode_heads(TensorMap* map, const pydit_heads& t, int64_t tokens, const Params& p, int rows, int span) {
   if (t.data == nullptr || tokens == 0) return nullptr;
@@ -31,7 +45,7 @@ const char* encode_heads(TensorMap* map, const pydit_heads& t, int64_t tokens, c
   return encode_tensor_map(map, static_cast<const T*>(t.data), 4, size, stride, box, static_cast<Swizzle>(span));
 }
 
-// For the race detector of the simulator.
+// Names the launch's tensors for the simulator's race detector.
 template <typename T>
 void name_joint_attention_tensors(const pydit_joint_attention_params& p) {
   const auto heads = [&](const char* name, const pydit_heads& t, int64_t tokens, bool writable) {

@@ -1,20 +1,20 @@
-// Backward of joint attention: the entry point, what both implementations begin with, and the portable kernel (sm_80
-// and up).
+// Backward of joint attention: the entry point, the delta kernel with which both implementations begin, and the
+// portable kernel (sm_80 and up).
 //
 // With P = exp(scale q k^T - lse) and delta = sum(d_out * out) - d_lse per query:
 //   d_v = P^T d_out,   d_s = P * (d_out v^T - delta),   d_q = scale d_s k,   d_k = scale d_s^T q.
 //
-// First delta, one pass over out and d_out: 2 B S H D elements read. Then, portable, one kernel, run twice, does both
-// halves. A block owns 64 rows: queries with their d_out, or keys with their values. It walks through the tiles of the
-// other side, of both streams, which are copied while it multiplies:
+// First delta, one pass over out and d_out: 2 B S H D elements read. The portable kernel then runs twice, once for each
+// half. A block owns 64 rows: queries with their d_out, or keys with their values. It walks through the tiles of the
+// other side, of both streams, and copies the next one while it multiplies:
 //   own Q, d_out; other K, V:   scores = Q K^T,  inner = d_out V^T,  d_q += d_s K
 //   own K, V; other Q, d_out:   scores = K Q^T,  inner = V d_out^T,  d_v += P d_out,  d_k += d_s Q
 // No block adds to what another computes, so there are no atomics, results are the same in every run, and no fp32
 // buffer of d_q is needed. The price: scores and inner are computed twice, 7 products of 2 D FLOPs per pair instead
 // of 5.
 //
-// Padding. Rows that do not exist are zeros in shared memory, whatever the tensors hold. The scores of keys that do not
-// exist are -inf and queries that do not have lse = inf, so P = 0. Gradients past the length are stored as 0.
+// Padding. Rows that do not exist are zeros in shared memory, whatever the tensors hold. Scores of keys that do not
+// exist are -inf, and queries that do not exist have lse = inf, so P = 0. Gradients past the length are stored as 0.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -29,17 +29,17 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kM = 16 * kWarps, kStages = 2;
 
-// kKeys: the block owns keys. Two accumulators of D = 128 then leave registers for 32 columns of scores.
+// kKeys: the block owns keys. At D = 128 its two accumulators then leave registers for 32 columns of scores.
 template <int kD, bool kKeys>
 struct Tile {
   static constexpr int kN = kKeys && kD == 128 ? 32 : 64;
-  static constexpr int kOwnBytes = kM * Rows<kD>::kBytes, kOtherBytes = kN * Rows<kD>::kBytes;  // of one tensor
-  static constexpr int kStageBytes = 2 * kOtherBytes + 2 * kN * 4;                              // two, lse and delta
+  static constexpr int kOwnBytes = kM * kD * 2, kOtherBytes = kN * kD * 2;  // of one tensor
+  static constexpr int kStageBytes = 2 * kOtherBytes + 2 * kN * 4;          // two, lse and delta
   static constexpr int kSharedBytes = 2 * kOwnBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= 99 * 1024, "more than a block gets on sm_86, sm_89 and sm_120");
 };
 
-// What a block owns and what it walks through.
+// The rows that a block owns, and the tiles that it walks through.
 struct OwnRows {
   int batch, head, first;
   int rows;    // own rows that exist from `first` on
@@ -63,7 +63,7 @@ __device__ __forceinline__ OwnRows decode_rows(const BackwardParams& p, int inde
   own.image = tile < own_image;
   own.first = (own.image ? tile : tile - own_image) * kM;
   own.tokens = own.image ? image_tokens : text_tokens;
-  own.text = p.txt_lens == nullptr ? text_tokens : min(max(p.txt_lens[own.batch], 0), text_tokens);
+  own.text = text_length(p, own.batch);
   own.rows = (own.image ? image_tokens : own.text) - own.first;
   const int other_text = kKeys && !text_queries ? 0 : (own.text + kN - 1) / kN;
   own.image_tiles = (image_tokens + kN - 1) / kN;
@@ -71,7 +71,7 @@ __device__ __forceinline__ OwnRows decode_rows(const BackwardParams& p, int inde
   return own;
 }
 
-// Rows that exist from the first of a tile of the other side on.
+// Rows from the first of a tile of the other side to the end of their stream.
 __device__ __forceinline__ int rows_of(const BackwardParams& p, const OwnRows& own, int size, int tile) {
   return tile < own.image_tiles ? static_cast<int>(p.img_tokens) - tile * size
                                 : own.text - (tile - own.image_tiles) * size;
@@ -81,8 +81,8 @@ __device__ __forceinline__ int rows_of(const BackwardParams& p, const OwnRows& o
 
 constexpr int kDeltaThreads = 256;
 
-// kD / 8 lanes per row; rows in the order of memory, those of the image first. Rows of padding become whatever they
-// are: nobody reads them.
+// kD / 8 lanes per row; rows in the order of memory, those of the image first. Padded rows get whatever their inputs
+// give: nobody reads them.
 template <typename T, int kD, bool kAligned>
 __global__ void __launch_bounds__(kDeltaThreads) joint_attention_delta_kernel(const BackwardParams p) {
   constexpr int kLanes = kD / 8;
@@ -142,15 +142,6 @@ __device__ __forceinline__ void copy_other(char* stage, const BackwardParams& p,
       rows[row] = exists ? (image ? p.lse_img : p.lse_txt)[base + row] * kLog2E : INFINITY;
     else
       rows[kN + row] = exists ? (image ? p.delta_img : p.delta_txt)[base + row] : 0.f;
-  }
-}
-
-template <typename T, int kN>
-__device__ __forceinline__ void pack_left(uint32_t (&left)[kN / 16][4], const float (&values)[kN / 2]) {
-#pragma unroll
-  for (int k = 0; k < kN / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) left[k][i] = pack<T>(values[8 * k + 2 * i], values[8 * k + 2 * i + 1]);
   }
 }
 
@@ -215,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_backward_kernel(c
     }
     if constexpr (!kKeys) {
       const int existing = rows_of(p, own, kN, tile);
-      if (existing < kN) mask_keys(scores, existing);  // 0 in shared memory, which may be far above what exists
+      if (existing < kN) mask_keys(scores, existing);  // their zeros score 0, which may exceed all real scores
     }
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) {
@@ -227,16 +218,18 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_backward_kernel(c
     }
     uint32_t left[kN / 16][4];
     if constexpr (kKeys) {
-      pack_left<T, kN>(left, scores);
+#pragma unroll
+      for (int k = 0; k < kN / 16; ++k) pack_left<T>(left[k], scores + 8 * k);
       multiply<T, kN, kD>(sums[1], left, two);
     }
-    pack_left<T, kN>(left, inner);
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k) pack_left<T>(left[k], inner + 8 * k);
     multiply<T, kN, kD>(sums[0], left, one);
     __syncthreads();  // the stage is read; the next round writes to it
   }
 #pragma unroll
   for (int i = 0; i < kD / 2; ++i) {
-    const bool exists = warp * 16 + lane / 4 + i / 2 % 2 * 8 < own.rows;  // padding has scores of 0, not none
+    const bool exists = warp * 16 + lane / 4 + i / 2 % 2 * 8 < own.rows;  // padded rows scored 0, and so have sums
     sums[0][i] = exists ? sums[0][i] * p.scale : 0.f;
     if constexpr (kKeys) sums[1][i] = exists ? sums[1][i] : 0.f;
   }
@@ -254,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) joint_attention_backward_kernel(c
 template <typename T, int kD, bool kAligned>
 int launch_delta(const BackwardParams& p) {
   const int64_t rows = p.batch * p.heads * (p.img_tokens + (p.q_txt.data == nullptr ? 0 : p.txt_tokens));
-  const int64_t blocks = (rows * (kD / 8) + kDeltaThreads - 1) / kDeltaThreads;
+  const int64_t blocks = ceil_div(rows * (kD / 8), kDeltaThreads);
   if (blocks > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 blocks, got more", kBackward);
   if (blocks == 0) return kOk;
   name_backward_tensors<T>(p);
@@ -265,9 +258,8 @@ int launch_delta(const BackwardParams& p) {
 
 template <typename T, int kD, bool kKeys, bool kAligned>
 int launch(const BackwardParams& p) {
-  const auto tiles = [](int64_t tokens) { return (tokens + kM - 1) / kM; };
-  const int64_t blocks =
-      p.batch * p.heads * (tiles(p.img_tokens) + (kKeys || p.q_txt.data != nullptr ? tiles(p.txt_tokens) : 0));
+  const int64_t key_tiles = ceil_div(p.img_tokens, kM) + ceil_div(p.txt_tokens, kM);
+  const int64_t blocks = p.batch * p.heads * (kKeys ? key_tiles : count_query_tiles<kM>(p));
   if (blocks > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kBackward);
   if (blocks == 0) return kOk;
   constexpr int kBytes = Tile<kD, kKeys>::kSharedBytes;
@@ -282,10 +274,7 @@ int launch(const BackwardParams& p) {
 
 // Whether 16-byte accesses are legal everywhere.
 bool aligned(const pydit_joint_attention_backward_params& p) {
-  const auto legal = [&](const pydit_heads& t, int64_t tokens) {
-    return aligned16(t.data) && (p.batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&
-           (p.heads <= 1 || t.stride_h % 8 == 0);
-  };
+  const auto legal = [&](const pydit_heads& t, int64_t tokens) { return is_aligned(t, p.batch, tokens, p.heads); };
   bool all = true;
   for (const auto* t : {&p.q_img, &p.k_img, &p.v_img, &p.out_img, &p.d_out_img, &p.d_q_img, &p.d_k_img, &p.d_v_img})
     all = all && legal(*t, p.img_tokens);
@@ -294,8 +283,8 @@ bool aligned(const pydit_joint_attention_backward_params& p) {
   return all;
 }
 
-// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
-bool copyable(const pydit_joint_attention_backward_params& p) {
+// Whether TMA can address all tensors. A stride of 0, that of an expanded tensor, is not documented to work.
+bool tma_addressable(const pydit_joint_attention_backward_params& p) {
   const auto expanded = [&](const pydit_heads& t, int64_t tokens) { return is_expanded(t, p.batch, tokens, p.heads); };
   for (const auto* t : {&p.q_img, &p.k_img, &p.v_img, &p.d_out_img, &p.d_k_img, &p.d_v_img})
     if (expanded(*t, p.img_tokens)) return false;
@@ -328,8 +317,8 @@ int launch_head_dim(const BackwardParams& p, bool hopper) {
   return launch_alignment<T, 128>(p, hopper);
 }
 
-// Where things lie in the workspace; returns its size in bytes.
-int64_t divide(BackwardParams* p, bool hopper) {
+// Sets the pointers into the workspace, if there is one; returns its size in bytes.
+int64_t lay_out_workspace(BackwardParams* p, bool hopper) {
   const int64_t cleared = hopper ? bytes_to_clear(*p) : 0, rows = p->batch * p->heads;
   const int64_t image = rows * p->img_tokens, text = p->q_txt.data == nullptr ? 0 : rows * p->txt_tokens;
   if (auto* base = static_cast<char*>(p->workspace)) {
@@ -350,14 +339,14 @@ int64_t divide(BackwardParams* p, bool hopper) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(joint_attention_backward_path)(const pydit_joint_attention_backward_params* p) {
-  return hopper_path(copyable(*p));
+  return hopper_path(tma_addressable(*p));
 }
 
 extern "C" int64_t PYDIT_ENTRY(joint_attention_backward_workspace)(const pydit_joint_attention_backward_params* p) {
   BackwardParams all = {};
   static_cast<pydit_joint_attention_backward_params&>(all) = *p;
   all.workspace = nullptr;
-  return divide(&all, PYDIT_ENTRY(joint_attention_backward_path)(p) == PYDIT_PATH_HOPPER);
+  return lay_out_workspace(&all, PYDIT_ENTRY(joint_attention_backward_path)(p) == PYDIT_PATH_HOPPER);
 }
 
 extern "C" int PYDIT_ENTRY(joint_attention_backward)(const pydit_joint_attention_backward_params* p) {
@@ -377,7 +366,7 @@ extern "C" int PYDIT_ENTRY(joint_attention_backward)(const pydit_joint_attention
   const bool hopper = PYDIT_ENTRY(joint_attention_backward_path)(p) == PYDIT_PATH_HOPPER;
   BackwardParams all = {};
   static_cast<pydit_joint_attention_backward_params&>(all) = *p;
-  if (divide(&all, hopper) > 0 && (p->workspace == nullptr || !aligned16(p->workspace)))
+  if (lay_out_workspace(&all, hopper) > 0 && (p->workspace == nullptr || !aligned16(p->workspace)))
     return bad_argument("%s: workspace: expected memory at a multiple of 16 bytes, got %p", kBackward, p->workspace);
   return p->dtype == PYDIT_FLOAT16 ? launch_head_dim<__half>(all, hopper) : launch_head_dim<__nv_bfloat16>(all, hopper);
 }

@@ -1,14 +1,15 @@
-// What the implementations of the backward of joint attention share: their arguments and the workspace.
+// What the implementations of joint attention's backward share: their arguments and the workspace.
 #pragma once
 
 #include "device/check.h"
+#include "kernels/attention/joint_attention.h"
 #include "pydit/pydit.h"
 
 namespace pydit::PYDIT_BACKEND {
 
 constexpr const char* kBackward = "joint_attention_backward";
 constexpr int kQueriesOfBackwardTile = 64;  // of the Hopper kernel
-constexpr int kSumColumns = 128;            // of its fp32 buffer, as the copy engine sees it
+constexpr int kSumColumns = 128;            // of its fp32 buffer, as TMA sees it
 
 // The arguments, and what lies in the workspace, in this order. The first three belong to the Hopper kernel.
 struct BackwardParams : pydit_joint_attention_backward_params {
@@ -20,10 +21,7 @@ struct BackwardParams : pydit_joint_attention_backward_params {
 
 // Query tiles of a head and sample in the fp32 buffer, those of the image first.
 __host__ __device__ inline int query_tiles(const pydit_joint_attention_backward_params& p) {
-  const auto tiles = [](int64_t tokens) {
-    return static_cast<int>((tokens + kQueriesOfBackwardTile - 1) / kQueriesOfBackwardTile);
-  };
-  return tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens));
+  return count_query_tiles<kQueriesOfBackwardTile>(p);
 }
 
 inline int64_t count_sums(const pydit_joint_attention_backward_params& p) {
@@ -36,10 +34,10 @@ inline int64_t bytes_to_clear(const pydit_joint_attention_backward_params& p) {
   return count_sums(p) * 4 + (counters + 3) / 4 * 16;
 }
 
-// Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
+// The Hopper kernels, for arguments that the entry point has checked and tensors that TMA can address.
 int launch_joint_attention_backward_sm90(const BackwardParams& p);
 
-// For the race detector of the simulator.
+// Names the launch's tensors for the simulator's race detector.
 template <typename T>
 void name_backward_tensors(const BackwardParams& p) {
   const auto heads = [&](const char* name, const pydit_heads& t, int64_t tokens, bool writable) {

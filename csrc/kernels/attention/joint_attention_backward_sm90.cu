@@ -2,27 +2,27 @@
 // joint_attention_backward.cu.
 //
 // Work. A block owns kN = 128 keys of one stream, head and sample, with their values, and walks through the queries of
-// both streams in tiles of kM = 64. Per step five products: S^T = K Q^T and dP^T = V dO^T, from which dS^T follows;
-// dV += P^T dO, with P where the first left it, in registers; dQ = dS K, for which dS goes through shared memory, as
-// its sum is over the keys of both warpgroups; and dK += dS^T Q, which takes dS from there too: in registers it would
-// have to lie beside P. dQ is added to an fp32 buffer by the copy engine; a last kernel scales it and brings it to the
-// tensor's type and order.
+// both streams in tiles of kM = 64. Each step has five products: S^T = K Q^T and dP^T = V dO^T, from which dS^T
+// follows; dV += P^T dO, with P in the registers where the first left it; dQ = dS K, for which dS goes through shared
+// memory, as it sums over the keys of both warpgroups; and dK += dS^T Q, which reads dS there too: registers could not
+// hold it beside P. TMA adds dQ to an fp32 buffer; a last kernel scales it and converts it to the tensor's dtype and
+// layout.
 //
-// Cost at S = 6889 + 512, H = 24, D = 128: 10 S^2 D H = 1683 GFLOP, 1.70 ms at 989 TFLOP/s. Per step 2560 cycles of
-// tensor cores stand against 384 KB through shared memory, 3072 cycles at 128 bytes: at best 83 % of the peak, 2.04 ms.
-// With dS in registers it would be 87 %, with 80 queries a step 92 %; neither fits (240 registers a thread). L2 gives
-// 5.3 GB of queries and takes 5.3 GB of dQ.
+// Cost at S = 6889 + 512, H = 24, D = 128: 10 S^2 D H = 1683 GFLOP, 1.70 ms at 989 TFLOP/s. A step takes 2560 cycles of
+// tensor cores but moves 384 KB through shared memory, 3072 cycles at 128 bytes: at best 83 % of the peak, 2.04 ms.
+// With dS in registers it would be 87 %, with 80 queries a step 92 %; neither fits (240 registers a thread). L2
+// supplies 5.3 GB of queries and takes 5.3 GB of dQ.
 //
 // Roles. One warp loads, one adds dQ to memory; two warpgroups of 64 keys each multiply. A thread holds dK and dV (128
 // registers at D = 128), S and dP, later the next S and dQ (64), and P (16). The exponentials run under dP = V dO^T, dS
-// is made under dV += P^T dO, and while dQ is written out, the next step's S and dK += dS^T Q are under way. dK runs on
-// into the next step, so that the tensor cores have a product left from one step to the next.
+// is computed under dV += P^T dO, and dQ is written out under the next step's S and dK += dS^T Q. dK runs on into the
+// next step, so that the tensor cores always have a product.
 //
-// Deterministic mode. Additions to dQ are made in the order of the key tiles: the adding warp waits for the tile before
-// its own. Blocks take tiles by a ticket, so that one waits only for blocks that have begun.
+// Deterministic mode. dQ is added up in the order of the key tiles: the adding warp waits for the tile before its own.
+// Blocks take tiles by a ticket, so that one waits only for blocks that have begun.
 //
-// Padding. Rows of the text past its length, which may hold NaN, are zeroed in shared memory, by the loading warp. A
-// query that does not exist has lse = inf and so P = 0; scores of keys that do not become -inf.
+// Padding. The loading warp zeroes rows of the text past its length, which may hold NaN, in shared memory. A query that
+// does not exist has lse = inf and so P = 0; scores of keys that do not exist become -inf.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -30,6 +30,7 @@
 #include "kernels/attention/joint_attention.cuh"
 #include "kernels/attention/joint_attention.h"
 #include "kernels/attention/joint_attention_backward.h"
+#include "kernels/attention/joint_attention_sm90.cuh"
 
 namespace pydit::PYDIT_BACKEND {
 namespace {
@@ -38,15 +39,15 @@ constexpr int kWarpgroup = 128, kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kN = 64 * kConsumers;  // keys of a block
 constexpr int kM = kQueriesOfBackwardTile;
-constexpr int kQStages = 3;  // Q is held longest: from S = Q K^T, issued a step early, to dK, which ends a step late
+constexpr int kQStages = 3;  // Q is needed longest: from S = Q K^T, issued a step early, to dK, which ends a step late
 constexpr int kStages = 2;   // of dO, and of dS
 constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 static_assert(kM == 64, "dQ has kM rows, those of one wgmma");
 
 template <int kD>
 struct Tile {
-  // A row of D elements lies in two boxes, each kSpan bytes wide and swizzled: the columns of dQ that a warpgroup
-  // makes.
+  // A row of D elements is split over two boxes, each kSpan bytes wide and swizzled: the columns of dQ that one
+  // warpgroup computes.
   static constexpr int kBoxes = 2, kSpan = kD, kBoxColumns = kD / 2;
   // Shared memory: K and V, later dK and dV; stages of Q, dO and dS; dQ; lse and delta of a stage; barriers.
   static constexpr int kKeyBytes = kN * kD * 2, kQueryBytes = kM * kD * 2, kScoreBytes = kM * kN * 2;
@@ -73,7 +74,7 @@ struct Barriers {
   uint64_t sums_full[kConsumers], sums_empty[kConsumers];
 };
 
-// What a block owns and walks through.
+// The keys that a block owns, and the queries that it walks through.
 struct Keys {
   int batch, head, first;
   int rows;     // keys that exist from `first` on
@@ -94,7 +95,7 @@ __device__ __forceinline__ Keys decode_keys(const BackwardParams& p, int index) 
   keys.batch = rest / p.heads;
   keys.image = keys.ordinal < image_tiles;
   keys.first = (keys.image ? keys.ordinal : keys.ordinal - image_tiles) * kN;
-  keys.text = p.txt_lens == nullptr ? text_tokens : min(max(p.txt_lens[keys.batch], 0), text_tokens);
+  keys.text = text_length(p, keys.batch);
   keys.rows = (keys.image ? image_tokens : keys.text) - keys.first;
   keys.image_steps = (image_tokens + kM - 1) / kM;
   keys.steps = keys.rows > 0 ? keys.image_steps + (p.q_txt.data == nullptr ? 0 : (keys.text + kM - 1) / kM) : 0;
@@ -104,7 +105,7 @@ __device__ __forceinline__ Keys decode_keys(const BackwardParams& p, int index) 
 
 // Loading --------------------------------------------------------------------------------------------------------
 
-// kRows rows of a head; those from `valid` on become zeros. All lanes call; `full` completes once the rows are there.
+// Loads kRows rows of a head; those from `valid` on become zeros. All lanes call; `full` completes when all are there.
 template <int kD, int kRows>
 __device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64_t* full, Barriers* barriers,
                                           uint32_t& landed_parity, int first, int valid, int tokens, const Keys& keys,
@@ -114,26 +115,17 @@ __device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64
   uint64_t* landed = padded ? &barriers->landed : full;
   if (issuer) {
     mbarrier_arrive_expect_tx(landed, kRows * kD * 2);
-#pragma unroll
-    for (int box = 0; box < Shape::kBoxes; ++box)
-      tma_load_4d(to + box * kRows * Shape::kSpan, map, landed, box * Shape::kBoxColumns, first, keys.head, keys.batch);
+    load_boxes<kD, Shape::kSpan>(to, map, landed, kRows, first, keys.head, keys.batch);
   }
   if (!padded) return;
   mbarrier_wait(landed, landed_parity);
   landed_parity ^= 1;
-  constexpr int kVectors = Shape::kSpan / 16;  // of a row of a box, whose swizzle stays inside the row
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  for (int i = valid * kVectors + static_cast<int>(threadIdx.x) % 32; i < kRows * kVectors; i += 32) {
-#pragma unroll
-    for (int box = 0; box < Shape::kBoxes; ++box)
-      *reinterpret_cast<uint4*>(to + box * kRows * Shape::kSpan + i * 16) = zero;
-  }
-  fence_proxy_async();
+  zero_rows<kD, Shape::kSpan, kRows>(to, valid);
   __syncwarp();
   if (issuer) mbarrier_arrive(full);
 }
 
-// One warp; all lanes keep count, one issues. K and V both complete keys_full.
+// One warp; all lanes wait, one issues. keys_full counts K and V.
 template <int kD>
 __device__ __forceinline__ void load(const BackwardParams& p, const Maps& maps, char* shared, Barriers* barriers,
                                      const Keys& keys) {
@@ -155,7 +147,7 @@ __device__ __forceinline__ void load(const BackwardParams& p, const Maps& maps, 
     const bool image = step < keys.image_steps;
     const int first = (image ? step : step - keys.image_steps) * kM, tokens = image ? image_tokens : text_tokens;
     const int valid = (image ? image_tokens : keys.text) - first;
-    // Read before the wait: they are here by the time the stage is free.
+    // Read before the wait, so that they have arrived by the time the stage is free.
     const int64_t base = (static_cast<int64_t>(keys.batch) * p.heads + keys.head) * tokens + first;
     float lse[kM / 32], delta[kM / 32];
 #pragma unroll
@@ -218,30 +210,14 @@ __device__ __forceinline__ void add_sums(const BackwardParams& p, const Maps& ma
 // out = own rows^T, issued and committed: 64 keys (of K or V) by kM queries (of Q or dO).
 template <typename T, int kD>
 __device__ __forceinline__ void multiply_queries(float (&out)[kM / 2], const char* keys, const char* queries) {
-  using Shape = Tile<kD>;
-#pragma unroll
-  for (int d = 0; d < kD; d += 16) {
-    const int box = d / Shape::kBoxColumns, inside = d % Shape::kBoxColumns * 2;
-    wgmma<T, kM>(out, matrix_descriptor<Shape::kSpan>(keys + box * kN * Shape::kSpan + inside, 16, 8 * Shape::kSpan),
-                 matrix_descriptor<Shape::kSpan>(queries + box * kM * Shape::kSpan + inside, 16, 8 * Shape::kSpan),
-                 d > 0);
-  }
-  wgmma_commit_group();
+  multiply_rows<T, kD, Tile<kD>::kSpan, kN, kM>(out, keys, queries);
 }
 
 // out (+)= P^T dO, issued and committed: 64 keys by D, over kM queries.
 template <typename T, int kD>
 __device__ __forceinline__ void add_weighted(float (&out)[kD / 2], const uint32_t (&weights)[kM / 16][4],
                                              const char* d_out, bool accumulate) {
-  using Shape = Tile<kD>;
-#pragma unroll
-  for (int k = 0; k < kM / 16; ++k) {
-    wgmma<T, kD, true>(
-        out, weights[k],
-        matrix_descriptor<Shape::kSpan>(d_out + k * 16 * Shape::kSpan, kM * Shape::kSpan, 8 * Shape::kSpan),
-        accumulate || k > 0);
-  }
-  wgmma_commit_group();
+  multiply_registers<T, kD, Tile<kD>::kSpan, kM>(out, weights, d_out, accumulate);
 }
 
 // out (+)= dS^T Q, issued and committed: 64 keys by D, over kM queries. `scores`: the keys' box of dS.
@@ -269,30 +245,6 @@ __device__ __forceinline__ void multiply_scores(float (&out)[kD / 4], const char
         matrix_descriptor<Shape::kSpan>(box + k * 16 * Shape::kSpan, kN * Shape::kSpan, 8 * Shape::kSpan), k > 0);
   }
   wgmma_commit_group();
-}
-
-// 16 columns of accumulators as a left operand.
-template <typename T>
-__device__ __forceinline__ void pack_left(uint32_t (&left)[4], const float* values) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) left[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-}
-
-// A warpgroup's accumulators of 64 rows by D into its rows of two boxes of kN rows, swizzled as the copy engine does.
-template <typename T, int kD>
-__device__ __forceinline__ void keep_rows(char* my_rows, const float (&values)[kD / 2], float scale, int warp,
-                                          int lane) {
-  using Shape = Tile<kD>;
-#pragma unroll
-  for (int column = 0; column < kD; column += 16) {
-    const float* o = values + column / 2;
-    const uint32_t matrices[4] = {pack<T>(o[0] * scale, o[1] * scale), pack<T>(o[2] * scale, o[3] * scale),
-                                  pack<T>(o[4] * scale, o[5] * scale), pack<T>(o[6] * scale, o[7] * scale)};
-    const int row = warp * 16 + lane % 16, d = column + lane / 16 * 8;
-    const int offset = row * Shape::kSpan + d * 2 % Shape::kSpan;
-    char* box = my_rows + d * 2 / Shape::kSpan * kN * Shape::kSpan;
-    stmatrix(box + (offset ^ (offset >> 7 & (Shape::kSpan / 16 - 1)) << 4), matrices);
-  }
 }
 
 // One warpgroup of 64 keys; `group` counts the consumers from 0.
@@ -360,8 +312,9 @@ struct Consumer {
       for (int j = 0; j < 4; ++j)
         inner[4 * i + j] = scores[4 * i + j] * (inner[4 * i + j] - (j % 2 == 0 ? delta.x : delta.y));
     }
-    // dS: queries by keys, a box of 64 keys per warpgroup. The registers hold it transposed. Two buffers: whoever comes
-    // to the barrier below has waited for its dQ of the step before, so nobody reads the buffer of the step after.
+    // dS: queries by keys, a box of 64 keys per warpgroup; the registers hold it transposed. Two buffers suffice:
+    // whoever reaches the barrier below has waited for its dQ of the step before, so nobody still reads the next step's
+    // buffer.
     char* all_scores = shared + Shape::kScores + (index & 1) * Shape::kScoreBytes;
     char* my_scores = all_scores + group * kM * 128;
 #pragma unroll
@@ -370,7 +323,7 @@ struct Consumer {
       pack_left<T>(d_scores, inner + 8 * k);
       const int query = k * 16 + lane / 16 * 8 + lane % 8, key = warp * 16 + lane / 8 % 2 * 8;
       const int offset = query * 128 + key * 2;
-      stmatrix<true>(my_scores + (offset ^ (offset >> 7 & 7) << 4), d_scores);
+      stmatrix<true>(my_scores + tma_swizzle<128>(offset), d_scores);
     }
     fence_proxy_async();
     barrier_sync(1, kConsumers * kWarpgroup);
@@ -398,7 +351,7 @@ struct Consumer {
   }
 };
 
-// Zeros for keys without a query, or past the length. `thread` of all consumers.
+// Stores zero gradients for keys without a query, or past the length. `thread` counts all consumers' threads.
 template <typename T, int kD>
 __device__ __forceinline__ void store_zeros(const BackwardParams& p, const Keys& keys, int thread) {
   const int tokens = static_cast<int>(keys.image ? p.img_tokens : p.txt_tokens);
@@ -428,8 +381,8 @@ __device__ __forceinline__ void consume(const BackwardParams& p, const Maps& map
   own.template step<true>(keys.steps - 1);
   barrier_sync(1, kConsumers * kWarpgroup);  // nobody reads K for dQ any more
   char *d_k = shared + Shape::kK + group * 64 * Shape::kSpan, *d_v = shared + Shape::kV + group * 64 * Shape::kSpan;
-  keep_rows<T, kD>(d_k, own.d_k, p.scale, own.warp, own.lane);
-  keep_rows<T, kD>(d_v, own.d_v, 1.f, own.warp, own.lane);
+  store_to_boxes<T, kD, Shape::kSpan, kN>(d_k, own.d_k, p.scale, own.warp, own.lane);
+  store_to_boxes<T, kD, Shape::kSpan, kN>(d_v, own.d_v, 1.f, own.warp, own.lane);
   fence_proxy_async();
   barrier_sync(2 + group, kWarpgroup);
   if (thread == 0) {
@@ -489,9 +442,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// d_q = scale * sums: a tile of kM queries per block. A warpgroup's part of the buffer is, for each 8 of its columns,
-// the four numbers of each of its threads as wgmma leaves them. Four neighbouring threads there have 8 columns of two
-// rows, which one thread here reads and stores; lanes next to each other have columns next to each other.
+// d_q = scale * sums: a tile of kM queries per block. A warpgroup's part of the buffer holds, for every 8 of its
+// columns, four numbers of each of its threads as wgmma leaves them. Four neighbouring threads had 8 columns of two
+// rows, which one thread here reads and stores; neighbouring lanes take neighbouring columns.
 constexpr int kConvertThreads = 256;
 
 template <typename T, int kD>
@@ -557,8 +510,7 @@ int launch_products(const BackwardParams& p, const Maps& maps, int64_t blocks) {
 
 template <typename T, int kD>
 int launch(const BackwardParams& p) {
-  const auto tiles = [](int64_t tokens) { return (tokens + kN - 1) / kN; };
-  const int64_t blocks = p.batch * p.heads * (tiles(p.img_tokens) + tiles(p.txt_tokens));
+  const int64_t blocks = p.batch * p.heads * (ceil_div(p.img_tokens, kN) + ceil_div(p.txt_tokens, kN));
   const int64_t converted = p.batch * p.heads * query_tiles(p);
   if (blocks > INT32_MAX || converted > INT32_MAX / 64)
     return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kBackward);

@@ -1,30 +1,31 @@
 // Joint attention for Hopper (sm_90a): TMA, wgmma, warp specialisation.
 //
-// out = softmax(scale * q k^T) v over the keys of two streams that stay where they are; see pydit.h.
+// out = softmax(scale * q k^T) v over the keys of two streams that stay in tensors of their own; see pydit.h.
 //
 // Work. A tile is kM queries of one stream, head and sample, against all keys of both streams in steps of kN. Blocks
-// are persistent, one per SM, and take tiles in turn; tiles of one head and sample are neighbours, so K and V come from
-// L2. At S = 6889 + 512, H = 24, D = 128 (bf16): 673 GFLOP, 680 us at 989 TFLOP/s; 58 x 24 tiles on 132 SMs are 10.5
-// waves. 182 MB of memory (38 us) and, from L2, all K and V once per tile: 5.3 GB, 7.8 TB/s at the floor, near what L2
-// gives, which is why kM is not smaller.
+// are persistent, one per SM, and take tiles in turn; tiles of one head and sample are neighbours, so that K and V come
+// from L2. At S = 6889 + 512, H = 24, D = 128 (bf16): 673 GFLOP, 680 us at 989 TFLOP/s; 58 x 24 tiles on 132 SMs are
+// 10.5 waves. Memory moves 182 MB (38 us); L2 supplies all K and V once per tile, 5.3 GB, 7.8 TB/s at the floor, which
+// is near its limit and why kM is not smaller.
 //
-// Roles. One warp produces: it waits for a stage of K or V to be free and has the copy engine fill it. kConsumers
-// warpgroups of 64 queries each multiply. Their registers are taken from the producer's (setmaxnreg).
+// Roles. One warp produces: it waits for a stage of K or V to be free and has TMA fill it. kConsumers warpgroups of 64
+// queries each multiply. Their registers are taken from the producer's (setmaxnreg).
 //
-// Overlap. Inside a warpgroup S_j = Q K_j^T is issued together with O += P_{j-1} V_{j-1}, and the softmax of S_j runs
-// while the second product does. Between warpgroups a ring of named barriers lets one issue its products while the
-// other is in its softmax (ping-pong): at D = 128 exponentials take half as long as both products. Between tiles the
-// first K and V are loaded while the outputs are finished and stored; Q, whose place these take, only then.
+// Overlap. Within a warpgroup, S_j = Q K_j^T is issued together with O += P_{j-1} V_{j-1}, and the softmax of S_j runs
+// under the second product. Between warpgroups, a ring of named barriers lets one issue its products while the other is
+// in its softmax (ping-pong): at D = 128 exponentials take half as long as both products. Between tiles, the first K
+// and V are loaded while the outputs are finished and stored; Q, whose memory the outputs take, only afterwards.
 //
-// Text padding. Tiles of queries past the sample's length are given out last, tiles of keys past it are not loaded. In
-// the one tile that the length cuts, scores of padded keys become -inf; padded rows of V, which may hold NaN, are
-// zeroed in shared memory before they are used.
+// Text padding. Tiles of queries past the sample's length are dealt out last; tiles of keys past it are not loaded. In
+// the one tile that the length cuts, scores of padded keys become -inf, and padded rows of V, which may hold NaN, are
+// zeroed in shared memory before use.
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
 #include "device/ring.cuh"
 #include "kernels/attention/joint_attention.cuh"
 #include "kernels/attention/joint_attention.h"
+#include "kernels/attention/joint_attention_sm90.cuh"
 
 namespace pydit::PYDIT_BACKEND {
 namespace {
@@ -41,7 +42,7 @@ struct Tile {
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  // A row of D elements lies in kBoxes boxes, each kSpan bytes wide and swizzled.
+  // A row of D elements is split over kBoxes boxes, each kSpan bytes wide and swizzled.
   static constexpr int kSpan = kD == 32 ? 64 : 128;
   static constexpr int kBoxes = kD * 2 / kSpan;
   static constexpr int kBoxColumns = kSpan / 2;
@@ -62,19 +63,10 @@ struct Barriers {
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-template <int kD>
-__device__ __forceinline__ void load_rows(char* to, const TensorMap& map, uint64_t* barrier, int rows, int first,
-                                          int head, int batch) {
-  using Shape = Tile<kD>;
-#pragma unroll
-  for (int box = 0; box < Shape::kBoxes; ++box)
-    tma_load_4d(to + box * rows * Shape::kSpan, map, barrier, box * Shape::kBoxColumns, first, head, batch);
-}
-
 // Schedule -------------------------------------------------------------------------------------------------------
 
-// The tiles of a block: every gridDim.x-th of all, in the order of the tensors, but those without a query after all
-// others. Between them the empty ones would fall to some blocks more than to others, which would run a tile longer.
+// The tiles of a block: every gridDim.x-th of all, in the order of the tensors, but tiles without a query after all
+// others. In their natural place they would fall to some blocks more than to others, which would run a tile longer.
 template <int kM, int kN>
 struct Schedule {
   // `tile` counts from the first of `sample` on. All tiles and all blocks are below 2^31: the sum does not overflow.
@@ -104,14 +96,13 @@ struct Schedule {
 
 // Producer -------------------------------------------------------------------------------------------------------
 
-// One warp; all lanes keep count, one issues, once all have seen the slot empty: what it issues lets the consumers
-// empty the slot again, and a lane behind by that round would wait for a phase that is over.
+// One warp. All lanes wait for a slot to be empty; only then does one of them issue: its copy lets the consumers empty
+// the slot once more, and a lane that had not looked yet would wait for a phase that is over.
 template <typename T, int kD>
 __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, const Maps& maps, char* shared,
                                         Barriers* barriers) {
   using Shape = Tile<kD>;
   constexpr int kN = Shape::kN;
-  const int lane = threadIdx.x % 32;
   const bool issuer = elect_one();
   Ring<kStages> keys, values;
   uint32_t q_parity = 1, landed_parity = 0;
@@ -123,8 +114,8 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
     __syncwarp();
     if (issuer) {
       mbarrier_arrive_expect_tx(&barriers->q_full, Shape::kQBytes);
-      load_rows<kD>(shared, work.image ? maps.q_img : maps.q_txt, &barriers->q_full, Shape::kM, work.first_query,
-                    work.head, work.batch);
+      load_boxes<kD, Shape::kSpan>(shared, work.image ? maps.q_img : maps.q_txt, &barriers->q_full, Shape::kM,
+                                   work.first_query, work.head, work.batch);
     }
   };
   for (bool first_tile = true; schedule.next(p, work);) {
@@ -140,8 +131,9 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
         __syncwarp();
         if (issuer) {
           mbarrier_arrive_expect_tx(&barriers->k_full[keys.slot], Shape::kKeyBytes);
-          load_rows<kD>(shared + Shape::kK + keys.slot * Shape::kKeyBytes, image ? maps.k_img : maps.k_txt,
-                        &barriers->k_full[keys.slot], kN, first, work.head, work.batch);
+          load_boxes<kD, Shape::kSpan>(shared + Shape::kK + keys.slot * Shape::kKeyBytes,
+                                       image ? maps.k_img : maps.k_txt, &barriers->k_full[keys.slot], kN, first,
+                                       work.head, work.batch);
         }
         keys.next();
       }
@@ -156,26 +148,18 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
         uint64_t* landed = padded ? &barriers->v_landed : full;
         if (issuer) {
           mbarrier_arrive_expect_tx(landed, Shape::kKeyBytes);
-          load_rows<kD>(to, image ? maps.v_img : maps.v_txt, landed, kN, first, work.head, work.batch);
+          load_boxes<kD, Shape::kSpan>(to, image ? maps.v_img : maps.v_txt, landed, kN, first, work.head, work.batch);
         }
         if (padded) {
           mbarrier_wait(landed, landed_parity);
           landed_parity ^= 1;
-          const int kept = work.text_keys - first;
-          constexpr int kVectors = Shape::kSpan / 16;  // of a row of a box, whose swizzle stays inside the row
-          const uint4 zero = make_uint4(0, 0, 0, 0);
-          for (int i = kept * kVectors + lane; i < kN * kVectors; i += 32) {
-#pragma unroll
-            for (int box = 0; box < Shape::kBoxes; ++box)
-              *reinterpret_cast<uint4*>(to + box * kN * Shape::kSpan + i * 16) = zero;
-          }
-          fence_proxy_async();
+          zero_rows<kD, Shape::kSpan, kN>(to, work.text_keys - first);
           __syncwarp();
           if (issuer) mbarrier_arrive(full);
         }
         values.next();
       }
-      // Their place holds the outputs of the tile before, for which the first two K and the first V need not wait.
+      // Q's memory holds the outputs of the previous tile, for which the first two K and the first V need not wait.
       if (step == 1 && !first_tile) load_queries();
     }
     first_tile = false;
@@ -187,29 +171,13 @@ __device__ __forceinline__ void produce(const pydit_joint_attention_params& p, c
 // S = Q K^T, issued and committed.
 template <typename T, int kD>
 __device__ __forceinline__ void multiply_keys(float (&scores)[Tile<kD>::kN / 2], const char* q, const char* k) {
-  using Shape = Tile<kD>;
-#pragma unroll
-  for (int d = 0; d < kD; d += 16) {
-    const int box = d / Shape::kBoxColumns, inside = d % Shape::kBoxColumns * 2;
-    wgmma<T, Shape::kN>(
-        scores, matrix_descriptor<Shape::kSpan>(q + box * Shape::kM * Shape::kSpan + inside, 16, 8 * Shape::kSpan),
-        matrix_descriptor<Shape::kSpan>(k + box * Shape::kN * Shape::kSpan + inside, 16, 8 * Shape::kSpan), d > 0);
-  }
-  wgmma_commit_group();
+  multiply_rows<T, kD, Tile<kD>::kSpan, Tile<kD>::kM, Tile<kD>::kN>(scores, q, k);
 }
 
-// O (+)= P V, issued and committed. V is [keys, D]: contiguous along the columns of the product.
+// O (+)= P V, issued and committed.
 template <typename T, int kD>
 __device__ __forceinline__ void multiply_values(Softmax<T, Tile<kD>::kN, kD>& state, const char* v, bool accumulate) {
-  using Shape = Tile<kD>;
-#pragma unroll
-  for (int k = 0; k < Shape::kN / 16; ++k) {
-    wgmma<T, kD, true>(
-        state.out, state.probabilities[k],
-        matrix_descriptor<Shape::kSpan>(v + k * 16 * Shape::kSpan, Shape::kN * Shape::kSpan, 8 * Shape::kSpan),
-        accumulate || k > 0);
-  }
-  wgmma_commit_group();
+  multiply_registers<T, kD, Tile<kD>::kSpan, Tile<kD>::kN>(state.out, state.probabilities, v, accumulate);
 }
 
 // One warpgroup of 64 queries; `group` counts the consumers from 0.
@@ -232,7 +200,7 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
   while (schedule.next(p, work)) {
     const int tiles = work.tiles();
     if (tiles == 0) {
-      store_nothing<T, kD>(p, work, Shape::kM, group * kWarpgroup + thread, Shape::kConsumers * kWarpgroup);
+      store_empty<T, kD>(p, work, Shape::kM, group * kWarpgroup + thread, Shape::kConsumers * kWarpgroup);
       continue;
     }
     float scores[kN / 2], factor[2];
@@ -247,14 +215,14 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
     const int first_keys = keys_in<kN>(work, image_tokens, 0);
     if (first_keys < kN) mask_keys(scores, first_keys);
     state.step(scores, scale, factor, true);
-    state.keep(scores);
+    state.pack_probabilities(scores);
     for (int tile = 1; tile < tiles; ++tile) {
       mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
       barrier_sync(my_turn, 2 * kWarpgroup);
       wgmma_fence();
       multiply_keys<T, kD>(scores, my_rows, shared + Shape::kK + keys.slot * Shape::kKeyBytes);
       mbarrier_wait(&barriers->v_full[values.slot], values.parity);
-      wgmma_fence();  // the probabilities and outputs were written before; ptxas would insert it behind the wait
+      wgmma_fence();  // probabilities and outputs were just written; ptxas would insert one after the wait
       multiply_values<T, kD>(state, shared + Shape::kV + values.slot * Shape::kKeyBytes, tile > 1);
       barrier_arrive(next_turn, 2 * kWarpgroup);
       wgmma_wait_group<1>();
@@ -263,14 +231,14 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
       const int existing = keys_in<kN>(work, image_tokens, tile);
       if (existing < kN) mask_keys(scores, existing);
       state.step(scores, scale, factor, false);
-      // Here, and not at the top of the loop alone, for its branch: in one block of code ptxas moves the wait for P V
-      // above the softmax, which touches none of its registers. The next K hangs on nothing that is still to come.
+      // This wait could be left to the top of the loop; its branch keeps ptxas from moving the wait for P V above the
+      // softmax, which touches none of its registers. The next K depends on nothing that is still to come.
       if (tile + 1 < tiles) mbarrier_wait(&barriers->k_full[keys.slot], keys.parity);
       wgmma_wait_group<0>();
       if (lane == 0) mbarrier_arrive(&barriers->v_empty[values.slot]);
       values.next();
       state.rescale(factor);
-      state.keep(scores);
+      state.pack_probabilities(scores);
     }
     mbarrier_wait(&barriers->v_full[values.slot], values.parity);
     wgmma_fence();
@@ -280,15 +248,7 @@ __device__ __forceinline__ void consume(const pydit_joint_attention_params& p, c
     values.next();
     state.finish(p, work, group * 64 + warp * 16 + lane / 4);
     barrier_sync(whole_group, kWarpgroup);  // all warps have read their queries
-#pragma unroll
-    for (int column = 0; column < kD; column += 16) {
-      const float* o = state.out + column / 2;
-      const uint32_t matrices[4] = {pack<T>(o[0], o[1]), pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7])};
-      const int row = warp * 16 + lane % 16, d = column + lane / 16 * 8;
-      const int offset = row * Shape::kSpan + d * 2 % Shape::kSpan;
-      char* box = my_rows + d * 2 / Shape::kSpan * Shape::kM * Shape::kSpan;
-      stmatrix(box + (offset ^ (offset >> 7 & (Shape::kSpan / 16 - 1)) << 4), matrices);
-    }
+    store_to_boxes<T, kD, Shape::kSpan, Shape::kM>(my_rows, state.out, 1.f, warp, lane);
     fence_proxy_async();
     barrier_sync(whole_group, kWarpgroup);
     if (thread == 0) {
@@ -350,8 +310,7 @@ int launch(const pydit_joint_attention_params& p) {
   add(&maps.out_img, p.out_img, p.img_tokens, 64);
   add(&maps.out_txt, p.q_txt.data == nullptr ? p.q_txt : p.out_txt, p.txt_tokens, 64);
   if (reason != nullptr) return bad_argument("joint_attention: %s", reason);
-  const auto tiles = [](int64_t tokens) { return (tokens + Shape::kM - 1) / Shape::kM; };
-  const int64_t total = p.batch * p.heads * (tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens)));
+  const int64_t total = p.batch * p.heads * count_query_tiles<Shape::kM>(p);
   if (total > INT32_MAX) return bad_argument("joint_attention: expected at most 2^31 - 1 tiles, got more");
   constexpr auto kernel = joint_attention_sm90_kernel<T, kD>;
   int processors = 0;

@@ -5,21 +5,22 @@
 //   out[2i + 1] = n[2i] * sin[s, i] + n[2i + 1] * cos[s, i]
 //
 // Bound by memory: q and k are read and written once. A head vector is held by a group of kLanes lanes (D = 128 in
-// bf16: 16 lanes of 16 bytes), so its sum of squares is a few shuffles. The groups of a token walk over its 2H head
-// vectors (q heads, then k heads), so the token's cos and sin are read once per thread. Every thread keeps taking part
-// in the shuffles, with or without a vector of its own.
+// bf16: 16 lanes of 16 bytes), so its sum of squares takes a few shuffles. The groups of a token walk over its 2H head
+// vectors (q heads, then k heads), so that each thread reads the token's cos and sin once. All threads take part in the
+// shuffles, even without a vector of their own.
 //
 // Arithmetic is not free here. At 4.8 TB/s the 7401 tokens of Qwen-Image in bf16 take 39 us, 68,000 to 77,000 cycles. A
-// step of a walk is about 120 instructions, its beginning 190: 52,000 cycles if every scheduler issues in each.
+// step of a walk is about 120 instructions, its set-up 190: 52,000 cycles if every scheduler issues in each.
 //
-// joint_qk_norm_rope does both streams of a block in one launch: the first blocks take the image's tokens, the rest the
-// text's, which alone would not fill the GPU.
+// joint_qk_norm_rope does both streams in one launch: the first blocks take the image's tokens, the rest the text's,
+// which alone would not fill the GPU.
 //
 // Floor: 4 B S H D accesses of sizeof(T) + the cos/sin table.
 
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/reduce.cuh"
+#include "device/tiling.cuh"
 #include "device/vector.cuh"
 #include "pydit/pydit.h"
 
@@ -27,7 +28,7 @@ namespace pydit::PYDIT_BACKEND {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 2;  // of a block: fewer and longer walks, as a thread's beginning costs as much as two vectors
+constexpr int kTokens = 2;  // of a block: few and long walks, as a thread's set-up costs as much as two vectors
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kMaxGridY = 65535;
 
@@ -43,7 +44,7 @@ struct Streams {
   unsigned first_blocks;
 };
 
-// Elements at `source`, where `inside`; else all are `other`.
+// The elements at `source` if `inside`, otherwise all `other`.
 template <bool kWide, typename T, int kWidth>
 __device__ __forceinline__ void load_part(Words<T, kWidth>& to, const T* source, bool inside, float other) {
   to = Words<T, kWidth>::all(other);
@@ -61,8 +62,8 @@ __device__ __forceinline__ void load_part(Words<T, kWidth>& to, const T* source,
 // Lane l of a group holds the kWidth elements from (i * kLanes + l) * kWidth for i < kVectors; kWidth is even, so a
 // pair never crosses lanes. kWide: whole 16-byte accesses and all lanes in use; otherwise element by element.
 //
-// A group has the next head vector on its way while it works on one: with one load at a time in flight per thread the
-// memory would wait for the arithmetic.
+// A group loads the next head vector while it works on one: with a single load in flight per thread, memory would wait
+// for arithmetic.
 template <typename T, int kWidth, int kLanes, int kVectors, bool kWide, int kStreams>
 __global__ void __launch_bounds__(kThreads, kWide ? 4 : 1)
     qk_norm_rope_kernel(const __grid_constant__ Streams<kStreams> streams) {
@@ -182,11 +183,11 @@ int launch_groups(const char* op, Streams<kStreams> streams) {
   unsigned blocks = 0;
   for (const pydit_qk_norm_rope_params& p : streams.stream) {
     if (&p == &first + 1) streams.first_blocks = blocks;
-    blocks += static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens);
+    blocks += static_cast<unsigned>(ceil_div(p.tokens, kTokens));
     if (p.tokens > 0) name_tensors<T>(p);
   }
-  const int64_t depth = (first.batch + kMaxGridY - 1) / kMaxGridY;
-  const dim3 grid(blocks, static_cast<unsigned>((first.batch + depth - 1) / depth), static_cast<unsigned>(depth));
+  const int64_t depth = ceil_div(first.batch, kMaxGridY);
+  const dim3 grid(blocks, static_cast<unsigned>(ceil_div(first.batch, depth)), static_cast<unsigned>(depth));
   return launch_status(op, PYDIT_LAUNCH((qk_norm_rope_kernel<T, kWidth, kLanes, kVectors, kWide, kStreams>), grid,
                                         dim3(kThreads), 0, static_cast<cudaStream_t>(first.stream), streams));
 }

@@ -3,19 +3,20 @@
 //   r   = x + gate * y                              (kGate; otherwise r = x)
 //   out = (r - mean(r)) * rstd(r) * (1 + scale) + shift   (kNorm; otherwise r itself is the output)
 //
-// All three are one pass over rows of C channels, bound by memory: a row is read once into registers as fp32, reduced
-// there, and written once. The variance comes from centred values, and their own sum (0 but for rounding) corrects the
-// mean, so that an offset of 1e4 standard deviations costs no accuracy. A warp owns a row while the row
-// fits its registers, so that no barrier is needed; longer rows are shared by a block. gate, scale and shift are one
-// row per sample and stay in L1.
+// All three make one pass over rows of C channels and are bound by memory: a row is read once into registers as fp32,
+// reduced there, and written once. The variance is computed from centred values, whose own sum (0 but for rounding)
+// corrects the mean, so that an offset of 1e4 standard deviations costs no accuracy. A warp owns a row that fits its
+// registers, so that no barrier is needed; longer rows are shared by a block. gate, scale and shift are one row per
+// sample and stay in L1.
 //
-// An exact gated_residual rounds gate * y to T before it adds x: bit for bit what the two operations in turn compute.
+// An exact gated_residual rounds gate * y to T before it adds x: bit for bit what two separate operations compute.
 //
 // Floor per element: ada_layer_norm 2, gated_residual 3, both fused 4 accesses of sizeof(T).
 
 #include "device/check.h"
 #include "device/dispatch.h"
 #include "device/reduce.cuh"
+#include "device/tiling.cuh"
 #include "device/vector.cuh"
 #include "pydit/pydit.h"
 
@@ -25,7 +26,7 @@ namespace {
 constexpr int64_t kMaxChannels = 8192;
 constexpr int kWarpsPerBlock = 4;  // rows per block while a warp owns a row
 
-// Blocks of a multiprocessor that registers must allow: rows on their way are what keeps memory busy.
+// Blocks per multiprocessor that the registers must allow: rows in flight are what keeps memory busy.
 template <int kThreads, bool kNorm>
 constexpr int kBlocks = kThreads > 32 ? 1
                         : kNorm       ? 3
@@ -41,12 +42,7 @@ struct ModulateParams {
 };
 
 template <typename T>
-__device__ __forceinline__ const T* token_row(const pydit_tokens& t, int64_t b, int64_t s) {
-  return static_cast<const T*>(t.data) + b * t.stride_b + s * t.stride_s;
-}
-
-template <typename T>
-__device__ __forceinline__ T* token_row_out(const pydit_tokens& t, int64_t b, int64_t s) {
+__device__ __forceinline__ T* token_row(const pydit_tokens& t, int64_t b, int64_t s) {
   return static_cast<T*>(t.data) + b * t.stride_b + s * t.stride_s;
 }
 
@@ -116,7 +112,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
   }
 
   if constexpr (kGate) {  // the sum itself is an output
-    T* residual = token_row_out<T>(p.residual, b, s);
+    T* residual = token_row<T>(p.residual, b, s);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int c = (i * kThreads + thread) * kWidth;
@@ -158,9 +154,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpsPerBlock : kThread
 
     const T* scale = modulation_row<T>(p.scale, b, r);
     const T* shift = modulation_row<T>(p.shift, b, r);
-    T* out = token_row_out<T>(p.out, b, s);
-    // Loads cannot pass a store, which as far as the compiler knows may write what they read: a batch of them goes
-    // first.
+    T* out = token_row<T>(p.out, b, s);
+    // The compiler cannot move loads above a store that may alias them, so each batch of loads comes before its stores.
     constexpr int kBatch = 4;
     static_assert(kVectors % kBatch == 0, "whole batches");
 #pragma unroll
@@ -202,7 +197,7 @@ void name_tensors(const ModulateParams& p) {
 template <typename T, int kWidth, int kThreads, int kVectors, bool kGate, bool kNorm>
 int launch_rows(const char* op, const ModulateParams& p, cudaStream_t stream) {
   constexpr int kRows = kThreads == 32 ? kWarpsPerBlock : 1;
-  const auto blocks = static_cast<unsigned>((p.batch * p.tokens + kRows - 1) / kRows);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.batch * p.tokens, kRows));
   name_tensors<T>(p);
   return launch_status(op, PYDIT_LAUNCH((modulate_kernel<T, kWidth, kThreads, kVectors, kGate, kNorm>), dim3(blocks),
                                         dim3(kThreads * kRows), 0, stream, p));
@@ -220,7 +215,7 @@ bool vectorizable(const pydit_modulation& m) {
   return aligned16(m.data) && m.stride_b % kWidth == 0 && m.stride_r % kWidth == 0;
 }
 
-// Unused tensors of an op are NULL with zero strides and so never stand in the way of the 16-byte path.
+// Tensors that an op does not use are NULL with zero strides and so never rule out the 16-byte path.
 template <typename T, bool kGate, bool kNorm>
 int launch(const char* op, const ModulateParams& p, cudaStream_t stream) {
   constexpr int kWidth = kElementsIn16Bytes<T>;

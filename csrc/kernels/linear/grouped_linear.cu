@@ -1,13 +1,13 @@
 // Linear layers of both streams in one launch, with what a DiT block does to their output; see pydit.h. The portable
 // kernel (sm_80 and up), and the entry point.
 //
-// A block: a tile of 128 x 128 outputs, 4 warps of 32 x 128 each, so that whole heads lie in a warp; steps of 32 along
-// K come by cp.async, three stages ahead. A step reads 16 KB of L2 for 2 x 128 x 128 x 32 FLOP: 64 FLOP per byte. 128
-// registers of sums in each of 128 threads: two blocks share a multiprocessor, and one multiplies during the other's
-// epilogue.
+// A block computes a tile of 128 x 128 outputs with 4 warps of 32 x 128 each, so that a warp holds whole heads; steps
+// of 32 along K come by cp.async, three stages ahead. A step reads 16 KB from L2 for 2 x 128 x 128 x 32 FLOP: 64 FLOP
+// per byte. 128 threads hold 128 sums each, so that two blocks share a multiprocessor and one multiplies during the
+// other's epilogue.
 //
-// Sums go to memory from where the tensor cores leave them, 4 bytes a lane and 16 neighbouring bytes a quad; the
-// residual comes the same way.
+// Sums are stored from the registers where the tensor cores leave them, 4 bytes per lane and 16 neighbouring bytes per
+// quad; the residual is read the same way.
 #include "device/arch.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -34,21 +34,6 @@ struct AllOperands {
 
 // Device code ----------------------------------------------------------------------------------------------------
 
-// Where 16-byte vector `vector` of a row's 4 lies: the eight rows that ldmatrix takes are in different banks.
-__device__ __forceinline__ int place(int row, int vector) { return row * kRowBytes + (vector ^ row / 2 % 4) * 16; }
-
-// kM rows of kStep elements; what does not exist becomes zero.
-template <typename T, bool kAligned>
-__device__ __forceinline__ void copy_rows(char* to, const T* from, int64_t stride, int rows, int depth, int first) {
-  constexpr int kVectors = kRowBytes / 16;
-#pragma unroll
-  for (int i = threadIdx.x; i < kM * kVectors; i += kThreads) {
-    const int row = i / kVectors, k = first + i % kVectors * 8;
-    const int left = row < rows ? depth - k : 0;
-    copy_eight<T, kAligned>(to + place(row, i % kVectors), from + (left > 0 ? row * stride + k : 0), left);
-  }
-}
-
 // sums += x w^T over kStep of K, for a warp's 32 x 128.
 template <typename T>
 __device__ __forceinline__ void multiply_step(float (&sums)[2][kN / 2], const char* x, const char* w, int row) {
@@ -57,11 +42,11 @@ __device__ __forceinline__ void multiply_step(float (&sums)[2][kN / 2], const ch
   for (int k = 0; k < kStep / 8; k += 2) {
     uint32_t a[2][4];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) ldmatrix(a[m], x + place(row + m * 16 + lane % 16, k + lane / 16));
+    for (int m = 0; m < 2; ++m) ldmatrix(a[m], x + swizzled_offset<kRowBytes>(row + m * 16 + lane % 16, k + lane / 16));
 #pragma unroll
     for (int n = 0; n < kN / 16; ++n) {
       uint32_t b[4];
-      ldmatrix(b, w + place(n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+      ldmatrix(b, w + swizzled_offset<kRowBytes>(n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(sums[i / 2][8 * n + i % 2 * 4]), a[i / 2],
@@ -111,8 +96,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int steps = (l.depth + kStep - 1) / kStep;
   const auto copy = [&](int step) {
     char* stage = shared + step % kStages * kStageBytes;
-    copy_rows<T, kAligned>(stage, x, o.x_s, l.tokens - tile.row, l.depth, step * kStep);
-    copy_rows<T, kAligned>(stage + kOperandBytes, weight, o.weight_n, l.columns - tile.column, l.depth, step * kStep);
+    copy_tile<kM, kStep, kThreads, kAligned>(stage, x, o.x_s, l.tokens - tile.row, l.depth, 0, step * kStep);
+    copy_tile<kN, kStep, kThreads, kAligned>(stage + kOperandBytes, weight, o.weight_n, l.columns - tile.column,
+                                             l.depth, 0, step * kStep);
   };
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) copy(step);
@@ -124,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kN; ++i) sums[i / (kN / 2)][i % (kN / 2)] = 0;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait_group<kStages - 2>();
-    __syncthreads();  // the step is here, and everyone is done with the stage that is filled next
+    __syncthreads();  // the step has arrived, and nobody still reads the stage that is filled next
     if (step + kStages - 1 < steps) copy(step + kStages - 1);
     cp_async_commit_group();
     const char* stage = shared + step % kStages * kStageBytes;
@@ -186,8 +172,8 @@ bool aligned(const pydit_grouped_linear_params& p) {
   return true;
 }
 
-// Whether the copy engine takes them. Nowhere is it said to take a stride of 0, that of an expanded tensor.
-bool copyable(const pydit_grouped_linear_params& p) {
+// Whether TMA can address all tensors. A stride of 0, that of an expanded tensor, is not documented to work.
+bool tma_addressable(const pydit_grouped_linear_params& p) {
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
     const auto expanded = [&](const pydit_tokens& t) {
@@ -212,7 +198,7 @@ int check(const pydit_grouped_linear_params& p) {
   if (p.count < 0 || p.count > PYDIT_MAX_LINEARS)
     return bad_argument("%s: count: expected 0 to %d, got %d", kGroupedLinear, PYDIT_MAX_LINEARS, p.count);
   if (p.batch < 0 || p.batch > INT32_MAX)
-    return bad_argument("%s: batch: expected 0 to 2^31 - 1, got %lld", kGroupedLinear, (long long)p.batch);
+    return bad_argument("%s: batch: expected 0 to 2^31 - 1, got %lld", kGroupedLinear, static_cast<long long>(p.batch));
   if (p.activation != PYDIT_NO_ACTIVATION && p.activation != PYDIT_GELU_TANH)
     return bad_argument("%s: activation: expected none (0) or GELU (1), got %d", kGroupedLinear, p.activation);
   if (p.cluster < 0 || p.cluster > 2)
@@ -224,7 +210,7 @@ int check(const pydit_grouped_linear_params& p) {
   bool heads = false, plain = p.activation == PYDIT_NO_ACTIVATION;
   for (int i = 0; i < p.count; ++i) {
     const pydit_linear& l = p.linear[i];
-    if (l.tokens < 0 || l.tokens > INT32_MAX - 255)  // and a tile's rows may begin with the last
+    if (l.tokens < 0 || l.tokens > INT32_MAX - 255)  // a tile that begins at the last token counts 255 beyond it
       return bad_argument("%s: tokens of layer %d: expected 0 to 2^31 - 256, got %lld", kGroupedLinear, i,
                           static_cast<long long>(l.tokens));
     for (const int64_t features : {l.in_features, l.out_features}) {
@@ -252,7 +238,7 @@ int check(const pydit_grouped_linear_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int PYDIT_ENTRY(grouped_linear_path)(const pydit_grouped_linear_params* p) {
-  const int path = hopper_path(copyable(*p));
+  const int path = hopper_path(tma_addressable(*p));
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
   if (path == PYDIT_PATH_HOPPER && cluster_of_grouped_linear_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
 #endif
@@ -261,7 +247,8 @@ extern "C" int PYDIT_ENTRY(grouped_linear_path)(const pydit_grouped_linear_param
 
 extern "C" int64_t PYDIT_ENTRY(grouped_linear_workspace)(const pydit_grouped_linear_params* p) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (check(*p) == kOk && hopper_path(copyable(*p)) == PYDIT_PATH_HOPPER) return workspace_of_grouped_linear_sm90(*p);
+  if (check(*p) == kOk && hopper_path(tma_addressable(*p)) == PYDIT_PATH_HOPPER)
+    return workspace_of_grouped_linear_sm90(*p);
 #endif
   return 0;
 }
@@ -272,7 +259,7 @@ extern "C" int PYDIT_ENTRY(grouped_linear)(const pydit_grouped_linear_params* p)
   if (tiles == 0) return kOk;
   if (tiles > INT32_MAX) return bad_argument("%s: expected at most 2^31 - 1 tiles, got more", kGroupedLinear);
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (hopper_path(copyable(*p)) == PYDIT_PATH_HOPPER) return launch_grouped_linear_sm90(*p);
+  if (hopper_path(tma_addressable(*p)) == PYDIT_PATH_HOPPER) return launch_grouped_linear_sm90(*p);
 #endif
   return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
 }

@@ -1,13 +1,14 @@
 // What the kernels of grouped_linear share: the layers as a kernel sees them, the order of tiles, and the epilogue.
 //
-// Order of tiles. Layers come one after the other, image before text, so that the large tiles are not the last. Inside
-// a layer, bands of kBand rows of tiles are walked column by column: 132 tiles that run at once are then about 12 x 11
-// and share 12 operands from x and 11 from the weight, where a walk along whole rows would share 4 and 36 at N = 9216.
+// Order of tiles. Layers come one after the other, image before text, so that the large ones do not come last. Within a
+// layer, bands of kBand rows of tiles are walked column by column: the 132 tiles that run at once are then about 12 x
+// 11 and share 12 operands from x and 11 from the weight, where a walk along whole rows would share 4 and 36 at N =
+// 9216.
 //
-// Epilogue. It works on sums as the tensor cores leave them: a warp holds 16 rows; lane l has of each group of 8
-// columns columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8 (elements 0, 1 and 2, 3 of the group). An
-// interleaved pair of RoPE is one thread's, and a head lies in one warp. Kernels for layers with heads (kHeads) are
-// apart from those with activation, gate and residual: one kernel for all spills on sm_90a.
+// Epilogue. It works on sums as the tensor cores leave them: a warp holds 16 rows; in each group of 8 columns lane l
+// has columns l % 4 * 2 and the next, in rows l / 4 and l / 4 + 8 (elements 0, 1 and 2, 3 of the group). So a thread
+// has whole interleaved pairs of RoPE, and a warp whole heads. Kernels for layers with heads (kHeads) are separate from
+// those with activation, gate and residual: a kernel for both spills on sm_90a.
 #pragma once
 
 #include "device/check.h"
@@ -22,7 +23,7 @@ namespace pydit::PYDIT_BACKEND {
 
 constexpr const char* kGroupedLinear = "grouped_linear";
 
-// A layer but for its operands.
+// A layer without its operands.
 struct Layer {
   const void *bias, *gate, *norm_weight;
   const float *cos, *sin;
@@ -96,8 +97,8 @@ __device__ __forceinline__ TileOfLayer decode_tile(const Layers& all, int index)
 
 // Epilogue -------------------------------------------------------------------------------------------------------
 
-// Two neighbouring elements, as they lie in memory, `left` elements before the end of their row; what does not exist is
-// 0. kAligned: left is even.
+// Two neighbouring elements as one word, `left` elements before the end of their row; those beyond it are 0. kAligned:
+// left is even.
 template <typename T, bool kAligned>
 __device__ __forceinline__ uint32_t load_pair(const T* from, int left) {
   uint32_t pair = 0;
@@ -110,13 +111,12 @@ __device__ __forceinline__ uint32_t load_pair(const T* from, int left) {
   return pair;
 }
 
-// What a lane needs of a row (null: nothing) for its sums, a pair of each group of 8 columns from `column` on, all of
-// it asked for at once and long before its use: pairs that are loaded and used one after the other wait for L2 every
-// few.
+// What a lane needs of a row (null: zeros) for its sums: a pair of each group of 8 columns from `column` on. All pairs
+// are requested at once and long before their use; loaded and used in turn, they would wait for L2 again and again.
 template <typename T, bool kAligned, int kGroups>
 __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[kGroups], const void* row, int column, int columns) {
   column += threadIdx.x % 4 * 2;
-  // offsets of the groups are constants in both, or each has an address of its own in registers
+  // Written so that the groups' offsets are constants; otherwise each group keeps an address in registers.
   const T* from = static_cast<const T*>(row) + column;
   const int left = row == nullptr ? 0 : columns - column;
 #pragma unroll
@@ -124,8 +124,8 @@ __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[kGroups], const voi
     pairs[group] = load_pair<T, kAligned>(from + 8 * group, left - 8 * group);
 }
 
-// GELU by its tanh approximation: y / (1 + exp(-2 sqrt(2 / pi) (y + 0.044715 y^3))), which keeps the digits of small
-// results where 1 + tanh cancels. Two elements share one reciprocal; exponents are held below 2^62 so that their
+// GELU by its tanh approximation, as y / (1 + exp(-2 sqrt(2 / pi) (y + 0.044715 y^3))), which keeps the digits of small
+// results where 1 + tanh cancels. Two elements share one reciprocal; exponentials are capped at 2^62 so that their
 // product is finite.
 __device__ __forceinline__ void gelu_pair(float& a, float& b) {
   constexpr float kScale = -2.302208198f, kCubic = 0.044715f;  // -2 sqrt(2 / pi) log2(e)
@@ -136,8 +136,8 @@ __device__ __forceinline__ void gelu_pair(float& a, float& b) {
   b *= inverse * below_a;
 }
 
-// RMSNorm and RoPE of the heads among a warp's columns. `row` is this lane's first. Both rows of a group of columns
-// take their turn together, so that the loads of all groups are under way at once and each weight is loaded once.
+// RMSNorm and RoPE of the heads among a warp's columns. `row` is this lane's first. Both of a lane's rows are done
+// group by group, so that the loads of all groups are in flight at once and each weight is loaded once.
 template <int kHeadDim, typename T, bool kAligned, int kElements>
 __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const Layer& l, float eps, int row) {
   constexpr int kGroups = kHeadDim / 8, kHeads = kElements / (4 * kGroups);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const 
   const float *cosines[2], *sines[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // rows past the last take its angles: they are not stored
+    // Rows past the last take its angles; they are never stored.
     const int64_t first = static_cast<int64_t>(min(row + 8 * half, l.tokens - 1)) * (kHeadDim / 2) + threadIdx.x % 4;
     cosines[half] = l.cos + first, sines[half] = l.sin + first;
   }
@@ -182,8 +182,8 @@ __device__ __forceinline__ void norm_rope_heads(float (&sums)[kElements], const 
   }
 }
 
-// All but gate and residual: sums become act(sums + bias), or their heads are normalised and rotated. 16 rows of a
-// warp, this lane's first is `row`; `bias` is what load_pairs found of the layer's.
+// Everything but gate and residual: sums become act(sums + bias), or their heads are normalised and rotated. 16 rows of
+// a warp, of which `row` is this lane's first; `bias` comes from load_pairs.
 template <typename T, bool kAligned, bool kHeads, int kElements>
 __device__ __forceinline__ void apply_epilogue(float (&sums)[kElements], const uint32_t (&bias)[kElements / 4],
                                                const Layers& all, const Layer& l, int row) {
@@ -212,7 +212,7 @@ __device__ __forceinline__ const T* gate_of_row(const Layer& l, int batch, int r
   return static_cast<const T*>(l.gate) + batch * l.gate_stride_b + second_row;
 }
 
-// Multiplies kGroups groups of 8 columns, `sums` and on, by the gates of both rows, which load_pairs found.
+// Multiplies kGroups groups of 8 columns, from `sums` on, by the gates of both rows, which come from load_pairs.
 template <typename T, int kGroups>
 __device__ __forceinline__ void apply_gate(float* sums, const uint32_t* first, const uint32_t* second) {
 #pragma unroll
@@ -225,14 +225,14 @@ __device__ __forceinline__ void apply_gate(float* sums, const uint32_t* first, c
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-// Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
+// The Hopper kernel, for arguments that the entry point has checked and tensors that TMA can address.
 int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p);
-// How many blocks of it are a cluster, and share what they load: 1 or 2.
+// Its cluster size: 1, or 2 where blocks share what they load.
 int cluster_of_grouped_linear_sm90(const pydit_grouped_linear_params& p);
-// Bytes of workspace with which it cuts tiles; 0: it cuts none.
+// Bytes of workspace that it needs to cut tiles; 0: it cuts none.
 int64_t workspace_of_grouped_linear_sm90(const pydit_grouped_linear_params& p);
 
-// For the race detector of the simulator.
+// Names the launch's tensors for the simulator's race detector.
 template <typename T>
 void name_grouped_linear_tensors(const pydit_grouped_linear_params& p) {
   for (int i = 0; i < p.count; ++i) {

@@ -3,22 +3,22 @@
 //
 // Cost, QKV of a Qwen-Image block at 1328 x 1328: (6889 + 512) x 9216 x 3072, 419 GFLOP, 424 us at 989 TFLOP/s. Memory:
 // x, weights and outputs once, 45 + 113 + 136 MB, 61 us at 4.8 TB/s. L2: a tile of 128 x 256 reads 48 KB for a step of
-// 64 along K, 1024 clocks of the tensor cores: 48 bytes per clock and SM, 11.6 TB/s at the floor. What L2 gives has not
-// been measured here; at 7 TB/s it decides: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs, 15.8 waves, of which 16 are
-// paid: 99 %. Of a projection to 3072 columns (attention's out, the MLP's second) 58 x 12 = 696 tiles are 5.27 waves,
-// of which 6 are paid: 88 %.
+// 64 along K, 1024 clocks of the tensor cores: 48 bytes per clock and SM, 11.6 TB/s at the floor. L2's rate has not
+// been measured here; at 7 TB/s it is the limit: 4.9 GB, 703 us. Tiles: 58 x 36 on 132 SMs are 15.8 waves that take the
+// time of 16: 99 %. A projection to 3072 columns (attention's output, the MLP's second layer) has 58 x 12 = 696 tiles,
+// 5.27 waves that take the time of 6: 88 %.
 //
 // Cut tiles. Those 36 tiles, which would be the last wave, are cut along K (stream-K: Osama et al. 2023). In three
-// parts each, 108 blocks work a third as long: 5.33 waves for 6, 11 % less. Blocks have equal runs of parts, as in
-// second_moments.cuh, and do them first, while they are in step and nobody waits long. A block leaves the sums of a
-// part that another finishes in L2, as they lie in registers, 128 KB; who has the last part of the tile adds them,
-// from the next lower ticket down, the same in every run, and goes on to the epilogue. It waits only for lower tickets,
-// and what it waits for they do before all else.
+// parts each, they keep 108 blocks busy for a third of the time: 5.33 waves instead of 6, 11 % less. Blocks have equal
+// runs of parts, as in second_moments.cuh, and do them first, while they are in step and nobody waits long. A block
+// leaves the sums of a part that another finishes in L2, as they lie in registers, 128 KB; the block with the tile's
+// last part adds them, from the next lower ticket down, the same in every run, and goes on to the epilogue. It waits
+// only for lower tickets, and for parts that those do before anything else.
 //
-// What this costs, in steps of 64 along K: the slowest block writes 128 KB and reads as much of each other that has
-// parts of its tile, by the bytes that a step reads; 8 steps, a guess, to clear the counters and to wait. choose_parts
-// takes what is fewest, and nothing for less than 2 % of all. The layers of a Qwen-Image block, in clusters of two
-// (below), in steps of the slowest:
+// What cutting costs, in steps of 64 along K: the slowest block writes 128 KB and reads as much from each other block
+// that has parts of its tile, converted at the bytes that a step reads; and 8 steps, a guess, to clear the counters and
+// to wait. choose_parts takes the cheapest, and cuts nothing for less than 2 % of the whole. The layers of a Qwen-Image
+// block, in clusters of two (below), in steps of the slowest:
 //
 //               K      N  waves  nothing cut                     cut  less
 //   B = 1    3072   3072   5.27          288  in 3:  240 +  16 + 20   4 %
@@ -27,26 +27,26 @@
 //   B = 2    3072   3072  10.55          528                       -     -
 //           12288   3072  10.55         2112  in 7: 1920 + 110 + 20   3 %
 //
-// Of QKV nothing is cut. A step is 0.56 us at 989 TFLOP/s: the first two at B = 1 are 67 us of a block.
+// QKV is not cut. A step is 0.56 us at 989 TFLOP/s: cutting the first two at B = 1 saves 67 us of a block.
 //
-// A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows that they
-// share, for both, and 32 KB a step and not 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
-// blocks have read it. Clusters are taken where they read fewer bytes in all and in the busiest block (Reads): not
-// where half of a pair would be rows that do not exist. None of this, and nothing of cut tiles, has been measured yet.
+// A cluster of two blocks takes two tiles, one below the other. Each block loads half of the weight's rows, which they
+// share, for both, 32 KB a step instead of 48: 3.3 GB, 469 us at 7 TB/s. A slot is free when the consumers of both
+// blocks have read it. Clusters are used where they read fewer bytes both in all and in the busiest block (Reads): not
+// where half of a pair would be rows that do not exist. Neither clusters nor cut tiles have been measured yet.
 //
-// Three warpgroups on 192 x 256, 37 bytes per clock, are not to be had: with 512 threads ptxas has 128 registers where
-// the sums alone take 128 (C7602; as two products of 128 columns it spills 3 KB).
+// Three warpgroups on 192 x 256, 37 bytes per clock, are not possible: with 512 threads ptxas has 128 registers, which
+// the sums alone would take (C7602; as two products of 128 columns it spills 3 KB).
 //
 // Roles. One thread loads x and the weight, four stages ahead. Two warpgroups multiply 64 x 256 each, 128 registers of
-// sums, and drift apart as they like: one's epilogue runs while the other multiplies, as far as the stages last: four,
-// of 512 clocks of the one that multiplies. A warpgroup whose rows do not exist gives its stages back at once.
+// sums, and drift apart freely: one's epilogue runs while the other multiplies, as long as the stages last: four, of
+// 512 clocks each for the one that multiplies. A warpgroup whose rows do not exist hands its stages back at once.
 //
-// Epilogue. What takes longer than those 2048 clocks stops both warpgroups, and each trip to L2 takes hundreds. So a
-// lane asks for its bias and for the gate of two slabs before the product (of a cut tile, when others' sums have come,
-// which need the registers), for that of the others when it has done the first slab and its sums leave registers free.
-// Slabs of 64 columns go through two buffers of each warpgroup to the copy engine, which leaves out what lies outside
-// the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs before the
-// product, each other one when its buffer has been stored.
+// Epilogue. Anything that takes longer than those 2048 clocks stops both warpgroups, and each trip to L2 takes
+// hundreds. So a lane requests its bias and the gate of two slabs before the product (in a cut tile, after others' sums
+// have come, which need the registers), and the gate of the other slabs when the first slab is done and its sums have
+// freed their registers. Slabs of 64 columns go through two buffers per warpgroup to TMA, which leaves out what lies
+// outside the tensor. The residual comes the same way, into the buffer where its sum will lie: the first two slabs
+// before the product, each other one when its buffer has been stored.
 #include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
@@ -64,8 +64,8 @@ constexpr int kSlab = 64, kSlabBytes = 64 * kSlab * 2, kBuffers = 2;  // columns
 constexpr int kOutput = kStages * kStageBytes, kBarriers = kOutput + kConsumers * kBuffers * kSlabBytes;
 constexpr int kSharedBytes = kBarriers + 128;
 constexpr int kSums = 64 * kN;    // of a warpgroup
-constexpr int kStepsOfWaits = 8;  // what it takes to clear the counters and to wait for other blocks, a guess
-constexpr int kLeastGain = 50;    // one step in so many: less may be none, by such guesses
+constexpr int kStepsOfWaits = 8;  // the cost of clearing the counters and of waiting for other blocks, a guess
+constexpr int kLeastGain = 50;    // cut only to save one step in so many, as these costs are guesses
 constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
 
@@ -73,13 +73,13 @@ struct Maps {
   TensorMap x[PYDIT_MAX_LINEARS], weight[PYDIT_MAX_LINEARS], residual[PYDIT_MAX_LINEARS], out[PYDIT_MAX_LINEARS];
 };
 
-// How the tiles of clusters are dealt out: the first `whole` one by one, the `cut` after them in `parts` along K. Parts
-// are numbered tile by tile; the first `sharers` clusters by their tickets have an equal run of them each, of one part
-// at least and of no more than a tile has. Where nothing is cut a cluster's ticket is its number.
+// How tiles are dealt out to clusters: the first `whole` one by one, the `cut` after them in `parts` along K. Parts are
+// numbered tile by tile; the first `sharers` clusters by ticket have an equal run of them each, at least one part and
+// at most a tile's. Where nothing is cut, a cluster's ticket is its number.
 struct Plan {
   int clusters, whole, cut, parts, sharers;
-  float* sums;  // [sharers, blocks, consumers, kSums], those of a cluster's last part where another finishes the tile
-  unsigned* written;  // [sharers, blocks, consumers], 1 when they are there; then the ticket to draw
+  float* sums;        // [sharers, blocks, consumers, kSums]: of a cluster's last part, where another finishes the tile
+  unsigned* written;  // [sharers, blocks, consumers]: 1 once the sums are there; then the ticket counter
 
   __device__ int first_part(int ticket) const { return cut * parts * ticket / sharers; }
   // Whether the run of `ticket` ends beyond the first part of the cut tile: first_part(ticket + 1) > tile * parts.
@@ -90,8 +90,8 @@ struct Plan {
 };
 static_assert(sizeof(Layers) + sizeof(Maps) + sizeof(Plan) <= 4096, "parameters of a kernel");
 
-// A cluster's tiles, of each parts [from, to): its run from the last tile to the first, then whole tiles. Runs are no
-// longer than tiles: only the first of a cluster's tiles can be one that another finishes.
+// A cluster's tiles, parts [from, to) of each: its run from the last tile to the first, then whole tiles. As a run is
+// no longer than a tile, only the first of them can be one that another cluster finishes.
 struct Walk {
   const Plan& plan;
   int first = 0, end = 0, whole;  // parts that are left; the next whole tile
@@ -128,7 +128,7 @@ __device__ __forceinline__ TileOfLayer tile_of_block(const Layers& all, int inde
   return tile;
 }
 
-// One thread. Of the weight block `rank` of the cluster loads a share of the rows, for all.
+// One thread. Block `rank` of the cluster loads its share of the weight's rows, for all blocks.
 template <int kCluster>
 __device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* shared, Barriers* barriers, Walk walk,
                                      int rank) {
@@ -155,12 +155,12 @@ __device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* 
   }
 }
 
-// The buffer of a warpgroup's slab, which counts from its first in the kernel.
+// The buffer of a warpgroup's slab; slabs are counted over the whole kernel.
 __device__ __forceinline__ char* buffer_of(char* shared, int group, unsigned slab) {
   return shared + kOutput + (group * kBuffers + static_cast<int>(slab % kBuffers)) * kSlabBytes;
 }
 
-// Makes the buffer of a slab ready, when its last store has been read: with the residual, or with nothing. One thread.
+// Makes the buffer of a slab, whose last store has been read, ready: loads the residual into it, if any. One thread.
 template <bool kHeads>
 __device__ __forceinline__ void prepare(const Layer& l, const TensorMap& residual, const TileOfLayer& tile,
                                         char* shared, Barriers* barriers, int group, unsigned slab, int column) {
@@ -201,7 +201,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     if (kCluster == 1) {
       if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
     } else if (lane < kCluster) {
-      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // who fills a part of the slot waits for all its readers
+      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // each block fills a part of both blocks' slots
     }
   };
   Ring<kStages> ring;
@@ -215,7 +215,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     if (tile.row + group * 64 >= l.tokens) {
       for (int step = first; step < end; ++step, ring.next()) {
         mbarrier_wait(&barriers->full[ring.slot], ring.parity);
-        __syncwarp();  // a lane that has not seen the slot full must not find it filled anew
+        __syncwarp();  // no lane may still wait for this phase when the slot is filled again
         release(ring.slot);
       }
       continue;
@@ -241,10 +241,10 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       load_pairs<T, true>(bias, l.bias, column, l.columns);
       load_gate(0, column), load_gate(1, column);
     };
-    load_early(finishes && walk.from == 0 ? tile.column : l.columns);  // or nothing, of a cut tile
+    load_early(finishes && walk.from == 0 ? tile.column : l.columns);  // in a cut tile: nothing yet
     int step = first;
-    do {  // as a loop that might do nothing ptxas would serialise the products (C7520), seen with the sums' way to
-          // memory
+    do {  // not a while: as the sums may go to memory, ptxas would serialise the products of a loop that might not run
+          // (C7520)
       const char* stage = shared + ring.slot * kStageBytes;
       mbarrier_wait(&barriers->full[ring.slot], ring.parity);
       wgmma_fence();
@@ -288,7 +288,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         float* s = sums + (slab * kSlab + column) / 2;
         if (!kHeads && l.gate != nullptr) apply_gate<T, 2>(s, &gate[slab][0][column / 8], &gate[slab][1][column / 8]);
         const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
-        char* place = buffer + (offset ^ (offset >> 7 & 7) << 4);
+        char* place = buffer + tma_swizzle<128>(offset);
         uint32_t matrices[4];
         if (!kHeads && l.residual) {
           ldmatrix(matrices, place);
@@ -349,27 +349,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
     if (threadIdx.x < 32 && elect_one()) load<kCluster>(all, maps, shared, barriers, Walk(plan, ticket), rank);
-    __syncwarp();  // a warp comes to the barrier below as one
+    __syncwarp();  // the warp reaches the barrier below converged
   } else {
     set_max_registers_up<kConsumerRegisters>();
     consume<T, kHeads, kCluster>(all, maps, shared, barriers, Walk(plan, ticket), ticket, rank,
                                  static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
-  if (kCluster > 1) cluster_sync();  // the other block arrives here for the last slots, and reads the ticket
+  if (kCluster > 1) cluster_sync();  // the other block still arrives at this one's mbarriers and reads its ticket
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
 
-// How many clusters run at once.
+// How many clusters run at a time.
 template <int kCluster>
 int64_t count_places(int processors) {
   return processors < kCluster ? 1 : processors / kCluster;
 }
 
-// What L2 gives a launch of x and the weight on `processors` multiprocessors, by the arithmetic at the top of this
-// file, were no tile cut.
+// What a launch on `processors` multiprocessors reads of x and the weight from L2 if no tile is cut, by the arithmetic
+// at the top of this file.
 struct Reads {
-  int64_t all, busiest;  // bytes of all blocks, and of the one with the most tiles, were all as deep
+  int64_t all, busiest;  // bytes of all blocks; of the one with the most tiles, each taken as deep as the deepest layer
 };
 
 template <int kCluster>
@@ -387,8 +387,8 @@ Reads reads_of(const Layers& all, int processors) {
   return reads;
 }
 
-// Into how many parts `cut` tiles of so many steps are cut: where the slowest cluster takes the fewest steps, by the
-// arithmetic at the top of this file.
+// The number of parts, for `cut` tiles of `steps` steps each, with which the slowest cluster takes the fewest steps, by
+// the arithmetic at the top of this file.
 template <int kCluster>
 int choose_parts(int64_t whole_waves, int64_t cut, int64_t places, int64_t steps) {
   constexpr int64_t kStepBytes = (kM + kN / kCluster) * kRowBytes, kSumBytes = kConsumers * kSums * sizeof(float);
@@ -396,7 +396,7 @@ int choose_parts(int64_t whole_waves, int64_t cut, int64_t places, int64_t steps
   int64_t fewest = steps;
   for (int parts = 2; parts <= PYDIT_MAX_PARTS && parts <= steps; ++parts) {
     const int64_t shortest = cut * parts < places ? 1 : cut * parts / places, longest = ceil_div(cut * parts, places);
-    const int64_t others = ceil_div(parts - 1, shortest);  // whose sums who finishes a tile adds
+    const int64_t others = ceil_div(parts - 1, shortest);  // clusters whose sums the one that finishes a tile adds
     const int64_t total = ceil_div(steps * longest, parts) + kStepsOfWaits + (1 + others) * kSumBytes / kStepBytes;
     if (total < fewest) best = parts, fewest = total;
   }
@@ -408,11 +408,11 @@ template <int kCluster>
 Plan plan_of(const Layers& all, int processors, int parts) {
   const int64_t tiles = count_tiles<kCluster * kM, kN>(all), places = count_places<kCluster>(processors);
   const int64_t cut = tiles % places;
-  int64_t steps = INT32_MAX;  // of the shallowest layer: a part has a step at least
+  int64_t steps = INT32_MAX;  // of the shallowest layer: every part needs a step
   for (int i = 0; i < all.count; ++i) {
     if (all.layer[i].tokens == 0) continue;
-    const int64_t its = ceil_div(all.layer[i].depth, kStep);
-    steps = its < steps ? its : steps;
+    const int64_t of_layer = ceil_div(all.layer[i].depth, kStep);
+    steps = of_layer < steps ? of_layer : steps;
   }
   if (parts == 0) parts = choose_parts<kCluster>(tiles / places, cut, places, steps);
   if (parts > steps) parts = static_cast<int>(steps);
@@ -428,7 +428,7 @@ Plan plan_of(const Layers& all, int processors, int parts) {
           nullptr};
 }
 
-// Of the sums and of what is said about them; 0: nothing is cut.
+// For the sums and their flags; 0: nothing is cut.
 template <int kCluster>
 int64_t workspace_bytes(const Plan& plan) {
   const int64_t warpgroups = int64_t{plan.sharers} * kCluster * kConsumers;

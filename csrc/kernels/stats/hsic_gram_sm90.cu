@@ -3,7 +3,7 @@
 //
 // A job is work for one layer. On the diagonal: the triangle of a super tile, ten of its sixteen blocks of 64 x 64, of
 // 256 rows that are both operands. Above it: 128 x 256, eight blocks, of 128 + 256 rows. Both operands are K-major, so
-// the copy engine's boxes of 128 rows by 64 channels are what wgmma reads. Two warpgroups multiply:
+// TMA's boxes of 128 rows by 64 channels are what wgmma reads. Two warpgroups multiply:
 //
 //   diagonal   0 0 0 0     Warpgroup 0 has rows 0 as 64 x 256 and rows 3 as 64 x 64, warpgroup 1 rows 1 as 64 x 192 and
 //                1 1 1     rows 2 as 64 x 128: five blocks and 160 registers of sums each. Above it each has 64 x 256,
@@ -16,17 +16,16 @@
 // at 4.8 TB/s, and 35 MB of K written. Expected: 85 us, with what the ends of jobs cost (below). None of it is measured
 // yet.
 //
-// Order. Jobs are numbered layer by layer, so that those of a layer run side by side and L2 brings its rows from memory
-// once: all diagonal jobs first would bring them twice, 378 MB, 79 us. Blocks take every gridDim.x-th job, in every
-// second round from the last block to the first, which pairs long jobs with short ones: of the 132 first jobs the
-// diagonal ones are those of blocks 4 i and 4 i + 1, of the 108 others those of blocks 4 i + 2 and 4 i + 3.
+// Order. Jobs are numbered layer by layer, so that those of a layer run side by side and its rows come from memory to
+// L2 once: with all diagonal jobs first they would come twice, 378 MB, 79 us. Blocks take every gridDim.x-th job, in
+// every second round from the last block to the first, which pairs long jobs with short ones: of the first 132 jobs the
+// diagonal ones go to blocks 4 i and 4 i + 1, of the other 108 to blocks 4 i + 2 and 4 i + 3.
 //
 // Shifts. wgmma reads shared memory, so a shift is subtracted there, in place, by three warps between two barriers:
-// full, by the copy engine, and ready. Most steps of 64 channels have no shift, and the warps only pass them on; the
-// shifts of a step are on their way while the one before is looked at. Of a step with one they read and write the 16
-// bytes of each row that hold a channel with a shift: at most 96 KB, 768 clocks of shared memory, beside the 640 of
-// 1024 (above the diagonal) or 896 of 1280 that wgmma takes. Every step shifted would cost about a third more time, not
-// measured.
+// full, by TMA, and ready. Most steps of 64 channels have no shift, and the warps only pass them on; the shifts of a
+// step are on their way while the one before is looked at. Of a step with one they read and write the 16 bytes of each
+// row that hold a channel with a shift: at most 96 KB, 768 clocks of shared memory, beside the 640 of 1024 (above the
+// diagonal) or 896 of 1280 that wgmma takes. Every step shifted would cost about a third more time, not measured.
 //
 // Numbers. 160 registers leave no room for a second set of sums, as the portable kernel has: the tensor cores sum all d
 // channels in fp32, d / 16 additions, which may truncate (Fasi et al. 2021, of A100 and before). Relative to the sum of
@@ -55,14 +54,14 @@ constexpr int kBarriers = kScratch + kConsumers * kWarps * kSuper * 8, kSharedBy
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kRowBytes == 128 && kSharedBytes <= 227 * 1024, "rows as wide as the swizzle; what a block may have");
 
-constexpr int kMaxMaps = kLargeParameters ? PYDIT_MAX_LAYERS : 1;  // where they have no room, nothing is launched
+constexpr int kMaxMaps = kLargeParameters ? PYDIT_MAX_LAYERS : 1;  // without room for all, the kernel is never launched
 
 // The jobs of super tiles [first, first + count) of all layers.
 struct Jobs {
   int64_t all;
   int of_layer, diagonals;    // of which are on the diagonal
   int first, first_diagonal;  // super tile; row of super tiles
-  int before;                 // super tiles above the diagonal that come before `first`
+  int before;                 // super tiles above the diagonal that precede `first`
 };
 
 struct Parameters {
@@ -118,8 +117,7 @@ struct Walk {
 
 // Device code ----------------------------------------------------------------------------------------------------
 
-// One thread. The boxes of a stage: the rows of the job's first tile and of the one below it, or of the first and then
-// those of two tiles of columns.
+// One thread. The boxes of a stage: on the diagonal two tiles of rows, above it one tile of rows and two of columns.
 __device__ __forceinline__ void load(const Parameters& p, char* shared, Barriers* barriers) {
   Ring<kStages> ring;
   Job job;
@@ -139,7 +137,7 @@ __device__ __forceinline__ void load(const Parameters& p, char* shared, Barriers
   }
 }
 
-// `thread` of three warps: subtracts the shifts, from 16 bytes of every twelfth row.
+// Three warps, whose threads `thread` counts: subtract the shifts, each thread from 16 bytes of every twelfth row.
 template <typename T>
 __device__ __forceinline__ void shift(const Parameters& p, char* shared, Barriers* barriers, int thread) {
   const int vector = thread % 8;
@@ -173,8 +171,8 @@ __device__ __forceinline__ void shift(const Parameters& p, char* shared, Barrier
   }
 }
 
-// What a warpgroup multiplies: 64 rows of a stage by N of its rows. In the Gram matrix these are block (row, column)
-// and those to its right.
+// What a warpgroup multiplies: 64 rows of a stage by N of its rows. In the Gram matrix the product is block (row,
+// column) and those to its right.
 struct Strip {
   int stage_row, stage_column, row, column;
 };
@@ -189,8 +187,8 @@ __device__ __forceinline__ void multiply(float (&sums)[kN / 2], const char* stag
                  matrix_descriptor<128>(right + k, 16, 8 * kRowBytes), true);
 }
 
-// Sums of 16 columns, 8 (i / 2) + i % 2 and two more for each lane of four, over a warp's rows, which lanes with the
-// same lane % 4 share; of columns 2 lane and 2 lane + 1 in the end.
+// Adds up 16 columns of each lane over the warp's rows. Lanes with the same lane % 4 hold the same columns, column i
+// being 8 (i / 2) + 2 (lane % 4) + i % 2; in the end a lane has the sums of columns 2 lane and 2 lane + 1.
 __device__ __forceinline__ double2 sum_columns(double (&columns)[16], int lane) {
 #pragma unroll
   for (int step = 0; step < 3; ++step) {
@@ -206,8 +204,8 @@ __device__ __forceinline__ double2 sum_columns(double (&columns)[16], int lane) 
   return make_double2(columns[0], columns[1]);
 }
 
-// A strip to memory: elements, sums of rows for each block, and of columns for each above the diagonal, whose mirror
-// image they are the sums of rows of. `group`, the warpgroup, calls.
+// Stores a strip: its elements, sums of rows for each block, and sums of columns for each block above the diagonal,
+// which are the row sums of its mirror image. Warpgroup `group` calls.
 template <int kN>
 __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Parameters& p, const Job& job,
                                       const Strip& strip, char* shared, int group) {
@@ -265,12 +263,12 @@ __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Paramet
   barrier_sync(1 + group, kWarpgroup);  // the scratch is free
 }
 
-// A warpgroup's part of a job: a strip of kWide columns and one of kNarrow, or 0.
+// A warpgroup's part of a job: a strip of kWide columns and, unless kNarrow is 0, one of kNarrow.
 template <typename T, int kWide, int kNarrow>
 __device__ __forceinline__ void work(const Parameters& p, const Job& job, const Strip& wide, const Strip& narrow,
                                      int steps, Ring<kStages>& ring, char* shared, Barriers* barriers, int group) {
-  // Cleared, not overwritten by the first product: registers that nothing is seen to set live on from job to job, and
-  // those of all three kinds of work together are too many (C7512).
+  // Cleared rather than overwritten by the first product: ptxas keeps registers that nothing visibly sets alive from
+  // job to job, and those of all three kinds of work together are too many (C7512).
   float sums[kWide / 2] = {}, more[kNarrow > 0 ? kNarrow / 2 : 1] = {};
   const auto release = [&] {  // the slot of the step before
     if (threadIdx.x % 32 == 0) mbarrier_arrive(&barriers->empty[(ring.slot + kStages - 1) % kStages]);

@@ -1,36 +1,36 @@
-// Unbiased HSIC of every pair of L feature matrices [n, d]; see pydit.h. All kernels but the Hopper version of one,
-// which is in hsic_gram_sm90.cu (sm_80 and up), and the entry point.
+// Unbiased HSIC of every pair of L feature matrices [n, d]; see pydit.h. The entry point and all kernels (sm_80 and up)
+// but the Hopper version of the gram kernel, which is in hsic_gram_sm90.cu.
 //
 //   K = x x^T without its diagonal;  r_i = sum_j K_ij / (n - 2);  c = sum_i r_i / (2 (n - 1))
 //   U_ij = K_ij - (r_i - c) - (r_j - c) for i != j;   HSIC_1(a, b) = <U_a, U_b> / (n (n - 3))   (Szekely, Rizzo 2014)
 //
-// Five kernels. shift: a number per channel, below. gram: tiles of K on and above the diagonal by the tensor cores,
-// kept in fp32, and sums of their rows in fp64. centre: r_i - c. contract: U from K as it is read, and the products of
-// all pairs of layers, which is V V^T with V of L rows and n^2 / 2 columns, in fp32 with fp64 every 256. finish: fp64
-// sums over blocks, in a fixed order.
+// Five kernels. shift: one number per channel, see below. gram: tiles of K on and above the diagonal by the tensor
+// cores, kept in fp32, and sums of their rows in fp64. centre: r_i - c. contract: U from K as it is read, and the
+// products of all pairs of layers, that is V V^T with V of L rows and n^2 / 2 columns, in fp32 with fp64 every 256.
+// finish: fp64 sums over blocks, in a fixed order.
 //
-// Cost at n = 512, L = 60, d = 3072. gram 48 GFLOP, 60 with whole diagonal tiles: 61 us at 989 TFLOP/s; 755 MB come
-// from L2. On Hopper: 54 GFLOP, 472 MB. Writing and reading K: 2 x 35 MB, which L2 may hold. contract: of 36 blocks of
-// 64 x 64 elements and 10 of the 16 blocks of 16 x 16 layers, as the rest are mirror images, 0.38 G fused
-// multiply-adds: 13 us at 30 T/s. None of this is measured yet.
+// Cost at n = 512, L = 60, d = 3072. gram: 48 GFLOP, 60 with whole diagonal tiles: 61 us at 989 TFLOP/s; 755 MB from
+// L2. On Hopper 54 GFLOP and 472 MB. K, written and read: 2 x 35 MB, which L2 may hold. contract: 36 blocks of 64 x 64
+// elements times 10 of the 16 blocks of 16 x 16 layers, as the rest are mirror images, 0.38 G fused multiply-adds: 13
+// us at 30 T/s. None of this is measured yet.
 //
-// contract reads 8 vectors of 16 bytes from shared memory for 40 multiply-adds of a thread (64 between two sets). A
-// warp has 8 x 4 threads of the 16 x 16, and lanes i and i ^ 1 or i and i ^ 2 ask for the same vector; a load whose
-// lanes are in such pairs is taken to cost 2 wavefronts and not 4: 16 wavefronts for the 10 clocks that an SM's 128
-// lanes take for 40 (of 64: 16). So shared memory bounds it: 20 us, where 2 x 16 threads would need 24 wavefronts, 30
-// us. If lanes that ask for the same vector all share it, 8 and 12. Which it is has not been measured.
+// contract reads 8 vectors of 16 bytes from shared memory for 40 multiply-adds per thread (64 between two sets). A warp
+// has 8 x 4 threads of the 16 x 16, and lanes i and i ^ 1, or i and i ^ 2, read the same vector; a load of such pairs
+// is assumed to cost 2 wavefronts instead of 4: 16 wavefronts for the 10 clocks that an SM's 128 lanes take for 40
+// multiply-adds (16 for 64). So shared memory is the limit: 20 us, where 2 x 16 threads would need 24 wavefronts, 30
+// us. If all lanes that read the same vector share it, these are 8 and 12. Which it is has not been measured.
 //
-// Memory. K of all layers takes 256 KB L per super tile of four tiles, sums of its rows a 16th of that. Up to
-// gram_bytes all are kept; beyond, they are made a group at a time, and once more before that for the sums alone, 16
-// times as many in a group, in the same memory.
+// Memory. K of all layers takes 256 KB L per super tile of four tiles, the sums of its rows a 16th of that. Up to
+// gram_bytes all super tiles are kept; beyond, they are computed a group at a time, after a first pass for the sums
+// alone, 16 times as many in a group, in the same memory.
 //
-// Numbers. Products of 16-bit values are exact in fp32 and 256 of them are summed by the tensor cores before the sum is
-// rounded once more (on Hopper all, see there). U is formed in fp64, and what is only rounding is made 0: all of it
-// with rows that are all alike, or all but one. Channels that are nearly constant would make K larger than U, and its
-// rounding with it, as the massive channels of diffusion transformers do. HSIC does not change if the same number is
-// subtracted from a channel in all rows. So where the mean of eight rows is above four times their spread it is
-// subtracted before the values are multiplied: exactly, for values between half and twice the number (Sterbenz), else
-// rounded once to 16 bits.
+// Numbers. Products of 16-bit values are exact in fp32; the tensor cores sum 256 of them before the sum is rounded once
+// more (on Hopper all, see there). U is formed in fp64, and elements that can only be rounding become 0: all of them if
+// the rows are all alike, or all but one. Nearly constant channels, such as the massive channels of diffusion
+// transformers, would make K, and its rounding, larger than U. HSIC does not change if one number is subtracted from a
+// channel in all rows. So where the mean of eight rows exceeds four times their spread, it is subtracted before the
+// values are multiplied: exactly for values between half and twice that number (Sterbenz), otherwise rounded once to 16
+// bits.
 #include "device/arch.h"
 #include "device/check.h"
 #include "device/ptx.cuh"
@@ -52,7 +52,7 @@ static_assert(kChunk % kStep == 0 && kSharedBytes <= 99 * 1024, "whole steps; wh
 
 // Shifts ---------------------------------------------------------------------------------------------------------
 
-// blockIdx.y: the layer. A thread looks at eight rows of one channel.
+// blockIdx.y: the layer. A thread samples eight rows of one channel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     shift_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan) {
@@ -74,29 +74,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // Gram matrices --------------------------------------------------------------------------------------------------
 
-// Where 16-byte vector `vector` of a row's 8 lies: the eight rows that ldmatrix takes are in different banks.
-__device__ __forceinline__ int place(int row, int vector) { return row * kRowBytes + (vector ^ row % 8) * 16; }
-
-// kTile rows of kStep channels; what does not exist becomes zero.
-template <typename T, bool kAligned>
-__device__ __forceinline__ void copy_step(char* to, const void* from, int64_t stride, int64_t rows, int dim,
-                                          int64_t first_row, int first_channel) {
-  constexpr int kVectors = kRowBytes / 16;
-#pragma unroll
-  for (int i = threadIdx.x; i < kTile * kVectors; i += kThreads) {
-    const int row = i / kVectors, channel = first_channel + i % kVectors * 8;
-    const int left = first_row + row < rows ? dim - channel : 0;
-    const T* source = static_cast<const T*>(from) + (left > 0 ? (first_row + row) * stride + channel : 0);
-    copy_eight<T, kAligned>(to + place(row, i % kVectors), source, left);
-  }
-}
-
 // sums += left right^T over kStep channels, less `shifts`, for a warp's 64 x 32.
 template <typename T>
 __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char* left, const char* right,
                                               const uint16_t* shifts, int row, int column) {
   const int lane = threadIdx.x % 32;
-  uint32_t shift[kStep / 8];  // of the channels that this thread has in every eight
+  uint32_t shift[kStep / 8];  // of this thread's two channels in every eight
 #pragma unroll
   for (int k = 0; k < kStep / 8; ++k) shift[k] = *reinterpret_cast<const uint32_t*>(shifts + k * 8 + lane % 4 * 2);
 #pragma unroll
@@ -104,14 +87,14 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
     uint32_t b[2][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      ldmatrix(b[n], right + place(column + n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+      ldmatrix(b[n], right + swizzled_offset<kRowBytes>(column + n * 16 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[n][i] = subtract<T>(b[n][i], shift[k + i % 2]);
     }
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       uint32_t a[4];
-      ldmatrix(a, left + place(row + m * 16 + lane % 16, k + lane / 16));
+      ldmatrix(a, left + swizzled_offset<kRowBytes>(row + m * 16 + lane % 16, k + lane / 16));
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = subtract<T>(a[i], shift[k + i / 2]);
 #pragma unroll
@@ -121,8 +104,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
   }
 }
 
-// Sums of a tile's rows over each half of its columns and, off the diagonal, of its columns over each half of its rows;
-// every thread has a part of a warp's 64 x 32. `scratch`: 6 x kTile numbers.
+// Stores the sums of a tile's rows over each half of its columns and, off the diagonal, of its columns over each half
+// of its rows; every thread holds its part of a warp's 64 x 32. `scratch`: 6 x kTile numbers.
 __device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const Plan& plan, int super, int layer,
                                            TileAt at, double* scratch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -155,7 +138,8 @@ __device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const P
   plan.sums_of(super, layer, !diagonal, 2 * row + half)[column * kTile + i] = scratch[(4 + half) * kTile + i];
 }
 
-// One tile of one layer: blockIdx.x counts the places of tiles from super tile `first` on, blockIdx.y layers.
+// One tile of one layer: blockIdx.x counts four tiles per super tile, from super tile `first` on; blockIdx.y: the
+// layer.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
     gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan, int first, Store store) {
@@ -172,7 +156,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto copy = [&](int step) {
     char* stage = shared + step % kStages * kStageBytes;
     const auto operand = [&](char* to, int tile) {
-      copy_step<T, kAligned>(to, p.features[layer], p.stride[layer], p.rows, dim, int64_t{tile} * kTile, step * kStep);
+      copy_tile<kTile, kStep, kThreads, kAligned>(to, static_cast<const T*>(p.features[layer]), p.stride[layer], p.rows,
+                                                  dim, int64_t{tile} * kTile, step * kStep);
     };
     operand(stage, at.row);
     if (!square) operand(stage + kOperandBytes, at.column);
@@ -186,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < 64; ++i) sums[i / 16][i / 4 % 4][i % 4] = partial[i / 16][i / 4 % 4][i % 4] = 0;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait_group<kStages - 2>();
-    __syncthreads();  // the step is here, and everyone is done with the stage that is filled next
+    __syncthreads();  // the step has arrived, and nobody still reads the stage that is filled next
     if (step + kStages - 1 < steps) copy(step + kStages - 1);
     cp_async_commit_group();
     const char* stage = shared + step % kStages * kStageBytes;
@@ -219,8 +204,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Centring -------------------------------------------------------------------------------------------------------
 
-// One block per layer, a thread to a row: adds what super tiles [first, first + count) hold of the sums of rows, in the
-// order of columns; after the last of them, r - c.
+// One block per layer, one thread per row: adds up what super tiles [first, first + count) hold of the sums of rows, in
+// the order of columns; after the last super tile, makes r - c of them.
 __global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan, int64_t first, int64_t count) {
   __shared__ double scratch[kThreads / 32];
   const int layer = static_cast<int>(blockIdx.x), blocks = static_cast<int>(2 * plan.blocks);
@@ -254,7 +239,7 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan, int64
 
 // Contraction ----------------------------------------------------------------------------------------------------
 
-// Blocks of a super tile on and above the diagonal, of `blocks` rows of blocks in all.
+// Columns of blocks of a super tile, and its blocks on and above the diagonal; the matrix has `blocks` rows of blocks.
 __host__ __device__ inline int width_of(TileAt super, int blocks) {
   const int left = blocks - super.column * kBlocksOfSuper;
   return left < kBlocksOfSuper ? left : kBlocksOfSuper;
@@ -269,11 +254,11 @@ __host__ __device__ inline TileAt next_super(TileAt super, int across) {
   return super.column + 1 < across ? TileAt{super.row, super.column + 1} : TileAt{super.row + 1, super.row + 1};
 }
 
-// U of a set of layers in one row, at the columns of a block; the gap keeps layers in other banks.
+// U of a set of layers in one row, at the columns of a block; the padding puts layers in different banks.
 template <int kLayers>
 using Side = float[kLayers][kBlock + 4];
 
-// `grams`: K of layer 0 in that row, from the block's first column on. A thread waits for kTogether loads at a time.
+// `grams`: K of layer 0 in that row, from the block's first column on. A thread has kTogether loads in flight.
 template <int kLayers, int kTogether>
 __device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan, const float* grams, int first, int row,
                                           int first_column) {
@@ -289,16 +274,16 @@ __device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan,
       const double* centres = plan.centres + layer * plan.padded;
       const double of_row = centres[row], of_column = centres[column];
       u = gram - of_row - of_column;
-      // Rounding: of rows that are all alike, or all but one, whose products with the others may be small themselves.
+      // Only rounding: of rows that are all alike, or all but one. Products with other layers might be as small.
       if (fabs(u) <= 1e-12 * (fabs(of_row) + fabs(of_column))) u = 0;
     }
     side[i][place] = static_cast<float>(u);
   }
 }
 
-// Products of U of two sets of layers, or of one with itself: of that only blocks of 16 layers on and above the
-// diagonal. The block takes `unit` to `end` of the rows of blocks of a group of super tiles, the first being `super`. A
-// thread has layers mine + 16 a of one set and theirs + 16 b of the other.
+// Products of U of two sets of layers, or of one set with itself (kSame), then only in blocks of 16 layers on and above
+// the diagonal. The block does rows `unit` to `end` of the blocks of a group of super tiles, of which `super` is the
+// first. A thread has layers mine + 16 a of one set and theirs + 16 b of the other.
 template <int kLayers, bool kSame>
 __device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& plan, TileAt pair, TileAt super,
                                          int unit, int end) {
@@ -368,8 +353,8 @@ __device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& 
   }
 }
 
-// blockIdx.y is the pair of sets; blockIdx.x has an equal run of the `units` rows of blocks of a group of super tiles,
-// from super tile `first` on.
+// blockIdx.y: the pair of sets. blockIdx.x has an equal run of the `units` rows of the blocks of a group of super
+// tiles, from super tile `first` on.
 template <int kLayers>
 __global__ void __launch_bounds__(kThreads, 2) contract_kernel(const Plan plan, int first, int units) {
   __shared__ __align__(16) Side<kLayers> sides[2];
@@ -383,8 +368,8 @@ __global__ void __launch_bounds__(kThreads, 2) contract_kernel(const Plan plan, 
     contract<kLayers, false>(sides, plan, pair, super, from, end);
 }
 
-// hsic = (or +=) the sum over blocks of `contract` / (n (n - 3)): blockIdx.y as there, blockIdx.x one layer of its
-// first set. Of a set with itself, what lies below the diagonal is the mirror image of what was computed.
+// hsic = (or +=) the sum over the blocks of contract_kernel / (n (n - 3)): blockIdx.y as there, blockIdx.x one layer of
+// its first set. For a set with itself, what lies below the diagonal mirrors what was computed.
 template <int kLayers>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Plan plan, double* hsic, bool add) {
   constexpr int kParts = kThreads / kLayers;
@@ -420,14 +405,14 @@ bool aligned(const pydit_hsic_matrix_params& p) {
   return true;
 }
 
-// Which gram kernel runs. Nowhere is the copy engine said to take a stride of 0, that of an expanded tensor.
+// Which gram kernel runs. TMA is not documented to take a stride of 0, that of an expanded tensor.
 int path_of(const pydit_hsic_matrix_params& p) {
-  bool copyable = aligned(p), narrow = true;
+  bool tma_addressable = aligned(p), narrow = true;
   for (int layer = 0; layer < p.layers; ++layer) {
-    copyable &= p.stride[layer] != 0;
+    tma_addressable &= p.stride[layer] != 0;
     narrow &= p.dim[layer] <= kMaxHopperChannels;
   }
-  const int path = hopper_path(copyable);
+  const int path = hopper_path(tma_addressable);
   if (path != PYDIT_PATH_HOPPER) return path;
   return p.rows <= kTile || !narrow ? PYDIT_PATH_SHAPE : large_parameters() ? path : PYDIT_PATH_OLD_CUDA;
 }

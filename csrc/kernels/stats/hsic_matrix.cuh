@@ -1,10 +1,10 @@
 // What the kernels of hsic_matrix share: the workspace, the order in which tiles of Gram matrices are kept, and how the
 // shift of a channel is subtracted.
 //
-// A Gram matrix is cut into tiles of kTile x kTile, four of them are a super tile, and a tile is four blocks of kBlock
-// x kBlock. What is kept and made a group at a time are super tiles, on and above the diagonal; a tile below it, or
-// beyond the last, has a place in memory that nobody touches. Of a tile on the diagonal, the block below it need not
-// exist.
+// A Gram matrix is cut into tiles of kTile x kTile; four tiles (2 x 2) make a super tile, and a tile is four blocks of
+// kBlock x kBlock. Super tiles on and above the diagonal are computed and kept a group at a time; their tiles below the
+// diagonal, or beyond the last row, have memory that nobody touches. In a tile on the diagonal the block below it need
+// not be computed.
 #pragma once
 
 #include "device/check.h"
@@ -15,7 +15,7 @@
 namespace pydit::PYDIT_BACKEND {
 
 constexpr const char* kHsicMatrix = "hsic_matrix";
-constexpr int kStep = 64;  // channels that the gram kernels take at a time
+constexpr int kStep = 64;  // channels per step of the gram kernels
 constexpr int kBlock = 64, kBlocksOfSuper = 4, kTilesOfSuper = 4;
 constexpr int kMaxHopperChannels = 8192;  // more make too many roundings; see hsic_gram_sm90.cu
 constexpr int kContractThreads = 256, kSliceRows = 4, kMaxContractors = 264;  // two for each of 132 multiprocessors
@@ -29,7 +29,7 @@ struct Plan {
   int64_t blocks, padded;  // rows of tiles; rows of x in whole tiles
   int64_t across;          // rows of super tiles
   int64_t supers;          // super tiles on and above the diagonal
-  int64_t group, summed;   // of which are kept at a time; whose sums are
+  int64_t group, summed;   // super tiles that are kept at a time, and those whose sums are
   int set;                 // layers of one side of a product: 16, 32 or 64
   int layers;
   int64_t pairs;        // of sets
@@ -37,7 +37,7 @@ struct Plan {
   int64_t channels;     // the most of any layer, in whole steps
   // The workspace, in this order: r - c [layers, padded]; products [contractors, pairs, set, set]; tiles of K [group,
   // kTilesOfSuper, layers, kTile, kTile]; sums of their rows and columns [summed, layers, 2, kBlocksOfSuper, kSuper];
-  // shifts [layers, channels]. Where not all tiles are kept, sums come first and have the place of tiles.
+  // shifts [layers, channels]. Where not all tiles are kept, the sums are made first, in the memory of the tiles.
   double *centres, *products;
   float* grams;
   double* sums;
@@ -45,8 +45,9 @@ struct Plan {
   int64_t bytes;
 
   bool at_once() const { return group == supers; }  // all tiles are kept
-  // Of a super tile's rows, sums over its columns of block `block`, or (`of_columns`) of its columns, over its rows of
-  // that block. On the diagonal these are the same, and kept as sums of rows. `super` counts from a group's first.
+  // Sums of a super tile's rows over the columns of its block `block`, or (`of_columns`) of its columns over the rows
+  // of that block. On the diagonal the two are the same and kept as sums of rows. `super` counts from the group's
+  // first.
   __host__ __device__ double* sums_of(int64_t super, int layer, bool of_columns, int block) const {
     return sums + (super * layers + layer) * kSuperSums + (of_columns * kBlocksOfSuper + block) * kSuper;
   }
@@ -84,10 +85,10 @@ inline Plan plan_of(const pydit_hsic_matrix_params& p) {
   return plan;
 }
 
-// What a gram kernel leaves in the workspace.
+// What a gram kernel leaves in the workspace: tiles, sums of their rows and columns, or both.
 enum class Store { kAll, kTiles, kSums };
 
-// Two numbers minus two others, in 16 bits.
+// pair - shift, both of two 16-bit numbers, rounded to 16 bits.
 template <typename T>
 __device__ __forceinline__ uint32_t subtract(uint32_t pair, uint32_t shift);
 template <>
@@ -101,12 +102,12 @@ __device__ __forceinline__ uint32_t subtract<__half>(uint32_t pair, uint32_t shi
   return reinterpret_cast<const uint32_t&>(x);
 }
 
-// The Hopper gram kernel: super tiles [first, first + count). Defined for arguments that the entry point has checked,
-// with features that suit the copy engine.
+// The Hopper gram kernel: super tiles [first, first + count), for arguments that the entry point has checked and
+// features that TMA can address.
 int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
                           Store store);
 
-// For the race detector of the simulator.
+// Name the launch's tensors for the simulator's race detector.
 template <typename T>
 void name_features(const pydit_hsic_matrix_params& p) {
   for (int layer = 0; layer < p.layers; ++layer)

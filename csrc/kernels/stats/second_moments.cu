@@ -5,14 +5,14 @@
 // x once (45 MB; each of 24 x 25 / 2 tiles reads 2 x 1.9 MB of it from L2, 1.1 GB), and 128 KB read and written per
 // tile and block, 300 + 132 times: 113 MB, mostly L2.
 //
-// Numbers. Products of 16-bit values are exact in fp32; a chunk of 256 is summed by the tensor cores, up to 32 chunks
-// in fp32 registers, these in fp64 in memory. Relative to sums of squares the error is that of 288 fp32 additions
+// Numbers. Products of 16-bit values are exact in fp32. The tensor cores sum a chunk of 256 tokens, fp32 registers up
+// to 32 chunks, and fp64 in memory the rest. Relative to sums of squares the error is that of 288 fp32 additions,
 // however many tokens there are. fp64 registers would take 29 conversions per element, 36 us at 16 per cycle and SM.
 // Values are not shifted first, which would round them again: with a mean of r standard deviations the centred moments
 // lose a factor of r^2.
 //
-// A block: 8 warps of 64 x 32 elements each; token steps of 32 come by cp.async, four stages ahead. Both operands lie
-// as tokens by columns, so ldmatrix transposes both.
+// A block: 8 warps of 64 x 32 elements each; steps of 32 tokens come by cp.async, four stages ahead. Both operands are
+// stored as tokens by columns, so ldmatrix transposes both.
 #include "device/arch.h"
 #include "device/dispatch.h"
 #include "device/ptx.cuh"
@@ -29,23 +29,6 @@ static_assert(kChunkTokens % kStep == 0 && kSharedBytes <= 99 * 1024, "whole ste
 
 // Device code ----------------------------------------------------------------------------------------------------
 
-// Where 16-byte vector `vector` of a token's 16 lies: the eight tokens that ldmatrix takes are in different banks.
-__device__ __forceinline__ int place(int token, int vector) { return token * kRowBytes + (vector ^ token % 8) * 16; }
-
-// kStep tokens of kTile columns; what does not exist becomes zero.
-template <typename T, bool kAligned>
-__device__ __forceinline__ void copy_step(char* to, const void* from, int64_t stride, int64_t tokens, int64_t columns,
-                                          int64_t first_token, int first_column) {
-  constexpr int kVectors = kRowBytes / 16;
-#pragma unroll
-  for (int i = threadIdx.x; i < kStep * kVectors; i += kThreads) {
-    const int token = i / kVectors, column = first_column + i % kVectors * 8;
-    const int64_t left = first_token + token < tokens ? columns - column : 0;
-    const T* source = static_cast<const T*>(from) + (left > 0 ? (first_token + token) * stride + column : 0);
-    copy_eight<T, kAligned>(to + place(token, i % kVectors), source, left);
-  }
-}
-
 // sums += left^T right over kStep tokens, for a warp's 64 x 32.
 template <typename T>
 __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char* left, const char* right, int row,
@@ -55,11 +38,13 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
   for (int k = 0; k < kStep; k += 16) {
     uint32_t b[2][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) ldmatrix<true>(b[n], right + place(k + lane % 16, column / 8 + n * 2 + lane / 16));
+    for (int n = 0; n < 2; ++n)
+      ldmatrix<true>(b[n], right + swizzled_offset<kRowBytes>(k + lane % 16, column / 8 + n * 2 + lane / 16));
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       uint32_t a[4];
-      ldmatrix<true>(a, left + place(k + lane / 16 * 8 + lane % 8, row / 8 + m * 2 + lane / 8 % 2));
+      ldmatrix<true>(a,
+                     left + swizzled_offset<kRowBytes>(k + lane / 16 * 8 + lane % 8, row / 8 + m * 2 + lane / 8 % 2));
 #pragma unroll
       for (int n = 0; n < 4; ++n)
         mma_m16n8k16<T>(sums[m][n], a, reinterpret_cast<const uint32_t (&)[2]>(b[n / 2][n % 2 * 2]));
@@ -67,7 +52,7 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
   }
 }
 
-// A thread's part of the column sums of one step: of its column, the tokens of its half.
+// A thread's part of the column sums of one step, and of those of squares: its column, over half of the tokens.
 template <typename T>
 __device__ __forceinline__ float2 sum_step(const char* operand) {
   const int column = threadIdx.x % kTile;
@@ -75,7 +60,8 @@ __device__ __forceinline__ float2 sum_step(const char* operand) {
 #pragma unroll 4
   for (int i = 0; i < kStep / 2; ++i) {
     const int token = threadIdx.x / kTile * (kStep / 2) + i;
-    const float value = to_float(*reinterpret_cast<const T*>(operand + place(token, column / 8) + column % 8 * 2));
+    const float value =
+        to_float(*reinterpret_cast<const T*>(operand + swizzled_offset<kRowBytes>(token, column / 8) + column % 8 * 2));
     sums.x += value;
     sums.y = fmaf(value, value, sums.y);
   }
@@ -105,17 +91,18 @@ __global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit
     last = base + from;
     const TileOfSums tile = decode_tile(p, index);
     const bool square = !tile.cross && tile.row == tile.column;   // both operands are the same columns
-    const bool counts = square || (tile.cross && tile.row == 0);  // column sums are this tile's as well
+    const bool counts = square || (tile.cross && tile.row == 0);  // this tile also makes its columns' sums
     const void* right = tile.cross ? p.y : p.x;
     const int64_t right_stride = tile.cross ? p.stride_y : p.stride_x, right_columns = tile.cross ? p.dim_y : p.dim_x;
     const int steps = (to - from) * (kChunkTokens / kStep);
     const auto copy = [&](int step) {
       char* stage = shared + step % kStages * kStageBytes;
       const int64_t token = static_cast<int64_t>(from) * kChunkTokens + step * kStep;
-      copy_step<T, kAligned>(stage, p.x, p.stride_x, p.tokens, p.dim_x, token, tile.row * kTile);
+      copy_tile<kStep, kTile, kThreads, kAligned>(stage, static_cast<const T*>(p.x), p.stride_x, p.tokens, p.dim_x,
+                                                  token, tile.row * kTile);
       if (!square)
-        copy_step<T, kAligned>(stage + kOperandBytes, right, right_stride, p.tokens, right_columns, token,
-                               tile.column * kTile);
+        copy_tile<kStep, kTile, kThreads, kAligned>(stage + kOperandBytes, static_cast<const T*>(right), right_stride,
+                                                    p.tokens, right_columns, token, tile.column * kTile);
     };
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) copy(step);
@@ -144,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit
         partial_columns[0] = partial_columns[1] = 0;
       }
       cp_async_wait_group<kStages - 2>();
-      __syncthreads();  // the step is here, and everyone is done with the stage that is filled next
+      __syncthreads();  // the step has arrived, and nobody still reads the stage that is filled next
       if (step + kStages - 1 < steps) copy(step + kStages - 1);
       cp_async_commit_group();
       const char* stage = shared + step % kStages * kStageBytes;
@@ -174,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) second_moments_kernel(const pydit
       }
       __syncthreads();
     }
-    tell_later(done + index, to, run.chunks);
+    announce_added(done + index, to, run.chunks);
   }
 }
 
@@ -206,9 +193,9 @@ bool aligned(const pydit_second_moments_params& p) {
   return legal(p.x, p.stride_x) && (p.dim_y == 0 || legal(p.y, p.stride_y));
 }
 
-// Whether the copy engine takes them, whose coordinates have 32 bits. Nowhere is it said to take a stride of 0, that of
-// an expanded tensor.
-bool copyable(const pydit_second_moments_params& p) {
+// Whether TMA, whose coordinates have 32 bits, can address both tensors. A stride of 0, that of an expanded tensor, is
+// not documented to work.
+bool tma_addressable(const pydit_second_moments_params& p) {
   const bool expanded = p.tokens > 1 && (p.stride_x == 0 || (p.dim_y > 0 && p.stride_y == 0));
   return !expanded && p.tokens <= INT32_MAX - kChunkTokens && aligned(p);
 }
@@ -228,7 +215,7 @@ extern "C" int64_t PYDIT_ENTRY(second_moments_workspace)(const pydit_second_mome
 }
 
 extern "C" int PYDIT_ENTRY(second_moments_path)(const pydit_second_moments_params* p) {
-  const int path = hopper_path(copyable(*p));
+  const int path = hopper_path(tma_addressable(*p));
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
   if (path == PYDIT_PATH_HOPPER && cluster_of_second_moments_sm90(*p) == 2) return PYDIT_PATH_HOPPER_PAIRS;
 #endif
@@ -239,7 +226,7 @@ extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p)
   if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
     return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kSecondMoments, p->dtype);
   if (p->tokens < 0)
-    return bad_argument("%s: tokens: expected 0 or more, got %lld", kSecondMoments, (long long)p->tokens);
+    return bad_argument("%s: tokens: expected 0 or more, got %lld", kSecondMoments, static_cast<long long>(p->tokens));
   if (p->cluster < 0 || p->cluster > 2)
     return bad_argument("%s: cluster: expected 0, 1 or 2, got %d", kSecondMoments, p->cluster);
   for (const int64_t dim : {p->dim_x, p->dim_y}) {
@@ -252,7 +239,7 @@ extern "C" int PYDIT_ENTRY(second_moments)(const pydit_second_moments_params* p)
   if (p->workspace == nullptr)
     return bad_argument("%s: workspace: expected memory, got a null pointer", kSecondMoments);
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (hopper_path(copyable(*p)) == PYDIT_PATH_HOPPER) return launch_second_moments_sm90(*p);
+  if (hopper_path(tma_addressable(*p)) == PYDIT_PATH_HOPPER) return launch_second_moments_sm90(*p);
 #endif
   return p->dtype == PYDIT_FLOAT16 ? launch_alignment<__half>(*p) : launch_alignment<__nv_bfloat16>(*p);
 }

@@ -1,11 +1,11 @@
 // What the kernels of second moments share: how the work is cut into tiles and chunks and dealt to blocks, and how a
-// tile's sums get to memory.
+// tile's sums are added to memory.
 //
 // A tile is kTile x kTile elements of x^T x, on or above the diagonal, or of x^T y. A unit is a tile over one chunk of
 // tokens. Units are numbered tile by tile; each block takes an equal run of them (stream-K: Osama et al. 2023) and
-// works from its last tile to its first. A tile that two blocks share is then the first that the lower block does and
-// the last of the higher one, which waits for it: sums are added in the order of the tokens, the same in every run, and
-// a block waits only for blocks with a lower ticket.
+// works from its last tile to its first. A tile that two blocks share then comes first in the block with the lower
+// ticket and last in the other, which waits for it: sums are added in the order of the tokens, the same in every run,
+// and a block waits only for blocks with lower tickets.
 #pragma once
 
 #include "device/check.h"
@@ -18,7 +18,7 @@ namespace pydit::PYDIT_BACKEND {
 
 constexpr const char* kSecondMoments = "second_moments";
 constexpr int kChunkTokens = 256;  // summed by the tensor cores, then added in fp32
-constexpr int kChunksOfSum = 32;   // so many at most before they are added in fp64, in memory
+constexpr int kChunksOfSum = 32;   // at most so many chunks are added in fp32 before they are added in fp64, in memory
 
 __host__ __device__ inline int64_t count_tiles(const pydit_second_moments_params& p) {
   const int64_t rows = ceil_div(p.dim_x, kTile);
@@ -53,23 +53,24 @@ __device__ __forceinline__ Run run_of(const pydit_second_moments_params& p, int6
   return {units * ticket / blocks, units * (ticket + 1) / blocks, chunks};
 }
 
-// Before a tile's sums of chunks from `chunk` on are added: everything before must have been. The block calls.
+// Waits until a tile's chunks before `chunk` have been added. All threads of the block call.
 __device__ __forceinline__ void wait_for_earlier(unsigned* done, int chunk) {
   if (chunk == 0) return;
   if (threadIdx.x == 0) wait_at_least(done, static_cast<unsigned>(chunk));
   __syncthreads();
 }
 
-// After the sums of chunks up to `chunk` have been added. The block calls; nobody waits for the last.
-__device__ __forceinline__ void tell_later(unsigned* done, int chunk, int chunks) {
+// Announces that a tile's chunks before `chunk` have been added. All threads of the block call; nobody waits for the
+// last chunk.
+__device__ __forceinline__ void announce_added(unsigned* done, int chunk, int chunks) {
   if (chunk == chunks) return;
   __syncthreads();
   if (threadIdx.x == 0) store_release(done, static_cast<unsigned>(chunk));
 }
 
-// Adds kCount sums of a thread to `target` [rows, width] and clears them. sum(i) is one of them, place(i) where it
-// belongs. Loads of a batch are on their way together: one by one each would wait for the store before it, which as far
-// as the compiler knows may have written to it.
+// Adds kCount sums of a thread, sum(i) at place(i), to `target` [rows, width] and clears them. The loads of a batch are
+// in flight together: one by one, each would wait for the store before it, which may alias it as far as the compiler
+// knows.
 template <int kCount, int kBatch, typename Sum, typename Place>
 __device__ __forceinline__ void add_to_memory(double* target, int64_t rows, int64_t width, Sum sum, Place place) {
   static_assert(kCount % kBatch == 0, "whole batches");
@@ -90,18 +91,18 @@ __device__ __forceinline__ void add_to_memory(double* target, int64_t rows, int6
   }
 }
 
-// Defined for arguments that the entry point has checked, with tensors that suit the copy engine.
+// The Hopper kernel, for arguments that the entry point has checked and tensors that TMA can address.
 int launch_second_moments_sm90(const pydit_second_moments_params& p);
-// How many blocks of it are a cluster, and share what they load: 1 or 2.
+// Its cluster size: 1, or 2 where blocks share what they load.
 int cluster_of_second_moments_sm90(const pydit_second_moments_params& p);
 
-// Counters of both kernels' tiles, which may come in pairs of rows, and the ticket.
+// For the counters of either kernel's tiles, whose rows may come in pairs, and the ticket.
 inline int64_t workspace_bytes(const pydit_second_moments_params& p) {
   const int64_t rows = ceil_div(p.dim_x, 2 * kTile) * 2;
   return (rows * (rows + ceil_div(p.dim_y, kTile)) + 1) * static_cast<int64_t>(sizeof(unsigned));
 }
 
-// For the race detector of the simulator.
+// Names the launch's tensors for the simulator's race detector.
 template <typename T>
 void name_second_moments_tensors(const pydit_second_moments_params& p) {
   name_tensor("x", p.x, false, sizeof(T), p.dim_x, {p.tokens}, {p.stride_x});

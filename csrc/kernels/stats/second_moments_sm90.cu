@@ -1,25 +1,25 @@
 // Second moments for Hopper (sm_90a): TMA, wgmma, warp specialisation. What is computed, and how its numbers are
 // rounded, is in second_moments.cu; how blocks share the work, in second_moments.cuh.
 //
-// A block's tile is 128 columns of x by 192 of x or y. Both operands lie in memory as tokens by columns, so wgmma
-// transposes both; the copy engine brings boxes of 64 tokens by 64 columns, with zeros for what does not exist.
+// A block's tile is 128 columns of x by 192 of x or y. Both operands are stored as tokens by columns, so wgmma
+// transposes both; TMA brings boxes of 64 tokens by 64 columns, with zeros for what does not exist.
 //
 // A cluster of two blocks takes two tiles, one below the other. Each block loads half of the tokens of the 192 columns
 // that they share, for both. A slot is free when the consumers of both blocks have read it.
 //
-// Cost at N = 7401, d = 3072. Blocks alone: 208 tiles meet the triangle, 75.9 GFLOP: 77 us at 989 TFLOP/s. L2 gives 640
-// bytes per token and tile, 985 MB: 77 FLOP per byte, so that L2 decides: 164 us at 6 TB/s. 128 x 128 tiles would take
-// 1.1 GB. A larger tile does not fit: its sums of a chunk and of the run, both in registers, would be more than 64 K.
-// Clusters: 216 tiles, 78.8 GFLOP: 80 us; 448 bytes per token and tile, 716 MB: 119 us. All of this is arithmetic, not
-// measured yet.
+// Cost at N = 7401, d = 3072. Blocks alone: 208 tiles meet the triangle, 75.9 GFLOP: 77 us at 989 TFLOP/s. They read
+// 640 bytes per token and tile from L2, 985 MB: 77 FLOP per byte, so that L2 is the limit: 164 us at 6 TB/s. 128 x 128
+// tiles would read 1.1 GB. A larger tile does not fit: its sums of a chunk and of the run would need more than 64 K
+// registers. Clusters: 216 tiles, 78.8 GFLOP: 80 us; 448 bytes per token and tile, 716 MB: 119 us. All of this is
+// arithmetic, not measured yet.
 //
-// Clusters are taken where they read fewer bytes in all and in the busiest block (Reads): not where much of a pair lies
-// below the diagonal or beyond the last column, as with up to 128 columns.
+// Clusters are used where they read fewer bytes both in all and in the busiest block (Reads): not where much of a pair
+// lies below the diagonal or beyond the last column, as with up to 128 columns.
 //
-// Several layers in one launch would add little. 108 pairs of tiles of 29 chunks are 3132 units, 47 or 48 for each of
-// 66 clusters: 98.9 % of the time all work, 99.9 % with four layers together. Clusters begin and end within tiles, so
-// that sums are added to memory 336 times and not 216, 132 MB read and written; for four layers together 249 times
-// each, 98 MB. That is 5 % of what L2 moves, and the drain and fill of a launch.
+// Several layers in one launch would gain little. 108 pairs of tiles of 29 chunks are 3132 units, 47 or 48 for each of
+// 66 clusters, all of which work 98.9 % of the time; with four layers together 99.9 %. Clusters begin and end within
+// tiles, so that sums are added to memory 336 times instead of 216, 132 MB read and written; for four layers together
+// 249 times each, 98 MB. That saves 5 % of what L2 moves, and the drain and fill of a launch.
 //
 // Roles. One thread loads; two warpgroups of 64 x 192 multiply, 96 registers of a chunk's sums and 96 of the run's
 // each. While one adds a chunk to the run, the other multiplies.
@@ -101,8 +101,8 @@ struct Walk {
   }
 };
 
-// One thread: lanes that only kept count could fall behind by a whole round of the ring. Of the right operand block
-// `rank` of the cluster loads a share of the tokens, for all.
+// One thread: lanes that only waited along could fall behind by a whole round of the ring. Block `rank` of the cluster
+// loads its share of the right operand's tokens, for all blocks.
 template <int kCluster>
 __device__ __forceinline__ void load(const Tiles<kCluster>& tiles, const Maps& maps, char* shared, Barriers* barriers,
                                      Walk walk, int rank) {
@@ -135,8 +135,8 @@ __device__ __forceinline__ void load(const Tiles<kCluster>& tiles, const Maps& m
   }
 }
 
-// Sums of one column over a stage's tokens: the column's own, and that of squares. The swizzle exchanges the 16-byte
-// vectors of a token's row by the token's last three bits: eight addresses, one for each token of eight.
+// Sums of one column, and of its squares, over a stage's tokens. The swizzle permutes the 16-byte vectors of a token's
+// row by the token's last three bits, so the loop takes eight tokens at a time.
 template <typename T>
 __device__ __forceinline__ float2 sum_stage(const char* right, int column) {
   float2 sums = make_float2(0.f, 0.f);
@@ -163,18 +163,18 @@ __device__ __forceinline__ void consume(const pydit_second_moments_params& p, co
   const int group = thread / kWarpgroup, warp = thread % kWarpgroup / 32, lane = thread % 32;
   auto* done = static_cast<unsigned*>(p.workspace);
   const auto release = [&](int slot) {
-    __syncwarp();  // the warp has read the stage for column sums
+    __syncwarp();  // all lanes have read the stage for column sums
     if (kCluster == 1) {
       if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
     } else if (lane < kCluster) {
-      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // who fills a part of the slot waits for all its readers
+      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // each block fills a part of both blocks' slots
     }
   };
   Ring<kStages> ring;
   float chunk[kN / 2], sums[kN / 2];
   while (walk.next()) {
     const TileOfSums tile = tiles.at(walk.index);
-    const bool counts = tile.row == 0 && rank == 0 && thread < kN;  // column sums are this tile's as well
+    const bool counts = tile.row == 0 && rank == 0 && thread < kN;  // this tile also makes its columns' sums
     unsigned* const added = done + walk.index * kCluster + rank;
     const int64_t width = tile.cross ? p.dim_y : p.dim_x;
     double* target = tile.cross ? p.xy : p.xx;
@@ -205,7 +205,7 @@ __device__ __forceinline__ void consume(const pydit_second_moments_params& p, co
         if (counts) {
           const float2 more = sum_stage<T>(right, thread);
           partial.x += more.x, partial.y += more.y;
-          fence_proxy_async();  // the copy engine fills what was read
+          fence_proxy_async();  // TMA will overwrite what was read
         }
         if (step + 1 == kStepsOfChunk) {
           wgmma_wait_group<0>();
@@ -267,19 +267,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
     if (threadIdx.x < 32 && elect_one()) load(tiles, maps, shared, barriers, walk, rank);
-    __syncwarp();  // a warp comes to the barrier below as one
+    __syncwarp();  // the warp reaches the barrier below converged
   } else {
     set_max_registers_up<kConsumerRegisters>();
     consume<T>(p, tiles, shared, barriers, walk, rank, static_cast<int>(threadIdx.x) - kWarpgroup);
   }
-  if (kCluster > 1) cluster_sync();  // the other block arrives here for the last slots, and reads the ticket
+  if (kCluster > 1) cluster_sync();  // the other block still arrives at this one's mbarriers and reads its ticket
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
 
-// What L2 gives a launch on `processors` multiprocessors, by the arithmetic at the top of this file.
+// What a launch on `processors` multiprocessors reads from L2, by the arithmetic at the top of this file.
 struct Reads {
-  int64_t clusters, all, busiest;  // bytes of all blocks and of the one with the longest run
+  int64_t clusters;      // of the launch
+  int64_t all, busiest;  // bytes of all blocks, and of the one with the longest run
 };
 
 template <int kCluster>

@@ -1,4 +1,4 @@
-// Tiles of symmetric matrices, as the kernels of statistics deal with them: only those on and above the diagonal.
+// Tiles of symmetric matrices, of which the kernels of statistics compute only those on and above the diagonal.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace pydit::PYDIT_BACKEND {
 
-constexpr int kTile = 128;  // rows and columns
+constexpr int kTile = 128;  // rows and columns of a tile
 
 __host__ __device__ inline int64_t count_triangle(int64_t rows) { return rows * (rows + 1) / 2; }
 
@@ -23,7 +23,7 @@ __host__ __device__ inline TileAt triangle_tile(int rows, int index) {
   return {row, row + index};
 }
 
-// Where it stands in that order.
+// The index of a tile in that order.
 __host__ __device__ inline int64_t triangle_index(int64_t rows, int64_t row, int64_t column) {
   return row * rows - count_triangle(row) + column;
 }

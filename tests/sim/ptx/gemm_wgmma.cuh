@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       for (int step = 0; step < kWgmmaK / 16; ++step) {
         ldmatrix(a_part[step], element_of<kWgmmaM, kSwizzle>(a_tile, warp * 16 + lane % 16, step * 16 + lane / 16 * 8));
       }
-      fence_proxy_async();  // the copy engine fills what was read
+      fence_proxy_async();  // TMA will overwrite what was read
     }
     wgmma_fence();
     for (int step = 0; step < kWgmmaK / 16; ++step) {

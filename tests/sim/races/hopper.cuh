@@ -1,4 +1,4 @@
-// Small kernels in the shapes that Hopper kernels have, each with the bugs those have.
+// Small kernels in the shapes of real ones, mostly Hopper's, each with the bugs that such kernels have.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -8,7 +8,7 @@ namespace pydit::PYDIT_BACKEND {
 enum class StageBug {
   kNone,
   kNotSynchronised,   // mbarriers used by threads that cannot know that they are initialised
-  kNoInitFence,       // nor does the copy engine
+  kNoInitFence,       // and which TMA may not see
   kInitialisedTwice,  // to begin a round anew
   kInvalidatedEarly,  // while others may still look at it
   kParity,            // of the phase before
