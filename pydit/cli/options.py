@@ -114,7 +114,7 @@ def stored_plan(directory: Path) -> Any:
 
     if not (directory / PLAN_FILE).is_file():
         raise UserError(f"student: expected a directory written by `pydit prune`, got {directory} without {PLAN_FILE}")
-    stored = files.read_json(directory / PLAN_FILE, what="student")
+    stored = files.read_json(directory / PLAN_FILE, what="student", strict=True)
     return PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
 
 

@@ -145,6 +145,10 @@ def test_missing_and_truncated_files(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(FormatError, match="got list"):
         PruningPlan.load(tmp_path / "list.json")
+    text = json.dumps(PruningPlan.from_intervals(60, [[3, 4]]).to_dict())
+    (tmp_path / "twice.json").write_text(text[:-1] + ', "intervals": [[3, 40]]}')
+    with pytest.raises(FormatError, match="expected JSON in .*twice.json, got something else .'intervals' more than once"):
+        PruningPlan.load(tmp_path / "twice.json")
 
 
 def test_describe():
