@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.ops import hsic_matrix
 from pydit.ops.reference import centred, u_centred_gram
@@ -78,7 +79,7 @@ class CKA:
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.num_layers = checks.integer("num_layers", num_layers)
+        self.num_layers = integer("num_layers", num_layers)
         self._hsic: list[torch.Tensor] = []
         self.rows: list[int] = []
 
@@ -148,7 +149,7 @@ class CKA:
         against the width. Needs at least 2 batches; fewer than about 20 make it narrow.
         """
         level = checks.number("level", level, "a number between 0 and 1", lambda x: 0 < x < 1)
-        checks.integer("resamples", resamples), checks.integer("seed", seed, 0, 2**63 - 1)
+        resamples, seed = integer("resamples", resamples), integer("seed", seed, 0, 2**63 - 1)
         hsic = self._stacked(2)
         means = bootstrap_weights(len(hsic), resamples, seed) @ hsic.flatten(1)
         values = _cka_of(means.unflatten(1, (self.num_layers, self.num_layers)))
