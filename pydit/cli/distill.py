@@ -46,7 +46,8 @@ def add_distill(commands: Any) -> None:
         "pydit distill ./my-pipeline ./pruned --prompts prompts.txt --out ./distilled --steps 6000\n"
         "  torchrun --nproc-per-node 8 -m pydit distill ./my-pipeline ./pruned --data ./images --out ./distilled \\\n"
         "      --device cuda --dtype bfloat16 --shard student --output-steps 2000 --train all --flow-weight 1\n"
-        "  pydit distill qwen-image ppcl-qwen-image-10b --steps 6000 --batch-size 2 --dtype bfloat16 --estimate")
+        "  pydit distill qwen-image ppcl-qwen-image-10b --steps 6000 --batch-size 2 --dtype bfloat16 --estimate",
+        fields={"layers_steps": "steps", "layers_lr": "lr", "output_trainable": "train", "schedule": "then"})
     parser.add_argument("teacher", type=Path, metavar="TEACHER",
                         help="the pipeline that was pruned; with --estimate also a family of published size")
     parser.add_argument("student", type=Path, metavar="STUDENT",
