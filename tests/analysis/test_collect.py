@@ -309,3 +309,14 @@ def test_memory_estimate_is_what_tensors_take(model):
                for t in m.state_dict().values() if t.ndim)
     size += sum(b.numel() * b.element_size() for stream in ("image", "text") for b in stats.samples[stream])
     assert ActivationStats.estimate_bytes(3, 64, sample_batches=3, tokens=10) == size
+
+
+@pytest.mark.parametrize("dual, single", [(0, 3), (3, 0)])
+def test_a_flux_model_of_one_kind_of_block(dual, single, tmp_path):
+    """A run without blocks begins nowhere; its statistics come back from their file."""
+    model = tiny.flux(num_layers=dual, num_single_layers=single)
+    stats = collect(model, [tiny.flux_batch(seed) for seed in range(4)], progress=False)
+    stats.save(tmp_path / "stats.safetensors")
+    found = ActivationStats.load(tmp_path / "stats.safetensors")
+    assert found.starts == stats.starts == (0,)
+    assert detect(found, "bi", target=2).intervals == ((0, 2),)
