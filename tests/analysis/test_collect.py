@@ -240,8 +240,10 @@ def test_resumed_run_equals_an_uninterrupted_one(model, tmp_path):
             assert torch.equal(a, b)
     assert torch.equal(resumed.ablation.losses, whole.ablation.losses)
     assert torch.equal(resumed.ablation.batches, whole.ablation.batches)
-    with pytest.raises(UserError, match="other: expected num_layers 2, got 3"):
+    with pytest.raises(UserError, match="^resume: expected num_layers 2, got 3"):
         collect(tiny.transformer(2), batches(2), resume=part, progress=False)
+    with pytest.raises(UserError, match="^resume: expected ActivationStats, got str"):
+        collect(model, batches(2), resume="stats.safetensors", progress=False)
 
 
 def test_cka_rows_are_tokens_or_images(model):

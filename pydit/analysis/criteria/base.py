@@ -12,6 +12,7 @@ import torch
 
 from pydit import files
 from pydit.analysis.activations import ActivationStats
+from pydit.arguments import as_integer, shown
 from pydit.errors import FormatError, UserError
 from pydit.plan import PruningPlan
 
@@ -99,8 +100,8 @@ def get_criterion(method: str, **options: Any) -> Criterion:
     UserError
         An unknown method or option, or an option value that the criterion refuses.
     """
-    if method not in _CRITERIA:
-        raise UserError(f"method: expected one of {', '.join(names())}, got {method!r}")
+    if not isinstance(method, str) or method not in _CRITERIA:
+        raise UserError(f"method: expected one of {', '.join(names())}, got {shown(method)}")
     known = [field.name for field in dataclasses.fields(_CRITERIA[method])]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -108,35 +109,54 @@ def get_criterion(method: str, **options: Any) -> Criterion:
     for field in dataclasses.fields(_CRITERIA[method]):
         if field.name in options:
             _require_kind(field.name, options[field.name], field.default)
-    return _CRITERIA[method](**options)
+    return _CRITERIA[method](**{name: plain(value) for name, value in options.items()})
+
+
+def plain(value: Any) -> Any:
+    """``value``, or where it is a whole number of another library's kind, as an int: what a plan keeps is JSON."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value if (number := as_integer(value)) is None else number
+
+
+def make_plain(options: Any) -> None:
+    """:func:`plain` of every field of a frozen dataclass."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, plain(getattr(options, field.name)))
 
 
 def _require_kind(name: str, value: Any, default: Any) -> None:
     """UserError for an option that is no number where the default is one; what numbers fit, the criterion knows."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if type(default) is int and type(value) is not int:
-        raise UserError(f"{name}: expected a whole number, got {value!r}")
-    if type(default) is float and not number:
-        raise UserError(f"{name}: expected a number, got {value!r}")
+    whole = as_integer(value)
+    number = whole is not None or (isinstance(value, float) and abs(value) <= 1e300)
+    if type(default) is int and whole is None:
+        raise UserError(f"{name}: expected a whole number, got {shown(value)}")
+    if type(default) is int and abs(whole) >= 2**63:
+        raise UserError(f"{name}: expected a whole number of less than 64 bits, got {value}")
+    if type(default) is float and not (number and abs(value) <= 1e300):
+        raise UserError(f"{name}: expected a number, got {shown(value)}")
     if default is None and not (number or value is None or isinstance(value, (list, tuple))):
-        raise UserError(f"{name}: expected a number or None, got {value!r}")
+        raise UserError(f"{name}: expected a number or None, got {shown(value)}")
 
 
 def removal_target(target: float | int | None, num_layers: int) -> int | None:
     """Layers to remove: an int is that number, a float in (0, 1) a share of the layers, rounded up; None stays None."""
     if target is None:
         return None
-    if isinstance(target, bool) or not isinstance(target, (int, float)):
-        raise UserError(f"target: expected a number of layers or a share between 0 and 1, got {target!r}")
-    if isinstance(target, float):
+    whole = as_integer(target)
+    if whole is None and not isinstance(target, float):
+        raise UserError(f"target: expected a number of layers or a share between 0 and 1, got {shown(target)}")
+    if whole is None:
         if not 0 < target < 1:
             raise UserError("target: expected a share between 0 and 1 (or an integer number of layers), "
                             f"got {target!r}")
         share = float(target) * num_layers  # of numpy's kind too
-        target = int(share) + (share - int(share) > 1e-9)
-    if not 1 <= target < num_layers:
-        raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {target}")
-    return target
+        whole = int(share) + (share - int(share) > 1e-9)
+    if num_layers < 2:
+        raise UserError(f"target: expected none, because the model's one layer stays, got {target}")
+    if not 1 <= whole < num_layers:
+        raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {whole}")
+    return whole
 
 
 def removed_layers(plan: PruningPlan) -> set[int]:

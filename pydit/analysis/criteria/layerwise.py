@@ -17,18 +17,21 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from pydit.analysis.ablation import Ablation
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.criteria.base import Scores, intervals_without, register, removal_target
+from pydit.analysis.criteria.base import Scores, intervals_without, make_plain, plain, register, removal_target
+from pydit.arguments import as_integer, shown
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.plan import PruningPlan
-from pydit.stats import clip_outliers
+from pydit.stats import checks, clip_outliers
 from pydit.stats.cka import bootstrap_ratios
 
+_MOST_DRAWS = 100_000  # they are kept, for every layer
 _SELECTION_OPTIONS = ("protect_first", "protect_last", "sizes", "seed")  # the scores do not depend on them
 
 
@@ -48,10 +51,13 @@ class Layerwise(ABC):
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        for name, least in (("protect_first", 1), ("protect_last", 0), ("resamples", 2)):
+        make_plain(self)
+        for name, least, most in (("protect_first", 1, math.inf), ("protect_last", 0, math.inf),
+                                  ("resamples", 2, _MOST_DRAWS)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+            if as_integer(value) is None or not least <= value <= most:
+                raise UserError(f"{name}: expected a whole number of at least {least}"
+                                + (f", at most {most}" if most < math.inf else "") + f", got {shown(value)}")
 
     def score(self, stats: ActivationStats) -> Scores:
         """The score of every layer with its interval."""
@@ -110,9 +116,10 @@ class Layerwise(ABC):
 
     def _plan(self, scores: Scores, target: float | int | None, removed: list[int], margin: dict | None) -> PruningPlan:
         matrices = scores.matrices
-        provenance = {"method": scores.method, "options": asdict(self), "target": target, "removed": sorted(removed),
-                      "scores": [{"layer": layer, **{key: float(matrices[name][layer]) for key, name in (
-                          ("score", "score"), ("low", "score_low"), ("high", "score_high"))}}
+        names = {"score": "score", "low": "score_low", "high": "score_high"}
+        provenance = {"method": scores.method, "options": asdict(self), "target": plain(target),
+                      "removed": sorted(removed),
+                      "scores": [{"layer": layer, **{key: float(matrices[name][layer]) for key, name in names.items()}}
                                  for layer in range(scores.num_layers)]}
         if margin is not None:
             provenance["margin"] = margin
@@ -228,8 +235,7 @@ class Amber(_Global):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.timestep_power >= 0:
-            raise UserError(f"timestep_power: expected a number of 0 or more, got {self.timestep_power!r}")
+        checks.number("timestep_power", self.timestep_power, "a number of 0 or more", lambda x: x >= 0)
 
     def weights(self, ablation: Ablation) -> torch.Tensor:
         return ablation.timesteps[:, None] ** self.timestep_power
@@ -253,6 +259,12 @@ class Laptop(_Global):
     sizes: tuple[int, ...] | None = None
     method = "laptop"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sizes is not None and not (isinstance(self.sizes, (list, tuple)) and self.sizes and all(
+                type(size) is int and 1 <= size < 2**53 for size in self.sizes)):
+            raise UserError(f"sizes: expected a list of positive whole numbers or None, got {self.sizes!r}"[:300])
+
     def score(self, stats: ActivationStats) -> Scores:
         scores = super().score(stats)
         if stats.config is not None:
@@ -263,7 +275,7 @@ class Laptop(_Global):
     def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
         count, layers = self._count(scores, target), scores.num_layers
         sizes = self.sizes or [int(n) for n in scores.matrices.get("sizes", torch.ones(layers))]
-        if len(sizes) != layers or min(sizes) < 1:
+        if len(sizes) != layers:
             raise UserError(f"sizes: expected {layers} positive numbers, got {len(sizes)}")
         budget = target * sum(sizes) if isinstance(target, float) else count * sum(sizes) / layers
         losses = scores.matrices["score"].tolist()
