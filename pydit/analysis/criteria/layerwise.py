@@ -136,7 +136,8 @@ class _Local(Layerwise):
 
     Parameters
     ----------
-    streams : ``"mean"`` of both, or one stream. Text counts up to the last layer whose text output the model reads.
+    streams : ``"mean"`` of both, or one stream. Text counts up to the last layer whose text output the model reads;
+        after it the image stands for it.
     clip : :func:`pydit.stats.clip_outliers` first, or None. A cosine, or a norm, of features with massive channels says
         little about the other channels.
     """
@@ -148,23 +149,28 @@ class _Local(Layerwise):
         super().__post_init__()
         if self.streams not in ("mean", *STREAMS):
             raise UserError(f"streams: expected one of mean, {', '.join(STREAMS)}, got {self.streams!r}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip: expected a number above 0 or None, got {self.clip!r}")
+        if self.clip is not None:
+            checks.number("clip", self.clip, "a number above 0 or None", lambda x: x > 0)
 
     def draws(self, stats: ActivationStats) -> torch.Tensor:
-        wanted = STREAMS if self.streams == "mean" else (self.streams,)
-        found = []
-        for stream in wanted:
-            batches = [batch for batch in stats.samples[stream] if batch.shape[1]]
-            if not batches:
-                raise UserError(f"stats: expected a sample batch with {stream} tokens, got none")
-            values = torch.stack([torch.stack([self.compare(*pair).mean() for pair in self._pairs(batch)])
-                                  for batch in batches])
-            counts = torch.tensor([[float(batch.shape[1])] for batch in batches], dtype=torch.float64)
-            found.append(bootstrap_ratios(values * counts, counts, self.resamples))
-        if len(found) == 2 and not stats.last_text_used:
-            found[1][:, -1] = found[0][:, -1]
-        return sum(found) / len(found)
+        blind = "text" in self._streams and not stats.last_text_used  # no output shows what its last block does
+        found = {stream: self._of_stream(stats, stream) for stream in (STREAMS if blind else self._streams)}
+        if blind:
+            found["text"][:, -1] = found["image"][:, -1]
+        return sum(found[stream] for stream in self._streams) / len(self._streams)
+
+    @property
+    def _streams(self) -> tuple[str, ...]:
+        return STREAMS if self.streams == "mean" else (self.streams,)
+
+    def _of_stream(self, stats: ActivationStats, stream: str) -> torch.Tensor:
+        batches = [batch for batch in stats.samples[stream] if batch.shape[1]]
+        if not batches:
+            raise UserError(f"stats: expected a sample batch with {stream} tokens, got none")
+        values = torch.stack([torch.stack([self.compare(*pair).mean() for pair in self._pairs(batch)])
+                              for batch in batches])
+        counts = torch.tensor([[float(batch.shape[1])] for batch in batches], dtype=torch.float64)
+        return bootstrap_ratios(values * counts, counts, self.resamples)
 
     @abstractmethod
     def compare(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
