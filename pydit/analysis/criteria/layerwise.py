@@ -296,26 +296,27 @@ class Laptop(_Global):
 def least_loss(losses: list[float], sizes: list[int], allowed: list[int], budget: float) -> list[int] | None:
     """The 0-1 knapsack: layers of at least ``budget`` size together and the least sum of losses, worst last.
 
-    Exact: layers of one size are taken from the least loss on, and there are few sizes. None if nothing is enough.
+    Exact: of the sets of the layers so far, one that another beats in both size and loss leads nowhere, and the others
+    go on. None if nothing is enough.
     """
-    classes = [sorted((k for k in allowed if sizes[k] == size), key=lambda k: (losses[k], k))
-               for size in sorted({sizes[k] for k in allowed})]
-    best: tuple[float, list[int]] | None = None
-
-    def extend(index: int, chosen: list[int], missing: float, loss: float) -> None:
-        nonlocal best
-        if best is not None and loss >= best[0]:
-            return
-        if missing <= 1e-9 * budget:
-            best = loss, chosen
-        elif index < len(classes):
-            group = classes[index]
-            for n in range(len(group) + 1):
-                extend(index + 1, chosen + group[:n], missing - n * (sizes[group[0]] if group else 0),
-                       loss + sum(losses[k] for k in group[:n]))
-
-    extend(0, [], budget, 0.0)
-    return None if best is None else sorted(best[1], key=losses.__getitem__)
+    needed = budget * (1 - 1e-9)
+    front: list[tuple[float, float, Any]] = [(0.0, 0.0, None)]  # loss, size up to what is needed, (layer, those before)
+    for layer in sorted(allowed, key=lambda k: (losses[k], k)):
+        longer = [(loss + losses[layer], min(size + sizes[layer], needed), (layer, chosen))
+                  for loss, size, chosen in front if size < needed]
+        found, front, most = sorted(front + longer, key=lambda one: (one[0], -one[1])), [], -1.0
+        for one in found:
+            if one[1] > most:
+                front.append(one)
+                most = one[1]
+    _, size, chosen = front[-1]
+    if size < needed:
+        return None
+    layers = []
+    while chosen is not None:
+        layer, chosen = chosen
+        layers.append(layer)
+    return sorted(layers, key=losses.__getitem__)
 
 
 @register("hierarchical")
