@@ -53,7 +53,19 @@ def bootstrap_weights(batches: int, resamples: int, seed: int) -> torch.Tensor:
 
 
 def bootstrap_ratios(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int) -> torch.Tensor:
-    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L]."""
+    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L].
+
+    Batches that add nothing to either sum are not drawn: a draw of them alone would be 0 / 0.
+
+    Raises
+    ------
+    UserError
+        A batch with a denominator of 0 under something else, or no batch with more.
+    """
+    some = (denominators != 0).any(1)
+    if not bool(some.any()) or bool((numerators[~some] != 0).any()):
+        raise UserError("stats: expected batches whose outputs (or weights) are not all 0, got some that are")
+    numerators, denominators = numerators[some], denominators[some]
     weights = torch.cat((torch.full((1, len(numerators)), 1 / len(numerators), dtype=torch.float64),
                          bootstrap_weights(len(numerators), resamples, 0)))
     return weights @ numerators / (weights @ denominators)
