@@ -13,7 +13,7 @@ from pydit import analysis
 from pydit.analysis import Ablation, ActivationStats, ablate, collect, detect, score, velocity_error
 from pydit.analysis.criteria import get_criterion, names
 from pydit.analysis.criteria.layerwise import least_loss
-from pydit.errors import UserError
+from pydit.errors import FormatError, UserError
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 from tests.analysis import synthetic
@@ -329,6 +329,24 @@ def test_scores_survive_a_file(stats, tmp_path):
 def test_bad_options(method, options, words):
     with pytest.raises(UserError, match=words):
         detect(synthetic.stats("nnn"), method=method, **{"target": 1, **options})
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: {"num_layers": 10**9}, "num_layers: expected 1 to 4096, got 1000000000"),
+    (lambda s: {"num_layers": 5}, r"expected \[5.*\], got \[4"),
+    (lambda s: {"options": [1]}, "options: expected an object, got list"),
+    (lambda s: {"starts": (7,)}, r"starts: expected layers from 0 on, below 4, got \[7\]"),
+    (lambda s: {"matrices": {}}, "expected .*, got none"),
+    (lambda s: {"matrices": {name: t.flatten()[:1] for name, t in s.matrices.items()}}, r"expected \[.*\], got \[1\]"),
+    (lambda s: {"matrices": {name: t.long() for name, t in s.matrices.items()}}, "expected finite float64, got torch.int64"),
+    (lambda s: {"matrices": {name: t * torch.nan for name, t in s.matrices.items()}}, "expected finite float64"),
+])
+@pytest.mark.parametrize("method", ["ppcl", "bi"])
+def test_a_file_of_scores_that_does_not_fit(method, change, words, tmp_path):
+    found = score(synthetic.stats("nana", samples=2, rows=8), method)
+    dataclasses.replace(found, **change(found)).save(tmp_path / "scores.safetensors")
+    with pytest.raises(FormatError, match=f"^scores: expected complete pydit-scores in .*{words}"):
+        analysis.Scores.load(tmp_path / "scores.safetensors")
 
 
 def test_every_criterion_is_registered():

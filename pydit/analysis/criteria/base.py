@@ -14,7 +14,7 @@ from pydit import files
 from pydit.analysis.activations import ActivationStats
 from pydit.arguments import as_integer, shown
 from pydit.errors import FormatError, UserError
-from pydit.plan import PruningPlan
+from pydit.plan import MAX_LAYERS, PruningPlan
 
 FORMAT = "pydit-scores"
 _VERSION = "1"
@@ -64,15 +64,45 @@ class Scores:
             raise FormatError(f"scores: expected {FORMAT} version {_VERSION} in {path}, "
                               f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
         try:
-            return cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
-                       json.loads(metadata["options"]), matrices,
-                       tuple(map(int, metadata.get("starts", "0").split())))
-        except (KeyError, ValueError) as error:
-            raise FormatError(f"scores: expected complete {FORMAT} in {path}, got {error!r}") from None
+            scores = cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
+                         json.loads(metadata["options"]), matrices,
+                         tuple(map(int, metadata.get("starts", "0").split())))
+            scores._require_sound()
+        except (KeyError, ValueError, RecursionError) as error:
+            raise FormatError(f"scores: expected complete {FORMAT} in {path}, got a file that does not fit "
+                              f"({error})") from None
+        return scores
+
+    def _require_sound(self) -> None:
+        """Raise UserError where entries are missing, of another shape than the criterion reads, or not finite."""
+        criterion, layers = _CRITERIA.get(self.method), self.num_layers
+        if not 1 <= layers <= MAX_LAYERS:
+            raise UserError(f"num_layers: expected 1 to {MAX_LAYERS}, got {layers}")
+        if not isinstance(self.options, dict):
+            raise UserError(f"options: expected an object, got {type(self.options).__name__}")
+        if self.starts[:1] != (0,) or list(self.starts) != sorted({*self.starts} & {*range(layers)}):
+            raise UserError(f"starts: expected layers from 0 on, below {layers}, got {list(self.starts)}")
+        for name, matrix in self.matrices.items():
+            if matrix.dtype != torch.float64 or not bool(torch.isfinite(matrix).all()):
+                raise UserError(f"{name}: expected finite float64, got {matrix.dtype} {list(matrix.shape)}")
+        for name, (needed, *sizes) in getattr(criterion, "matrices", {}).items():
+            shape = [layers if size == "L" else size for size in sizes]
+            matrix = self.matrices.get(name)
+            if matrix is None and not needed:
+                continue
+            got = None if matrix is None else list(matrix.shape)
+            if got is None or len(got) != len(shape) or not all(
+                    one >= -size if size < 0 else one == size for one, size in zip(got, shape, strict=True)):
+                expected = ", ".join(f"{-size} or more" if size < 0 else str(size) for size in shape)
+                raise UserError(f"{name}: expected [{expected}], got {'none' if got is None else got}")
 
 
 class Criterion(Protocol):
-    """A dataclass of options that scores statistics and selects layers."""
+    """A dataclass of options that scores statistics and selects layers.
+
+    A class attribute ``matrices`` says what a file of its scores holds: name -> (whether it must, then the sizes:
+    "L" for the layers, a number, or minus the least number).
+    """
 
     def score(self, stats: ActivationStats) -> Scores: ...
 
@@ -105,7 +135,7 @@ def get_criterion(method: str, **options: Any) -> Criterion:
     known = [field.name for field in dataclasses.fields(_CRITERIA[method])]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UserError(f"{unknown[0]}: no option of method {method!r}; it has {', '.join(known)}")
+        raise UserError(f"{unknown[0]}: no option of method {method!r}; expected one of {', '.join(known)}")
     for field in dataclasses.fields(_CRITERIA[method]):
         if field.name in options:
             _require_kind(field.name, options[field.name], field.default)

@@ -17,7 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -49,6 +49,8 @@ class Layerwise(ABC):
     protect_first: int = 1
     protect_last: int = 0
     resamples: int = 1000
+    matrices: ClassVar = {**{name: (True, "L") for name in ("score", "score_low", "score_high")},
+                          "resamples": (True, -2, "L"), "sizes": (False, "L")}
 
     def __post_init__(self) -> None:
         make_plain(self)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -127,6 +127,10 @@ class PPCL:
     protect_last: int = 0
     tolerance: float = 1e-6
     ridge: float = 1e-6
+    matrices: ClassVar = {name: sizes for stream in STREAMS for name, sizes in (
+        (stream, (True, "L", "L")), (f"{stream}_low", (True, "L", "L")), (f"{stream}_high", (True, "L", "L")),
+        (f"{stream}_hsic", (True, -1, 3, "L", "L")))} | {"last_text_used": (True,),
+                                                         "output": (False, -1 - _RULE_DRAWS, "L")}
 
     def __post_init__(self) -> None:
         make_plain(self)
