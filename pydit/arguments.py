@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +21,21 @@ def as_integer(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def plain(value: Any) -> Any:
+    """``value``, with :func:`as_integer` for the whole numbers in it."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a named tuple
+        return value._make(map(plain, value))
+    return value if (number := as_integer(value)) is None else number
+
+
+def make_plain(options: Any) -> None:
+    """:func:`plain` of every field of a frozen dataclass: what is kept is written as JSON."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, plain(getattr(options, field.name)))
 
 
 def shown(value: Any) -> str:

@@ -69,10 +69,11 @@ def learn_mask(transformer: nn.Module, make_batches: Callable[[int], Iterator[An
         An option outside its range, more layers than may go (the first of a run of blocks of one class stays), too few
         batches, or a pruned model.
     """
-    steps, group, rank = integer("steps", steps), integer("group", group, 2), integer("rank", rank)
+    steps, group, rank = (integer(name, value, least, expected=f"a whole number of at least {least}")
+                          for name, value, least in (("steps", steps, 1), ("group", group, 2), ("rank", rank, 1)))
     seed = integer("seed", seed, -2**63, 2**63 - 1, expected="a whole number")
     if not isinstance(temperature, (tuple, list)) or len(temperature) != 2:
-        raise UserError(f"temperature: expected (first, last), got {shown(temperature)}")
+        raise UserError(f"temperature: expected two numbers above 0, got {shown(temperature)}")
     for name, number in (("lr", lr), *(("temperature", one) for one in temperature)):
         checks.number(name, number, "a number above 0", lambda x: x > 0)
     adapter = get_adapter(transformer)

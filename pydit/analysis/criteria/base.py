@@ -12,7 +12,7 @@ import torch
 
 from pydit import files
 from pydit.analysis.activations import ActivationStats
-from pydit.arguments import as_integer, shown
+from pydit.arguments import as_integer, plain, shown
 from pydit.errors import FormatError, UserError
 from pydit.plan import MAX_LAYERS, PruningPlan
 
@@ -140,19 +140,6 @@ def get_criterion(method: str, **options: Any) -> Criterion:
         if field.name in options:
             _require_kind(field.name, options[field.name], field.default)
     return _CRITERIA[method](**{name: plain(value) for name, value in options.items()})
-
-
-def plain(value: Any) -> Any:
-    """``value``, or where it is a whole number of another library's kind, as an int: what a plan keeps is JSON."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
-    return value if (number := as_integer(value)) is None else number
-
-
-def make_plain(options: Any) -> None:
-    """:func:`plain` of every field of a frozen dataclass."""
-    for field in dataclasses.fields(options):
-        object.__setattr__(options, field.name, plain(getattr(options, field.name)))
 
 
 def _require_kind(name: str, value: Any, default: Any) -> None:

@@ -23,8 +23,8 @@ import torch
 
 from pydit.analysis.ablation import Ablation
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.criteria.base import Scores, intervals_without, make_plain, plain, register, removal_target
-from pydit.arguments import as_integer, shown
+from pydit.analysis.criteria.base import Scores, intervals_without, register, removal_target
+from pydit.arguments import as_integer, make_plain, plain, shown
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.plan import PruningPlan

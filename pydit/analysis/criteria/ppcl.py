@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 import torch
 
 from pydit.analysis.activations import ActivationStats
-from pydit.analysis.criteria.base import DEAF, Scores, make_plain, plain, register, removal_target
-from pydit.arguments import integer, shown
+from pydit.analysis.criteria.base import DEAF, Scores, register, removal_target
+from pydit.arguments import integer, make_plain, plain, shown
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.ops.reference import centred, u_centred_gram
