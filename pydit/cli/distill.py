@@ -168,7 +168,7 @@ def _stage(text: str) -> Any:
     from pydit.plan import PruningPlan
 
     path, *steps = text.split(":")
-    if not 1 <= len(steps) <= 2 or not all(number.isdigit() for number in steps):
+    if not 1 <= len(steps) <= 2 or not all(number.isdecimal() for number in steps):
         raise UserError(f"then: expected PLAN:STEPS or PLAN:STEPS:OUTPUT_STEPS, got {text!r}")
     return Stage(PruningPlan.load(path), *map(int, steps))
 

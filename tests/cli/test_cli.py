@@ -147,6 +147,7 @@ def test_module_entry_point_and_exit_code():
     (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--cache-dir", "d"],
      "cache-batches: expected at least 1, because there is a --cache-dir, got 0"),
     (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--resume"], "resume: expected the checkpoint of an earlier run"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--then", "p.json:²"], "then: expected PLAN:STEPS or .*, got 'p.json:²'"),
     # Named by the option, whatever the API calls it.
     (["analyze", "x", "--prompts", "demo", "--out", "s", "--batches", "1"], "error: batches: expected at least 2, got 1"),
     (["analyze", "x", "--prompts", "demo", "--out", "s", "--tokens", "3"], "error: tokens: expected at least 4, got 3"),
