@@ -61,17 +61,27 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def read_json(path: str | os.PathLike, *, what: str, strict: bool = False) -> Any:
     """Read a JSON file; ``what`` names the argument in errors (FormatError).
 
-    ``strict`` refuses NaN and infinity, which :func:`write_json` never writes and other programs do.
+    ``strict`` refuses what :func:`write_json` never writes and other programs do: NaN and infinity, and a name twice
+    in one object, of which Python would take the last and a reader the first.
     """
     path = existing_file(path, what=what, expected="a JSON file")
     refuse_pickle(path, what=what)
     try:
         text = read_text(path, what=what)
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_each_once if strict else None)
         if strict or re.search(r"\\u[dD][89a-fA-F]", text):  # half of a pair can be neither printed nor written
             json.dumps(found, ensure_ascii=False, allow_nan=not strict).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what}: expected JSON in {path}, got something else ({str(error)[:200]})") from None
+    return found
+
+
+def _each_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The entries of a JSON object; ValueError when two of them have one name."""
+    found = dict(entries)
+    if len(found) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} more than once in one object")
     return found
 
 

@@ -9,14 +9,13 @@ to a model family and a number of layers, nothing else; it is saved as versioned
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pydit import files
+from pydit import arguments, files
 from pydit.errors import FormatError, UserError
 from pydit.families import FAMILIES, BlockSpec, Family, in_units
 from pydit.presets import PRESETS
@@ -92,21 +91,22 @@ class PruningPlan:
     dead_tensors: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("intervals", "text_linear"):
-            object.__setattr__(self, name, tuple(sorted(_pairs(name, getattr(self, name)))))
-        for name in ("linear_ffn", "affine"):
-            object.__setattr__(self, name, tuple(sorted(_layers(name, getattr(self, name)))))
-        if isinstance(self.single_stream, (list, tuple)):
-            object.__setattr__(self, "single_stream", _pairs("single_stream", [self.single_stream])[0])
-        elif self.single_stream is not None:
-            object.__setattr__(self, "single_stream", _layers("single_stream", [self.single_stream])[0])
+        for name in ("intervals", "text_linear", "linear_ffn", "affine"):
+            read = arguments.pairs if name in ("intervals", "text_linear") else arguments.layers
+            object.__setattr__(self, name, tuple(sorted(read(name, getattr(self, name)))))
+        if self.single_stream is not None:
+            read = arguments.pairs if isinstance(self.single_stream, (list, tuple)) else arguments.layers
+            object.__setattr__(self, "single_stream", read("single_stream", [self.single_stream])[0])
+        if (num_layers := arguments.as_integer(self.num_layers)) is not None:
+            object.__setattr__(self, "num_layers", num_layers)
         self.validate()
 
     @classmethod
     def from_intervals(cls, num_layers: int, intervals: Iterable[Sequence[int]], *, family: str = "qwen-image",
                        provenance: dict[str, Any] | None = None) -> PruningPlan:
         """A plan for a teacher of ``num_layers`` from ``[start, end]`` pairs, both ends included, in any order."""
-        return cls(family, num_layers, intervals, dict(provenance or {}))  # made pairs by the constructor
+        return cls(family, num_layers, intervals,  # made pairs by the constructor
+                   dict(provenance) if isinstance(provenance, Mapping) else {} if provenance is None else provenance)
 
     @classmethod
     def preset(cls, name: str) -> PruningPlan:
@@ -114,7 +114,7 @@ class PruningPlan:
 
         What is not published and therefore this project's own is said in ``provenance["note"]``.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         family, num_layers, fields, note = PRESETS[name]
         return cls(family, num_layers, provenance={"preset": name} | ({"note": note} if note else {}), **fields)
@@ -333,7 +333,9 @@ class PruningPlan:
         image_tokens, text_tokens : of one image; the defaults are 1328 x 1328 pixels and a full prompt.
         """
         family, full = FAMILIES[self.family], self.full_config(config)
-        return sum(family.block_flops(full, spec, image_tokens, text_tokens) for spec in self.blocks)
+        image, text = (arguments.integer(name, value, 0) for name, value in (("image_tokens", image_tokens),
+                                                                             ("text_tokens", text_tokens)))
+        return sum(family.block_flops(full, spec, image, text) for spec in self.blocks)
 
     def full_config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         """``config`` with the published values where it has none; UserError when it does not fit the plan."""
@@ -449,35 +451,6 @@ def _without_dead(specs: Sequence[BlockSpec], used: bool) -> tuple[BlockSpec, ..
         # A linear block passes its text on, and an affine one maps it; others take keys and values from it.
         used = used if spec.text == "linear" or spec.form == "affine" else True
     return tuple(reversed(lean))
-
-
-def _pairs(name: str, pairs: Any) -> list[tuple[int, int]]:
-    """``pairs`` as pairs of plain ints, or UserError."""
-    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
-        raise UserError(f"{name}: expected [start, end] pairs, got {pairs!r}")
-    found = []
-    for item in pairs:
-        try:
-            start, end = item
-            if isinstance(start, bool) or isinstance(end, bool):
-                raise TypeError
-            found.append((operator.index(start), operator.index(end)))
-        except (TypeError, ValueError):
-            raise UserError(f"{name}: expected [start, end] pairs of integers, got {item!r}") from None
-    return found
-
-
-def _layers(name: str, layers: Any) -> list[int]:
-    """``layers`` as distinct plain ints, or UserError."""
-    try:
-        if isinstance(layers, (str, bytes)) or any(isinstance(layer, bool) for layer in layers):
-            raise TypeError
-        found = [operator.index(layer) for layer in layers]
-    except TypeError:
-        raise UserError(f"{name}: expected numbers of layers, got {layers!r}") from None
-    if len(set(found)) < len(found):
-        raise UserError(f"{name}: expected each layer once, got {found}")
-    return found
 
 
 def _require_disjoint(name: str, pairs: Sequence[tuple[int, int]], num_layers: int, useless: str) -> None:

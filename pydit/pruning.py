@@ -6,15 +6,14 @@ What a plan adds to the teacher, the linear maps of thinned-out blocks, is fitte
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
+from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.inference import schedule
 from pydit.linear_maps import fit_linear_maps
@@ -23,6 +22,7 @@ from pydit.models.adapter import require_batches, require_plan
 from pydit.models.by_source import init_weights
 from pydit.models.swapped import as_made
 from pydit.plan import PruningPlan
+from pydit.stats import checks
 from pydit.stats.ridge import gated_ridge
 
 INITS = ("first", "middle", "average", "position-average", "probe")
@@ -97,13 +97,9 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
         raise UserError('batches: expected calibration batches for init="probe", got none')
     if batches is not None:
         require_batches(batches)
-    for name, value, expected, fits in (
-            ("ridge", ridge, "a number >= 0", isinstance(ridge, Real) and 0 <= ridge < math.inf),
-            ("tokens_per_batch", tokens_per_batch, "a whole number of 1 or more",
-             isinstance(tokens_per_batch, Integral) and tokens_per_batch >= 1),
-            ("seed", seed, "a whole number", isinstance(seed, Integral))):
-        if not fits:
-            raise UserError(f"{name}: expected {expected}, got {value!r}")
+    ridge = checks.number("ridge", ridge, "a number >= 0", lambda x: x >= 0)
+    tokens_per_batch = integer("tokens_per_batch", tokens_per_batch, expected="a whole number of 1 or more")
+    seed = integer("seed", seed, -2**63, 2**63 - 1, expected="a whole number")
     if dry_run:
         return f"{plan.describe(transformer.config)}\ninit: {init}"
 

@@ -11,8 +11,8 @@ import torch
 
 from pydit.analysis.activations import ActivationStats
 from pydit.analysis.criteria import Scores, get_criterion, names
-from pydit.analysis.criteria.base import BLIND, removed_layers
-from pydit.analysis.detect import decide
+from pydit.analysis.criteria.base import BLIND, removal_target, removed_layers
+from pydit.analysis.detect import decide, require_stats
 from pydit.errors import UserError
 from pydit.plan import H200_FLOPS, PruningPlan
 
@@ -61,6 +61,8 @@ def candidates(stats: ActivationStats, *, target: float | int, methods: Iterable
         with a budget that does not look at it.
     scored : receives the scores by method, each of which is computed once.
     """
+    require_stats(stats)
+    removal_target(target, stats.num_layers)  # one that no criterion can reach is not the criteria's fault
     tries = [(name, {}) for name in (names() if methods is None else methods)]
     if methods is None:
         tries.append(("ppcl", {"selection": "optimal"}))

@@ -11,10 +11,12 @@ from torch import nn
 
 from pydit.analysis.ablation import ablate
 from pydit.analysis.activations import ActivationStats
+from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.families import FAMILIES
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.adapter import STREAMS, require_batches
+from pydit.stats import checks
 
 
 def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max_batches: int | None = None,
@@ -52,19 +54,21 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
     UserError
         Fewer than 2 batches, bad options, a batch that is not a dict, or ``resume`` from another model.
     """
-    if not 0 < sample_fraction < 1:
-        raise UserError(f"sample_fraction: expected a number between 0 and 1, got {sample_fraction!r}")
-    if tokens_per_batch < 4:
-        raise UserError(f"tokens_per_batch: expected at least 4, got {tokens_per_batch!r}")
-    if max_batches is not None and max_batches < 2:
-        raise UserError(f"max_batches: expected at least 2, got {max_batches!r}")
+    checks.number("sample_fraction", sample_fraction, "a number between 0 and 1", lambda x: 0 < x < 1)
+    tokens_per_batch = integer("tokens_per_batch", tokens_per_batch, 4, expected="at least 4")
+    if max_batches is not None:
+        max_batches = integer("max_batches", max_batches, 2, expected="at least 2")
+    seed = integer("seed", seed, -2**40, 2**40, expected="a whole number between -2^40 and 2^40")
+    checks.flag("with_ablation", with_ablation)
+    if on_batch is not None and not callable(on_batch):
+        raise UserError(f"on_batch: expected a function or None, got {type(on_batch).__name__}")
     require_batches(batches)
     adapter = get_adapter(transformer)
     layers = adapter.num_layers(transformer)
     device = next(transformer.parameters()).device
     width = adapter.width(transformer)
-    if project is not None and not 8 <= project < width:
-        raise UserError(f"project: expected 8 to {width - 1} directions, got {project!r}")
+    if project is not None:
+        project = integer("project", project, 8, width - 1, expected=f"8 to {width - 1} directions")
     directions = None if project is None else torch.randn(
         width, project, generator=torch.Generator().manual_seed(seed)).div_(project ** 0.5).to(device)
     stats = ActivationStats(adapter.family, layers, project or width, last_text_used=adapter.last_text_used,
@@ -72,7 +76,10 @@ def collect(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, max
                             config={name: transformer.config[name] for name in FAMILIES[adapter.family].published[0]
                                     if name in transformer.config})
     if resume is not None:
-        stats.merge(resume)  # refuses those of another model
+        try:
+            stats.merge(resume)  # refuses those of another model
+        except UserError as error:
+            raise UserError(f"resume: {str(error).removeprefix('other: ')}") from None
     first = stats.batches_seen
     rest = itertools.islice(batches, None if max_batches is None else max(max_batches - first, 0))
     for index, batch in enumerate(_bar(rest, max_batches, progress, first), first):

@@ -15,7 +15,7 @@ from pydit.plan import PruningPlan
 
 def score(stats: ActivationStats, method: str = "ppcl", **options: Any) -> Scores:
     """Evaluate a criterion; the matrices can be saved, plotted, and given to :func:`select` any number of times."""
-    _require_stats(stats)
+    require_stats(stats)
     return get_criterion(method, **options).score(stats)
 
 
@@ -24,6 +24,8 @@ def select(scores: Scores, *, target: float | int | None = None, **options: Any)
 
     Options that the scores depend on are those of :func:`score`; giving another value here raises UserError.
     """
+    if not isinstance(scores, Scores):
+        raise UserError(f"scores: expected Scores, got {type(scores).__name__}")
     for name, value in scores.options.items():
         if name in options and options[name] != value:
             raise UserError(f"{name}: expected {value!r} as in the scores, got {options[name]!r}; score again")
@@ -47,7 +49,7 @@ def detect(stats: ActivationStats, method: str = "ppcl", *, target: float | int 
     PruningPlan
         Its ``provenance`` holds the method, the options and the score of every interval; see also :func:`decide`.
     """
-    _require_stats(stats)
+    require_stats(stats)
     criterion = get_criterion(method, **options)
     return decide(criterion, criterion.score(stats), stats, target)
 
@@ -75,6 +77,7 @@ def decide(criterion: Criterion, scores: Scores, stats: ActivationStats, target:
     return dataclasses.replace(plan, provenance={**plan.provenance, **more})
 
 
-def _require_stats(stats: ActivationStats) -> None:
+def require_stats(stats: Any) -> None:
+    """UserError unless ``stats`` are statistics."""
     if not isinstance(stats, ActivationStats):
         raise UserError(f"stats: expected ActivationStats, got {type(stats).__name__}")

@@ -15,7 +15,6 @@ for statistics.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pydit.analysis.criteria.base import intervals_without, removal_target
+from pydit.analysis.criteria.base import intervals_without, plain, removal_target
 from pydit.analysis.forward import shell_of, velocity
+from pydit.arguments import integer, shown
 from pydit.distill.progress import step_bar
 from pydit.distill.schedule import Budget
 from pydit.errors import UserError
 from pydit.models import ModelAdapter, get_adapter
 from pydit.plan import PruningPlan
+from pydit.stats import checks
 
 LOGIT_SCALE = 100.0  # of the paper's code: what an optimiser step moves is felt a hundredfold
 FIRST_LOGIT = 0.02
@@ -68,12 +69,13 @@ def learn_mask(transformer: nn.Module, make_batches: Callable[[int], Iterator[An
         An option outside its range, more layers than may go (the first of a run of blocks of one class stays), too few
         batches, or a pruned model.
     """
-    for name, value, least in (("steps", steps, 1), ("group", group, 2), ("rank", rank, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    for name, values in (("lr", (lr,)), ("temperature", temperature)):
-        if not all(isinstance(v, (int, float)) and 0 < v < math.inf for v in values):
-            raise UserError(f"{name}: expected numbers above 0, got {values!r}")
+    steps, group, rank = (integer(name, value, least, expected=f"a whole number of at least {least}")
+                          for name, value, least in (("steps", steps, 1), ("group", group, 2), ("rank", rank, 1)))
+    seed = integer("seed", seed, -2**63, 2**63 - 1, expected="a whole number")
+    if not isinstance(temperature, (tuple, list)) or len(temperature) != 2:
+        raise UserError(f"temperature: expected two numbers above 0, got {shown(temperature)}")
+    for name, number in (("lr", lr), *(("temperature", one) for one in temperature)):
+        checks.number(name, number, "a number above 0", lambda x: x > 0)
     adapter = get_adapter(transformer)
     shell, blocks = shell_of(adapter, transformer), adapter.blocks(transformer)
     count = removal_target(target, len(blocks))
@@ -118,7 +120,7 @@ def learn_mask(transformer: nn.Module, make_batches: Callable[[int], Iterator[An
         rows.append({"layers": list(layers), "removed": gone,
                      "probability": float((LOGIT_SCALE * choice.detach()).softmax(0)[best])})
         removed += gone
-    provenance = {"method": "learned mask", "target": target, "removed": removed, "groups": rows,
+    provenance = {"method": "learned mask", "target": plain(target), "removed": removed, "groups": rows,
                   "options": {"steps": steps, "group": group, "rank": rank, "lr": lr,
                               "temperature": list(temperature), "seed": seed}}
     return PruningPlan.from_intervals(len(blocks), intervals_without(removed, len(blocks)), family=adapter.family,

@@ -48,9 +48,10 @@ def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterable[Map
 def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], *, target: float | int) -> PruningPlan:
     """Remove one layer after the other, each time the one whose absence changes the velocity least.
 
-    Layer 0 stays. Every run of removed layers forms an interval with the kept layer before it, which
-    ``pydit.prune(init="first")`` turns into exactly the model that was measured. With L layers and n to remove it runs
-    about ``n (L - n / 2)`` forwards per batch of ever fewer layers; nothing is copied and ``transformer`` is only read.
+    Layer 0 stays, of FLUX.1 also the first single block. Every run of removed layers forms an interval with the kept
+    layer before it, which ``pydit.prune(init="first")`` turns into exactly the model that was measured. With L layers
+    and n to remove it runs about ``n (L - n / 2)`` forwards per batch of ever fewer layers; nothing is copied and
+    ``transformer`` is only read.
 
     Parameters
     ----------
@@ -75,6 +76,10 @@ def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], 
     count = removal_target(target, len(layers))
     if count is None:
         raise UserError("target: expected a number of layers or a share between 0 and 1, got None")
+    starts = adapter.starts(transformer)
+    if count > len(layers) - len(starts):
+        raise UserError(f"target: expected at most {len(layers) - len(starts)} layers, which is all but the first of "
+                        f"each run of blocks of one class, got {count}")
     require_batches(batches)
     batches = list(batches)
     targets = [velocity(transformer, batch) for batch in batches]
@@ -88,7 +93,6 @@ def greedy_search(transformer: nn.Module, batches: Iterable[Mapping[str, Any]], 
                    for batch, value in zip(batches, targets, strict=True)) / total
 
     kept, order, errors = list(range(len(layers))), [], []
-    starts = adapter.starts(transformer)
     for _ in range(count):
         least, layer = min((error([k for k in kept if k != layer]), layer) for layer in kept if layer not in starts)
         kept.remove(layer)

@@ -13,8 +13,8 @@ import sys
 import traceback
 
 from pydit.cli import demo, distill, model, system
-from pydit.cli.options import Parser
-from pydit.errors import one_line
+from pydit.cli.options import Parser, in_options
+from pydit.errors import UserError, one_line
 from pydit.version import __version__
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except Exception as error:  # every failure becomes one line
         expected = isinstance(error, (OSError, ValueError, TypeError, ImportError)) or _is_safetensors(error)
-        text = one_line(error)
+        text = in_options(one_line(error), arguments) if isinstance(error, UserError) else one_line(error)
         if not expected:
             text = f"{type(error).__name__}: {text} (PYDIT_DEBUG=1 shows where)"
         _complain(f"pydit: error: {text}", debug)

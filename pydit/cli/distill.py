@@ -47,7 +47,8 @@ def add_distill(commands: Any) -> None:
         "pydit distill ./my-pipeline ./pruned --prompts prompts.txt --out ./distilled --steps 6000\n"
         "  torchrun --nproc-per-node 8 -m pydit distill ./my-pipeline ./pruned --data ./images --out ./distilled \\\n"
         "      --device cuda --dtype bfloat16 --shard student --output-steps 2000 --train all --flow-weight 1\n"
-        "  pydit distill qwen-image ppcl-qwen-image-10b --steps 6000 --batch-size 2 --dtype bfloat16 --estimate")
+        "  pydit distill qwen-image ppcl-qwen-image-10b --steps 6000 --batch-size 2 --dtype bfloat16 --estimate",
+        fields={"layers_steps": "steps", "layers_lr": "lr", "output_trainable": "train", "schedule": "then"})
     parser.add_argument("teacher", type=Path, metavar="TEACHER",
                         help="the pipeline that was pruned; with --estimate also a family of published size")
     parser.add_argument("student", type=Path, metavar="STUDENT",
@@ -168,7 +169,7 @@ def _stage(text: str) -> Any:
     from pydit.plan import PruningPlan
 
     path, *steps = text.split(":")
-    if not 1 <= len(steps) <= 2 or not all(number.isdigit() for number in steps):
+    if not 1 <= len(steps) <= 2 or not all(number.isdecimal() for number in steps):
         raise UserError(f"then: expected PLAN:STEPS or PLAN:STEPS:OUTPUT_STEPS, got {text!r}")
     return Stage(PruningPlan.load(path), *map(int, steps))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydit import files
+from pydit.arguments import integer
 from pydit.cli.check import add_check, measure, require_check, show
 from pydit.cli.options import (
     add_batches,
@@ -45,7 +46,8 @@ def add_analyze(commands: Any) -> None:
         commands, "analyze", _analyze, "measure how redundant the blocks of a pipeline's transformer are",
         "Runs the transformer on calibration prompts and collects, for each stream, how well a linear map imitates\n"
         "every block (R2) and how similar the blocks' outputs are (CKA). `pydit plan` reads the statistics file.",
-        "pydit analyze ./my-pipeline --prompts prompts.txt --ablate --out stats.safetensors --plot cka.png")
+        "pydit analyze ./my-pipeline --prompts prompts.txt --ablate --out stats.safetensors --plot cka.png",
+        fields={"max_batches": "batches", "tokens_per_batch": "tokens"})
     add_pipeline(parser)
     add_batches(parser, batches=24)
     parser.add_argument("--out", type=Path, required=True, help="statistics file to write (.safetensors)")
@@ -66,6 +68,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from pydit.demo import story
     from pydit.distill.pair import digest
 
+    for name, least in (("batches", 2), ("tokens", 4)):  # before a model is read
+        integer(name, getattr(arguments, name), least, expected=f"at least {least}")
     require_file_outputs(arguments, {"out": FORMAT, "plot": "picture"})
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     resume = None

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import textwrap
 import warnings
@@ -41,14 +42,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, story: str,
-             example: str, *, figures: bool = True) -> argparse.ArgumentParser:
-    """Add one command; ``figures`` gives it --json."""
+             example: str, *, figures: bool = True, fields: dict[str, str] | None = None) -> argparse.ArgumentParser:
+    """Add one command; ``figures`` gives it --json, ``fields`` are arguments of the API and the options they come from.
+    """
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.\n\n{story}",
                                  epilog=f"example:\n  {example}")
-    parser.set_defaults(run=run, defaults=parser.get_default)
+    parser.set_defaults(run=run, defaults=parser.get_default, fields=fields or {})
     if figures:
         parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
     return parser
+
+
+def in_options(text: str, arguments: argparse.Namespace) -> str:
+    """An error of the API in the words of the command line: ``layers_steps: ...`` is ``steps: ...`` of --steps."""
+    names = {name: name.replace("_", "-") for name in vars(arguments) if "_" in name} | getattr(arguments, "fields", {})
+    first, sign, rest = text.partition(": ")
+    for name, option in names.items():
+        if "_" in name:  # as a word of its own; neither in a path or a quotation nor where it is an English word
+            rest = re.sub(rf"(?<![\w./'\"-]){name}(?![\w./'\"-])", f"--{option}", rest)
+    return names.get(first, first) + sign + rest
 
 
 def add_pipeline(parser: argparse.ArgumentParser, *, optional: bool = False, stored: bool = False) -> None:
@@ -114,7 +126,7 @@ def stored_plan(directory: Path) -> Any:
 
     if not (directory / PLAN_FILE).is_file():
         raise UserError(f"student: expected a directory written by `pydit prune`, got {directory} without {PLAN_FILE}")
-    stored = files.read_json(directory / PLAN_FILE, what="student")
+    stored = files.read_json(directory / PLAN_FILE, what="student", strict=True)
     return PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
 
 
@@ -171,8 +183,7 @@ def require_used(arguments: argparse.Namespace, names: Iterable[str], used: bool
     """Raise UserError for an option that was given although nothing would read it."""
     for name in names:
         if not used and is_given(arguments, name):
-            flag = {"output_trainable": "train"}.get(name, name.replace("_", "-"))
-            raise UserError(f"{flag}: expected {needed} to go with it, got none")
+            raise UserError(f"{name}: expected {needed} to go with it, got none")
 
 
 def inputs(item: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pydit import files
+from pydit.arguments import integer, plain
 from pydit.data.cache import EMPTY, read_index
 from pydit.errors import FormatError, UserError
 
@@ -19,10 +20,8 @@ TIMESTEPS = ("uniform", "logit-normal")
 def require_options(*, batch_size: int, seed: int, timesteps: str, shift: float, prompt_dropout: float,
                     pairs: bool) -> None:
     """Raise UserError for an option of :class:`CachedDataset` that is out of range, or does not go with another."""
-    if not isinstance(seed, int):
-        raise UserError(f"seed: expected a whole number, got {seed!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    integer("seed", seed, -2**63, 2**63 - 1, expected="a whole number")
+    integer("batch_size", batch_size, expected="a whole number of at least 1")
     if timesteps not in TIMESTEPS:
         raise UserError(f"timesteps: expected one of {', '.join(TIMESTEPS)}, got {timesteps!r}")
     if not shift > 0:
@@ -61,7 +60,7 @@ class CachedDataset:
                  shift: float = 1.0, prompt_dropout: float = 0.0, pairs: bool = False) -> None:
         require_options(batch_size=batch_size, seed=seed, timesteps=timesteps, shift=shift,
                         prompt_dropout=prompt_dropout, pairs=pairs)
-        self.path, self.batch_size, self.seed = Path(path), batch_size, seed
+        self.path, self.batch_size, self.seed = Path(path), plain(batch_size), plain(seed)
         self.timesteps, self.shift, self.prompt_dropout, self.pairs = timesteps, shift, prompt_dropout, pairs
         index = read_index(self.path)
         if not index["complete"]:

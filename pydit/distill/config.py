@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydit.arguments import make_plain
 from pydit.distill.losses import LOSSES
 from pydit.distill.schedule import MAX_EMA_WIDTH
 from pydit.distill.stages import Stage, require_successor
@@ -174,6 +175,9 @@ class DistillConfig:
     save_every: int | None = None
     save_every_seconds: float | None = None
     resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        make_plain(self)
 
     def validate(self) -> None:
         """Raise UserError naming the first field that is wrong, what was expected and what came."""

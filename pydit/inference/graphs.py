@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydit import backend
+from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.inference import hooked
 from pydit.inference.capture import clean_up_after_capture
@@ -51,8 +52,7 @@ def enable(model: nn.Module, *, max_entries: int = 8, recorder: Recorder | None 
         Something moves the model's weights around its forward, or ``max_entries`` is not a positive number.
     """
     check(model)
-    if not isinstance(max_entries, int) or isinstance(max_entries, bool) or max_entries < 1:
-        raise UserError(f"max_entries: expected a number of 1 or more, got {max_entries!r}")
+    max_entries = integer("max_entries", max_entries, expected="a number of 1 or more")
     disable(model)
     model.__dict__[_KEY] = GraphCache(recorder or CudaRecorder(), max_entries)
     original = type(model).forward

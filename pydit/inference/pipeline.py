@@ -238,7 +238,7 @@ def _restore(transformer, file: Path):
     from pydit.models.pruned import entry_of
     from pydit.plan import PruningPlan, family_of
 
-    data = read_json(file, what="pipeline")
+    data = read_json(file, what="pipeline", strict=True)
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
         raise FormatError(f"pipeline: expected format {FORMAT}, version {VERSION} in {file}, got something else")
     try:

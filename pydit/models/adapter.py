@@ -128,7 +128,8 @@ class ModelAdapter(ABC):
     def starts(self, transformer: nn.Module) -> tuple[int, ...]:
         """First blocks of the runs of blocks of one class, of an unpruned model: 0, and where another class begins."""
         lengths = FAMILIES[self.family].segments(transformer.config)
-        return tuple(itertools.accumulate(lengths[:-1], initial=0))
+        starts = itertools.accumulate(lengths[:-1], initial=0)
+        return tuple(dict.fromkeys(start for start in starts if start < max(sum(lengths), 1)))  # no run is empty
 
     @abstractmethod
     def width(self, transformer: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from pydit import files
+from pydit.arguments import pairs
 from pydit.errors import FormatError, UserError
 from pydit.families import BlockSpec
 from pydit.models.adapter import get_adapter
@@ -138,11 +138,7 @@ class PrunedModel:
         UserError
             A pair that the plan does not have, or teacher layers that are needed and not attached.
         """
-        try:
-            wanted = {(operator.index(start), operator.index(end)) for start, end in intervals}
-        except (TypeError, ValueError):
-            raise UserError(f"intervals: expected [start, end] pairs of integers, got {intervals!r}") from None
-        wanted = {self._unit_of(pair) for pair in wanted}
+        wanted = {self._unit_of(pair) for pair in pairs("intervals", intervals)}
         unknown = wanted - set(self.plan.units)
         if unknown:
             raise UserError(f"intervals: expected intervals of the plan {list(self.plan.units)}, "

@@ -8,20 +8,8 @@ from typing import Any
 
 import torch
 
+from pydit.arguments import shown
 from pydit.errors import UserError
-
-
-def shown(value: Any) -> str:
-    """A value in a message: a number, a word or None as it is, anything larger by its type."""
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
-
-
-def integer(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
-    """A whole number, no bool, from ``least`` to ``most``."""
-    if type(value) is not int or not least <= value <= most:
-        kind = "a positive integer" if least == 1 else f"an integer of {least} or more"
-        raise UserError(f"{name}: expected {kind}, at most {most}, got {shown(value)}")
-    return value
 
 
 def number(name: str, value: Any, what: str, fits: Callable[[float], bool]) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.ops import hsic_matrix
 from pydit.ops.reference import centred, u_centred_gram
@@ -52,7 +53,19 @@ def bootstrap_weights(batches: int, resamples: int, seed: int) -> torch.Tensor:
 
 
 def bootstrap_ratios(numerators: torch.Tensor, denominators: torch.Tensor, resamples: int) -> torch.Tensor:
-    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L]."""
+    """Ratios of sums over batches [B, L] (or [B, 1]): over all, then over draws with replacement -> [1 + R, L].
+
+    Batches that add nothing to either sum are not drawn: a draw of them alone would be 0 / 0.
+
+    Raises
+    ------
+    UserError
+        A batch with a denominator of 0 under something else, or no batch with more.
+    """
+    some = (denominators != 0).any(1)
+    if not bool(some.any()) or bool((numerators[~some] != 0).any()):
+        raise UserError("stats: expected batches whose outputs (or weights) are not all 0, got some that are")
+    numerators, denominators = numerators[some], denominators[some]
     weights = torch.cat((torch.full((1, len(numerators)), 1 / len(numerators), dtype=torch.float64),
                          bootstrap_weights(len(numerators), resamples, 0)))
     return weights @ numerators / (weights @ denominators)
@@ -78,7 +91,7 @@ class CKA:
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.num_layers = checks.integer("num_layers", num_layers)
+        self.num_layers = integer("num_layers", num_layers)
         self._hsic: list[torch.Tensor] = []
         self.rows: list[int] = []
 
@@ -148,7 +161,7 @@ class CKA:
         against the width. Needs at least 2 batches; fewer than about 20 make it narrow.
         """
         level = checks.number("level", level, "a number between 0 and 1", lambda x: 0 < x < 1)
-        checks.integer("resamples", resamples), checks.integer("seed", seed, 0, 2**63 - 1)
+        resamples, seed = integer("resamples", resamples), integer("seed", seed, 0, 2**63 - 1)
         hsic = self._stacked(2)
         means = bootstrap_weights(len(hsic), resamples, seed) @ hsic.flatten(1)
         values = _cka_of(means.unflatten(1, (self.num_layers, self.num_layers)))

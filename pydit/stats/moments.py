@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pydit import backend
+from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.ops.second_moments import KERNEL_DTYPES, add_second_moments, mirror
 from pydit.stats import checks
@@ -70,15 +71,15 @@ class Moments:
     mean_x, mean_y, m_xx, m_xy, s_yy = (_centred(name) for name in ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy"))
 
     def __init__(self, dim_x: int, dim_y: int | None = None, *, device: torch.device | str | None = None) -> None:
-        self.dim_x = checks.integer("dim_x", dim_x)
-        self.dim_y = None if dim_y is None else checks.integer("dim_y", dim_y)
+        self.dim_x = integer("dim_x", dim_x)
+        self.dim_y = None if dim_y is None else integer("dim_y", dim_y)
         device = checks.device("device", device)
-        e = dim_y or 0
+        d, e = self.dim_x, self.dim_y or 0
         self.count = self.rounded = 0
         self._sums = False  # whether the tensors hold sums: mean_x that of x, m_xx that of x x^T, and so on
         self.mean_x, self.mean_y, self.m_xx, self.m_xy, self.s_yy, self.shift_x, self.shift_y = (
             torch.zeros(shape, dtype=torch.float64, device=device)
-            for shape in ((dim_x,), (e,), (dim_x, dim_x), (dim_x, e), (e,), (dim_x,), (e,)))
+            for shape in ((d,), (e,), (d, d), (d, e), (e,), (d,), (e,)))
 
     def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
         """Add rows x [n, d] and y [n, e], any float dtype; n may be 0. Returns self.

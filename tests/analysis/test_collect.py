@@ -240,8 +240,10 @@ def test_resumed_run_equals_an_uninterrupted_one(model, tmp_path):
             assert torch.equal(a, b)
     assert torch.equal(resumed.ablation.losses, whole.ablation.losses)
     assert torch.equal(resumed.ablation.batches, whole.ablation.batches)
-    with pytest.raises(UserError, match="other: expected num_layers 2, got 3"):
+    with pytest.raises(UserError, match="^resume: expected num_layers 2, got 3"):
         collect(tiny.transformer(2), batches(2), resume=part, progress=False)
+    with pytest.raises(UserError, match="^resume: expected ActivationStats, got str"):
+        collect(model, batches(2), resume="stats.safetensors", progress=False)
 
 
 def test_cka_rows_are_tokens_or_images(model):
@@ -309,3 +311,14 @@ def test_memory_estimate_is_what_tensors_take(model):
                for t in m.state_dict().values() if t.ndim)
     size += sum(b.numel() * b.element_size() for stream in ("image", "text") for b in stats.samples[stream])
     assert ActivationStats.estimate_bytes(3, 64, sample_batches=3, tokens=10) == size
+
+
+@pytest.mark.parametrize("dual, single", [(0, 3), (3, 0)])
+def test_a_flux_model_of_one_kind_of_block(dual, single, tmp_path):
+    """A run without blocks begins nowhere; its statistics come back from their file."""
+    model = tiny.flux(num_layers=dual, num_single_layers=single)
+    stats = collect(model, [tiny.flux_batch(seed) for seed in range(4)], progress=False)
+    stats.save(tmp_path / "stats.safetensors")
+    found = ActivationStats.load(tmp_path / "stats.safetensors")
+    assert found.starts == stats.starts == (0,)
+    assert detect(found, "bi", target=2).intervals == ((0, 2),)

@@ -1,6 +1,8 @@
 """Criteria that rank layers, each against a ranking made by brute force, and what they say about their certainty."""
 
+import dataclasses
 import itertools
+import math
 import warnings
 import weakref
 
@@ -11,7 +13,7 @@ from pydit import analysis
 from pydit.analysis import Ablation, ActivationStats, ablate, collect, detect, score, velocity_error
 from pydit.analysis.criteria import get_criterion, names
 from pydit.analysis.criteria.layerwise import least_loss
-from pydit.errors import UserError
+from pydit.errors import FormatError, UserError
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 from tests.analysis import synthetic
@@ -134,7 +136,7 @@ def test_local_criteria_are_their_formulas(method, value, stats):
         for layer in range(6):
             parts = []
             for stream in (("image", "text") if streams == "mean" else (streams,)):
-                source = "image" if stream == "text" and layer == 5 and streams == "mean" else stream
+                source = "image" if stream == "text" and layer == 5 else stream
                 batches = [batch.double() for batch in stats.samples[source]]
                 parts.append(torch.cat([value(b[layer], b[layer + 1]) for b in batches]).mean())
             expected.append(sum(parts) / len(parts))
@@ -167,6 +169,55 @@ def test_knapsack_is_the_best_of_all_sets(seed):
         best = min(sum(losses[k] for k in s) for s in sets)
         assert sum(sizes[k] for k in found) >= budget and abs(sum(losses[k] for k in found) - best) < 1e-12
         assert [losses[k] for k in found] == sorted(losses[k] for k in found)
+
+
+def test_knapsack_of_a_deep_model_whose_blocks_all_differ():
+    """By dynamic programming over sums of sizes; to try every set would take 2^40 steps."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(40, generator=generator, dtype=torch.float64).tolist()
+    sizes = torch.randint(50, 150, (40,), generator=generator).tolist()
+    least = [0.0] + [float("inf")] * sum(sizes)
+    for k in range(1, 40):
+        for total in range(len(least) - 1, sizes[k] - 1, -1):
+            least[total] = min(least[total], least[total - sizes[k]] + losses[k])
+    budget = 0.4 * sum(sizes)
+    found = least_loss(losses, sizes, range(1, 40), budget)
+    assert sum(sizes[k] for k in found) >= budget
+    assert abs(sum(losses[k] for k in found) - min(least[math.ceil(budget):])) < 1e-12
+
+
+def test_images_of_no_weight_count_for_nothing(stats, tmp_path):
+    """A batch whose noise level is 0 has no weight in amber: a draw of it alone has no error, and JSON no NaN."""
+    ablation = stats.ablation
+    silent = dataclasses.replace(ablation, timesteps=torch.where(ablation.batches == 0, 0.0, ablation.timesteps))
+    rest = ablation.batches > 0
+    criterion = get_criterion("amber")
+    draws = criterion.draws(with_ablation(silent))
+    expected = criterion.draws(with_ablation(Ablation(silent.losses[rest], silent.norms[rest], silent.timesteps[rest],
+                                                      silent.batches[rest] - 1)))
+    assert torch.equal(draws, expected) and bool(torch.isfinite(draws).all())
+    nothing = dataclasses.replace(ablation, norms=torch.zeros_like(ablation.norms))
+    for method in ("laptop", "amber", "hierarchical"):
+        with pytest.raises(UserError, match=r"stats: expected batches whose outputs .* are not all 0"):
+            detect(with_ablation(nothing), method, target=1)
+
+
+def with_ablation(ablation):
+    """Statistics of the model's depth that hold nothing else."""
+    found = ActivationStats("qwen-image", ablation.losses.shape[1], 4)
+    found.add_ablation(ablation)
+    return found
+
+
+@pytest.mark.parametrize("method", ["bi", "rel_l1"])
+def test_text_alone_does_not_judge_a_block_by_a_text_that_nothing_reads(method):
+    """SD3's last block has no text output: by its text it would do nothing and always go first."""
+    model = tiny.sd3()
+    found = collect(model, [tiny.sd3_batch(seed) for seed in range(4)], progress=False)
+    text, image = (score(found, method, streams=stream).matrices for stream in ("text", "image"))
+    assert torch.equal(text["score"][-1], image["score"][-1]) and float(text["score"][-1]) > 1e-6
+    assert torch.equal(text["resamples"][:, -1], image["resamples"][:, -1])
+    assert not torch.equal(text["score"][0], image["score"][0])
 
 
 def test_laptop_counts_parameters(stats):
@@ -278,6 +329,24 @@ def test_scores_survive_a_file(stats, tmp_path):
 def test_bad_options(method, options, words):
     with pytest.raises(UserError, match=words):
         detect(synthetic.stats("nnn"), method=method, **{"target": 1, **options})
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: {"num_layers": 10**9}, "num_layers: expected 1 to 4096, got 1000000000"),
+    (lambda s: {"num_layers": 5}, r"expected \[5.*\], got \[4"),
+    (lambda s: {"options": [1]}, "options: expected an object, got list"),
+    (lambda s: {"starts": (7,)}, r"starts: expected layers from 0 on, below 4, got \[7\]"),
+    (lambda s: {"matrices": {}}, "expected .*, got none"),
+    (lambda s: {"matrices": {name: t.flatten()[:1] for name, t in s.matrices.items()}}, r"expected \[.*\], got \[1\]"),
+    (lambda s: {"matrices": {name: t.long() for name, t in s.matrices.items()}}, "expected finite float64, got torch.int64"),
+    (lambda s: {"matrices": {name: t * torch.nan for name, t in s.matrices.items()}}, "expected finite float64"),
+])
+@pytest.mark.parametrize("method", ["ppcl", "bi"])
+def test_a_file_of_scores_that_does_not_fit(method, change, words, tmp_path):
+    found = score(synthetic.stats("nana", samples=2, rows=8), method)
+    dataclasses.replace(found, **change(found)).save(tmp_path / "scores.safetensors")
+    with pytest.raises(FormatError, match=f"^scores: expected complete pydit-scores in .*{words}"):
+        analysis.Scores.load(tmp_path / "scores.safetensors")
 
 
 def test_every_criterion_is_registered():

@@ -346,7 +346,7 @@ def test_streams_combine():
     ({"selection": "best"}, "selection: expected one of difference, optimal"),
     ({"tolerance": -1}, "tolerance: expected a number >= 0"),
     ({"max_length": 1}, "max_length: expected at least 2 layers"),
-    ({"speed": 1}, "speed: no option of method 'ppcl'; it has reference"),
+    ({"speed": 1}, "speed: no option of method 'ppcl'; expected one of reference"),
 ])
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):

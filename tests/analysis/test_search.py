@@ -83,3 +83,11 @@ def test_bad_models_and_no_batches(teacher, batches):
     for function in (lambda: greedy_search(teacher, [], target=1), lambda: velocity_error(teacher, teacher, [])):
         with pytest.raises(UserError, match="batches: expected at least one batch"):
             function()
+
+
+def test_more_layers_than_may_go():
+    """Of FLUX.1 the first block of each class stays."""
+    model, given = tiny.flux(), [tiny.flux_batch()]
+    assert greedy_search(model, given, target=2).intervals == ((0, 1), (2, 3))
+    with pytest.raises(UserError, match="target: expected at most 2 layers, which is all but the first of each run .*, got 3"):
+        greedy_search(model, given, target=3)

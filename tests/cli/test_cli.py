@@ -145,8 +145,17 @@ def test_module_entry_point_and_exit_code():
     (["eval", "x", "--compare", "/nowhere.json"], "compare: expected a JSON file, got a path that does not exist"),
     (["prune", "x", "--plan", "plan.json"], "out: expected a directory to write"),
     (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--cache-dir", "d"],
-     "cache_batches: expected at least 1, because there is a cache_dir, got 0"),
+     "cache-batches: expected at least 1, because there is a --cache-dir, got 0"),
     (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--resume"], "resume: expected the checkpoint of an earlier run"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--then", "p.json:²"], "then: expected PLAN:STEPS or .*, got 'p.json:²'"),
+    # Named by the option, whatever the API calls it.
+    (["analyze", "x", "--prompts", "demo", "--out", "s", "--batches", "1"], "error: batches: expected at least 2, got 1"),
+    (["analyze", "x", "--prompts", "demo", "--out", "s", "--tokens", "3"], "error: tokens: expected at least 4, got 3"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--steps", "0"],
+     "error: steps: expected at least one phase with steps, got 0 here and in --output-steps"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--train", "all"], "error: train: expected --output-steps"),
+    (["distill", "x", "y", "--prompts", "demo", "--out", "z", "--steps", "0", "--output-steps", "5", "--cache-dir", "layers_steps"],
+     "error: cache-dir: expected None, because --steps is 0 .*, got 'layers_steps'"),
     (["bench", "--path", "/nowhere"], "path: expected a source checkout of pydit with benchmarks/runner.py"),
 ])
 def test_bad_command_lines(argv, message, fails, tmp_path, monkeypatch):
@@ -488,12 +497,12 @@ def test_plans_beyond_depth(tmp_path, capfd, fails):
     capfd.readouterr()
     assert "affine: expected a JSON list such as '[2,58]', got '3'" in fails(
         "plan", "--preset", "amber-qwen-image-10b", "--affine", "3")
-    assert "linear_ffn: expected the first layer of a block" in fails(
+    assert "linear-ffn: expected the first layer of a block" in fails(
         "plan", "--preset", "ppcl-qwen-image-12b", "--linear-ffn", "[4]")
     assert main(["plan", "--preset", "ppcl-flux.1-8b", "--lean", "--single-stream", "[17,18]"]) == 0
     out = capfd.readouterr().out
     assert "17                169,915,648  kept, single stream" in out and "kept, text keys and values" in out
-    assert "single_stream: expected [first, last]" in fails("plan", "--preset", "ppcl-flux.1-8b", "--single-stream", "17")
+    assert "single-stream: expected [first, last]" in fails("plan", "--preset", "ppcl-flux.1-8b", "--single-stream", "17")
 
 
 def test_from_drawn_images_to_a_student(tmp_path, capfd, fails, plan_file):

@@ -189,7 +189,7 @@ def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path, fai
     ("--prompts PROMPTS --batch-size 3", "batch-size: expected --prompts demo or --data to go with it"),
     ("--prompts PROMPTS --output-steps 1 --flow-weight 1", "flow-weight: expected --data or --prompts demo"),
     ("--data d", "data: expected --data or --prompts, got both"),
-    ("--steps 0", "layers_steps: expected at least one phase with steps"),
+    ("--steps 0", "steps: expected at least one phase with steps"),
     ("--merge x", "merge: expected nothing to train, got --prompts"),
     ("--intervals 3", "intervals: expected a JSON list"),
 ])

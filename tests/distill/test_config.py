@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from pydit import UserError
-from pydit.distill import DistillConfig, trainer
+from pydit import PruningPlan, UserError
+from pydit.distill import DistillConfig, Stage, trainer
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -119,3 +121,15 @@ def test_the_main_process_says_when_a_checkpoint_is_due(monkeypatch, tmp_path, m
     assert trainer._Run._save_is_due(run, SimpleNamespace(steps=10)) is due
     config.save_every = 3
     assert trainer._Run._save_is_due(run, SimpleNamespace(steps=10)) is True
+
+
+def test_whole_numbers_of_any_kind():
+    """As ints, so that a checkpoint can hold them."""
+    given = DistillConfig(layers_steps=np.int64(5), output_steps=torch.tensor(3), log_every=np.uint8(2),
+                          schedule=(Stage(PruningPlan("qwen-image", 4, [(1, 2)]), np.int32(4)),))
+    given.validate()
+    plain = DistillConfig(layers_steps=5, output_steps=3, log_every=2,
+                          schedule=(Stage(PruningPlan("qwen-image", 4, [(1, 2)]), 4),))
+    assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict()) and given.schedule[0].layers_steps == 4
+    with pytest.raises(UserError, match="layers_steps: expected a whole number >= 0, or None, got "):
+        DistillConfig(layers_steps=np.True_).validate()

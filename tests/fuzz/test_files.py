@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pydit
-from pydit import UserError, files, weights
+from pydit import UserError, analysis, files, weights
 from pydit.analysis import ActivationStats
 from pydit.analysis.ablation import Ablation
 from pydit.analysis.criteria import base
@@ -204,15 +204,23 @@ def test_caches(tmp_path):
     assert refused > len(harness.seeds()) / 2
 
 
+def plan_of_scores(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return analysis.select(base.Scores.load(path), target=1)
+
+
 def test_other_files(tmp_path):
     """Scores, fallback orders, results and logs of evaluations."""
     from pydit.demo.evaluate import Result
 
-    base.Scores("ppcl", "qwen-image", 4, {"a": 1}, {"m": torch.ones(2, 2, dtype=torch.float64)}).save(tmp_path / "s.safetensors")
+    stats = synthetic.stats("nana")
+    for method, options in (("ppcl", {}), ("bi", {"resamples": 10})):
+        analysis.score(stats, method, **options).save(tmp_path / f"{method}.safetensors")
     pluggable.save_order([pluggable.Subset(((1, 2),), 10, 20, 0.5)], tmp_path / "order.json")
     result = Result(["a ring"], ["one"], [0], [True], {"steps": 1})
     files.write_json(tmp_path / "result.json", result.to_json())
-    readers = {"s.safetensors": base.Scores.load, "order.json": pluggable.load_order,
+    readers = {"ppcl.safetensors": plan_of_scores, "bi.safetensors": plan_of_scores, "order.json": pluggable.load_order,
                "result.json": lambda path: Result.from_json(files.read_json(path, what="compare"), what="compare").summary()}
     for name, read in readers.items():
         content, refused = (tmp_path / name).read_bytes(), 0

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,31 @@ def test_bad_intervals(intervals, message):
         PruningPlan("qwen-image", 10, intervals)
 
 
+WHOLE = {"numpy": np.int32, "short": np.uint8, "array": np.array, "tensor": torch.tensor}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_numbers_of_any_kind(kind):
+    """As an int in everything that is computed or written: numpy's int32 overflows in a FLOP count."""
+    whole = WHOLE[kind]
+    given = PruningPlan("qwen-image", whole(10), [(whole(1), whole(2))], linear_ffn=[whole(3)], affine=[whole(4)],
+                        single_stream=whole(7), text_linear=[[whole(5), whole(6)]])
+    plain = PruningPlan("qwen-image", 10, [(1, 2)], linear_ffn=[3], affine=[4], single_stream=7, text_linear=[[5, 6]])
+    assert given == plain and json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+    config, tokens = {"num_layers": 10}, whole(200)
+    assert given.num_flops(config, image_tokens=tokens) == plain.num_flops(config, image_tokens=200)
+    assert int(tokens) == 200  # not added to in place
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 2.0, torch.tensor(2.0), torch.tensor([2])])
+def test_what_is_no_whole_number(value):
+    for fields in ({"num_layers": value}, {"intervals": [(1, value)]}, {"linear_ffn": [value]}, {"single_stream": value}):
+        with pytest.raises(UserError, match=f"^{next(iter(fields))}: expected "):
+            PruningPlan(**{"family": "qwen-image", "num_layers": 10, **fields})
+    with pytest.raises(UserError, match="text_tokens: expected an integer of 0 or more"):
+        PruningPlan("qwen-image", 60).num_flops(text_tokens=value)
+
+
 def test_bad_family_and_depth():
     with pytest.raises(UserError, match="family: expected one of qwen-image, flux.1, sd3.5, got 'flux'"):
         PruningPlan.from_intervals(10, [[1, 2]], family="flux")
@@ -123,7 +149,10 @@ def test_file_round_trip(tmp_path):
     (lambda d: d.update(kinds={}), "unknown or missing kinds"),
     (lambda d: d.pop("family"), "unknown or missing family"),
     (lambda d: d.update(intervals=[[5, 99]]), "out of range"),
-    (lambda d: d.update(intervals={"a": 1}), "pairs of integers, got 'a'"),
+    (lambda d: d.update(intervals={"a": 1}), "intervals: expected \\[start, end\\] pairs, got {'a': 1}"),
+    (lambda d: d.update(intervals={}), "intervals: expected \\[start, end\\] pairs, got {}"),
+    (lambda d: d.update(PruningPlan("qwen-image", 60, linear_ffn=[1]).to_dict(), linear_ffn={}),
+     "linear_ffn: expected numbers of layers, got {}"),
     (lambda d: d.update(provenance=[1]), "provenance: expected a dict, got list"),
 ])
 def test_bad_files(tmp_path, change, message):
@@ -145,6 +174,10 @@ def test_missing_and_truncated_files(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(FormatError, match="got list"):
         PruningPlan.load(tmp_path / "list.json")
+    text = json.dumps(PruningPlan.from_intervals(60, [[3, 4]]).to_dict())
+    (tmp_path / "twice.json").write_text(text[:-1] + ', "intervals": [[3, 40]]}')
+    with pytest.raises(FormatError, match="expected JSON in .*twice.json, got something else .'intervals' more than once"):
+        PruningPlan.load(tmp_path / "twice.json")
 
 
 def test_describe():

@@ -14,7 +14,7 @@ from pydit.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 # A module may import from its own layer and from layers above it in this list.
 LAYERS = [
-    {"errors", "version", "env", "lazy", "files", "weights", "testing", "backend"},
+    {"arguments", "errors", "version", "env", "lazy", "files", "weights", "testing", "backend"},
     {"ops"},
     {"stats"},
     {"families"},

@@ -12,8 +12,9 @@ import torch
 
 from pydit import files
 from pydit.analysis.activations import ActivationStats
+from pydit.arguments import as_integer, plain, shown
 from pydit.errors import FormatError, UserError
-from pydit.plan import PruningPlan
+from pydit.plan import MAX_LAYERS, PruningPlan
 
 FORMAT = "pydit-scores"
 _VERSION = "1"
@@ -63,15 +64,45 @@ class Scores:
             raise FormatError(f"scores: expected {FORMAT} version {_VERSION} in {path}, "
                               f"got {metadata.get('format')!r} version {metadata.get('version')!r}")
         try:
-            return cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
-                       json.loads(metadata["options"]), matrices,
-                       tuple(map(int, metadata.get("starts", "0").split())))
-        except (KeyError, ValueError) as error:
-            raise FormatError(f"scores: expected complete {FORMAT} in {path}, got {error!r}") from None
+            scores = cls(metadata["method"], metadata["family"], int(metadata["num_layers"]),
+                         json.loads(metadata["options"]), matrices,
+                         tuple(map(int, metadata.get("starts", "0").split())))
+            scores._require_sound()
+        except (KeyError, ValueError, RecursionError) as error:
+            raise FormatError(f"scores: expected complete {FORMAT} in {path}, got a file that does not fit "
+                              f"({error})") from None
+        return scores
+
+    def _require_sound(self) -> None:
+        """Raise UserError where entries are missing, of another shape than the criterion reads, or not finite."""
+        criterion, layers = _CRITERIA.get(self.method), self.num_layers
+        if not 1 <= layers <= MAX_LAYERS:
+            raise UserError(f"num_layers: expected 1 to {MAX_LAYERS}, got {layers}")
+        if not isinstance(self.options, dict):
+            raise UserError(f"options: expected an object, got {type(self.options).__name__}")
+        if self.starts[:1] != (0,) or list(self.starts) != sorted({*self.starts} & {*range(layers)}):
+            raise UserError(f"starts: expected layers from 0 on, below {layers}, got {list(self.starts)}")
+        for name, matrix in self.matrices.items():
+            if matrix.dtype != torch.float64 or not bool(torch.isfinite(matrix).all()):
+                raise UserError(f"{name}: expected finite float64, got {matrix.dtype} {list(matrix.shape)}")
+        for name, (needed, *sizes) in getattr(criterion, "matrices", {}).items():
+            shape = [layers if size == "L" else size for size in sizes]
+            matrix = self.matrices.get(name)
+            if matrix is None and not needed:
+                continue
+            got = None if matrix is None else list(matrix.shape)
+            if got is None or len(got) != len(shape) or not all(
+                    one >= -size if size < 0 else one == size for one, size in zip(got, shape, strict=True)):
+                expected = ", ".join(f"{-size} or more" if size < 0 else str(size) for size in shape)
+                raise UserError(f"{name}: expected [{expected}], got {'none' if got is None else got}")
 
 
 class Criterion(Protocol):
-    """A dataclass of options that scores statistics and selects layers."""
+    """A dataclass of options that scores statistics and selects layers.
+
+    A class attribute ``matrices`` says what a file of its scores holds: name -> (whether it must, then the sizes:
+    "L" for the layers, a number, or minus the least number).
+    """
 
     def score(self, stats: ActivationStats) -> Scores: ...
 
@@ -99,44 +130,50 @@ def get_criterion(method: str, **options: Any) -> Criterion:
     UserError
         An unknown method or option, or an option value that the criterion refuses.
     """
-    if method not in _CRITERIA:
-        raise UserError(f"method: expected one of {', '.join(names())}, got {method!r}")
+    if not isinstance(method, str) or method not in _CRITERIA:
+        raise UserError(f"method: expected one of {', '.join(names())}, got {shown(method)}")
     known = [field.name for field in dataclasses.fields(_CRITERIA[method])]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UserError(f"{unknown[0]}: no option of method {method!r}; it has {', '.join(known)}")
+        raise UserError(f"{unknown[0]}: no option of method {method!r}; expected one of {', '.join(known)}")
     for field in dataclasses.fields(_CRITERIA[method]):
         if field.name in options:
             _require_kind(field.name, options[field.name], field.default)
-    return _CRITERIA[method](**options)
+    return _CRITERIA[method](**{name: plain(value) for name, value in options.items()})
 
 
 def _require_kind(name: str, value: Any, default: Any) -> None:
     """UserError for an option that is no number where the default is one; what numbers fit, the criterion knows."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if type(default) is int and type(value) is not int:
-        raise UserError(f"{name}: expected a whole number, got {value!r}")
-    if type(default) is float and not number:
-        raise UserError(f"{name}: expected a number, got {value!r}")
+    whole = as_integer(value)
+    number = whole is not None or (isinstance(value, float) and abs(value) <= 1e300)
+    if type(default) is int and whole is None:
+        raise UserError(f"{name}: expected a whole number, got {shown(value)}")
+    if type(default) is int and abs(whole) >= 2**63:
+        raise UserError(f"{name}: expected a whole number of less than 64 bits, got {value}")
+    if type(default) is float and not (number and abs(value) <= 1e300):
+        raise UserError(f"{name}: expected a number, got {shown(value)}")
     if default is None and not (number or value is None or isinstance(value, (list, tuple))):
-        raise UserError(f"{name}: expected a number or None, got {value!r}")
+        raise UserError(f"{name}: expected a number or None, got {shown(value)}")
 
 
 def removal_target(target: float | int | None, num_layers: int) -> int | None:
     """Layers to remove: an int is that number, a float in (0, 1) a share of the layers, rounded up; None stays None."""
     if target is None:
         return None
-    if isinstance(target, bool) or not isinstance(target, (int, float)):
-        raise UserError(f"target: expected a number of layers or a share between 0 and 1, got {target!r}")
-    if isinstance(target, float):
+    whole = as_integer(target)
+    if whole is None and not isinstance(target, float):
+        raise UserError(f"target: expected a number of layers or a share between 0 and 1, got {shown(target)}")
+    if whole is None:
         if not 0 < target < 1:
             raise UserError("target: expected a share between 0 and 1 (or an integer number of layers), "
                             f"got {target!r}")
         share = float(target) * num_layers  # of numpy's kind too
-        target = int(share) + (share - int(share) > 1e-9)
-    if not 1 <= target < num_layers:
-        raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {target}")
-    return target
+        whole = int(share) + (share - int(share) > 1e-9)
+    if num_layers < 2:
+        raise UserError(f"target: expected none, because the model's one layer stays, got {target}")
+    if not 1 <= whole < num_layers:
+        raise UserError(f"target: expected 1 to {num_layers - 1} removed layers, got {whole}")
+    return whole
 
 
 def removed_layers(plan: PruningPlan) -> set[int]:

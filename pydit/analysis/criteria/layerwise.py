@@ -17,18 +17,21 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from pydit.analysis.ablation import Ablation
 from pydit.analysis.activations import ActivationStats
 from pydit.analysis.criteria.base import Scores, intervals_without, register, removal_target
+from pydit.arguments import as_integer, make_plain, plain, shown
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.plan import PruningPlan
-from pydit.stats import clip_outliers
+from pydit.stats import checks, clip_outliers
 from pydit.stats.cka import bootstrap_ratios
 
+_MOST_DRAWS = 100_000  # they are kept, for every layer
 _SELECTION_OPTIONS = ("protect_first", "protect_last", "sizes", "seed")  # the scores do not depend on them
 
 
@@ -46,12 +49,17 @@ class Layerwise(ABC):
     protect_first: int = 1
     protect_last: int = 0
     resamples: int = 1000
+    matrices: ClassVar = {**{name: (True, "L") for name in ("score", "score_low", "score_high")},
+                          "resamples": (True, -2, "L"), "sizes": (False, "L")}
 
     def __post_init__(self) -> None:
-        for name, least in (("protect_first", 1), ("protect_last", 0), ("resamples", 2)):
+        make_plain(self)
+        for name, least, most in (("protect_first", 1, math.inf), ("protect_last", 0, math.inf),
+                                  ("resamples", 2, _MOST_DRAWS)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+            if as_integer(value) is None or not least <= value <= most:
+                raise UserError(f"{name}: expected a whole number of at least {least}"
+                                + (f", at most {most}" if most < math.inf else "") + f", got {shown(value)}")
 
     def score(self, stats: ActivationStats) -> Scores:
         """The score of every layer with its interval."""
@@ -110,9 +118,10 @@ class Layerwise(ABC):
 
     def _plan(self, scores: Scores, target: float | int | None, removed: list[int], margin: dict | None) -> PruningPlan:
         matrices = scores.matrices
-        provenance = {"method": scores.method, "options": asdict(self), "target": target, "removed": sorted(removed),
-                      "scores": [{"layer": layer, **{key: float(matrices[name][layer]) for key, name in (
-                          ("score", "score"), ("low", "score_low"), ("high", "score_high"))}}
+        names = {"score": "score", "low": "score_low", "high": "score_high"}
+        provenance = {"method": scores.method, "options": asdict(self), "target": plain(target),
+                      "removed": sorted(removed),
+                      "scores": [{"layer": layer, **{key: float(matrices[name][layer]) for key, name in names.items()}}
                                  for layer in range(scores.num_layers)]}
         if margin is not None:
             provenance["margin"] = margin
@@ -129,7 +138,8 @@ class _Local(Layerwise):
 
     Parameters
     ----------
-    streams : ``"mean"`` of both, or one stream. Text counts up to the last layer whose text output the model reads.
+    streams : ``"mean"`` of both, or one stream. Text counts up to the last layer whose text output the model reads;
+        after it the image stands for it.
     clip : :func:`pydit.stats.clip_outliers` first, or None. A cosine, or a norm, of features with massive channels says
         little about the other channels.
     """
@@ -141,23 +151,28 @@ class _Local(Layerwise):
         super().__post_init__()
         if self.streams not in ("mean", *STREAMS):
             raise UserError(f"streams: expected one of mean, {', '.join(STREAMS)}, got {self.streams!r}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip: expected a number above 0 or None, got {self.clip!r}")
+        if self.clip is not None:
+            checks.number("clip", self.clip, "a number above 0 or None", lambda x: x > 0)
 
     def draws(self, stats: ActivationStats) -> torch.Tensor:
-        wanted = STREAMS if self.streams == "mean" else (self.streams,)
-        found = []
-        for stream in wanted:
-            batches = [batch for batch in stats.samples[stream] if batch.shape[1]]
-            if not batches:
-                raise UserError(f"stats: expected a sample batch with {stream} tokens, got none")
-            values = torch.stack([torch.stack([self.compare(*pair).mean() for pair in self._pairs(batch)])
-                                  for batch in batches])
-            counts = torch.tensor([[float(batch.shape[1])] for batch in batches], dtype=torch.float64)
-            found.append(bootstrap_ratios(values * counts, counts, self.resamples))
-        if len(found) == 2 and not stats.last_text_used:
-            found[1][:, -1] = found[0][:, -1]
-        return sum(found) / len(found)
+        blind = "text" in self._streams and not stats.last_text_used  # no output shows what its last block does
+        found = {stream: self._of_stream(stats, stream) for stream in (STREAMS if blind else self._streams)}
+        if blind:
+            found["text"][:, -1] = found["image"][:, -1]
+        return sum(found[stream] for stream in self._streams) / len(self._streams)
+
+    @property
+    def _streams(self) -> tuple[str, ...]:
+        return STREAMS if self.streams == "mean" else (self.streams,)
+
+    def _of_stream(self, stats: ActivationStats, stream: str) -> torch.Tensor:
+        batches = [batch for batch in stats.samples[stream] if batch.shape[1]]
+        if not batches:
+            raise UserError(f"stats: expected a sample batch with {stream} tokens, got none")
+        values = torch.stack([torch.stack([self.compare(*pair).mean() for pair in self._pairs(batch)])
+                              for batch in batches])
+        counts = torch.tensor([[float(batch.shape[1])] for batch in batches], dtype=torch.float64)
+        return bootstrap_ratios(values * counts, counts, self.resamples)
 
     @abstractmethod
     def compare(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -228,8 +243,7 @@ class Amber(_Global):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.timestep_power >= 0:
-            raise UserError(f"timestep_power: expected a number of 0 or more, got {self.timestep_power!r}")
+        checks.number("timestep_power", self.timestep_power, "a number of 0 or more", lambda x: x >= 0)
 
     def weights(self, ablation: Ablation) -> torch.Tensor:
         return ablation.timesteps[:, None] ** self.timestep_power
@@ -253,6 +267,12 @@ class Laptop(_Global):
     sizes: tuple[int, ...] | None = None
     method = "laptop"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sizes is not None and not (isinstance(self.sizes, (list, tuple)) and self.sizes and all(
+                type(size) is int and 1 <= size < 2**53 for size in self.sizes)):
+            raise UserError(f"sizes: expected a list of positive whole numbers or None, got {self.sizes!r}"[:300])
+
     def score(self, stats: ActivationStats) -> Scores:
         scores = super().score(stats)
         if stats.config is not None:
@@ -263,7 +283,7 @@ class Laptop(_Global):
     def select(self, scores: Scores, target: float | int | None = None) -> PruningPlan:
         count, layers = self._count(scores, target), scores.num_layers
         sizes = self.sizes or [int(n) for n in scores.matrices.get("sizes", torch.ones(layers))]
-        if len(sizes) != layers or min(sizes) < 1:
+        if len(sizes) != layers:
             raise UserError(f"sizes: expected {layers} positive numbers, got {len(sizes)}")
         budget = target * sum(sizes) if isinstance(target, float) else count * sum(sizes) / layers
         losses = scores.matrices["score"].tolist()
@@ -278,26 +298,27 @@ class Laptop(_Global):
 def least_loss(losses: list[float], sizes: list[int], allowed: list[int], budget: float) -> list[int] | None:
     """The 0-1 knapsack: layers of at least ``budget`` size together and the least sum of losses, worst last.
 
-    Exact: layers of one size are taken from the least loss on, and there are few sizes. None if nothing is enough.
+    Exact: of the sets of the layers so far, one that another beats in both size and loss leads nowhere, and the others
+    go on. None if nothing is enough.
     """
-    classes = [sorted((k for k in allowed if sizes[k] == size), key=lambda k: (losses[k], k))
-               for size in sorted({sizes[k] for k in allowed})]
-    best: tuple[float, list[int]] | None = None
-
-    def extend(index: int, chosen: list[int], missing: float, loss: float) -> None:
-        nonlocal best
-        if best is not None and loss >= best[0]:
-            return
-        if missing <= 1e-9 * budget:
-            best = loss, chosen
-        elif index < len(classes):
-            group = classes[index]
-            for n in range(len(group) + 1):
-                extend(index + 1, chosen + group[:n], missing - n * (sizes[group[0]] if group else 0),
-                       loss + sum(losses[k] for k in group[:n]))
-
-    extend(0, [], budget, 0.0)
-    return None if best is None else sorted(best[1], key=losses.__getitem__)
+    needed = budget * (1 - 1e-9)
+    front: list[tuple[float, float, Any]] = [(0.0, 0.0, None)]  # loss, size up to what is needed, (layer, those before)
+    for layer in sorted(allowed, key=lambda k: (losses[k], k)):
+        longer = [(loss + losses[layer], min(size + sizes[layer], needed), (layer, chosen))
+                  for loss, size, chosen in front if size < needed]
+        found, front, most = sorted(front + longer, key=lambda one: (one[0], -one[1])), [], -1.0
+        for one in found:
+            if one[1] > most:
+                front.append(one)
+                most = one[1]
+    _, size, chosen = front[-1]
+    if size < needed:
+        return None
+    layers = []
+    while chosen is not None:
+        layer, chosen = chosen
+        layers.append(layer)
+    return sorted(layers, key=losses.__getitem__)
 
 
 @register("hierarchical")

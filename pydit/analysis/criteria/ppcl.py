@@ -21,17 +21,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from pydit.analysis.activations import ActivationStats
 from pydit.analysis.criteria.base import DEAF, Scores, register, removal_target
+from pydit.arguments import integer, make_plain, plain, shown
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS
 from pydit.ops.reference import centred, u_centred_gram
 from pydit.plan import PruningPlan
-from pydit.stats import LinearProbe
+from pydit.stats import LinearProbe, checks
 from pydit.stats.cka import bootstrap_weights, normalise
 
 _CHOICES = {"reference": ("same-depth", "fixed"), "first_probe": ("u+1", "u"),
@@ -126,20 +127,25 @@ class PPCL:
     protect_last: int = 0
     tolerance: float = 1e-6
     ridge: float = 1e-6
+    matrices: ClassVar = {name: sizes for stream in STREAMS for name, sizes in (
+        (stream, (True, "L", "L")), (f"{stream}_low", (True, "L", "L")), (f"{stream}_high", (True, "L", "L")),
+        (f"{stream}_hsic", (True, -1, 3, "L", "L")))} | {"last_text_used": (True,),
+                                                         "output": (False, -1 - _RULE_DRAWS, "L")}
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("tolerance", "ridge", "first_layer", "protect_last", "sudden"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
+                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
+        for name in ("tolerance", "ridge", "sudden"):
+            checks.number(name, getattr(self, name), "a number >= 0", lambda x: x >= 0)
+        for name in ("first_layer", "protect_last"):
+            integer(name, getattr(self, name), 0, expected="a number >= 0")
         if self.min_cka is not None and self.min_cka != "auto" and not _is_cka(self.min_cka):
-            raise UserError(f"min_cka: expected a number up to 1, \"auto\" or None, got {self.min_cka!r}")
-        if not 0.5 <= self.level < 1:
-            raise UserError(f"level: expected a number from 0.5 up to 1, got {self.level!r}")
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"max_length: expected at least 2 layers, got {self.max_length!r}")
+            raise UserError(f"min_cka: expected a number up to 1, \"auto\" or None, got {shown(self.min_cka)}")
+        checks.number("level", self.level, "a number from 0.5 up to 1", lambda x: 0.5 <= x < 1)
+        if self.max_length is not None:
+            integer("max_length", self.max_length, 2, expected="at least 2 layers")
 
     def score(self, stats: ActivationStats) -> Scores:
         """cka(u, k) of both streams with intervals; see the class."""
@@ -243,7 +249,7 @@ class PPCL:
         found = [{"interval": [u, v], "cka": float(cka[u, v]),
                   **{stream: float(scores.matrices[stream][u, v]) for stream in STREAMS}}
                  for u, v in sorted(intervals)]
-        provenance = {"method": "ppcl", "options": asdict(self), "target": target, "scores": found}
+        provenance = {"method": "ppcl", "options": asdict(self), "target": plain(target), "scores": found}
         if len(scores.matrices.get("image_hsic", ())) > 1:
             if removed is None:
                 again = [self._units(self.combined(one), self.drawn(one, _RULE_DRAWS_AGAIN), scores.starts)
