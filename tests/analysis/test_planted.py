@@ -75,10 +75,10 @@ def statistics(seed, batches=24, rows=64):
     return stats, kinds, planted
 
 
-def tally(rule, **options):
+def tally(rule, seeds=SEEDS, **options):
     """Planted intervals found, planted intervals, and essential blocks removed, over all seeds."""
     found = total = lost = 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         stats, kinds, planted = statistics(seed)
         plan = detect(stats, rule=rule, **options)
         found += len(set(planted) & set(plan.intervals))
@@ -96,7 +96,7 @@ def test_planted_intervals_are_found():
 
 def test_literal_rule_breaks_on_noise():
     """The paper's rule on the same teachers: safe, and it misses intervals that are there."""
-    found, total, lost = tally("literal", min_cka=0.97)
+    found, total, lost = tally("literal", seeds=8, min_cka=0.97)
     print(f"literal rule: {total - found} of {total} planted intervals missed")
     assert lost == 0 and found < 0.95 * total
 

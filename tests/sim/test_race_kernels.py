@@ -66,7 +66,7 @@ def test_kernels_are_free_of_races(environment, seed, copies, left_out):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=slow",
                "tests/ops", "-m", "not again", "-k",
                "sim and (values or layouts or split or expanded or gradients) and not (run_to_run or any_shape or extreme) "
-               f"and not ({left_out})"]
+               f"and not ({left_out}) and not (offset or opcheck)"]
     settings = {"PYDIT_SIM_SEED": str(seed), "PYDIT_SIM_ASYNC": copies}
     done = subprocess.run(command, cwd=ROOT, env={**environment, **settings}, capture_output=True, text=True,
                           timeout=600)
@@ -231,7 +231,7 @@ for os.environ["PYDIT_SIM_ARCH"] in ("80", "90a"):
 
 def test_gram_kernels_read_and_multiply_as_their_model_says(environment):
     """Both gram kernels at sizes with whole and with ragged super tiles, and what their heads scale up."""
-    shapes, two_sets = [(512, 1, 16), (300, 2, 72), (130, 1, 72)], (34, 66, 8)
+    shapes, two_sets = [(256, 1, 16), (300, 2, 72), (130, 1, 72)], (34, 66, 8)
     done = subprocess.run([sys.executable, "-c", GRAM % [*shapes, two_sets]], cwd=ROOT, capture_output=True, text=True,
                           env=environment)
     assert done.returncode == 0, done.stderr
