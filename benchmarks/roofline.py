@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks import compare, registry
 from benchmarks.machine import sentence
 from benchmarks.tables import H200_BYTES
-from pydit.demo import figures
 from pydit.errors import UserError, one_line
 from pydit.plan import H200_FLOPS
+from pydit.reporting import figures
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#3f4854")
 MARKERS = "osD^v<>"

@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace, plans: Mapping[str, Any]) -> list[dic
 
 def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The table."""
-    from pydit.demo import console
+    from pydit.reporting import console
 
     trained = [f"after {arguments.trial} steps"] if arguments.trial else []
     print()

@@ -123,8 +123,8 @@ def add_eval(commands: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from pydit import doctor
     from pydit.demo import data as demo
-    from pydit.demo import story, teacher, world
-    from pydit.demo.evaluate import FORMAT, Result, evaluate, relative_loss, require_comparable
+    from pydit.demo import teacher, world
+    from pydit.demo.evaluate import FORMAT, Result, evaluate, print_results, relative_loss, require_comparable
     from pydit.files import read_json, write_json
     from pydit.inference.pipeline import content_hash
 
@@ -161,7 +161,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({name: value for name, value in data.items() if name != "samples"})
         return
-    story.print_results({"teacher": other, "this pipeline": result} if other else {"this pipeline": result})
+    print_results({"teacher": other, "this pipeline": result} if other else {"this pipeline": result})
     if other is not None:
         print(f"relative loss to {arguments.compare}: {loss}")
     if arguments.out:

@@ -65,8 +65,8 @@ def add_analyze(commands: Any) -> None:
 def _analyze(arguments: argparse.Namespace) -> None:
     from pydit.analysis import ActivationStats, collect
     from pydit.analysis.activations import FORMAT
-    from pydit.demo import story
     from pydit.distill.pair import digest
+    from pydit.reporting import statistics
 
     for name, least in (("batches", 2), ("tokens", 4)):  # before a model is read
         integer(name, getattr(arguments, name), least, expected=f"at least {least}")
@@ -100,13 +100,13 @@ def _analyze(arguments: argparse.Namespace) -> None:
     stats.save(arguments.out)
     partial.unlink(missing_ok=True)
     if arguments.plot:
-        from pydit.demo import figures
+        from pydit.reporting import figures
 
-        figures.save(figures.cka_maps(story.cka_matrices(stats)), arguments.plot)
+        figures.save(figures.cka_maps(statistics.cka_matrices(stats)), arguments.plot)
     if arguments.json:
-        print_json(story.as_json(stats))
+        print_json(statistics.as_json(stats))
     else:
-        story.print_statistics(stats)
+        statistics.print_statistics(stats)
         print(f"wrote {arguments.out}" + (f" and {arguments.plot}" if arguments.plot else ""))
 
 
@@ -316,7 +316,7 @@ def _value(text: str) -> Any:
 def _compare(arguments: argparse.Namespace) -> None:
     """`pydit plan STATS --compare`: candidate plans, one line each."""
     from pydit.analysis import ActivationStats, agreement, candidates, removed_layers
-    from pydit.demo import console
+    from pydit.reporting import console
 
     given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "method", *_OF_STATS,
                                                  "text_linear", "linear_ffn", "affine", "single_stream", "lean",
@@ -330,9 +330,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     require_file_outputs(arguments, {"report": "page"}, arguments.stats)
     stats = ActivationStats.load(arguments.stats)
     if arguments.report:
-        from pydit.demo import analysis_report as report
+        from pydit.reporting import analysis_page
 
-        found = report.write(stats, arguments.report, target=arguments.target)
+        found = analysis_page.write(stats, arguments.report, target=arguments.target)
     else:
         found = candidates(stats, target=arguments.target)
     shares = agreement(found, stats.num_layers)

@@ -251,7 +251,7 @@ def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True,
 
 def progress(items: Any, total: int, unit: str) -> Any:
     """Yield the items of an iterator under a progress bar."""
-    from pydit.demo import console
+    from pydit.reporting import console
 
     bar = console.bar(total, unit=unit)
     try:

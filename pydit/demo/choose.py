@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from pydit.analysis import ActivationStats, detect, greedy_search, velocity_error
-from pydit.demo import console, data
+from pydit.demo import data
 from pydit.errors import UserError
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
+from pydit.reporting import console
 
 INITS = ("first", "probe")
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pydit.demo import console
+from pydit.demo.figures import category_name
 from pydit.errors import FormatError, UserError
+from pydit.reporting import console
 
 FORMAT = "pydit-eval"
 VERSION = 1
@@ -271,6 +272,19 @@ class _Journal:
         except OSError as error:
             error.filename = str(self.path)  # which a write or a flush that fails does not name
             raise
+
+
+def print_results(results: dict[str, Result]) -> None:
+    """Print one line per category and one for their mean, a column per model; Wilson intervals behind the last."""
+    last = list(results.values())[-1]
+    rows = []
+    for name, count in last.counts.items():
+        low, high = last.intervals()[name]
+        rows.append([category_name(name), *(console.percent(r.per_category.get(name)) for r in results.values()),
+                     f"{100 * low:.1f} to {100 * high:.1f}", count])
+    overall = [console.percent(result.overall) for result in results.values()]
+    rows.append(["mean over categories", *overall, "", len(last.prompts)])
+    console.table(["category", *results, "95 % interval", "images"], rows)
 
 
 class _Bar:

@@ -20,14 +20,15 @@ import torch
 
 from pydit import doctor
 from pydit.analysis import ActivationStats, collect
-from pydit.demo import choose, console, data, parallel, report, story, world
-from pydit.demo.evaluate import Result, evaluate, relative_loss
+from pydit.demo import choose, data, parallel, report, world
+from pydit.demo.evaluate import Result, evaluate, print_results, relative_loss
 from pydit.distill import DistillConfig
 from pydit.errors import UserError
 from pydit.files import is_unused, read_json, remove_directory, require_replaceable, write_json
 from pydit.inference.checks import check_pipeline
 from pydit.inference.pipeline import content_hash, load_pipeline, save_pipeline
 from pydit.plan import PruningPlan
+from pydit.reporting import console, statistics
 
 FORMAT = 1  # of OUT/work; another number makes earlier work unusable
 MODELS = ("teacher", "pruned", "distilled")
@@ -207,7 +208,7 @@ class _Demo:
 
         self.work.stage("collect", compute)
         stats = ActivationStats.load(file)
-        story.print_statistics(stats)
+        statistics.print_statistics(stats)
         return stats
 
     def _plan(self, stats: ActivationStats) -> PruningPlan:
@@ -328,11 +329,11 @@ class _Demo:
                    for i, (prompt, category) in enumerate(zip(self.results["teacher"].prompts,
                                                               self.results["teacher"].categories, strict=True))
                    if i < self.settings.gallery]
-        page = report.write(self.out, metrics, cka=story.cka_matrices(stats), r2=story.linearity(stats),
+        page = report.write(self.out, metrics, cka=statistics.cka_matrices(stats), r2=statistics.linearity(stats),
                             intervals=plan.intervals, history=history, gallery=gallery)
         metrics["seconds"] = round(self.work.seconds, 1)
         write_json(self.out / "metrics.json", metrics)
-        story.print_results(self.results)
+        print_results(self.results)
         console.line(f"blocks      {plan.num_layers} -> {plan.num_student_layers}, parameters "
                      f"{metrics['parameters']['teacher']:,} -> {metrics['parameters']['student']:,}")
         console.line(f"relative loss {self.loss}")

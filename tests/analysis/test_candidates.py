@@ -5,7 +5,7 @@ import torch
 
 from pydit.analysis import agreement, candidates, collect, detect, removed_layers
 from pydit.analysis.criteria import PPCL, names
-from pydit.demo import analysis_report as report
+from pydit.reporting import analysis_page
 from tests.analysis import synthetic
 from tests.models import tiny
 
@@ -51,7 +51,7 @@ def test_without_an_ablation_the_reason_is_told():
 
 def test_page_shows_every_candidate(stats, tmp_path):
     pytest.importorskip("matplotlib")
-    found = report.write(stats, tmp_path / "report.html", target=2)
+    found = analysis_page.write(stats, tmp_path / "report.html", target=2)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
     assert all(f">{c.name}<" in page for c in found) and "of bootstrap draws of the batches give the same" in page

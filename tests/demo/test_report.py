@@ -5,8 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from pydit.demo import evaluate, figures, report, story, world
+from pydit.demo import evaluate, report, world
+from pydit.demo import figures as demo_figures
 from pydit.errors import UserError
+from pydit.reporting import figures, statistics
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -100,7 +102,7 @@ def test_no_half_picture_is_left(tmp_path, monkeypatch):
 def test_missing_matplotlib_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match="matplotlib: expected for figures"):
-        figures.losses({})
+        demo_figures.losses({})
 
 
 def test_loss_curves_keep_phases_apart():
@@ -124,6 +126,6 @@ def test_linearity_against_a_direct_fit():
     rows = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], 1)
     error = (y - rows @ torch.linalg.lstsq(rows, y).solution).square().sum()
     change = (y - x) - (y - x).mean(0)
-    shares = story.linearity(stats)
+    shares = statistics.linearity(stats)
     assert shares["image"][0] == pytest.approx(float(1 - error / change.square().sum()), abs=1e-5)
     assert shares["text"][0] == 1.0  # no change: nothing is left unexplained

@@ -23,6 +23,7 @@ LAYERS = [
     {"models"},
     {"linear_maps"},
     {"analysis", "pruning", "distill", "inference", "data"},
+    {"reporting"},
     {"demo", "doctor"},
     {"cli", "__main__", "__init__"},
 ]

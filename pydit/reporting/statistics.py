@@ -1,4 +1,4 @@
-"""Statistics and results as the tables and plain data that ``pydit analyze``, ``pydit eval`` and the demo show."""
+"""Statistics as the tables and plain data that ``pydit analyze`` and the demo show."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pydit.demo import console
+from pydit.reporting import console
 
 if TYPE_CHECKING:
     from pydit.analysis import ActivationStats
-    from pydit.demo.evaluate import Result
 
 STREAMS = ("image", "text")
 
@@ -79,18 +78,3 @@ def as_json(stats: ActivationStats) -> dict[str, Any]:
     return {"family": stats.family, "num_layers": stats.num_layers, "images": stats.images_seen,
             "blocks": block_rows(stats), "rows": {stream: sample_rows(stats, stream) for stream in STREAMS},
             "cka": {stream: m.tolist() for stream, m in cka_matrices(stats).items()}}
-
-
-def print_results(results: dict[str, Result]) -> None:
-    """One line per category and one for their mean, a column per model; Wilson intervals behind the last."""
-    from pydit.demo.figures import category_name
-
-    last = list(results.values())[-1]
-    rows = []
-    for name, count in last.counts.items():
-        low, high = last.intervals()[name]
-        rows.append([category_name(name), *(console.percent(r.per_category.get(name)) for r in results.values()),
-                     f"{100 * low:.1f} to {100 * high:.1f}", count])
-    overall = [console.percent(result.overall) for result in results.values()]
-    rows.append(["mean over categories", *overall, "", len(last.prompts)])
-    console.table(["category", *results, "95 % interval", "images"], rows)

@@ -17,7 +17,8 @@ from pydit.analysis.activations import ActivationStats
 from pydit.analysis.candidates import Candidate, agreement, candidates
 from pydit.analysis.criteria import PPCL, Scores
 from pydit.analysis.criteria.base import removed_layers
-from pydit.demo import figures, report, story
+from pydit.reporting import figures, statistics
+from pydit.reporting.page import CSS, data_uri
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,13 +72,13 @@ def write(stats: ActivationStats, path: str | os.PathLike, *, target: float | in
         share = 100 * units.provenance["stability"]
         said[0] += f" {share:.0f} % of bootstrap draws of the batches give the same units."
     curves = ppcl.curves(scores)
-    pictures = (figures.cka_maps(story.cka_matrices(stats), units.intervals),
+    pictures = (figures.cka_maps(statistics.cka_matrices(stats), units.intervals),
                 difference_curves(curves, stats.num_layers, stats.ablation), choices(found, stats.num_layers))
     sections = "".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><figure><img class=\"chart\" "
-        f'src="{report.data_uri(_png(picture))}" alt="{html.escape(title, quote=True)}"></figure></section>'
+        f'src="{data_uri(_png(picture))}" alt="{html.escape(title, quote=True)}"></figure></section>'
         for (title, _), text, picture in zip(_CHARTS, said, pictures, strict=True))
-    page = _PAGE.format(family=html.escape(stats.family), css=report.CSS, layers=stats.num_layers,
+    page = _PAGE.format(family=html.escape(stats.family), css=CSS, layers=stats.num_layers,
                         images=stats.images_seen, batches=stats.batches_seen, sections=sections,
                         target=_target(target), table=_table(found))
     files.write_text(path, page)
