@@ -157,34 +157,21 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
     refused = "" if exact else _refused(model)
     for module in _modules_of(model):
         processor = getattr(module, "processor", None)
-        kind = type(processor).__name__
         if processor is None or state.knows("attention", module):
             continue
-        chosen = getattr(processor, "_attention_backend", None)
+        if isinstance(processor, attention.Replacing) and not exact:  # the user's choice, or a shared layer's
+            state.note("attention", module, "pydit", "")
+            continue
         if exact and type(processor) in exact_forms.PROCESSORS:
             ours = exact_forms.PROCESSORS[type(processor)].__new__(exact_forms.PROCESSORS[type(processor)])
             ours.__dict__.update(processor.__dict__, exact=state.exact_ops())
             state.note("attention", module, "stock", f"{_EXACT}; its projections are one product where that is "
                                                      "bit-equal")
-        elif isinstance(processor, attention.Replacing) and not exact:  # the user's choice, or a shared layer's
-            state.note("attention", module, "pydit", "")
-            continue
-        elif kind not in _PROCESSORS or type(processor).__module__ == attention.__name__ or (
-                not is_stock(processor)):
-            state.note("attention", module, "stock", f"no {'exact' if exact else 'fused'} form of {kind}")
-            continue
-        elif chosen is not None:
-            state.note("attention", module, "stock", f"set_attention_backend chose {getattr(chosen, 'value', chosen)}")
-            continue
-        elif exact or refused:
-            state.note("attention", module, "stock", refused or f"no exact form of {kind}")
-            continue
-        elif module.inner_dim // module.heads not in KERNEL_HEAD_DIMS:
-            state.note("attention", module, "stock", f"heads of {module.inner_dim // module.heads} channels; the "
-                                                     "kernels take 32, 64 and 128")
+        elif reason := _stays_stock(module, processor, exact, refused):
+            state.note("attention", module, "stock", reason)
             continue
         else:
-            ours = getattr(attention, _PROCESSORS[kind])()
+            ours = getattr(attention, _PROCESSORS[type(processor).__name__])()
             ours.stock = processor
             # A stock processor that knows of no parallelism has not been told of it either.
             ours._parallel_config = getattr(processor, "_parallel_config", getattr(model, "_parallel_config", None))
@@ -193,6 +180,23 @@ def _swap_processors(model: nn.Module, state: _Accelerated, exact: bool) -> None
         module.processor = ours
         with torch.no_grad():
             pack_projections(module)
+
+
+def _stays_stock(module: nn.Module, processor: Any, exact: bool, refused: str) -> str:
+    """Why an attention module keeps its processor; "" where the fused one may take its place."""
+    from pydit.models import attention
+
+    kind, chosen = type(processor).__name__, getattr(processor, "_attention_backend", None)
+    if kind not in _PROCESSORS or type(processor).__module__ == attention.__name__ or not is_stock(processor):
+        return f"no {'exact' if exact else 'fused'} form of {kind}"
+    if chosen is not None:
+        return f"set_attention_backend chose {getattr(chosen, 'value', chosen)}"
+    if exact or refused:
+        return refused or f"no exact form of {kind}"
+    dim = module.inner_dim // module.heads
+    if dim not in KERNEL_HEAD_DIMS:
+        return f"heads of {dim} channels; the kernels take 32, 64 and 128"
+    return ""
 
 
 def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
