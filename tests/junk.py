@@ -15,12 +15,18 @@ def arguments(calls):
     return [(name, argument) for name, (_, valid) in calls.items() for argument in valid]
 
 
-def check(call, valid, argument, junk, *, others=()):
-    """One argument replaced: a result, or a sentence on one line that starts with its name or one of ``others``."""
-    try:
-        call(**{**valid, argument: JUNK[junk]})
-    except UserError as error:
-        text = str(error)
-        assert "expected " in text, text
-        assert isinstance(JUNK[junk], torch.Tensor) or ("\n" not in text and len(text) < 400), text
-        assert any(text.startswith(name) for name in (*valid, *others)), text
+def check(call, valid, argument, *, others=()):
+    """One argument replaced by everything in turn: a result, or a sentence on one line that starts with its name or one
+    of ``others``."""
+    wrong = {}
+    for name, value in JUNK.items():
+        try:
+            call(**{**valid, argument: value})
+        except UserError as error:
+            text = str(error)
+            if "expected " not in text or not any(text.startswith(start) for start in (*valid, *others)) or (
+                    not isinstance(value, torch.Tensor) and ("\n" in text or len(text) >= 400)):
+                wrong[name] = text
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+    assert not wrong

@@ -84,12 +84,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("value", junk.JUNK)
 @pytest.mark.parametrize(("name", "argument"), junk.arguments(CALLS))
-def test_junk_is_named(name, argument, value, tmp_path, monkeypatch):
+def test_junk_is_named(name, argument, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    junk.check(*CALLS[name], argument, value, others=("transformer", "family", "pipe", "pipeline", "model", "batch", "plan", "CKA", "preset",
-                                             "make_batches"))
+    junk.check(*CALLS[name], argument, others=("transformer", "family", "pipe", "pipeline", "model", "batch", "plan", "CKA",
+                                               "preset", "make_batches"))
     assert list(tmp_path.iterdir()) == []
 
 

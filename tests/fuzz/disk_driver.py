@@ -24,7 +24,7 @@ import pydit.cli.demo
 import pydit.cli.distill
 import pydit.cli.model
 import pydit.cli.options
-import pydit.demo.analysis_report
+import pydit.reporting.analysis_page
 from pydit import files
 from pydit.cli import main
 from pydit.data import build_cache
@@ -233,7 +233,7 @@ if __name__ == "__main__":
             load(folder / path, None)
     for module in (pydit.cli.options, pydit.cli.model, pydit.cli.distill, pydit.cli.demo):
         module.load = load
-    pydit.demo.analysis_report._png = lambda figure: b"drawn in a second, in memory"
+    pydit.reporting.analysis_page._png = lambda figure: b"drawn in a second, in memory"
     for job in sys.argv[2:]:
         name, *numbers = job.split(":")
         drive(shim, folder, name, *map(int, numbers))
