@@ -29,4 +29,4 @@ def check(call, valid, argument, *, others=()):
                 wrong[name] = text
         except Exception as error:
             wrong[name] = f"{type(error).__name__}: {error}"
-    assert not wrong
+    assert not wrong, wrong
