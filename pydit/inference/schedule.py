@@ -30,6 +30,8 @@ _ADAPTER_METHODS = ("load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lor
                     "add_adapter", "delete_adapters", "disable_adapters", "enable_adapters", "disable_lora",
                     "enable_lora")
 _ROUTING_METHODS = ("set_active", "attach_teacher")  # of a pruned model, which change the blocks that run: likewise
+# Of FLUX.1's pipelines, which read the transformer's modules and weights before they call its own methods.
+_PIPELINE_METHODS = ("load_lora_weights", "unload_lora_weights", "unfuse_lora")
 
 
 def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Tensor, *,
@@ -92,6 +94,8 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
         if hasattr(type(model), name):
             method = functools.partial(_then_refreshed, model, name)  # can be pickled
             model.__dict__[name] = functools.update_wrapper(method, getattr(type(model), name).__get__(model))
+    if family == "flux.1":
+        _open_for_pipelines()
     return transformer
 
 
@@ -299,6 +303,25 @@ def _then_refreshed(model: nn.Module, name: str, /, *args: Any, **kwargs: Any) -
     # Blocks that do not run after a change of the route stay as they are then: on the model's device.
     with _opened(model, model.__dict__[_KEY], on_device=name in _ROUTING_METHODS):
         return method(model, *args, **kwargs)
+
+
+@functools.cache
+def _open_for_pipelines() -> None:
+    """Once for the process: see :data:`_PIPELINE_METHODS`. Pipelines of transformers without a table go the stock way."""
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    def opening(stock: Any) -> Any:
+        @functools.wraps(stock)
+        def method(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            model = getattr(pipe, "transformer", None)
+            model = getattr(model, "_orig_mod", model)
+            baked = getattr(model, "__dict__", {}).get(_KEY)
+            with _opened(model, baked) if baked is not None and baked.originals else contextlib.nullcontext():
+                return stock(pipe, *args, **kwargs)
+        return method
+
+    for name in _PIPELINE_METHODS:
+        setattr(FluxLoraLoaderMixin, name, opening(getattr(FluxLoraLoaderMixin, name)))
 
 
 def _version(baked: _Baked) -> tuple:

@@ -230,6 +230,40 @@ def test_a_modulation_lora_after_baking_is_in_the_table():
     assert torch.equal(run(pydit.restore(model), batch), plain)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("intervals", [None, [(0, 1)]])
+def test_lora_through_a_flux_pipeline(intervals):
+    """FLUX.1's pipelines read the transformer's weights, which a baked one refuses to show, before they hand it over."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
+    from diffusers import FluxPipeline
+
+    def make():
+        model = tiny.flux()
+        model = model if intervals is None else pydit.prune(model, PruningPlan("flux.1", 4, intervals))
+        nothing = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        return FluxPipeline(**nothing, transformer=model)
+
+    lora = lora_of(tiny.flux(), ("norm1.linear", "norm.linear", "to_q"))
+    pipe, other, batch = make(), make(), tiny.flux_batch()
+    batch = {name: x[:1] if name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep") else x
+             for name, x in batch.items()}
+    plain = run(other.transformer, batch)
+    pydit.bake_schedule(pipe, batch["timestep"], pooled_projections=batch["pooled_projections"])
+    outputs = []
+    for name, argument in [("load_lora_weights", lora), ("fuse_lora", None), ("unfuse_lora", None),
+                           ("unload_lora_weights", None)]:
+        for one in (pipe, other):
+            getattr(one, name)(*([dict(argument)] if argument else []))
+        outputs.append(run(other.transformer, batch))
+        assert torch.equal(run(pipe.transformer, batch), outputs[-1]), name
+        assert schedule.is_baked(pipe.transformer)
+    assert not torch.allclose(outputs[0], plain, rtol=1e-2)
+    with pytest.raises(Exception, match="lora"):
+        pipe.load_lora_weights({"transformer.unknown.weight": torch.zeros(2, 2)})
+    assert torch.equal(run(pipe.transformer, batch), outputs[-1])  # not `plain`: unfusing rounds
+    assert torch.equal(run(pydit.restore(pipe).transformer, batch), outputs[-1])
+
+
 def test_changed_weights_make_the_table_anew():
     model, batch = tiny.transformer(2), next(single())
     linear = model.transformer_blocks[0].img_mod[1]
