@@ -41,7 +41,7 @@ from pydit.files import require_file
 
 FORMAT = "pydit-bench-model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MOST_OFF = 0.5  # rounding in bf16 gives under a hundredth in six blocks; zeros give 1, other numbers 1.4, NaN NaN
+MOST_OFF = 0.5  # far above what rounding does; zeros give 1, other numbers of that size 1.4, NaN NaN
 VARIANTS = ("eager", "torch.compile", "accelerate", "accelerate + graphs", "accelerate + table")
 
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pydit.analysis.criteria.base import intervals_without, plain, removal_target
+from pydit.analysis.criteria.base import intervals_without, removal_target
 from pydit.analysis.forward import shell_of, velocity
-from pydit.arguments import integer, shown
+from pydit.arguments import integer, plain, shown
 from pydit.distill.progress import step_bar
 from pydit.distill.schedule import Budget
 from pydit.errors import UserError

@@ -307,7 +307,7 @@ def _then_refreshed(model: nn.Module, name: str, /, *args: Any, **kwargs: Any) -
 
 @functools.cache
 def _open_for_pipelines() -> None:
-    """Once for the process: see :data:`_PIPELINE_METHODS`. Pipelines of transformers without a table go the stock way."""
+    """Once for the process: see :data:`_PIPELINE_METHODS`. Transformers without a table go the stock way."""
     from diffusers.loaders import FluxLoraLoaderMixin
 
     def opening(stock: Any) -> Any:
