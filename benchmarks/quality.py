@@ -50,9 +50,11 @@ LADDER_SHARE = 0.5  # at 0.6 every row loses more than three prompts in four
 class Goal:
     """A student that trains longer.
 
-    share : of the blocks, to be removed. linear_ffns : blocks whose FFNs become linear maps. dual : blocks that stay
-    dual, while those behind become single-stream; None is all. rate : of Muon, a tenth of it for everything else;
-    near the teacher a high one loses more than a short training wins back.
+    share : of the blocks, to be removed. linear_ffns : blocks whose FFNs become linear maps. anchor : the block whose
+    text stands in for that of the blocks behind it, as linear maps; it is one layer, what detection merged into it
+    stays. dual : blocks that do not become single-stream; None is all. init : at which end of an interval the layer
+    stands that is kept. rate : of Muon, a tenth of it for everything else; near the teacher a high one loses more than
+    a short training wins back.
     """
 
     name: str
@@ -60,7 +62,9 @@ class Goal:
     steps: int
     rate: float
     linear_ffns: int = 0
+    anchor: int | None = None
     dual: int | None = None
+    init: str = "first"
 
 
 GOALS = (
@@ -68,7 +72,8 @@ GOALS = (
     Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.005),
     Goal(HYBRID_MOST, share=0.25, dual=10, steps=2000, rate=0.005),
     Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),
-    Goal(HYBRID, share=0.62, dual=3, steps=8000, rate=0.01),
+    # All nine blocks that the teacher needs: with text as maps of the first one's and three linear FFNs they fit.
+    Goal(HYBRID, share=0.43, linear_ffns=3, anchor=0, dual=6, init="last", steps=8000, rate=0.01),
 )
 
 
@@ -147,7 +152,7 @@ class Bench:
             return {name: value for name, value in settings.items() if not name.startswith("goal")}
 
         def of_goal(settings: dict[str, Any], name: str) -> list[Any]:
-            goals = [goal for goal in settings["goals"] if goal["name"] == name]
+            goals = [Goal(**goal) for goal in settings["goals"] if goal["name"] == name]
             return [goals, settings["goal_images"], settings["goal_prompts"]]
 
         if shared(found["settings"]) != shared(ours):
@@ -197,20 +202,36 @@ class Bench:
                 plan = detect(stats, method=method, target=cell.share, **{**options, "selection": "optimal"})
         extra: dict[str, Any] = {}
         if cell.table == "goals":
-            goal = self.goal(cell)
-            extra["dead_tensors"] = False  # lossless
-            if goal.linear_ffns:
-                extra["linear_ffn"] = self._most_linear(plan, cell, goal.linear_ffns)
-            if goal.dual is not None:
-                extra["single_stream"] = plan.source[goal.dual][0]
+            return self._thinned(plan, cell)
         if cell.name.startswith("+"):
             extra["text_linear"] = [self._region(plan)]
             if cell.name != "+ text linear":
                 extra["linear_ffn"] = self._most_linear(plan, cell, 2)
         return dataclasses.replace(plan, **extra) if extra else plan
 
+    def _thinned(self, plan: PruningPlan, cell: Cell) -> PruningPlan:
+        """The plan of a goal: the layers that ``plan`` keeps, thinned out."""
+        goal, intervals, extra = self.goal(cell), plan.intervals, {}
+        if goal.init == "last":
+            intervals = [(start + 1, end + 1) for start, end in intervals]
+        if goal.anchor is not None:
+            anchor = dataclasses.replace(plan, intervals=intervals).source[goal.anchor][0]
+            intervals = [pair for pair in intervals if pair[0] != anchor]
+            extra["text_linear"] = [(anchor, plan.num_layers - 1)]
+        plan = dataclasses.replace(plan, intervals=intervals, dead_tensors=False)  # lossless
+        if goal.dual is not None:
+            extra["single_stream"] = single = plan.source[goal.dual][0]
+            if goal.anchor is not None:
+                extra["text_linear"] = [(anchor, single - 1)]
+        plan = dataclasses.replace(plan, **extra)
+        return dataclasses.replace(plan, linear_ffn=self._most_linear(plan, cell, goal.linear_ffns))
+
     def goal(self, cell: Cell) -> Goal:
         return next(goal for goal in self.settings.goals if goal.name == cell.name)
+
+    def init(self, cell: Cell) -> str:
+        """Of the blocks of intervals."""
+        return self.goal(cell).init if cell.table == "goals" else "first"
 
     @staticmethod
     def _region(plan: PruningPlan) -> tuple[int, int]:
@@ -225,11 +246,14 @@ class Bench:
         PPCL takes the FFNs with the least error of their own output; the share of the variance that a map explains
         says nothing about it, and the velocity hears which of them matter.
         """
-        blocks = [layers[0] for layers in plan.source]
+        if not count:
+            return []
+        blocks = [block.source[0] for block in plan.blocks if block.form != "single"]
         batches = self.batches(cell.seed, self.settings.calibration)
 
         def error(layer: int) -> float:
-            student = prune(self.teacher, dataclasses.replace(plan, linear_ffn=[layer]), batches=batches)
+            student = prune(self.teacher, dataclasses.replace(plan, linear_ffn=[layer]), batches=batches,
+                            init=self.init(cell))
             return velocity_error(self.teacher, student, batches[:4])
 
         return sorted(sorted(blocks, key=error)[:count])
@@ -290,7 +314,7 @@ class Bench:
         started, teacher = time.monotonic(), self.teacher_result(count)
         plan = self.plan(cell)
         calibration = self.batches(cell.seed + 1, self.settings.calibration)
-        student = prune(self.teacher, plan, batches=None if plan.is_stock else calibration)
+        student = prune(self.teacher, plan, batches=None if plan.is_stock else calibration, init=self.init(cell))
         judged = self.batches(cell.seed + 2, self.settings.calibration)
         before = velocity_error(self.teacher, student, judged)
         trained = self.train(cell, student)

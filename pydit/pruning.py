@@ -19,13 +19,13 @@ from pydit.inference import schedule
 from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.adapter import require_batches, require_plan
-from pydit.models.by_source import init_weights
+from pydit.models.by_source import chosen_layer, init_weights
 from pydit.models.swapped import as_made
 from pydit.plan import PruningPlan
 from pydit.stats import checks
 from pydit.stats.ridge import gated_ridge
 
-INITS = ("first", "middle", "average", "position-average", "probe")
+INITS = ("first", "middle", "last", "average", "position-average", "probe")
 
 
 def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
@@ -41,9 +41,9 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     init : what the block that stands for layers ``start..end`` begins as:
 
         - ``"first"``: a copy of layer ``start`` (the paper), ``"middle"``: of layer ``(start + end) // 2`` (the
-          authors' script), ``"average"``: the mean of the parameters of all its layers, ``"position-average"``: the
-          same with weights n, n - 1, ..., 1 from layer ``start`` on (Amber-Image's local weight averaging, uniform or
-          by position);
+          authors' script), ``"last"``: of layer ``end``; ``"average"``: the mean of the parameters of all its layers,
+          ``"position-average"``: the same with weights n, n - 1, ..., 1 from layer ``start`` on (Amber-Image's local
+          weight averaging, uniform or by position);
         - ``"probe"``: a copy of layer ``start`` whose last linear layer, in each stream, is refitted so that the
           block's output comes closest to the output of layer ``end`` on ``batches``. A block adds
           ``gate * (W a + b)`` to a stream last, so with everything before held fixed, W and b are the solution of a
@@ -123,7 +123,7 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
 
 def initial_block(adapter: ModelAdapter, layers: Sequence[nn.Module], init: str) -> nn.Module:
     """What the block that stands for these layers of the teacher begins as; see :func:`prune`."""
-    index = (len(layers) - 1) // 2 if init == "middle" else 0
+    index = chosen_layer(len(layers), init)
     block = adapter.conform(as_made(copy.deepcopy(layers[index])), layers[-1])
     states = []
     if "average" in init and len(layers) > 1:

@@ -376,7 +376,8 @@ def add_prune(commands: Any) -> None:
         "pydit prune ./my-pipeline --plan plan.json --init first --out ./pruned", figures=False)
     add_pipeline(parser, stored=True)
     parser.add_argument("--plan", type=Path, required=True, help="plan file")
-    parser.add_argument("--init", default="first", choices=("first", "middle", "average", "position-average", "probe"),
+    parser.add_argument("--init", default="first",
+                        choices=("first", "middle", "last", "average", "position-average", "probe"),
                         help="what a new block starts from (default: first); probe needs --prompts, and so do the\n"
                              "linear maps of a plan if they are to be fitted")
     parser.add_argument("--out", type=Path, help="pipeline directory to write")

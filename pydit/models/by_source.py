@@ -20,13 +20,17 @@ from pydit.models.routing import RoutedBlocks
 _LEAF = re.compile(r"\.(lora[_.]\w+|lokr_\w+|alpha|diff|diff_b|weight|bias)(\.|$)")
 
 
+def chosen_layer(layers: int, init: str) -> int:
+    """Which layer of an interval of so many its block begins as a copy of; 0 where it is none of them alone."""
+    return {"middle": (layers - 1) // 2, "last": layers - 1}.get(init, 0)
+
+
 def init_weights(layers: int, init: str) -> list[float]:
     """The share that each layer of an interval has in what its block begins as: one of them all, or an average."""
     if init == "position-average":
         weights = range(layers, 0, -1)
     else:
-        chosen = (layers - 1) // 2 if init == "middle" else 0
-        weights = [1 if init == "average" or k == chosen else 0 for k in range(layers)]
+        weights = [1 if init == "average" or k == chosen_layer(layers, init) else 0 for k in range(layers)]
     return [weight / sum(weights) for weight in weights]
 
 

@@ -24,7 +24,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     out = capsys.readouterr().out
     assert "9 cells of 3 steps and 7 prompts, 8 to do; about" in out
     assert "| ppcl, sequential | 8 of 16 | 2,743,456 |" in out and "| random | 8 of 16 | 2,743,456 |" in out
-    assert f"| {quality.HYBRID_HALF} | 7 of 16 | 2,576,064 |" in out and f"| {quality.HYBRID} | 10 of 16 |" in out
+    assert f"| {quality.HYBRID_HALF} | 7 of 16 | 2,576,064 |" in out and f"| {quality.HYBRID} | 7 of 16 |" in out
     assert "Pluggable subsets, seed 0" in out and not list(tmp_path.glob("work-*")) and (tmp_path / "curves.png").stat().st_size > 10_000
     rows = {p.name: json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()}
     tuned = PruningPlan.from_dict(rows["ladder---fine-tuning-0.5-0.json"]["plan"])
@@ -32,6 +32,8 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     half = rows["goals-half-the-parameters-0.43-0.json"]
     assert 0.65 < most["parameters"] / 5_421_728 < 0.7 and most["plan"]["single_stream"] is not None
     assert half["parameters"] < 5_421_728 / 2 and len(half["plan"]["linear_ffn"]) == 2
+    least = rows["goals-hybrid-stream--30---0.43-0.json"]
+    assert least["parameters"] < 0.3 * 5_421_728 and least["plan"]["single_stream"] > least["plan"]["text_linear"][0][1]
     assert tuned.text_linear and len(tuned.linear_ffn) == 2 and tuned.removed == 8
     subsets = rows["subsets-ppcl-0.5-0.json"]["subsets"]
     assert [len(s["active"]) for s in subsets] == list(range(len(subsets) - 1, -1, -1)) and subsets[-1]["error"] < 1e-6

@@ -23,6 +23,7 @@ MODELS = {"qwen-image": lambda: tiny.transformer(8),
           "sd3.5": lambda: tiny.sd3(num_layers=7, dual_attention_layers=(0, 1, 2))}
 PLANS = [
     ("qwen-image", {"intervals": [(1, 3), (5, 6)]}, "position-average"),
+    ("qwen-image", {"intervals": [(1, 3), (5, 6)]}, "last"),
     ("qwen-image", {"intervals": [(1, 3)], "text_linear": [(4, 7)], "linear_ffn": [0], "dead_tensors": False}, "middle"),
     ("flux.1", {"intervals": [(0, 1), (5, 7)], "linear_ffn": [5], "single_stream": (2, 3)}, "average"),
     ("sd3.5", {"intervals": [(0, 1), (4, 6)], "affine": [3]}, "first"),

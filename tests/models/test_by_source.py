@@ -174,6 +174,7 @@ def test_a_teachers_lora_acts_on_its_own_layers(family):
 
 @pytest.mark.parametrize("family, fields, init, modules", [
     ("qwen-image", {"intervals": [(1, 3)], "linear_ffn": [5]}, "middle", ("attn.to_q", "img_mod.1")),
+    ("qwen-image", {"intervals": [(1, 3)], "linear_ffn": [5]}, "last", ("attn.to_q", "img_mod.1")),
     ("qwen-image", {"intervals": [(1, 3)]}, "position-average", ("attn.to_q",)),
     ("sd3.5", {"intervals": [(4, 6)], "linear_ffn": [1]}, "first", ("norm1.linear", "norm1_context.linear")),
 ])

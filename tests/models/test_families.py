@@ -118,13 +118,14 @@ def test_flops_are_those_counted_by_torch(teacher, plan, batch):
     assert counted(teacher) - counted(pydit.prune(teacher, plan)) == expected
 
 
-@pytest.mark.parametrize("init, places", [("first", "start"), ("middle", "middle")])
-def test_copying_inits(family, teacher, plan, batch, init, places):
-    if family == "sd3.5" and init == "middle":
+@pytest.mark.parametrize("init", ["first", "middle", "last"])
+def test_copying_inits(family, teacher, plan, batch, init):
+    if family == "sd3.5" and init != "first":
         with pytest.raises(UserError, match='init: expected "first" for an interval whose layers differ in structure'):
             pydit.prune(teacher, plan, init=init)
         return
-    chosen = [layers[0] if places == "start" else layers[(len(layers) - 1) // 2] for layers in plan.source]
+    place = {"first": lambda n: 0, "middle": lambda n: (n - 1) // 2, "last": lambda n: n - 1}[init]
+    chosen = [layers[place(len(layers))] for layers in plan.source]
     student = pydit.prune(teacher, plan, init=init)
     assert torch.equal(run(student, batch), by_hand(teacher, chosen, batch))
     assert type(student) is FAMILIES[family][2] and student.source == [list(layers) for layers in plan.source]

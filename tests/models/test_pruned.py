@@ -40,7 +40,7 @@ def by_hand(teacher, layers, batch=None):
     return run(stock, batch)
 
 
-@pytest.mark.parametrize("init, layers", [("first", (0, 1, 4)), ("middle", (0, 2, 4))])
+@pytest.mark.parametrize("init, layers", [("first", (0, 1, 4)), ("middle", (0, 2, 4)), ("last", (0, 3, 5))])
 def test_copying_inits(teacher, init, layers):
     student = pydit.prune(teacher, PLAN, init=init)
     assert torch.equal(run(student), by_hand(teacher, layers))
@@ -266,8 +266,8 @@ def test_truncated_teacher_file(tmp_path, student):
 def test_prune_errors(teacher, student):
     with pytest.raises(UserError, match="plan: expected a plan for the model's 6 layers, got one for 60"):
         pydit.prune(teacher, PruningPlan.preset("ppcl-qwen-image-12b"))
-    with pytest.raises(UserError, match="init: expected one of first, middle, average, position-average, probe, got 'last'"):
-        pydit.prune(teacher, PLAN, init="last")
+    with pytest.raises(UserError, match="init: expected one of first, middle, last, average, position-average, probe, got 'ends'"):
+        pydit.prune(teacher, PLAN, init="ends")
     with pytest.raises(UserError, match="got a pruned one; prune its to_stock"):
         pydit.prune(student, PruningPlan("qwen-image", 3))
     with pytest.raises(UserError, match="plan: expected a PruningPlan, got list"):
