@@ -22,6 +22,7 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.inference.tables import BakedRows, BakedTimesteps, as_embedded, autocast_dtype, scaled
 from pydit.models import get_adapter
 
 _KEY = "_pydit_baked_schedule"
@@ -48,8 +49,10 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     ----------
     transformer : a Qwen-Image, FLUX.1 or SD3 transformer, stock or pruned, or a pipeline with one. In a pruned one the
         active blocks are baked; if layers of the teacher are among them, the teacher cannot run until :func:`restore`.
-    timesteps : the values that ``forward(timestep=...)`` will receive (pipelines of Qwen-Image and FLUX.1 pass sigma,
-        0 to 1, those of SD3 0 to 1000). They are looked up exactly, in the dtype in which the forward embeds them.
+    timesteps : the values that ``forward(timestep=...)`` will receive, looked up exactly, in the dtype in which the
+        forward embeds them. Once a pipeline has run with the wanted number of steps and size, they are, of Qwen-Image
+        and FLUX.1, ``pipe.scheduler.timesteps.to(pipe.transformer.dtype) / 1000`` (it rounds them before it divides),
+        and of SD3 ``pipe.scheduler.timesteps``.
     pooled_projections : FLUX.1 and SD3: the prompts' pooled text, shape (P, C), as the forward will receive it; that of
         the negative prompt too where there is one. Rows are looked up exactly.
     guidance : FLUX.1 with guidance_embeds: the values that ``forward(guidance=...)`` will receive.
@@ -79,8 +82,9 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
     offloading = hooked.has_offloading(model)
     if any(p.is_meta for p in model.parameters()):
         raise UserError(f"transformer: expected one with its weights at hand, got one that {offloading} has emptied; "
-                        "bake the schedule before offloading")
+                        "a baked schedule goes with enable_model_cpu_offload, not with a sequential one")
     restore(model)
+    baked.autocast = autocast_dtype(model.proj_out.weight)
     model.__dict__[_KEY] = baked
     try:
         _fill(model, baked)
@@ -140,72 +144,11 @@ class _Baked:
     hooks: list[Any] = field(default_factory=list)
     version: tuple = ()  # of the weights that the table was made from
     dtype: torch.dtype | None = None  # of the model then
+    autocast: torch.dtype | None = None  # of the forwards that it is for
     refreshed: int = 0
     embedded: BakedTimesteps | None = None
     # Whether forwards missed, on its way to the host, in their order: a host runs ahead by more than a step.
     pending: deque[tuple[torch.Tensor, Any, dict[str, Any]]] = field(default_factory=deque)
-
-
-class BakedTimesteps(nn.Module):
-    """In place of the time embedding: the row of each sample, int64 [B, 1], which flows where the embedding did.
-
-    Rows are ordered by timestep, then guidance, then prompt; one past the last stands for a miss.
-    """
-
-    def __init__(self, family: str, keys: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor | None,
-                 conditions: int) -> None:
-        super().__init__()
-        self.family, self.conditions = family, conditions
-        self.register_buffer("keys", keys, persistent=False)
-        self.register_buffer("guidance", guidance, persistent=False)
-        self.register_buffer("pooled", pooled, persistent=False)
-
-    @property
-    def count(self) -> int:
-        """Rows without that of a miss."""
-        return len(self.keys) * self.conditions * (1 if self.guidance is None else len(self.guidance))
-
-    def forward(self, timestep: torch.Tensor, *others: Any) -> torch.Tensor:
-        """``others`` as the family's embedding takes them."""
-        row, known = _find(timestep, self.keys)
-        if self.family == "qwen-image":  # hidden states, then the condition of Qwen-Image-Layered
-            condition = others[1] if len(others) > 1 else None
-            if len(others) > 2 or (condition is None) != (self.conditions == 1):
-                raise UserError("transformer: expected the conditions that its schedule was baked for, got others; "
-                                "pydit.restore it")
-            if condition is not None:
-                row, known = self._next(row, known, condition.reshape(-1), 2)
-        else:  # guidance if there is any, then the pooled text
-            if (len(others) == 2) != (self.guidance is not None):
-                raise UserError("guidance: expected as the schedule was baked, "
-                                f"{'with' if self.guidance is not None else 'without'} it, got the opposite")
-            if self.guidance is not None:
-                place, found = _find(others[0], self.guidance)
-                row, known = row * len(self.guidance) + place, known & found
-            same = (others[-1][:, None] == self.pooled).all(-1)
-            row, known = row * len(self.pooled) + same.int().argmax(1), known & same.any(1)
-        return torch.where(known, row, self.count)[:, None]
-
-    @staticmethod
-    def _next(row: torch.Tensor, known: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        return row * count + index, known & (index >= 0) & (index < count)
-
-
-class BakedRows(nn.Module):
-    """In place of a module of the time embedding: its outputs, one row per timestep, and one of NaN for a miss."""
-
-    def __init__(self, rows: list[torch.Tensor]) -> None:
-        super().__init__()
-        table = torch.cat([*rows, torch.full_like(rows[0], torch.nan)])
-        self.dtype = table.dtype
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[B, 1] -> [B, channels]."""
-        if self.table.dtype != self.dtype:  # found before a forward, but not by a graph that was compiled
-            raise UserError(f"transformer: expected {self.dtype}, in which its schedule was baked, got a model cast to "
-                            f"{self.table.dtype}; run it once without torch.compile, or bake it again")
-        return self.table[rows[:, 0]]
 
 
 # Making the table. ------------------------------------------------------------------------------------------------
@@ -216,17 +159,18 @@ def _fill(model: nn.Module, baked: _Baked) -> None:
     """Compute every row by the modules in place, one module on the device at a time, and put tables there instead."""
     device, dtype = _place(model)
     baked.dtype, family, adapter = dtype, baked.family, get_adapter(model)
-    keys = _as_embedded(family, baked.timesteps.to(device, torch.float32), dtype)
+    computed = baked.autocast or dtype
+    keys = as_embedded(family, baked.timesteps.to(device, torch.float32), computed)
     pairs = bool(model.config.get("zero_cond_t"))  # the image is modulated by two rows, that of the timestep and of 0
     keys = (torch.cat((keys, keys[:1] * 0)) if pairs else keys).unique()
-    guidance = None if baked.guidance is None else _scaled(baked.guidance.to(device, torch.float32), dtype).unique()
+    guidance = None if baked.guidance is None else scaled(baked.guidance.to(device, torch.float32), computed).unique()
     pooled = None if baked.pooled is None else baked.pooled.to(device, dtype)
     layered = family == "qwen-image" and bool(model.config.get("use_additional_t_cond"))
     conditions = 2 if layered else 1 if pooled is None else len(pooled)
-    embedded = BakedTimesteps(family, keys, guidance, pooled, conditions)
+    embedded = BakedTimesteps(family, keys, guidance, pooled, conditions, baked.autocast)
     with torch.no_grad():
         embed = model.time_text_embed.to(device)
-        nothing = torch.empty(0, device=device, dtype=dtype)
+        nothing = torch.empty(0, device=device, dtype=computed)
         rows = []
         for key in keys:
             # As many rows at a time as a forward of batch 1 has: a product of two is not that of one to the last bit.
@@ -337,11 +281,14 @@ def _at_step(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     baked = model.__dict__[_KEY]
     _settle(model, baked)
-    if _version(baked) != baked.version or _place(model)[1] != baked.dtype:
-        with _opened(model, baked):
-            pass
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    autocast = baked.autocast
+    if isinstance(given.get("hidden_states"), torch.Tensor):
+        baked.autocast = autocast_dtype(given["hidden_states"])
+    if _version(baked) != baked.version or _place(model)[1] != baked.dtype or baked.autocast != autocast:
+        with _opened(model, baked):
+            pass
     _refuse_scale(baked, given.get("attention_kwargs") or given.get("joint_attention_kwargs"))
     missed = _missed(model, baked, given)
     if missed is None:
@@ -367,16 +314,18 @@ def _missed(model: nn.Module, baked: _Baked, given: dict[str, Any]) -> torch.Ten
         others = [None] + ([condition] if condition is not None else [])
     else:
         if given.get("guidance") is not None:
-            others.append(_scaled(given["guidance"], dtype))
+            others.append(scaled(given["guidance"], dtype))
         others.append(given["pooled_projections"])
-    rows = baked.embedded(_as_embedded(baked.family, timestep, dtype), *others)
+    rows = baked.embedded(as_embedded(baked.family, timestep, dtype), *others)
     return rows[:, 0] == baked.embedded.count
 
 
 def _computed_in(model: nn.Module, given: dict[str, Any]) -> torch.dtype:
     """The dtype in which a forward embeds its timestep: that of its latents."""
     latents = given.get("hidden_states")
-    return latents.dtype if isinstance(latents, torch.Tensor) else _place(model)[1]
+    if not isinstance(latents, torch.Tensor):
+        return _place(model)[1]
+    return autocast_dtype(latents) or latents.dtype
 
 
 def _settle(model: nn.Module, baked: _Baked) -> None:
@@ -431,23 +380,6 @@ def _refuse_scale(baked: _Baked, options: Any) -> None:
 # Small parts. -----------------------------------------------------------------------------------------------------
 
 
-def _find(values: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(place in keys, whether it is there at all) of every value, exactly and without waiting for the device."""
-    same = values.reshape(-1)[:, None] == keys  # in the wider dtype: in a narrower one, two keys may be one
-    return same.int().argmax(1), same.any(1)
-
-
-def _as_embedded(family: str, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A timestep as the family's forward hands it to its embedding."""
-    if family == "qwen-image":
-        return timestep.to(dtype)
-    return _scaled(timestep, dtype) if family == "flux.1" else timestep.float()
-
-
-def _scaled(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return values.to(dtype) * 1000
-
-
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     weight = model.proj_out.weight  # of 8 bits only in storage, by layerwise casting
     return weight.device, weight.dtype if weight.element_size() > 1 else model.dtype
@@ -455,7 +387,7 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _refuse(module: nn.Module, *_args: Any, **_options: Any) -> None:
     raise UserError("transformer: expected one with its modulation weights, got a baked schedule; pydit.restore it "
-                    "before saving or loading weights")
+                    "before saving or loading weights, or having them offloaded one by one")
 
 
 def model_of(transformer: Any) -> nn.Module:

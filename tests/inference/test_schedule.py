@@ -137,10 +137,54 @@ def test_a_key_that_a_narrow_dtype_cannot_tell_from_another_is_no_answer():
     for dtype in (torch.float32, torch.bfloat16):
         given = {**batch, "timestep": torch.tensor([1000.0], dtype=dtype)}
         assert torch.equal(run(model, given), run(tiny.sd3(), given))
-    model = pydit.bake_schedule(tiny.transformer(2), [0.5039, 0.502])
-    low = {**tiny.cast(tiny.batch(images=1), torch.bfloat16), "timestep": torch.tensor([0.502])}
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match="timestep: expected one of the 2"):
-        run(model, low)
+
+
+FAMILIES = {"qwen-image": (lambda: tiny.transformer(2), lambda: tiny.batch(images=1, masked=False)),
+            "flux.1": (tiny.flux, tiny.flux_batch), "sd3.5": (tiny.sd3, tiny.sd3_batch)}
+
+
+def family(name):
+    """(make, batch of one image, what bake_schedule needs beside the timesteps)."""
+    make, batch = FAMILIES[name][0], FAMILIES[name][1]()
+    batch = {key: x[:1] if isinstance(x, torch.Tensor) and not key.endswith("_ids") else x for key, x in batch.items()}
+    return make, batch, {} if name == "qwen-image" else {"pooled_projections": batch["pooled_projections"]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_under_autocast(name, accelerated):
+    """A forward rounds its timestep to the dtype that autocast gives its latents; the table is made anew for that."""
+    make, batch, others = family(name)
+    batch["timestep"] = batch["timestep"] * 0 + 0.6667
+    model, stock = make(), make()
+    if accelerated:
+        pydit.accelerate(model), pydit.accelerate(stock)
+    pydit.bake_schedule(model, [0.6667, 0.6666], **others)
+    for dtype in (torch.bfloat16, None, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            assert torch.equal(run(model, batch), run(stock, batch))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="expected one of the . of the baked"):
+        run(model, {**batch, "timestep": batch["timestep"] * 0.5})
+
+
+def test_a_graph_compiled_for_another_autocast_is_refused():
+    model, batch = pydit.bake_schedule(tiny.transformer(2), TIMES), next(single())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(UserError, match="torch.autocast: expected none, under which the schedule was baked"):
+            run(compiled, batch)
+        run(model, batch)
+        assert torch.equal(run(compiled, batch), run(tiny.transformer(2), batch))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_comes_to_the_gpu_in_its_forward(name):
+    """As under enable_model_cpu_offload: what is looked up lies there when the tables do not yet."""
+    make, batch, others = family(name)
+    model = pydit.bake_schedule(make(), batch["timestep"], **others)
+    there = [batch["timestep"].to("meta"), *(x.to("meta") for x in others.values())]
+    assert model.time_text_embed(*there).device.type == "meta"
 
 
 def test_compiles_whole():
