@@ -15,7 +15,7 @@ from torch import nn
 
 from pydit.arguments import integer
 from pydit.errors import UserError
-from pydit.inference import schedule
+from pydit.inference import hooked, schedule
 from pydit.linear_maps import fit_linear_maps
 from pydit.models import ModelAdapter, get_adapter
 from pydit.models.adapter import require_batches, require_plan
@@ -71,8 +71,8 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     ------
     UserError
         An unknown family or init, a plan for another family or depth, a model that is already pruned, baked or
-        quantized or carries LoRA layers, ``init="probe"`` without batches, an average of layers that differ in
-        structure, or a ridge, number of tokens or seed that is none.
+        quantized or carries LoRA layers or hooks of a cache, of offloading or casting, ``init="probe"`` without
+        batches, an average of layers that differ in structure, or a ridge, number of tokens or seed that is none.
 
     Warns
     -----
@@ -92,6 +92,10 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
         raise UserError("transformer: expected plain weights, got a quantized model; prune before quantizing")
     if getattr(transformer, "peft_config", None):
         raise UserError("transformer: expected plain weights, got a model with LoRA layers; fuse or unload them first")
+    for name, child in transformer.named_children():  # a hook on the model itself moves it as a whole
+        if hook := hooked.has_offloading(child):
+            raise UserError(f"transformer: expected a model without hooks, whose copies would run this one, got {name} "
+                            f"with {hook}; prune before offloading, casting or caching")
     plan.require_match(transformer)
     if init == "probe" and batches is None:
         raise UserError('batches: expected calibration batches for init="probe", got none')

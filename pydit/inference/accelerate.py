@@ -136,6 +136,8 @@ def _adopt(model: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
     for module, processor, ours in state.processors:
         if module.processor is not ours and type(module.processor) is type(ours) and hasattr(ours, "stock"):
             module.processor.stock = processor
+        elif module.processor is not ours and type(module.processor) is type(ours) and hasattr(ours, "exact"):
+            module.processor.exact = ours.exact
     if _places(state) != state.places and not has_offloading(model):
         with torch.no_grad():
             for module, _, _ in state.processors:

@@ -42,6 +42,25 @@ def active_backend():
     return "" if active is None or active == "native" else active.value
 
 
+def scores_are_left_out():
+    """Whether diffusers' layer skip (``skip_attention_scores``) is at work, which watches torch's attention for it."""
+    return not torch.compiler.is_compiling() and any(
+        type(mode).__name__ == "AttentionScoreSkipFunctionMode"
+        for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def known_to_layer_skip(*processors):
+    """Enter processors of Qwen-Image where diffusers' layer skip looks up what an attention without scores returns."""
+    try:
+        from diffusers.hooks import _helpers
+        made = _helpers.AttentionProcessorMetadata(
+            skip_processor_output_fn=_helpers._skip_proc_output_fn_Attention_QwenDoubleStreamAttnProcessor2_0)
+    except (ImportError, AttributeError):  # without diffusers, or one that does not know Qwen-Image there
+        return
+    for processor in processors:  # not by register(), which imports a dozen other models first
+        _helpers.AttentionProcessorRegistry._registry[processor] = made
+
+
 class Replacing:
     """A processor that replaces a stock one, which still runs where ``set_attention_backend`` or
     ``with attention_backend(...)`` has chosen a backend."""
@@ -63,6 +82,8 @@ class Replacing:
             return f"set_attention_backend chose {getattr(self._attention_backend, 'value', self._attention_backend)}"
         if self.stock is not None and self.dispatched and (name := active_backend()):
             return f"diffusers' attention_backend chose {name}"
+        if self.stock is not None and scores_are_left_out():
+            return "diffusers' perturbed attention guidance leaves out the scores"
         return "" if self.context is None else context_parallel.unsupported(self.context)
 
     def masked(self, args, kwargs):
@@ -139,6 +160,9 @@ class QwenImageAttnProcessor(Replacing):
                        encoder_hidden_states_mask)
 
     __call__ = _projected(attend)
+
+
+known_to_layer_skip(QwenImageAttnProcessor)
 
 
 class FluxAttnProcessor(Replacing):
@@ -219,8 +243,9 @@ def _attend(kit, attn, image, text, tables, context, mask=None):
     if text is not None:
         modules = text_modules(attn)
         # Without a text query the layers one by one: diffusers leaves fused_projections set after unfusing.
-        fused = getattr(attn, "fused_projections", False) and modules.projections[0] is not None
-        names = ("to_added_qkv",) if fused else modules.projections
+        names, fused = modules.projections, getattr(attn, "fused_projections", False)
+        if fused and names[0] is not None:  # a thinned block may take the text through the image's projections
+            names = ("to_qkv",) if names[0] == "to_q" else ("to_added_qkv",)
         streams.append(_Stream(text, names, modules.norms, tables[1]))
     if kit is direct and context is None and (out := _packed(attn, streams, mask)) is not None:
         return (out, None) if text is None else (out[:, :image.shape[1]], out[:, image.shape[1]:])

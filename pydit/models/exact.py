@@ -23,6 +23,7 @@ from torch import nn
 
 from pydit import backend, ops
 from pydit.models import projections
+from pydit.models.attention import known_to_layer_skip
 from pydit.models.flux_blocks import listened, modulation
 
 
@@ -259,3 +260,4 @@ PROCESSORS: dict[type, type] = {stock: _packing(stock) for stock in (
     transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0, transformer_flux.FluxAttnProcessor,
     diffusers_processor.JointAttnProcessor2_0)}
 globals().update({processor.__name__: processor for processor in PROCESSORS.values()})  # where pickle looks for them
+known_to_layer_skip(PROCESSORS[transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0])

@@ -136,8 +136,12 @@ class PrunedModel:
         Raises
         ------
         UserError
-            A pair that the plan does not have, or teacher layers that are needed and not attached.
+            A pair that the plan does not have, teacher layers that are needed and not attached, or a block cache, which
+            sits on the blocks that ran when it was enabled.
         """
+        if getattr(self, "is_cache_enabled", False):
+            raise UserError("set_active: expected a model without a block cache, which sits on the blocks that run "
+                            "now, got one with; disable_cache first and enable it afterwards")
         wanted = {self._unit_of(pair) for pair in pairs("intervals", intervals)}
         unknown = wanted - set(self.plan.units)
         if unknown:
@@ -228,8 +232,12 @@ class PrunedModel:
         Raises
         ------
         UserError
-            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query.
+            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query, or
+            layers of the teacher among those that run: ``disable_cache`` would leave it there.
         """
+        if any(blocks.inactive for blocks in self._lists):
+            raise UserError("enable_cache: expected the model's own blocks to run, got layers of the teacher among "
+                            "them; set_active(model.plan.units) first, or cache the teacher itself")
         if type(config).__name__ == "TaylorSeerCacheConfig" and not config.use_lite_mode:
             without = [k for k, block in enumerate(self.own_blocks)
                        if getattr(getattr(block, "attn", None), "pydit_text", ("", ""))[1] == "keys"]

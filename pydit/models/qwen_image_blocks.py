@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pydit.models import context_parallel
+from pydit.models.attention import known_to_layer_skip
 from pydit.models.dual_stream import Branch, DualStreamBlock, Modulation, Stock, rows_of
 from pydit.models.thinned import ThinnedAttnProcessor, ThinnedBlock
 
@@ -32,6 +33,9 @@ class PrunedQwenImageAttnProcessor(ThinnedAttnProcessor):
         tables = image_rotary_emb or (None, None)
         return self.attend(attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask,
                            rotation(tables[0]), rotation(tables[1]))
+
+
+known_to_layer_skip(PrunedQwenImageAttnProcessor)
 
 
 class QwenImageForward(DualStreamBlock):

@@ -1,6 +1,7 @@
 """Block caches, offloading and casting before and after accelerate; traps of diffusers, refused or handled."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -109,6 +110,34 @@ def test_offloading_and_casting_before_or_after(kind, first):
         assert not torch.equal(found, expected)
         assert {row["path"] for row in pydit.report(model)["model"]["blocks"]} == {"pydit"}
 
+@pytest.mark.parametrize("kind", ["leaf groups", "sequential", "casting", *CACHES])
+def test_prune_refuses_a_teacher_with_hooks(kind):
+    """Copies of its blocks would call the forward that the hook found on the teacher's."""
+    teacher, plan = tiny.transformer(3), PruningPlan.from_intervals(3, [(0, 1)])
+    if kind in CACHES:
+        teacher.enable_cache(CACHES[kind])
+    else:
+        offloaded(teacher, kind)
+    with pytest.raises(UserError, match="transformer: expected a model without hooks, .* prune before offloading"):
+        pydit.prune(teacher, plan)
+    whole = offloaded(tiny.transformer(3), "model")
+    batch = tiny.batch()
+    assert torch.equal(run(pydit.prune(whole, plan), batch), run(pydit.prune(tiny.transformer(3), plan), batch))
+
+
+def test_a_block_cache_keeps_the_blocks_that_it_sits_on():
+    teacher, batch = tiny.transformer(5), tiny.batch()
+    expected = run(teacher, batch)
+    model = pydit.prune(teacher, PruningPlan.from_intervals(5, [(2, 3)]))
+    model.enable_cache(CACHES["first block"])
+    with pytest.raises(UserError, match="set_active: expected a model without a block cache"):
+        model.set_active([])
+    model.disable_cache()
+    model.set_active([])
+    with pytest.raises(UserError, match="enable_cache: expected the model's own blocks to run, got layers of the teacher"):
+        model.enable_cache(CACHES["first block"])
+    assert torch.equal(run(model, batch), expected) and torch.equal(run(teacher, batch), expected)
+
 
 def test_layer_skip_is_refused():
     model, batch = pydit.accelerate(tiny.transformer(3)), tiny.batch()
@@ -118,6 +147,34 @@ def test_layer_skip_is_refused():
         run(model, batch)
     model.transformer_blocks[1]._diffusers_hook.remove_hook("layer_skip_hook")
     assert torch.equal(run(model, batch), expected)
+
+
+@pytest.mark.parametrize("how", ["stock", "fused", "exact", "pruned"])
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_perturbed_attention_guidance(how, skip_first):
+    """diffusers' PerturbedAttentionGuidance skips the scores of layers, by watching torch's attention."""
+    def make():
+        model = tiny.transformer(4)
+        return pydit.prune(model, PruningPlan("qwen-image", 4, [(1, 2)], linear_ffn=[0])) if how == "pruned" else model
+
+    def skip(model):
+        apply_layer_skip(model, LayerSkipConfig(indices=[0, 1], fqn="transformer_blocks", skip_attention=False,
+                                                skip_attention_scores=True, skip_ff=False))
+        return model
+
+    def change(model):
+        return model if how == "stock" else pydit.accelerate(model, exact=how == "exact")
+
+    batch = tiny.batch(masked=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        plain, expected = run(make(), batch), run(skip(make()), batch)
+        model = change(skip(make())) if skip_first else skip(change(make()))
+    assert not torch.allclose(expected, plain, rtol=1e-2)
+    torch.testing.assert_close(run(model, batch), expected, rtol=1e-4, atol=1e-4)
+    for block in list(model.transformer_blocks)[:2]:
+        block.attn._diffusers_hook.remove_hook("layer_skip_hook")
+    torch.testing.assert_close(run(model, batch), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_layer_skip_on_a_pruned_model_is_refused_without_accelerate():
