@@ -226,6 +226,13 @@ class PrunedModel:
             warnings.warn("save_lora_adapter: the file numbers the blocks of the pruned model; set lora_layers = "
                           '"student" before loading it', UserWarning, stacklevel=2)
 
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, which gives the adapter's layers to attention modules in their order."""
+        if self.source != [[k] for k in range(len(self.source))]:
+            raise UserError("load_ip_adapter: expected a model of as many layers as the adapter, which numbers the "
+                            "teacher's, got one with layers merged; load it into the teacher and prune that")
+        super()._load_ip_adapter_weights(*args, **kwargs)
+
     def enable_cache(self, config: Any) -> None:
         """As in diffusers.
 

@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 import types
+import warnings
 
 import pytest
 import torch
@@ -438,6 +439,54 @@ def test_an_ip_adapter_of_flux():
         pydit.restore(model)
         assert {type(p).__module__ for p in model.attn_processors.values()} == {transformer_flux.__name__}
         assert torch.equal(run(model, batch()), expected)
+
+
+def test_an_ip_adapter_of_flux_with_exact_blocks():
+    """Loading and unloading one makes processors anew, without what these carry."""
+    batch = tiny.flux_batch()
+    with_image = {**batch, "joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}}
+    model, stock = tiny.flux(), tiny.flux()
+    pydit.accelerate(model, exact=True)
+    for one in (model, stock):
+        ip_adapter(one)
+    assert torch.equal(run(model, with_image), run(stock, with_image))
+    for one in (model, stock):  # as pipelines unload it
+        one.encoder_hid_proj, one.config.encoder_hid_dim_type = None, None
+        one.set_attn_processor({name: transformer_flux.FluxAttnProcessor() if "IPAdapter" in type(processor).__name__
+                                else type(processor)() for name, processor in one.attn_processors.items()})
+    assert torch.equal(run(model, batch), run(stock, batch))
+    assert torch.equal(run(pydit.restore(model), batch), run(tiny.flux(), batch))
+
+
+def test_an_ip_adapter_of_a_pruned_model():
+    """It numbers the teacher's layers: pruned with them, or refused where numbers would be another layer's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        merged = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, [(0, 1)]))
+        thinned = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[1]))
+    with pytest.raises(UserError, match="load_ip_adapter: expected a model of as many layers as the adapter"):
+        ip_adapter(merged)
+    batch = {**tiny.flux_batch(), "joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}}
+    before = run(pydit.prune(ip_adapter(tiny.flux()), PruningPlan("flux.1", 4, [(0, 1)])), batch)
+    assert not torch.allclose(before, run(merged, tiny.flux_batch()), rtol=1e-2)
+    ip_adapter(thinned)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_projections_fused_on_thinned_flux(layer):
+    """A thinned single block takes the text through the image's projections: fused ones are these."""
+    def make():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[layer]))
+
+    expected = run(make(), tiny.flux_batch())
+    for order in ((pydit.accelerate, lambda m: m.fuse_qkv_projections()),
+                  (lambda m: m.fuse_qkv_projections(), pydit.accelerate)):
+        model = make()
+        for act in order:
+            act(model)
+        torch.testing.assert_close(run(model, tiny.flux_batch()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["exact", "cuda_graphs"])
