@@ -90,6 +90,8 @@ def _require_savable(pipe: Any) -> None:
     """UserError where what is written would be broken: diffusers writes it without a word, or fails in the middle."""
     from diffusers import DiffusionPipeline
 
+    from pydit.models.flux_lora import require_config
+
     if not isinstance(pipe, DiffusionPipeline):
         raise UserError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}"
                         + ("; a model by itself has save_pretrained" if hasattr(pipe, "save_pretrained") else ""))
@@ -102,6 +104,11 @@ def _require_savable(pipe: Any) -> None:
         if getattr(model, "peft_config", None):
             raise UserError(f"pipe: expected plain weights, got {name} with adapters, which a pipeline directory does "
                             "not hold; unload them, after fuse_lora to keep what they do, or save_lora_adapter them")
+        if any("IPAdapter" in type(p).__name__ for p in getattr(model, "attn_processors", {}).values()):
+            raise UserError("pipe: expected attention without an IP-adapter, which a pipeline directory does not hold, "
+                            f"got {name} with one; unload_ip_adapter before saving")
+        if type(model).__name__.endswith("FluxTransformer2DModel"):
+            require_config(model)
         if any(getattr(module, "fused_projections", False) for module in model.modules()):
             raise UserError(f"pipe: expected projections one by one, got {name} with fused ones, which a pipeline "
                             "directory does not hold; unfuse_qkv_projections before saving")

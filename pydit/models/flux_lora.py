@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers.loaders import FluxLoraLoaderMixin
 
+from pydit.errors import UserError
 from pydit.models.by_source import warn_of_dropped
 from pydit.models.pruned import PrunedModel
 
@@ -27,6 +28,16 @@ def install() -> None:
         stock = getattr(FluxLoraLoaderMixin, name).__func__
         setattr(FluxLoraLoaderMixin, name, classmethod(functools.wraps(stock)(wrap(stock))))
     FluxLoraLoaderMixin._pydit_follows_source = True
+
+
+def require_config(transformer: Any) -> None:
+    """UserError for a FLUX.1 transformer that a Control LoRA has widened: its configuration says so only as long as it
+    is loaded, and nothing made from it would fit."""
+    embedder = getattr(transformer, "x_embedder", None)
+    expected, found = dict(transformer.config).get("in_channels"), getattr(embedder, "in_features", None)
+    if found is not None and expected is not None and found != expected:
+        raise UserError(f"transformer: expected an x_embedder of the {expected} channels of its configuration, got "
+                        f"{found}, as a Control LoRA leaves it; unload_lora_weights(reset_to_overwritten_params=True)")
 
 
 def _by_source(transformer: Any) -> bool:

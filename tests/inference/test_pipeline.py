@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from pydit.inference.pipeline import PLAN_FILE, content_hash, load_pipeline, sav
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 from tests.demo.pipelines import untrained
+from tests.inference.test_changes import ip_adapter
+from tests.models import tiny
 
 
 def _inputs(transformer):
@@ -166,6 +169,30 @@ def test_what_would_not_come_back_is_not_written(pruned, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["fused"]
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_flux_cannot_hold_is_not_written(pruned, tmp_path):
+    from diffusers import FluxPipeline
+
+    def make():
+        model = prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[1])) if pruned else tiny.flux()
+        nothing = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        return FluxPipeline(**nothing, transformer=model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        adapted, widened = make(), make()
+    ip_adapter(adapted.transformer)
+    with pytest.raises(UserError, match="pipe: expected attention without an IP-adapter, .* unload_ip_adapter before"):
+        save_pipeline(adapted, tmp_path / "x")
+    widened.transformer.x_embedder = torch.nn.Linear(8, 64)  # as a Control LoRA, unloaded, leaves it
+    with pytest.raises(UserError, match="transformer: expected an x_embedder of the 4 channels .* got 8, as a Control"):
+        save_pipeline(widened, tmp_path / "x")
+    if not pruned:
+        with pytest.raises(UserError, match="transformer: expected an x_embedder of the 4 channels"):
+            prune(widened.transformer, PruningPlan("flux.1", 4, [(0, 1)]))
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(("call", "name"), [
     (lambda: load_pipeline(3), "pipeline"), (lambda: PruningPlan.load(3), "plan"),
     (lambda: PruningPlan("qwen-image", 3).save(3), "out")])
@@ -256,6 +283,7 @@ def test_by_diffusers_in_a_process_of_its_own(thinned):
     """Where pydit is not installed, then with the shim, which imports it, then with pydit imported."""
     script = """
 import sys
+import warnings
 from diffusers import DiffusionPipeline
 
 def load(name, **options):
