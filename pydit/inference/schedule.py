@@ -9,6 +9,7 @@ matrices out of the model.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import warnings
@@ -149,6 +150,14 @@ class _Baked:
     embedded: BakedTimesteps | None = None
     # Whether forwards missed, on its way to the host, in their order: a host runs ahead by more than a step.
     pending: deque[tuple[torch.Tensor, Any, dict[str, Any]]] = field(default_factory=deque)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Baked:
+        if any(id(owner) not in memo for owner, _, _ in self.originals):  # a model copies its modules before this
+            raise UserError("copy.deepcopy: expected a baked model that runs its own blocks, got one that runs the "
+                            "teacher's, which its copies share; pydit.restore it first")
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 # Making the table. ------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ class PrunedModel:
         UserError
             A pair that the plan does not have, teacher layers that are needed and not attached, or a block cache, which
             sits on the blocks that ran when it was enabled.
+
+        Warns
+        -----
+        UserWarning
+            Layers of the teacher are to run, which do not have this model's LoRA.
         """
         if getattr(self, "is_cache_enabled", False):
             raise UserError("set_active: expected a model without a block cache, which sits on the blocks that run "
@@ -153,6 +158,9 @@ class PrunedModel:
         if missing:
             raise UserError(f"intervals: the teacher's layers {missing} are not attached; "
                             "call attach_teacher(teacher) or save with with_teacher=True")
+        if idle and getattr(self, "peft_config", None):
+            warnings.warn("set_active: the teacher's layers run without the adapters of this model; load them into the "
+                          "teacher too", UserWarning, stacklevel=2)
         for blocks in self._lists:
             blocks.inactive = frozenset(index for index, layers in enumerate(blocks.source) if layers[0] in idle)
         regions = dict(self.plan.text_linear)

@@ -1,5 +1,6 @@
 """Baked schedules against the model they were made from: equal to the last bit, smaller, and undone."""
 
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -306,6 +307,19 @@ def test_lora_through_a_flux_pipeline(intervals):
         pipe.load_lora_weights({"transformer.unknown.weight": torch.zeros(2, 2)})
     assert torch.equal(run(pipe.transformer, batch), outputs[-1])  # not `plain`: unfusing rounds
     assert torch.equal(run(pydit.restore(pipe).transformer, batch), outputs[-1])
+
+
+def test_copies_of_a_baked_model_with_layers_of_the_teacher():
+    """These are shared by copies, and have one table."""
+    model, batch = pydit.prune(tiny.transformer(4), PruningPlan.from_intervals(4, [(1, 2)])), next(single())
+    pydit.bake_schedule(model, TIMES)
+    expected = run(model, batch)
+    assert torch.equal(run(copy.deepcopy(model), batch), expected)
+    model.set_active([])
+    with pytest.raises(UserError, match="copy.deepcopy: expected a baked model that runs its own blocks"):
+        copy.deepcopy(model)
+    teacher = run(model, batch)
+    assert torch.equal(run(copy.deepcopy(pydit.restore(model)), batch), teacher)
 
 
 def test_changed_weights_make_the_table_anew():

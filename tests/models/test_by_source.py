@@ -154,6 +154,9 @@ def test_a_teachers_lora_acts_on_its_own_layers(family):
     plain = run(student, batch)
     with pytest.warns(UserWarning, match="LoRA weights have no place in the pruned model"):
         student.load_lora_adapter(dict(state), prefix="transformer")
+    with pytest.warns(UserWarning, match="set_active: the teacher's layers run without the adapters of this model"):
+        student.set_active([])
+    student.set_active(student.plan.units)
     merged = make()
     with torch.no_grad():
         for name in get_adapter(merged).block_lists:
