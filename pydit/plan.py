@@ -256,7 +256,7 @@ class PruningPlan:
                 units[-1] = (units[-1][0], end)
             elif changed:
                 units.append((start, end))
-            joins = changed and (short or spec.hands_on)
+            joins = changed and (short or spec.hands_on or (spec.text == "linear" and not spec.text_output))
         return tuple(units)
 
     @property

@@ -230,6 +230,9 @@ def test_units():
     assert plan("dead", lean=True).units == ()
     assert plan("ffn of an anchor and of a text-linear block").units == ((1, 2), (3, 6))  # layer 3 hands nothing on
     assert plan("ffn", lean=True).units == ((2, 2), (7, 7))
+    region = PruningPlan("qwen-image", 8, text_linear=[(0, 5)], affine=[6, 7])
+    assert region.units == ((1, 5), (6, 6), (7, 7))
+    assert region.lean().units == ((0, 7),)  # the region leaves no text for layers 6 and 7
     assert PruningPlan.from_intervals(8, [(1, 3), (5, 6)]).units == ((1, 3), (5, 6))
     teacher = tiny.transformer(8)
     student = student_of(teacher, plan("text"))
