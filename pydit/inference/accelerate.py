@@ -147,7 +147,9 @@ def _adopt(model: nn.Module, _args: tuple, _kwargs: dict[str, Any]) -> None:
 
 def _places(state: _Accelerated) -> list[int]:
     """Where the first projection of every attention module lies."""
-    weights = (getattr(getattr(module, "to_q", None), "weight", None) for module, _, _ in state.processors)
+    # Not the attribute: a parametrization computes it anew (spectral_norm moves on), a quantized layer unpacks it.
+    weights = (getattr(getattr(module, "to_q", None), "_parameters", {}).get("weight")
+               for module, _, _ in state.processors)
     return [weight.data_ptr() if type(weight) in PLAIN_TENSORS and not _is_wrapped(weight) else 0
             for weight in weights]
 
@@ -295,7 +297,7 @@ def _attention_path(state: _Accelerated, module: nn.Module) -> tuple[str, str]:
 def _block_path(state: _Accelerated, block: nn.Module) -> tuple[str, str]:
     """(path, reason) of a block as it is now."""
     path, reason = state.noted("blocks", block)
-    if path == "pydit" and not type(block).__module__.startswith("pydit."):
+    if path == "pydit" and not any(cls.__module__.startswith("pydit.") for cls in type(block).__mro__):  # FSDP2 derives
         return "stock", "a model that shares the block was restored"
     return path, reason
 

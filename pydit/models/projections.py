@@ -6,6 +6,7 @@ A weight keeps its name, its module and its place in a checkpoint; only its memo
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 from torch.nn.modules import module as nn_module
 
 PLAIN_TENSORS = (torch.nn.Parameter, torch.Tensor)  # others compute their product by themselves: quantized, for example
@@ -45,7 +46,7 @@ def pack_projections(attn):
     for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")):
         linears = [getattr(attn, name) for name in names if getattr(attn, name, None) is not None]
         parameters = [p for linear in linears for p in linear.parameters()]
-        if len(linears) < 2 or not alike(linears) or any((p.requires_grad and p.grad is not None) or _is_lent(p)
+        if len(linears) < 2 or not alike(linears) or any(_is_lent(p) or (p.requires_grad and p.grad is not None)
                                                           for p in parameters):
             continue
         for name in ("weight", "bias"):
@@ -64,10 +65,15 @@ def pack_projections(attn):
 def _is_lent(parameter):
     """Whether a weight cannot be moved: it has no memory, other processes see it, or it is a part of a larger one that
     was not read from a file."""
-    if parameter.device.type not in ("cpu", "cuda") or (parameter.is_cpu and parameter.is_shared()):
+    if not parameter.is_leaf or parameter.device.type not in ("cpu", "cuda") or (
+            parameter.is_cpu and parameter.is_shared()):
         return True
     storage = parameter.untyped_storage()
-    return storage.nbytes() > parameter.nbytes and getattr(storage, "filename", None) is None
+    if getattr(storage, "filename", None) is not None:
+        return False
+    # Two are the parameter and ``storage``. Who else holds it writes there: FSDP2, which gathers weights in it, or a
+    # second model.
+    return storage.nbytes() > parameter.nbytes or torch._C._storage_Use_Count(storage._cdata) > 2
 
 
 class Packed(dict):
@@ -88,7 +94,7 @@ def alike(linears):
         if type(linear) is not torch.nn.Linear or is_watched(linear):
             return False
         weight, bias = map(linear._parameters.get, ("weight", "bias"))
-        if type(weight) not in PLAIN_TENSORS or not weight.is_contiguous():
+        if type(weight) not in PLAIN_TENSORS or _is_wrapped(weight) or not weight.is_contiguous():
             return False
         kind = (linear.in_features, weight.dtype, weight.device, bias is None)
         like = like or kind

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
+from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("pydit", "DEF")
@@ -96,6 +97,10 @@ def call(name: str, *args: Any) -> Any:
                                   "dual tensor; the ops have backward ones, and a model after pydit.restore both")
     if runs_straight(args):
         return _implementations[name](*args)
+    if not torch.compiler.is_compiling() and any(
+            isinstance(x, torch.Tensor) and is_gradtrackingtensor(x) for x in args):
+        raise NotImplementedError(f"{name}: expected tensors outside torch.func.grad, vjp and jacrev, got one that they "
+                                  "track; torch.autograd.grad takes the ops, and a model after pydit.restore both")
     return getattr(torch.ops.pydit, name)(*args)
 
 

@@ -229,7 +229,8 @@ def _empty(x, weight):
 def _run_linear(x, weight, bias, residual, gate, split, gelu, op):
     kernels = kernels_for(op, x, *weight.shape)
     if kernels is None:
-        return fallback.linear(x, weight, bias, residual, gate, gelu=gelu, split=None if split < 0 else split)
+        out = fallback.linear(x, weight, bias, residual, gate, gelu=gelu, split=None if split < 0 else split)
+        return out.contiguous()  # sums keep a residual's strides
     out = _empty(x, weight)
     launch(op, kernels, [as_layer(x, weight, bias, residual, gate, split, out)], gelu, 0.0)
     return out
@@ -239,7 +240,7 @@ def _run_joint(*args):
     img, txt, (split, gelu, op) = args[:5], args[5:10], args[10:]
     kernels = kernels_for(op, img[0], *img[1].shape, *txt[1].shape)
     if kernels is None:
-        return tuple(fallback.linear(*stream, gelu=gelu, split=None if s < 0 else s)
+        return tuple(fallback.linear(*stream, gelu=gelu, split=None if s < 0 else s).contiguous()
                      for stream, s in ((img, split), (txt, -1)))
     outs = _empty(*img[:2]), _empty(*txt[:2])
     launch(op, kernels, [as_layer(*img, split, outs[0]), as_layer(*txt, -1, outs[1])], gelu, 0.0)

@@ -107,6 +107,9 @@ def check_freqs(freqs, q, *, op=_OP, name="freqs"):
                              f"got {list(table.shape)}")
         if not table.is_contiguous():
             raise ValueError(f"{op}: {name} {part}: expected a contiguous tensor, got strides {list(table.stride())}")
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} {part}: expected a table that needs no gradient, got one that does; "
+                             "pydit.ops.reference has one")
     return freqs[0], freqs[1]
 
 

@@ -70,6 +70,7 @@ class Moments:
     _FIELDS = ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy", "shift_x", "shift_y")
     mean_x, mean_y, m_xx, m_xy, s_yy = (_centred(name) for name in ("mean_x", "mean_y", "m_xx", "m_xy", "s_yy"))
 
+    @torch.inference_mode(False)  # the state stays fit to be added to outside
     def __init__(self, dim_x: int, dim_y: int | None = None, *, device: torch.device | str | None = None) -> None:
         self.dim_x = integer("dim_x", dim_x)
         self.dim_y = None if dim_y is None else integer("dim_y", dim_y)
@@ -81,6 +82,7 @@ class Moments:
             torch.zeros(shape, dtype=torch.float64, device=device)
             for shape in ((d,), (e,), (d, d), (d, e), (e,), (d,), (e,)))
 
+    @torch.inference_mode(False)  # the state stays fit to be added to outside
     def update(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
         """Add rows x [n, d] and y [n, e], any float dtype; n may be 0. Returns self.
 
@@ -116,6 +118,7 @@ class Moments:
                     xy - torch.outer(sum_x, sum_y) / n, yy - sum_y.square() / n)
         return self
 
+    @torch.inference_mode(False)  # the state stays fit to be added to outside
     def merge(self, other: Moments) -> Moments:
         """Add the rows that ``other`` has seen; ``other`` is unchanged. Returns self."""
         if not isinstance(other, Moments):
@@ -170,6 +173,7 @@ class Moments:
         return {**{name: torch.tensor(getattr(self, name)) for name in self._COUNTS},
                 **{name: getattr(self, name).clone() for name in self._FIELDS}}
 
+    @torch.inference_mode(False)  # the state stays fit to be added to outside
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state saved by :meth:`state_dict`. UserError when it is of another kind."""
         state = checks.state(state)
@@ -209,6 +213,7 @@ class Moments:
         self.rounded += len(x)
         return self
 
+    @torch.inference_mode(False)  # the state stays fit to be added to outside
     def _centre(self) -> None:
         if self._sums:
             self._shift_centre(-1)

@@ -246,6 +246,48 @@ def test_weights_in_somebody_elses_memory_stay_there():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_two_models_in_one_memory_stay_equal(family):
+    """As an evaluation model that is loaded with assign=True: what trains one is read through the other."""
+    make, batches = FAMILIES[family]
+    train, model = make(), make()
+    model.load_state_dict(train.state_dict(), assign=True)
+    pydit.accelerate(model)
+    with torch.no_grad():
+        for p in train.parameters():
+            p.mul_(1.3)
+    tiny.assert_as_stock(run(model, batches()), lambda: copy.deepcopy(train), batches())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_models_as_one(family):
+    """torch.vmap over stacked weights, which have no memory to be packed in."""
+    make, batches = FAMILIES[family]
+    stacked, _ = torch.func.stack_module_state([make(), make()])
+    model, batch = pydit.accelerate(make()), {**batches(), "return_dict": False}
+    with torch.no_grad():
+        found = torch.vmap(lambda weights: torch.func.functional_call(model, weights, (), batch)[0])(stacked)
+    for each in found:
+        tiny.assert_as_stock(each, make, batches())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parametrization_is_computed_once_a_forward(first):
+    """spectral_norm moves on with every one in training."""
+    outputs = []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model = tiny.transformer(2)
+        if accelerated and first:
+            pydit.accelerate(model)
+        torch.nn.utils.parametrizations.spectral_norm(model.transformer_blocks[0].attn.to_q)
+        if accelerated and not first:
+            pydit.accelerate(model)
+        model.train()
+        outputs.append([run(model, tiny.batch()) for _ in range(3)])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_biases_alone_are_trained(family):
     make, batches = FAMILIES[family]
     grads = []

@@ -339,3 +339,38 @@ def test_a_backend_chosen_after_accelerate_runs_the_stock_processor(make):
     assert any(row["path"] == "stock" and "chose native after" in row["reason"]
                for row in pydit.report(model)["model"]["attention"])
     tiny.assert_as_stock(fast, make, batch)
+
+
+def trains_under_fsdp2(rank, folder):
+    """The root shards everything, so that weights are gathered when accelerate looks at them before a forward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for make, batch in ((lambda: tiny.transformer(2), tiny.batch()), (tiny.flux, tiny.flux_batch()),
+                        (tiny.sd3, tiny.sd3_batch())):
+        outputs = {}
+        for order in ("stock", "accelerated first", "sharded first"):
+            model = make()
+            if order == "accelerated first":
+                pydit.accelerate(model)
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)
+            if order == "sharded first":
+                pydit.accelerate(model)
+            optimizer, outputs[order] = torch.optim.SGD(model.parameters(), lr=0.3), []
+            for _ in range(3):
+                output = model(**batch, return_dict=False)[0]
+                output.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                outputs[order].append(output.detach())
+            if order != "stock":
+                assert {row["path"] for row in pydit.report(model)["model"]["blocks"]} == {"pydit"}
+        for order in ("accelerated first", "sharded first"):
+            torch.testing.assert_close(outputs[order], outputs["stock"], rtol=1e-4, atol=1e-5)
+    dist.destroy_process_group()
+
+
+def test_training_under_fsdp2(tmp_path):
+    processes.together(trains_under_fsdp2, 1, str(tmp_path))

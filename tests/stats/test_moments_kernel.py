@@ -37,6 +37,19 @@ def test_streamed_equals_whole(dtype, sizes, device):
     assert torch.equal(moments.m_xx, moments.m_xx.T)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_state_that_inference_mode_has_touched(dtype, device):
+    x, y = half_rows(dtype, device)
+    with torch.inference_mode():
+        moments = Moments(24, 12, device=device).merge(accumulate(x[:200], y[:200], [200]))
+        moments.update(x[200:300], y[200:300])
+        loaded = Moments(24, 12, device=device)
+        loaded.load_state_dict(moments.state_dict())
+    for each in (moments, loaded):
+        each.update(x[300:], y[300:])
+        assert_same(each, exact(x, y), rtol=1e-5)
+
+
 @pytest.mark.parametrize("ratio", [0, 1, 3, 30, 100, 1000])
 def test_error_of_a_mean_of_many_deviations(ratio, device):
     """Inside the documented bound on a variance, 1.8e-5 (1 + r^2): that of 288 additions in float32."""
