@@ -99,8 +99,8 @@ def call(name: str, *args: Any) -> Any:
         return _implementations[name](*args)
     if not torch.compiler.is_compiling() and any(
             isinstance(x, torch.Tensor) and is_gradtrackingtensor(x) for x in args):
-        raise NotImplementedError(f"{name}: expected tensors outside torch.func.grad, vjp and jacrev, got one that they "
-                                  "track; torch.autograd.grad takes the ops, and a model after pydit.restore both")
+        raise NotImplementedError(f"{name}: expected tensors outside torch.func.grad, vjp and jacrev, got one that "
+                                  "they track; torch.autograd.grad takes the ops, and a model after pydit.restore both")
     return getattr(torch.ops.pydit, name)(*args)
 
 

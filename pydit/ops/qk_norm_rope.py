@@ -40,7 +40,8 @@ def qk_norm_rope(q, k, q_weight, k_weight, freqs, *, eps=1e-6, out=None):
 
     Notes
     -----
-    RMSNorm: Zhang & Sennrich 2019; RoPE: Su et al. 2021. Differentiable in q, k and the weights.
+    RMSNorm: Zhang & Sennrich 2019; RoPE: Su et al. 2021. Differentiable in q, k and the weights; tables
+    that want a gradient are refused.
     """
     check_heads("q", q, None)
     check_heads("k", k, q)

@@ -474,6 +474,19 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.pydit.joint_qkv.default, (*image, image[0], None, *image[2:], 32, 1e-6))
 
 
+def test_opcheck_of_a_residual_with_tokens_first(device):
+    """Whose strides the result does not take."""
+    def turned(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    x, w, b, residual, gate = inputs("xwbrg", torch.float32, device, tokens=3)
+    stream = x, w, b, turned(residual), gate
+    torch.library.opcheck(torch.ops.pydit.linear.default, (*stream, -1, False, "linear_gated_residual"))
+    torch.library.opcheck(torch.ops.pydit.joint_linear.default,
+                          (*stream, *stream, -1, False, "joint_linear_gated_residual"))
+    assert ops.linear_gated_residual(*stream).is_contiguous()
+
+
 def test_the_library_is_named_when_it_runs(device, monkeypatch):
     monkeypatch.setenv("PYDIT_GEMM", "library")
     for name, (op, plain, names) in OPS.items():

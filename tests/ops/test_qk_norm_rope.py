@@ -124,6 +124,24 @@ def test_gradients(device, dtype, freqs):
         assert_accurate(*values, name=f"d {name}")
 
 
+def test_tables_that_want_a_gradient_are_refused(device):
+    """The ops give none, and a model with learned frequencies would train without them."""
+    q, k, w_q, w_k, (cos, sin) = _inputs((1, 4, 2, 32), torch.float32, device)
+    sin.requires_grad_()
+    for call in (lambda: ops.qk_norm_rope(q, k, w_q, w_k, (cos, sin)),
+                 lambda: ops.joint_qk_norm_rope(q, k, q, k, (w_q, w_k, w_q, w_k), (cos, sin), (cos, sin))):
+        with pytest.raises(ValueError, match="sin: expected a table that needs no gradient, got one that does"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_gradients_by_torch_func_are_refused(device):
+    q, k, *_ = _inputs((1, 4, 2, 32), torch.float32, device)
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: expected tensors outside torch.func.grad"):
+        torch.func.grad(lambda q: ops.qk_norm_rope(q, k, None, None, None)[0].sum())(q)
+
+
 def test_compiles_fullgraph(device):
     q, k, w_q, w_k, freqs = _inputs((1, 4, 2, 32), torch.float32, device)
 
