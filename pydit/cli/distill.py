@@ -216,6 +216,8 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     config = dataclasses.replace(config, data=data)
     with warnings_as_lines("distill"):
         result = distill(teacher.transformer, student.transformer, batches, config)
+    if not result.history:
+        raise UserError(f"max_minutes: expected time for at least one step, got {config.max_minutes}")
     if config.shard != "none" and distributed.world_size() > 1:
         weights = full_weights(student.transformer)
         if distributed.is_main():  # the sharded one cannot be saved as a pipeline

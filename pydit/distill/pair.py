@@ -13,6 +13,7 @@ from torch import nn
 from pydit.distill import distributed
 from pydit.distill.config import DistillConfig
 from pydit.errors import UserError
+from pydit.inference import schedule
 
 
 def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) -> None:
@@ -22,6 +23,15 @@ def require_pair(teacher: nn.Module, student: nn.Module, config: DistillConfig) 
     if not student.replaced:
         raise UserError("student: expected a plan that replaces at least one block, got one that replaces nothing")
     student.plan.require_match(teacher)
+    for name, model in (("teacher", teacher), ("student", student)):
+        if schedule.is_baked(model):
+            raise UserError(f"{name}: expected one with its modulation weights, got a baked schedule; pydit.restore it "
+                            "before distilling")
+        if getattr(model, "is_cache_enabled", False):
+            raise UserError(f"{name}: expected a model that computes every block, got one with a block cache; "
+                            "disable_cache before distilling")
+    if getattr(student, "peft_config", None):
+        raise UserError("student: expected plain weights, got a model with LoRA layers; fuse or unload them first")
     unknown = {tuple(pair) for pair in config.intervals or ()} - {entry[1:] for entry in student.replaced}
     if unknown:
         raise UserError(f"intervals: expected some of {[entry[1:] for entry in student.replaced]}, "
@@ -85,8 +95,8 @@ def merge(student: nn.Module, parts: Mapping[tuple[int, int], nn.Module]) -> nn.
     Raises
     ------
     UserError
-        A student that is not pruned, parts that are no such mapping, a part of another plan, or a pair that the plan
-        does not have.
+        A student that is not pruned, parts that are no such mapping, a part of another plan or whose blocks began as
+        others, or a pair that the plan does not have.
     """
     if not hasattr(student, "replaced"):
         raise UserError(f"student: expected a model made by pydit.prune, got {type(student).__name__}")
@@ -98,6 +108,9 @@ def merge(student: nn.Module, parts: Mapping[tuple[int, int], nn.Module]) -> nn.
             raise UserError(f"parts: expected some of {sorted(place)}, got {tuple(pair)}")
         if getattr(part, "plan", None) != student.plan:
             raise UserError(f"parts: expected students of the same plan, got another for {tuple(pair)}")
+        if part.init != student.init:
+            raise UserError(f"parts: expected students whose blocks began as {student.init!r}, got {part.init!r} for "
+                            f"{tuple(pair)}")
     for pair, part in parts.items():
         index = place[tuple(pair)]
         student.own_blocks[index].load_state_dict(part.own_blocks[index].state_dict())
@@ -114,6 +127,8 @@ def trained_apart(student: nn.Module, untrained: Mapping[str, torch.Tensor], par
     """
     if getattr(part, "plan", None) != student.plan:
         raise UserError("merge: expected students of one plan, got another")
+    if part.init != student.init:
+        raise UserError(f"merge: expected students whose blocks began as {student.init!r}, got {part.init!r}")
     block_of = {id(p): entry[1:] for entry in part.replaced for p in part.own_blocks[entry[0]].parameters()}
     found = set()
     for name, p in part.named_parameters():

@@ -22,6 +22,7 @@ from pydit.distill.residence import called_in_parts
 from pydit.distill.stream import Batch
 from pydit.errors import UserError
 from pydit.models.adapter import Capture, ModelAdapter
+from pydit.models.by_source import init_weights
 from pydit.plan import PruningPlan
 
 Streams = tuple[torch.Tensor, torch.Tensor]  # (image [B, S_img, C], text [B, S_txt, C])
@@ -165,9 +166,11 @@ class LayerPhase(Phase):
         pairs = []
         if spec.text == "linear":
             told = inputs[1].chunk(2, dim=1)[1]
-            layer = self.layers[spec.source[0]]
-            with torch.no_grad(), called_in_parts([layer]):
-                wanted = self.adapter.modulated_text(layer, start[1], capture.kwargs)
+            shares = init_weights(len(spec.source), self.student.init)
+            began = [(self.layers[k], share) for k, share in zip(spec.source, shares, strict=True) if share]
+            with torch.no_grad(), called_in_parts([layer for layer, _ in began]):
+                wanted = sum(share * self.adapter.modulated_text(layer, start[1], capture.kwargs)
+                             for layer, share in began)
             block = distributed.gathered(self.blocks[index])
             pairs.append(("text", told + block.txt_proj(told), wanted, mask))
         if spec.ffn == "linear":

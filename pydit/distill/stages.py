@@ -16,6 +16,7 @@ from torch import nn
 from pydit.errors import UserError
 from pydit.families import BlockSpec
 from pydit.models import get_adapter
+from pydit.models.by_source import chosen_layer
 from pydit.models.pruned import entry_of
 from pydit.plan import PruningPlan
 
@@ -47,7 +48,8 @@ def progressive(plan: PruningPlan, stages: int, *, layers_steps: int, output_ste
     if not 1 <= stages <= len(first):
         raise UserError(f"stages: expected 1 to {len(first)}, the single-stream blocks of the plan, got {stages!r}")
     starts = [first[len(first) - len(first) * number // stages] for number in range(1, stages + 1)]
-    return dataclasses.replace(plan, single_stream=None), tuple(
+    whole = plan.dead_tensors or not plan.text_linear  # a block that a lean plan has cut becomes no single-stream one
+    return dataclasses.replace(plan, single_stream=None, dead_tensors=whole), tuple(
         Stage(dataclasses.replace(plan, single_stream=start if end is None else (start, end)), layers_steps,
               output_steps) for start in starts)
 
@@ -93,7 +95,9 @@ def change_plan(student: nn.Module, plan: PruningPlan, teacher: nn.Module) -> nn
         if not _same(given, spec):
             block = copy.deepcopy(block)  # the one of before is whole should this fail
             if spec.source != given.source:
-                block = adapter.conform(block, last[spec.source[-1]])
+                began = spec.source[chosen_layer(len(spec.source), student.init)]
+                whole = (one for one, before in old.values() if began in before.source and before.is_stock)
+                block = adapter.conform(copy.deepcopy(next(whole, block)), last[spec.source[-1]])
             block = adapter.new_block(block, spec)
         elif "spec" in block.__dict__:
             block.spec = spec  # anchors are counted anew

@@ -139,6 +139,8 @@ def _distill_stage(teacher: nn.Module, student: nn.Module, batches: Batches, con
         "plan": {name: value for name, value in student.plan.to_dict().items()
                  if name not in ("format", "version", "provenance")},
         "config": config.computation(), "teacher": digest(teacher)}
+    if student.init != "first":  # as checkpoints say nothing of it
+        identity["init"] = student.init
     distributed.broadcast(list(student.parameters()))
     if config.shard != "none":
         distributed.shard(student, adapter)

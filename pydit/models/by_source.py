@@ -94,7 +94,11 @@ def remap_lora(lists: Mapping[str, RoutedBlocks], state: Mapping[str, Any], *, i
             downs.append(_kept(block, path, rest.removesuffix(_PAIR[1]) + _PAIR[0], state[stem + _PAIR[0]]))
         renamed[first], renamed[new] = torch.cat(downs), torch.cat(ups, dim=1)
         if alphas:
-            made[f"{new.removesuffix(_PAIR[1])}.alpha"] = float(renamed[first].shape[0])
+            # The LoRA's own alpha: diffusers finds alphas that differ by the end of a name, and may take another's.
+            rank = renamed[first].shape[0]
+            alpha = float(alphas.get(f"{parts[new][0][1].removesuffix(_PAIR[1])}.alpha", rank)) or rank
+            renamed[new] = renamed[new] * (rank / alpha)
+            made[f"{new.removesuffix(_PAIR[1])}.alpha"] = alpha
     return renamed, dropped
 
 

@@ -328,6 +328,10 @@ def test_analyze_plan_prune_distill_generate_eval(tmp_path, capfd, fails):
     assert "one block for" in run("prune", untrained(), "--plan", plan, "--dry-run")
     assert not (tmp_path / "pruned").exists()
     assert "6 blocks became 3" in run("prune", untrained(), "--plan", plan, "--out", tmp_path / "pruned")
+    assert main(["distill", str(untrained()), str(tmp_path / "pruned"), "--prompts", "demo", "--steps", "2",
+                 "--max-minutes", "1e-9", "--out", str(tmp_path / "untrained")]) == 2
+    assert capfd.readouterr().err.endswith("max-minutes: expected time for at least one step, got 1e-09\n")
+    assert not (tmp_path / "untrained").exists()
     out = run("distill", untrained(), tmp_path / "pruned", "--prompts", "demo", "--batch-size", 2, "--steps", 2,
               "--output-steps", 1, "--out", tmp_path / "distilled", "--json")
     assert {row["phase"] for row in json.loads(out)["history"]} == {"layers", "output"}

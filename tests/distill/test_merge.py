@@ -8,6 +8,7 @@ import torch
 import pydit
 from pydit import PruningPlan, UserError
 from pydit.distill import DistillConfig, distill, merge
+from pydit.distill.pair import trained_apart
 from tests.distill import tiny
 
 CONFIG = DistillConfig(layers_steps=5, layers_lr=1e-3, log_every=1)
@@ -66,3 +67,50 @@ def test_wrong_intervals():
         merge(student, {(0, 1): student})
     with pytest.raises(UserError, match=r"parts: expected students of the same plan, got another for \(1, 2\)"):
         merge(student, {(1, 2): other})
+
+
+def test_parts_that_began_as_others_are_refused():
+    """Blocks would be counted as trained that only began elsewhere, and a LoRA of the teacher put in the wrong place."""
+    teacher, student = tiny.make_pair()
+    part = pydit.prune(teacher, student.plan, init="last")
+    with pytest.raises(UserError, match="parts: expected students whose blocks began as 'first', got 'last' for"):
+        merge(student, {PAIRS[0]: part})
+    with pytest.raises(UserError, match="merge: expected students whose blocks began as 'first', got 'last'"):
+        trained_apart(student, tiny.weights(student), part)
+
+
+def test_a_run_of_a_student_that_began_as_others_is_not_continued(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_dir=tmp_path)
+    teacher, student = tiny.make_pair()
+    distill(teacher, student, tiny.stream, config, progress=False)
+    other = pydit.prune(teacher, student.plan, init="last")
+    with pytest.raises(UserError, match="checkpoint_dir: .*init"):
+        distill(teacher, other, tiny.stream, dataclasses.replace(config, resume=True), progress=False)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+@pytest.mark.parametrize("what", ["schedule", "cache"])
+def test_models_that_do_not_compute_what_they_stand_for_are_refused(which, what):
+    from diffusers import FirstBlockCacheConfig
+
+    teacher, student = tiny.make_pair()
+    model = teacher if which == "teacher" else student
+    if what == "cache":
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    else:
+        pydit.bake_schedule(model, [0.5])
+    with pytest.raises(UserError, match=f"{which}: expected .* (got a baked schedule|got one with a block cache)"):
+        distill(teacher, student, tiny.stream, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize("init", ["first", "middle", "last", "average"])
+def test_text_maps_are_trained_towards_what_they_were_fitted_to(init):
+    """The block's own modulation of the text, not that of the interval's first layer, which would be 1 off."""
+    teacher = tiny.make_teacher(8)
+    batches = [tiny.make_batch(k, size=8) for k in range(12)]
+    plan = PruningPlan("qwen-image", 8, [(3, 5)], text_linear=[(1, 6)])
+    student = pydit.prune(teacher, plan, init=init, batches=[batch for batch, _ in batches])
+    config = DistillConfig(layers_steps=12, layers_lr=1e-9, linear_weight=1.0, intervals=((3, 5),), log_every=12)
+    result = distill(teacher, student, batches, config, progress=False)
+    parts = result.history[0]["intervals"]["3-5"]
+    assert parts["linear"] < 0.1

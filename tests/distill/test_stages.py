@@ -141,3 +141,25 @@ def test_a_schedule_that_was_stopped_goes_on_bit_for_bit(tmp_path, unbroken, at)
     assert [row["loss"] for row in result.history] == [row["loss"] for row in unbroken[0].history]
     expected = tiny.weights(unbroken[1])
     assert all(torch.equal(p, expected[name]) for name, p in tiny.weights(student).items())
+
+
+@pytest.mark.parametrize("start", [[], [(1, 2), (3, 4)]])
+@pytest.mark.parametrize("init, layer", [("first", 1), ("last", 4)])
+def test_a_joined_block_goes_on_from_the_layer_that_a_lora_is_put_in_for(start, init, layer):
+    teacher = tiny.make_teacher()
+    student = prune(teacher, PruningPlan("qwen-image", 6, start), init=init)
+    stages.change_plan(student, PruningPlan("qwen-image", 6, [(1, 4)]), teacher)
+    assert torch.equal(student.own_blocks[1].attn.to_q.weight, teacher.transformer_blocks[layer].attn.to_q.weight)
+    name = "transformer_blocks.{}.attn.to_q.lora_A.weight"
+    found, _ = student.follow_source({name.format(k): torch.full((1, 32), float(k)) for k in range(6)})
+    assert torch.equal(found[name.format(1)], torch.full((1, 32), float(layer)))
+
+
+def test_a_lean_plan_in_stages():
+    """Its last block has no text output already, and can become single-stream all the same."""
+    plan = dataclasses.replace(FINAL, dead_tensors=False)
+    start, made = progressive(plan, 2, layers_steps=1)
+    teacher, student = pair(start)
+    config = dataclasses.replace(CONFIG, layers_steps=1, output_steps=0, schedule=made)
+    distill(teacher, student, tiny.stream, config, progress=False)
+    assert student.plan == plan and sum(p.numel() for p in student.parameters()) == plan.num_parameters(teacher.config)

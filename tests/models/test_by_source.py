@@ -205,6 +205,23 @@ def test_loading_commutes_with_pruning(family, fields, init, modules):
     assert torch.allclose(run(student, batch), run(expected, batch), rtol=1e-4, atol=1e-5)
 
 
+def test_averages_beside_a_projection_of_the_model_itself():
+    """diffusers finds an alpha by the end of a name: that of FLUX.1's own proj_out is not to be taken for a block's."""
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
+    make, batch, plan = tiny.flux, tiny.flux_batch(), PruningPlan("flux.1", 4, [(2, 3)])
+    teacher, merged = make(), make()
+    state = lora_of(teacher, "single_transformer_blocks", ("attn.to_q", "attn.to_k", "proj_mlp", "proj_out"))
+    state |= {"transformer.proj_out.lora_A.weight": torch.randn(2, 64), "transformer.proj_out.lora_B.weight": torch.randn(4, 2)}
+    with torch.no_grad():
+        for key in (key for key in state if key.endswith("lora_A.weight")):
+            module = merged.get_submodule(key.removeprefix("transformer.").removesuffix(".lora_A.weight"))
+            module.weight += 0.5 * (state[key.replace("lora_A", "lora_B")] @ state[key])
+    alphas = {key.replace(".lora_A.weight", ".alpha"): 1.0 for key in state if "lora_A" in key}  # of rank 2
+    student, expected = pydit.prune(teacher, plan, init="average"), pydit.prune(merged, plan, init="average")
+    student.load_lora_adapter(dict(state), prefix="transformer", network_alphas=alphas)
+    assert torch.allclose(run(student, batch), run(expected, batch), rtol=1e-4, atol=1e-5)
+
+
 def test_flux_pipelines_loader(tmp_path):
     """It compares shapes by the teacher's numbers and would widen the student's narrow layers."""
     pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")

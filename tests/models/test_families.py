@@ -131,6 +131,14 @@ def test_copying_inits(family, teacher, plan, batch, init):
     assert type(student) is FAMILIES[family][2] and student.source == [list(layers) for layers in plan.source]
 
 
+def test_the_last_layer_of_sd3_stands_for_an_interval():
+    """It has the form that the block needs, which the layers before it have not."""
+    make, batch, _cls, depth, _ = FAMILIES["sd3.5"]
+    teacher = make()
+    student = pydit.prune(teacher, PruningPlan.from_intervals(depth, [(depth - 2, depth - 1)], family="sd3.5"), init="last")
+    assert torch.equal(run(student, batch()), by_hand(teacher, [*range(depth - 2), depth - 1], batch()))
+
+
 @pytest.mark.parametrize("init, weights", [("average", (1, 1)), ("position-average", (2, 1))])
 def test_averages(family, teacher, init, weights):
     pair = {"flux.1": (5, 6), "sd3.5": (3, 4)}[family]
