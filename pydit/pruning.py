@@ -17,7 +17,7 @@ from pydit.arguments import integer
 from pydit.errors import UserError
 from pydit.inference import hooked, schedule
 from pydit.linear_maps import fit_linear_maps
-from pydit.models import ModelAdapter, flux_lora, get_adapter
+from pydit.models import ModelAdapter, get_adapter
 from pydit.models.adapter import require_batches, require_plan
 from pydit.models.by_source import chosen_layer, init_weights
 from pydit.models.swapped import as_made
@@ -97,7 +97,9 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
             raise UserError(f"transformer: expected a model without hooks, whose copies would run this one, got {name} "
                             f"with {hook}; prune before offloading, casting or caching")
     if adapter.family == "flux.1":
-        flux_lora.require_config(transformer)
+        from pydit.models.flux_lora import require_config  # which needs diffusers
+
+        require_config(transformer)
     plan.require_match(transformer)
     if init == "probe" and batches is None:
         raise UserError('batches: expected calibration batches for init="probe", got none')

@@ -106,7 +106,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
     plan = PruningPlan.from_intervals(4, [(1, 2)])
     before = sorted(tmp_path.iterdir())
     for arguments, error, message in (
-            ((path, plan, tmp_path / "out", {"init": "probe"}), UserError, "init: expected one of first, middle, average"),
+            ((path, plan, tmp_path / "out", {"init": "probe"}), UserError, "init: expected one of first, middle, last, average"),
             ((path, PruningPlan("flux.1", 4), tmp_path / "out", {}), UserError, "plan: expected a plan for qwen-image"),
             ((path, PruningPlan.from_intervals(5, [(1, 2)]), tmp_path / "out", {}), UserError, "the model's 4 layers, got one for 5"),
             ((path, plan, path, {}), UserError, "out: expected a directory apart from"),
