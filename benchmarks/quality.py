@@ -217,12 +217,12 @@ class Bench:
         if goal.anchor is not None:
             anchor = dataclasses.replace(plan, intervals=intervals).source[goal.anchor][0]
             intervals = [pair for pair in intervals if pair[0] != anchor]
-            extra["text_linear"] = [(anchor, plan.num_layers - 1)]
         plan = dataclasses.replace(plan, intervals=intervals, dead_tensors=False)  # lossless
-        if goal.dual is not None:
-            extra["single_stream"] = single = plan.source[goal.dual][0]
-            if goal.anchor is not None:
-                extra["text_linear"] = [(anchor, single - 1)]
+        single = None if goal.dual is None else plan.source[goal.dual][0]
+        if single is not None:
+            extra["single_stream"] = single
+        if goal.anchor is not None:
+            extra["text_linear"] = [(anchor, (plan.num_layers if single is None else single) - 1)]
         plan = dataclasses.replace(plan, **extra)
         return dataclasses.replace(plan, linear_ffn=self._most_linear(plan, cell, goal.linear_ffns))
 

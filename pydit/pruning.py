@@ -139,7 +139,8 @@ def initial_block(adapter: ModelAdapter, layers: Sequence[nn.Module], init: str)
             if _shapes(layer) != _shapes(block):
                 layer = adapter.conform(as_made(copy.deepcopy(layer)), layers[-1])
             states.append(layer.state_dict())
-    same = index == 0 or _shapes(block) == _shapes(adapter.conform(as_made(copy.deepcopy(layers[0])), layers[-1]))
+    same = index == 0 or _shapes(layers[index]) == _shapes(layers[0]) \
+        or _shapes(block) == _shapes(adapter.conform(as_made(copy.deepcopy(layers[0])), layers[-1]))
     if not same or any({name: t.shape for name, t in state.items()} != _shapes(block) for state in states):
         raise UserError(f'init: expected "first" for an interval whose layers differ in structure, got {init!r}')
     if states:

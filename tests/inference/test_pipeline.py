@@ -21,7 +21,7 @@ from pydit.inference.pipeline import PLAN_FILE, content_hash, load_pipeline, sav
 from pydit.plan import PruningPlan
 from pydit.pruning import prune
 from tests.demo.pipelines import untrained
-from tests.inference.test_changes import ip_adapter
+from tests.inference.test_ip_adapter import ip_adapter
 from tests.models import tiny
 
 

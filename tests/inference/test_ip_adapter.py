@@ -1,0 +1,83 @@
+"""IP-adapters of FLUX.1: processors that pipelines set and take away, on accelerated, exact and pruned models."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers.models.transformers import transformer_flux
+
+import pydit
+from pydit.errors import UserError
+from pydit.plan import PruningPlan
+from tests.inference.test_changes import rows, run
+from tests.models import tiny
+
+
+def ip_adapter(model):
+    """As pipelines load it: other processors in the dual blocks, new ones of the same class in the single blocks."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"{block}.to_{which}_ip.{name}": torch.randn(shape, generator=generator) * 0.3
+               for block in range(2) for which in "kv" for name, shape in (("weight", (64, 24)), ("bias", (64,)))}
+    projection = {"proj.weight": torch.randn(96, 16, generator=generator), "proj.bias": torch.zeros(96),
+                  "norm.weight": torch.ones(24), "norm.bias": torch.zeros(24)}
+    model._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+    return model
+
+
+def test_an_ip_adapter_of_flux():
+    def batch():
+        image = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
+        return {**tiny.flux_batch(), "joint_attention_kwargs": {"ip_adapter_image_embeds": [image]}}
+
+    def adapted(backend=None):
+        stock = ip_adapter(tiny.flux())
+        if backend is not None:
+            stock.set_attention_backend(backend)
+        return stock
+
+    expected = run(adapted(), batch())
+    kind = "FluxIPAdapterAttnProcessor"
+    for make, reason in ((lambda: pydit.accelerate(ip_adapter(tiny.flux())), f"no fused form of {kind}"),
+                         (lambda: ip_adapter(pydit.accelerate(tiny.flux())), f"{kind} was set after pydit.accelerate")):
+        model = make()
+        assert rows(model, "attention") == {("pydit", ""): 2, ("stock", reason): 2}
+        tiny.assert_as_stock(run(model, batch()), adapted, batch())
+        model.set_attention_backend("_native_math")
+        assert sum(count for (path, _), count in rows(model, "attention").items() if path == "stock") == 4
+        tiny.assert_as_stock(run(model, batch()), lambda: adapted("_native_math"), batch())
+        model.reset_attention_backend()
+        tiny.flux().set_attention_backend("native")  # the choice above is global in diffusers
+        pydit.restore(model)
+        assert {type(p).__module__ for p in model.attn_processors.values()} == {transformer_flux.__name__}
+        assert torch.equal(run(model, batch()), expected)
+
+
+def test_an_ip_adapter_of_flux_with_exact_blocks():
+    """Loading and unloading one makes processors anew, without what these carry."""
+    batch = tiny.flux_batch()
+    with_image = {**batch, "joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}}
+    model, stock = tiny.flux(), tiny.flux()
+    pydit.accelerate(model, exact=True)
+    for one in (model, stock):
+        ip_adapter(one)
+    assert torch.equal(run(model, with_image), run(stock, with_image))
+    for one in (model, stock):  # as pipelines unload it
+        one.encoder_hid_proj, one.config.encoder_hid_dim_type = None, None
+        one.set_attn_processor({name: transformer_flux.FluxAttnProcessor() if "IPAdapter" in type(processor).__name__
+                                else type(processor)() for name, processor in one.attn_processors.items()})
+    assert torch.equal(run(model, batch), run(stock, batch))
+    assert torch.equal(run(pydit.restore(model), batch), run(tiny.flux(), batch))
+
+
+def test_an_ip_adapter_of_a_pruned_model():
+    """It numbers the teacher's layers: pruned with them, or refused where numbers would be another layer's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        merged = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, [(0, 1)]))
+        thinned = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[1]))
+    with pytest.raises(UserError, match="load_ip_adapter: expected a model of as many layers as the adapter"):
+        ip_adapter(merged)
+    batch = {**tiny.flux_batch(), "joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}}
+    before = run(pydit.prune(ip_adapter(tiny.flux()), PruningPlan("flux.1", 4, [(0, 1)])), batch)
+    assert not torch.allclose(before, run(merged, tiny.flux_batch()), rtol=1e-2)
+    ip_adapter(thinned)
