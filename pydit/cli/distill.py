@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,11 @@ def _stage(text: str) -> Any:
     from pydit.distill import Stage
     from pydit.plan import PruningPlan
 
-    path, *steps = text.split(":")
-    if not 1 <= len(steps) <= 2 or not all(number.isdecimal() for number in steps):
+    found = re.fullmatch(r"(.+?):([0-9]+)(?::([0-9]+))?", text)  # the first part may hold colons itself
+    if found is None:
         raise UserError(f"then: expected PLAN:STEPS or PLAN:STEPS:OUTPUT_STEPS, got {text!r}")
-    return Stage(PruningPlan.load(path), *map(int, steps))
+    path, *steps = found.groups()
+    return Stage(PruningPlan.load(path), *(int(number) for number in steps if number is not None))
 
 
 @contextlib.contextmanager
@@ -337,15 +339,19 @@ def _estimate(arguments: argparse.Namespace, settings: Any) -> None:
     from pydit.families import FAMILIES
     from pydit.files import read_json
     from pydit.plan import PruningPlan
+    from pydit.presets import PRESETS
 
     config = None if str(arguments.teacher) in FAMILIES else \
         read_json(arguments.teacher / "transformer" / "config.json", what="teacher")
     if arguments.student.is_dir():
         plan = stored_plan(arguments.student)
-    elif arguments.student.suffix == ".json":
+    elif arguments.student.suffix == ".json" or arguments.student.is_file():
         plan = PruningPlan.load(arguments.student)
-    else:
+    elif str(arguments.student) in PRESETS:
         plan = PruningPlan.preset(str(arguments.student))
+    else:
+        raise UserError(f"student: expected the directory of a pruned pipeline, a plan file or a preset "
+                        f"({', '.join(PRESETS)}), got {str(arguments.student)!r}, which is none of them")
     family = str(arguments.teacher) if config is None else next(
         (family.name for family in FAMILIES.values() if family.class_name == config.get("_class_name")), None)
     if family != plan.family:

@@ -21,7 +21,7 @@ from pydit import env
 from pydit.backend import KERNEL_DTYPES, KERNEL_HEAD_DIMS
 from pydit.errors import UserError
 from pydit.inference import graphs, hooked, schedule, traps
-from pydit.inference.hooked import change_class, has_offloading
+from pydit.inference.hooked import change_class, derived, has_offloading
 from pydit.models import caches
 from pydit.models.projections import PLAIN_TENSORS, is_stock, pack_projections
 
@@ -222,7 +222,7 @@ def _swap_blocks(model: nn.Module, state: _Accelerated, exact: bool) -> None:
             state.note("blocks", block, "stock", "something other than a hook of diffusers or accelerate has replaced "
                                                  "the block's forward")
             continue
-        state.blocks.append((block, stock))
+        state.blocks.append((block, stock, forms[stock]))
         two_rows = getattr(block, "zero_cond_t", False)
         if exact:
             block.__dict__["_pydit_exact"] = state.exact_ops()
@@ -367,7 +367,7 @@ class _Accelerated:
 
     exact_only: bool = False
     processors: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-    blocks: list[tuple[nn.Module, type]] = field(default_factory=list)
+    blocks: list[tuple[nn.Module, type, type]] = field(default_factory=list)  # (block, its stock class, ours)
     places: list[int] = field(default_factory=list)  # of projections, when they were laid next to each other
     hooks: list[Any] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)  # names of the model's attributes that refuse what does not work
@@ -422,9 +422,9 @@ def _put_back(state: _Accelerated, chosen: Callable[[nn.Module], bool]) -> None:
                     setattr(processor, name, getattr(module.processor, name))
             module.processor = processor
             module.__dict__.pop("_pydit_packed", None)
-    for block, cls in state.blocks:
+    for block, stock, ours in state.blocks:
         if chosen(block):
-            change_class(block, cls)
+            change_class(block, derived(type(block), ours, stock))
             block.__dict__.pop("_pydit_target", None)
             block.__dict__.pop("_pydit_exact", None)
     state.processors = [entry for entry in state.processors if not chosen(entry[0])]

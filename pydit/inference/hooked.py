@@ -31,6 +31,14 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> bool:
     return True
 
 
+def derived(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+    """``new``, where ``cls`` is ``old``; where ``fully_shard`` has made it of ``old`` and its own, one of ``new``."""
+    if cls is old or old not in cls.__bases__:
+        return new
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(new if base is old else base for base in cls.__bases__), body)
+
+
 def has_offloading(model: nn.Module) -> str:
     """What moves weights of a model between devices or dtypes around its forward; "" where nothing does."""
     for module in model.modules():

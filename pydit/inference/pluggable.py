@@ -45,7 +45,7 @@ def resources(plan: PruningPlan, config: Mapping[str, Any], active: Iterable[Seq
 
     Parameters
     ----------
-    config : the teacher's, or the student's own with ``pydit``: only widths are read.
+    config : the teacher's.
     """
     family = FAMILIES[plan.family]
     running = {tuple(unit) for unit in active}

@@ -357,7 +357,8 @@ def test_distill_under_torchrun(tmp_path, capfd, fails, plan_file):
     train = ["distill", str(untrained()), str(tmp_path / "student"), "--prompts", "demo", "--batch-size", "3", "--steps",
              "2", "--output-steps", "1", "--cache-batches", "1", "--output-cache-batches", "0", "--out"]
     then = PruningPlan.from_intervals(6, [(1, 2), (3, 5)])
-    then.save(tmp_path / "then.json")
+    (tmp_path / "at:1").mkdir()
+    then.save(tmp_path / "at:1" / "then.json")
     capfd.readouterr()
     assert main([*train, str(tmp_path / "one")]) == 0
     printed = capfd.readouterr().out
@@ -374,7 +375,7 @@ def test_distill_under_torchrun(tmp_path, capfd, fails, plan_file):
     assert done.stdout == printed.replace(str(tmp_path / "one"), str(tmp_path / "two"))
     assert _tree(tmp_path / "two") == _tree(tmp_path / "one") and not (tmp_path / "two.checkpoint").exists()
     assert "then: expected PLAN:STEPS" in fails(*train, tmp_path / "three", "--then", "then.json")
-    assert main([*train, str(tmp_path / "three"), "--then", f"{tmp_path / 'then.json'}:1"]) == 0
+    assert main([*train, str(tmp_path / "three"), "--then", f"{tmp_path / 'at:1' / 'then.json'}:1"]) == 0
     stored = files.read_json(tmp_path / "three" / "pydit_plan.json", what="test")
     assert PruningPlan.from_dict(stored["plan"], what="test") == then
 

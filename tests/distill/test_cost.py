@@ -159,4 +159,4 @@ def test_published_size_and_command_line(capfd):
     with pytest.raises(UserError, match="expected num_layers 8 as in the plan, got 60"):
         estimate(PLAN, None, SETTINGS)
     assert main(["distill", "qwen-image", "nothing", "--estimate"]) == 2
-    assert "preset: expected one of" in capfd.readouterr().err
+    assert "student: expected the directory of a pruned pipeline, a plan file or a preset (ppcl-" in capfd.readouterr().err

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import pydit
 from pydit.errors import UserError
 from pydit.inference import hooked
+from pydit.models import get_adapter
 from pydit.plan import PruningPlan
 from pydit.testing import assert_accurate
 from tests import processes
@@ -344,7 +345,7 @@ def test_a_backend_chosen_after_accelerate_runs_the_stock_processor(make):
 def trains_under_fsdp2(rank, folder):
     """The root shards everything, so that weights are gathered when accelerate looks at them before a forward."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
@@ -369,6 +370,15 @@ def trains_under_fsdp2(rank, folder):
                 assert {row["path"] for row in pydit.report(model)["model"]["blocks"]} == {"pydit"}
         for order in ("accelerated first", "sharded first"):
             torch.testing.assert_close(outputs[order], outputs["stock"], rtol=1e-4, atol=1e-5)
+        model = pydit.accelerate(make())
+        blocks = get_adapter(model).blocks(model)
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh)
+        model(**batch)
+        pydit.restore(model)
+        for block, stock in zip(blocks, get_adapter(model).blocks(make()), strict=True):
+            assert type(block).__bases__ == (FSDPModule, type(stock))
+        assert torch.equal(model(**batch)[0], make()(**batch)[0])
     dist.destroy_process_group()
 
 
