@@ -124,9 +124,11 @@ def add_distill(commands: Any) -> None:
                         help="share of samples with the empty prompt, for guidance (default: 0)")
     images.add_argument("--guidance", type=positive, metavar="SCALE",
                         help="the scale the student will be sampled with: every sample comes with its prompt and with\n"
-                             "the empty one, and the second phase learns the guided prediction too (default: off)")
+                             "the empty one, and the second phase learns the guided prediction too; also with\n"
+                             "--prompts demo (default: off)")
     images.add_argument("--flow-weight", type=not_negative,
-                        help="second phase, with --data: weight of the error against the images (default: 0)")
+                        help="second phase, also with --prompts demo: weight of the error against the images\n"
+                             "(default: 0)")
 
 
 # Options that only some runs read; given to another, they would be ignored.
@@ -212,7 +214,8 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
                    shard=config.shard == "all")
     student = _student(arguments.student, arguments, shard=config.shard != "none")
     if arguments.data is None:
-        batches, data = batch_stream(teacher, arguments), prompts
+        batches = batch_stream(teacher, arguments, pairs=arguments.guidance is not None)
+        data = prompts
     else:
         batches, data = _image_batches(teacher, arguments)
     config = dataclasses.replace(config, data=data)
@@ -284,8 +287,9 @@ def _require_batches(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     if arguments.data is not None and arguments.prompts is not None:
         raise UserError("data: expected --data or --prompts, got both")
-    if arguments.guidance is not None and arguments.data is None:
-        raise UserError(f"guidance: expected --data to go with it, got {arguments.guidance:g} without")
+    if arguments.guidance is not None and arguments.data is None and arguments.prompts != "demo":
+        raise UserError("guidance: expected --data or --prompts demo to go with it, got "
+                        f"{arguments.guidance:g} without")
     if arguments.data is not None:
         require_options(**_image_options(arguments))
         require_used(arguments, ("sampling_steps", "size"), False, "--prompts with a file")

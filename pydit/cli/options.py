@@ -92,15 +92,18 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
     parser.add_argument("--data-seed", type=seed, default=0, help="of noise and order (default: 0)")
 
 
-def batch_stream(pipe, arguments: argparse.Namespace) -> Callable[[int], Any]:
-    """Calibration or training batches as a function start -> endless iterator from batch ``start``."""
+def batch_stream(pipe, arguments: argparse.Namespace, *, pairs: bool = False) -> Callable[[int], Any]:
+    """Calibration or training batches as a function start -> endless iterator from batch ``start``.
+
+    pairs : every row with its prompt and with the empty one; of the demo's batches alone.
+    """
     _require_stream(arguments)
     if arguments.prompts == "demo":
         from pydit.demo.data import make_batches
 
         demo_pipeline(pipe)
         return lambda start: make_batches(pipe, batch_size=arguments.batch_size, seed=arguments.data_seed,
-                                          start_step=start)
+                                          start_step=start, pairs=pairs)
     from pydit.distill import distributed
     from pydit.inference.sampling import endless_batches, read_prompts, require_size
 

@@ -48,8 +48,8 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_size: int, seed: int,
-                 start_step: int = 0, images: int | None = None,
-                 prompt_dropout: float = 0.0) -> Iterator[tuple[dict, torch.Tensor]]:
+                 start_step: int = 0, images: int | None = None, prompt_dropout: float = 0.0,
+                 pairs: bool = False) -> Iterator[tuple[dict, torch.Tensor]]:
     """An infinite stream of inputs for ``transformer.forward`` with their flow-matching targets.
 
     Rendered images are encoded, noised to a random sigma (uniform in (0, 1)) and paired with their prompt.
@@ -62,11 +62,17 @@ def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_s
     images : render and encode only this many, once, and draw every batch from them with fresh noise; encoding takes
         a fifth of a distillation step on a CPU. None renders new ones for every batch.
     prompt_dropout : share of samples whose prompt is empty, as guidance asks the model too.
+    pairs : every noised image makes two rows, 2 i with its prompt and 2 i + 1 with the empty one, as
+        ``DistillConfig.guidance`` wants them. Goes without ``prompt_dropout``.
 
     Yields
     ------
-    (batch, target) : keyword arguments of the transformer, and the velocity ``noise - x0`` [B, 36, 4 Z].
+    (batch, target) : keyword arguments of the transformer, and the velocity ``noise - x0`` [B, 36, 4 Z], of ``pairs``
+        2 B rows.
     """
+    if pairs and prompt_dropout:
+        raise UserError("prompt_dropout: expected 0, because in pairs every sample has the empty prompt once, "
+                        f"got {prompt_dropout!r}")
     device = pipe.transformer.device
     table: dict[str, torch.Tensor] = {}
     choices = None if prompts is None else torch.tensor([world.all_prompts().index(p) for p in prompts])
@@ -96,15 +102,19 @@ def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_s
         sigma = torch.rand(batch_size, generator=generator).clamp(1e-3).to(clean)
         dropped = (torch.rand(batch_size, generator=generator) < prompt_dropout).tolist()
         texts = ["" if drop else world.all_prompts()[i].text for i, drop in zip(indices.tolist(), dropped, strict=True)]
+        noisy, target = torch.lerp(clean, noise, sigma[:, None, None]), noise - clean
+        if pairs:
+            noisy, sigma, target = (rows.repeat_interleave(2, dim=0) for rows in (noisy, sigma, target))
+            texts = [text for prompt in texts for text in (prompt, "")]
         embeds, mask = _lookup(pipe, table, texts)
         batch = {
-            "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
+            "hidden_states": noisy,
             "timestep": sigma,
             "encoder_hidden_states": embeds,
             "encoder_hidden_states_mask": mask,
-            "img_shapes": [IMG_SHAPES] * batch_size,
+            "img_shapes": [IMG_SHAPES] * len(texts),
         }
-        yield batch, noise - clean
+        yield batch, target
         step += 1
 
 

@@ -540,7 +540,10 @@ def test_from_drawn_images_to_a_student(tmp_path, capfd, fails, plan_file):
         "empty.safetensors", "index.json", "shard-00000.safetensors"]
     assert "data: expected --data or --prompts, got both" in fails(*train[:3], *train[3:-1], tmp_path / "out2",
                                                                   "--prompts", "demo")
-    assert "guidance: expected --data to go with it, got 2.5 without" in fails(
-        *train[:3], "--prompts", "demo", "--guidance", "2.5", "--out", tmp_path / "out2")
+    assert main([*train[:3], "--prompts", "demo", "--batch-size", "2", "--steps", "1", "--output-steps", "1", "--guidance",
+                 "2.5", "--out", str(tmp_path / "guided")]) == 0
+    capfd.readouterr()
+    assert "guidance: expected --data or --prompts demo to go with it, got 2.5 without" in fails(
+        *train[:3], "--prompts", tmp_path / "prompts.txt", "--guidance", "2.5", "--out", tmp_path / "out2")
     assert "prompts: expected prompts or --prompts-file, got both" in fails(*draw[:2], "a ring", *draw[2:])
     assert "out: expected a directory to write" in fails("distill", untrained(), tmp_path / "student", "--prompts", "demo")

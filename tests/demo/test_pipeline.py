@@ -7,6 +7,7 @@ import torch
 from diffusers import QwenImagePipeline
 
 from pydit.demo import data, teacher, world
+from pydit.errors import UserError
 
 PROMPTS = ["a circle", "a red circle and a blue square"]
 
@@ -79,6 +80,21 @@ def test_batches_resume_at_a_step_and_differ_between_steps_and_seeds(pipe):
         assert torch.equal(batch[name], second[0][name])
     assert not torch.equal(first[0]["hidden_states"], batch["hidden_states"])
     assert not torch.equal(next(data.make_batches(pipe, batch_size=4, seed=6))[1], first[1])
+
+
+def test_pairs_are_one_state_with_and_without_its_prompt(pipe):
+    single, (batch, target) = (next(data.make_batches(pipe, batch_size=3, seed=5, pairs=pairs)) for pairs in (False, True))
+    for name in ("hidden_states", "timestep"):
+        assert torch.equal(batch[name], single[0][name].repeat_interleave(2, dim=0))
+    assert torch.equal(target, single[1].repeat_interleave(2, dim=0)) and len(batch["img_shapes"]) == 6
+    mask, empty = batch["encoder_hidden_states_mask"], data.encode_prompts(pipe, [""])[0][0]
+    for row, (embeds, told) in enumerate(zip(batch["encoder_hidden_states"], mask, strict=True)):
+        single_mask = single[0]["encoder_hidden_states_mask"]
+        length = single_mask[row // 2].sum() if single_mask is not None else single[0]["encoder_hidden_states"].shape[1]
+        wanted = empty if row % 2 else single[0]["encoder_hidden_states"][row // 2, :length]
+        assert told.sum() == len(wanted) and torch.equal(embeds[:len(wanted)], wanted)
+    with pytest.raises(UserError, match="prompt_dropout: expected 0, because in pairs .*, got 0.1"):
+        next(data.make_batches(pipe, batch_size=3, seed=5, pairs=True, prompt_dropout=0.1))
 
 
 def test_batches_of_kept_images_repeat_images_but_not_noise(pipe):
