@@ -45,13 +45,17 @@ def joint_removal(transformer: nn.Module, plan: PruningPlan, batches: Iterable[M
     Raises
     ------
     UserError
-        The plan does not fit the model, or there is no batch.
+        The plan or the ablation does not fit the model, or there is no batch.
     """
     require_plan(plan)
     plan.require_match(transformer)
     adapter = get_adapter(transformer)
-    removed = removed_layers(plan)
-    kept = [block for k, block in enumerate(adapter.blocks(transformer)) if k not in removed]
+    removed, blocks = removed_layers(plan), adapter.blocks(transformer)
+    if ablation is not None:
+        found = f"with {ablation.losses.shape[1]}" if isinstance(ablation, Ablation) else type(ablation).__name__
+        if found != f"with {len(blocks)}":
+            raise UserError(f"ablation: expected one of a model with {len(blocks)} layers, got {found}")
+    kept = [block for k, block in enumerate(blocks) if k not in removed]
     require_batches(batches)
     batches = list(batches)
     measured = velocity_error(transformer, adapter.put_blocks(shell_of(adapter, transformer), kept), batches)

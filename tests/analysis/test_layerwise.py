@@ -367,6 +367,9 @@ def test_joint_removal(model, batches):
     assert abs(found["ratio"] - found["measured"] / found["predicted"]) < 1e-12
     with pytest.raises(UserError, match="plan: expected a plan for the model's 6 layers, got one for 5"):
         analysis.joint_removal(model, PruningPlan.from_intervals(5, [(0, 1)]), batches[:1])
+    for other, shown in (([], "list"), (analysis.ablate(tiny.transformer(2), batches[:1]), "with 2")):
+        with pytest.raises(UserError, match=f"ablation: expected one of a model with 6 layers, got {shown}"):
+            analysis.joint_removal(model, plan, batches[:1], ablation=other)
 
 
 def test_recoverability_trains_every_student(model, batches):
