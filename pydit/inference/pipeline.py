@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,15 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
     ------
     UserError
         ``pipe`` is no pipeline. ``path`` is a file, or a directory that holds something else than a model. Or a
-        component would not come back as it is: offloading has emptied it, adapters sit in it, or its projections are
-        fused.
+        component would not come back as it is: offloading has emptied it, adapters sit in it, its projections are
+        fused, or it is several ControlNets as one.
     OSError
         The disk is full or not writable. Nothing half-written remains, and an earlier directory stays.
+
+    Warns
+    -----
+    UserWarning
+        A ControlNet beside a depth-pruned transformer, whose layers stock diffusers would not find for its residuals.
     """
     from safetensors import SafetensorError
 
@@ -88,7 +94,7 @@ def save_pipeline(pipe, path: str | os.PathLike, *, remote_code: bool = False) -
 
 def _require_savable(pipe: Any) -> None:
     """UserError where what is written would be broken: diffusers writes it without a word, or fails in the middle."""
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
     from pydit.models.flux_lora import require_config
 
@@ -98,6 +104,10 @@ def _require_savable(pipe: Any) -> None:
     for name, model in pipe.components.items():
         if not hasattr(model, "named_parameters"):
             continue
+        if isinstance(model, ModelMixin) and not hasattr(model, "config"):
+            raise UserError(f"pipe: expected models that diffusers can write and load, got {name} of the class "
+                            f"{type(model).__name__}, which has no config"
+                            + ("; save each of its nets by itself" if hasattr(model, "nets") else ""))
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(f"pipe: expected weights at hand, got {name}, which offloading has emptied; save before "
                             "offloading")
@@ -115,9 +125,13 @@ def _require_savable(pipe: Any) -> None:
 
 
 def write_plan(path: Path, plan, init: str) -> None:
-    """What a pipeline directory says of its pruned transformer."""
+    """What a pipeline directory says of its pruned transformer; a warning where stock diffusers would err."""
     from pydit.models.pruned import entry_of
 
+    if plan.is_stock and plan.intervals and "controlnet" in read_json(path / "model_index.json", what="pipeline"):
+        warnings.warn("controlnet: its residuals belong to layers of the teacher, which stock diffusers, reading this "
+                      "directory, does not know; load it by pydit.load_pipeline, which puts them there", UserWarning,
+                      stacklevel=3)
     write_json(path / PLAN_FILE, {"format": FORMAT, "version": VERSION, "source": list(map(list, plan.source)),
                                   **entry_of(plan, init)})
 

@@ -41,7 +41,8 @@ class PrunedFluxAttnProcessor(ThinnedAttnProcessor):
             if image_rotary_emb is None:
                 return lambda x: x
             table = tuple(part[where] for part in image_rotary_emb)
-            return lambda x: apply_rotary_emb(x, table, sequence_dim=1)
+            # Without a text token there is nothing to rotate, which diffusers' function does not take.
+            return lambda x: apply_rotary_emb(x, table, sequence_dim=1) if x.shape[1] else x
 
         return self.attend(attn, hidden_states, encoder_hidden_states, None, rotation(slice(tokens, None)),
                            rotation(slice(tokens)))

@@ -247,9 +247,13 @@ class PrunedModel:
         Raises
         ------
         UserError
-            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query, or
-            layers of the teacher among those that run: ``disable_cache`` would leave it there.
+            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query;
+            that of the first block, where a text region begins or stays open at one end of the model; layers of the
+            teacher among those that run, where ``disable_cache`` would leave it; a family without caches in diffusers.
         """
+        if not hasattr(super(), "enable_cache"):
+            raise UserError("enable_cache: expected a model that diffusers has caches for, got "
+                            f"{type(self).__name__}, whose stock class has none")
         if any(blocks.inactive for blocks in self._lists):
             raise UserError("enable_cache: expected the model's own blocks to run, got layers of the teacher among "
                             "them; set_active(model.plan.units) first, or cache the teacher itself")
@@ -259,6 +263,15 @@ class PrunedModel:
             if without:
                 raise UserError(f"enable_cache: expected a cache of whole blocks, because attention of the blocks "
                                 f"{without} gives no text, got TaylorSeerCacheConfig; use_lite_mode=True works")
+        if type(config).__name__ == "FirstBlockCacheConfig":
+            # It takes the first block's output from the last one's, and within a region the text is two tensors.
+            first, last = self.plan.blocks[0], self.plan.blocks[-1]
+            if first.hands_on != (last.hands_on or (last.text == "linear" and not last.text_output)):
+                raise UserError("enable_cache: expected a first and a last block of one form of text, because "
+                                "FirstBlockCacheConfig subtracts their outputs, got "
+                                + ("a region of linear text that begins at the first block" if first.hands_on else
+                                   "a region of linear text without an output at the last block")
+                                + "; MagCacheConfig works")
         super().enable_cache(config)
 
     def follow_source(self, state: Mapping[str, Any], **options: Any) -> tuple[dict[str, Any], list[str]]:

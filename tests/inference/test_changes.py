@@ -430,6 +430,36 @@ def test_a_cache_of_text_that_attention_does_not_give():
     model.enable_cache(TaylorSeerCacheConfig(use_lite_mode=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+@pytest.mark.parametrize(("region", "lean", "words"), [
+    ((0, 1), False, "begins at the first block"), ((0, 3), False, "begins at the first block"),
+    ((1, 3), True, "without an output at the last block"), ((0, 3), True, ""), ((1, 3), False, "")])
+@pytest.mark.parametrize("make", [lambda: tiny.transformer(4), tiny.flux], ids=["qwen-image", "flux.1"])
+def test_the_first_block_cache_where_text_is_two_tensors(make, region, lean, words):
+    """It subtracts the first block's output from the last one's."""
+    teacher = make()
+    family, batch = (("flux.1", tiny.flux_batch()) if hasattr(teacher, "single_transformer_blocks") else
+                     ("qwen-image", tiny.batch()))
+    plan = PruningPlan(family, 4, text_linear=[region])
+    model = pydit.prune(teacher, plan.lean() if lean else plan)
+    expected = run(model, batch)
+    if words:
+        with pytest.raises(UserError, match=f"enable_cache: expected a first and a last .*{words}; MagCacheConfig works"):
+            model.enable_cache(CACHES["first block"]())
+        model.enable_cache(CACHES["mag"]())
+    else:
+        model.enable_cache(CACHES["first block"]())
+    with model.cache_context("cond"):
+        assert torch.equal(run(model, batch), expected) and run(model, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("config", [FirstBlockCacheConfig, TaylorSeerCacheConfig])
+def test_a_family_without_caches_says_so(config):
+    model = pydit.prune(tiny.sd3(), PruningPlan("sd3.5", 3, [(0, 1)]))
+    with pytest.raises(UserError, match="enable_cache: expected a model that diffusers has caches for, got PrunedSD3"):
+        model.enable_cache(config())
+
+
 def test_a_mask_of_flux_runs_the_stock_processor(monkeypatch):
     """joint_attention_kwargs may carry one, which diffusers hands to its attention."""
     monkeypatch.setattr(backend, "_taken", {})

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 import pydit
+from pydit.errors import UserError
+from pydit.inference.streaming import prune_pipeline
 from pydit.plan import PruningPlan
 from tests.inference import test_other_pipelines as stock_pipelines
 from tests.models import tiny
@@ -96,3 +98,29 @@ def test_accelerated_pruned_and_restored(kind):
     pruned = draw(pipe, options)
     assert pruned.isfinite().all() and not torch.allclose(pruned, stock)
     torch.testing.assert_close(draw(pydit.accelerate(pipe), options), pruned, rtol=1e-3, atol=1e-3)
+
+
+def test_a_controlnet_beside_a_shorter_transformer_needs_the_plan(tmp_path):
+    """Stock diffusers spreads its residuals over the blocks that are left."""
+    make, options, family = KINDS["flux controlnet"]
+    pipe, plan = make(), PruningPlan.from_intervals(4, [(0, 1)], family=family)
+    pydit.save_pipeline(pipe, tmp_path / "teacher")
+    pipe.register_modules(transformer=pydit.prune(pipe.transformer, plan))
+    pruned, words = draw(pipe, options), "controlnet: its residuals belong to layers .* load it by pydit.load_pipeline"
+    with pytest.warns(UserWarning, match=words):
+        pydit.save_pipeline(pipe, tmp_path / "student")
+    with pytest.warns(UserWarning, match=words):
+        prune_pipeline(tmp_path / "teacher", plan, tmp_path / "streamed")
+    for name in ("student", "streamed"):
+        torch.testing.assert_close(draw(pydit.load_pipeline(tmp_path / name), options), pruned, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flux controlnet", "sd3 controlnet"])
+def test_several_controlnets_are_not_written(kind, tmp_path):
+    """They have no config; diffusers finds that out in the middle."""
+    pipe = KINDS[kind][0]()
+    several = diffusers.FluxMultiControlNetModel if "flux" in kind else diffusers.SD3MultiControlNetModel
+    pipe.register_modules(controlnet=several([pipe.controlnet, pipe.controlnet]))
+    with pytest.raises(UserError, match="pipe: .* got controlnet of the class .*MultiControlNetModel.* each of its nets"):
+        pydit.save_pipeline(pipe, tmp_path / "student")
+    assert not list(tmp_path.iterdir())

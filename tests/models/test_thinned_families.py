@@ -303,3 +303,14 @@ def test_single_stream_of_flux(fields, message):
     assert PruningPlan.from_dict(data) == PruningPlan("flux.1", 9, single_stream=(1, 3))
     with pytest.raises(UserError, match=r"single_stream: expected dual blocks, which are layers 0 to 3, got \[3, 4\]"):
         pydit.prune(flux(), PruningPlan("flux.1", 9, single_stream=(3, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+def test_flux_without_a_text_token():
+    batch = tiny.flux_batch()
+    batch["encoder_hidden_states"], batch["txt_ids"] = batch["encoder_hidden_states"][:, :0], batch["txt_ids"][:0]
+    student = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, text_linear=[(0, 1)], linear_ffn=[3]))
+    with torch.no_grad():
+        expected = student(**batch).sample
+        assert expected.isfinite().all()
+        torch.testing.assert_close(pydit.accelerate(student)(**batch).sample, expected, rtol=1e-4, atol=1e-4)
