@@ -280,8 +280,16 @@ def require_replaceable(path: str | os.PathLike) -> None:
 def require_apart(out: str | os.PathLike, source: str | os.PathLike) -> None:
     """Raise UserError for an output directory that is, holds or lies in one that is read."""
     new, read = Path(out).resolve(), Path(source).resolve()
-    if new == read or read in new.parents or new in read.parents:
+    if new in read.parents:
         raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
+    require_outside(out, source, what="out", use="read")
+
+
+def require_outside(path: str | os.PathLike, folder: str | os.PathLike, *, what: str, use: str) -> None:
+    """Raise UserError for a directory that is or lies in another one, which is ``use``: read, written, removed."""
+    new, other = Path(path).resolve(), Path(folder).resolve()
+    if new == other or other in new.parents:
+        raise UserError(f"{what}: expected a directory apart from {folder}, which is {use}, got {path}")
 
 
 def require_file(path: str | os.PathLike | None, *apart: str | os.PathLike | None, what: str, kind: str) -> None:

@@ -202,6 +202,11 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     prompts = _require_batches(arguments)
     require_output(arguments.out, arguments.teacher, arguments.student)
     kept = arguments.out.with_name(arguments.out.name + ".checkpoint")
+    for name, folder in (("cache-dir", arguments.cache_dir), ("cache", arguments.cache)):
+        for other, use in ((arguments.teacher, "read"), (arguments.student, "read"), (arguments.out, "written"),
+                           (kept, "removed at the end")):
+            if folder is not None:
+                files.require_outside(folder, other, what=name, use=use)
     if arguments.resume and not checkpoint.exists(kept):
         raise UserError(f"resume: expected the checkpoint of an earlier run in {kept}, got none")
     if checkpoint.exists(kept) and not arguments.resume:

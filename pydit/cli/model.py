@@ -230,16 +230,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     require_used(arguments, ("prompts",), bool(arguments.search or arguments.check), "--search or --check")
     require_file_outputs(arguments, {"out": FORMAT, "scores": SCORES}, arguments.stats, arguments.show)
     config = None
-    if arguments.show:
+    if arguments.show is not None:
         plan = stored_plan(arguments.show) if arguments.show.is_dir() else PruningPlan.load(arguments.show)
-    elif arguments.preset:
+    elif arguments.preset is not None:
         plan = PruningPlan.preset(arguments.preset)
-    elif arguments.intervals:
+    elif arguments.intervals is not None:
         if arguments.num_layers is None:
             raise UserError("num-layers: expected with --intervals, got none")
         plan = PruningPlan.from_intervals(arguments.num_layers, parse_list("intervals", arguments.intervals),
                                           family=arguments.family)
-    elif arguments.search:
+    elif arguments.search is not None:
         from pydit.analysis import greedy_search
 
         pipe = load(arguments.search, arguments)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pydit import files
-from pydit.errors import UserError
+from pydit.errors import UserError, one_line
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -241,6 +241,11 @@ def load(path: Path, arguments: argparse.Namespace, *, transformer: bool = True,
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: expected one that torch can use, got {arguments.device!r}, and torch sees no GPU "
                         "(`pydit doctor` says why)")
+    try:
+        torch.zeros(1, device=device).cpu()  # torch knows names of devices that this build or machine has not
+    except Exception as error:  # of many kinds, from AssertionError to NotImplementedError
+        reason = one_line(error)[:200]
+        raise UserError(f"device: expected one that torch can use, got {arguments.device!r} ({reason})") from None
     quiet()
     dtype = getattr(torch, arguments.dtype or "float32")
     pipe = load_pipeline(path, dtype=dtype, device=device if transformer else "cpu", shard=shard)

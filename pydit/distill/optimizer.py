@@ -174,7 +174,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _adamw(groups: list[dict], config: DistillConfig) -> torch.optim.Optimizer:
-    options = {"lr": 0.0, "betas": tuple(config.betas), "eps": config.eps}
+    options = {"lr": 0.0, "betas": tuple(map(float, config.betas)), "eps": config.eps}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
     return eight_bit_adamw()([group for group in groups if group["params"]], **options)

@@ -7,6 +7,7 @@ student by itself, end to end, and repairs what the intervals do to each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -258,8 +259,9 @@ class OutputPhase(Phase):
         if len(error) % 2:
             raise UserError("batches: expected an even number of rows, pairs of one state with a prompt and with the "
                             f"negative prompt, because guidance is set, got {len(error)} rows")
-        guided = g * error[0::2] - (g - 1) * error[1::2]
-        return loss + guided.square().mean() / (g**2 + (g - 1) ** 2)
+        norm = math.hypot(g, g - 1)  # before the square, which for a huge scale would overflow
+        guided = g / norm * error[0::2] - (g - 1) / norm * error[1::2]
+        return loss + guided.square().mean()
 
     @contextmanager
     def _outputs(self, modules: Mapping[int, nn.Module], found: dict[int, Streams]) -> Iterator[None]:

@@ -34,7 +34,8 @@ def progressive(plan: PruningPlan, stages: int, *, layers_steps: int, output_ste
     """A plan with single-stream blocks, taken in stages: (the plan to prune by, the stages that end in ``plan``).
 
     The blocks from ``plan.single_stream`` on, or between its two ends, become single-stream in ``stages`` groups of
-    about one size, the deepest first; the plan to prune by has none.
+    about one size, the deepest first. The plan to prune by has none; where it would replace nothing, which cannot be
+    trained, it is that of the first stage, and the steps of a run's own configuration are that stage's.
 
     Raises
     ------
@@ -49,9 +50,10 @@ def progressive(plan: PruningPlan, stages: int, *, layers_steps: int, output_ste
         raise UserError(f"stages: expected 1 to {len(first)}, the single-stream blocks of the plan, got {stages!r}")
     starts = [first[len(first) - len(first) * number // stages] for number in range(1, stages + 1)]
     whole = plan.dead_tensors or not plan.text_linear  # a block that a lean plan has cut becomes no single-stream one
-    return dataclasses.replace(plan, single_stream=None, dead_tensors=whole), tuple(
-        Stage(dataclasses.replace(plan, single_stream=start if end is None else (start, end)), layers_steps,
-              output_steps) for start in starts)
+    begun = dataclasses.replace(plan, single_stream=None, dead_tensors=whole)
+    made = tuple(Stage(dataclasses.replace(plan, single_stream=start if end is None else (start, end)), layers_steps,
+                       output_steps) for start in starts)
+    return (begun, made) if begun.replaced else (made[0].plan, made[1:])
 
 
 def require_successor(before: PruningPlan, after: PruningPlan, *, what: str = "schedule") -> None:

@@ -116,6 +116,8 @@ def test_module_entry_point_and_exit_code():
     (["doctor", "--fast"], "unrecognized arguments: --fast"),
     (["plan", "--preset", "x", "--show", "y"], "plan: expected exactly one of .*, got --preset and --show"),
     (["plan"], "plan: expected exactly one of .*, got none"),
+    (["plan", "--preset", ""], "preset: expected one of .*, got ''"),  # as of an unset variable
+    (["plan", "--intervals", "", "--num-layers", "6"], "intervals: expected a JSON list"),
     (["plan", "--intervals", "[[3,4],[4,7]]", "--num-layers", "60"], "expected disjoint intervals, got .3, 4. and .4, 7."),
     (["plan", "--intervals", "[[58,60]]", "--num-layers", "60"], "expected layers 0 to 59, got .58, 60., which is out of range"),
     (["plan", "--intervals", "[[4,3]]", "--num-layers", "60"], "reversed interval"),
@@ -140,6 +142,9 @@ def test_module_entry_point_and_exit_code():
     (["demo", "--teacher", "/nowhere"], "pipeline: expected a pipeline directory, got a path that does not exist"),
     (["generate", "/nowhere", "a cat", "--out", "images"], "pipeline: expected a pipeline directory"),
     (["generate", "x", "a cat", "--out", "images", "--device", "warp"], "device: expected a torch device"),
+    # Those that torch has a name for and cannot use fail in as many ways.
+    (["generate", "x", "a cat", "--out", "images", "--device", "meta"], "device: expected one that torch can use, got 'meta'"),
+    (["generate", "x", "a cat", "--out", "images", "--device", "fpga"], "device: expected one that torch can use, got 'fpga'"),
     (["generate", "x", "a cat", "--out", "images", "--guidance", "0.5"], "--guidance: expected a number of at least 1"),
     (["eval", "x", "--resume"], "resume: expected --out, whose log is continued, got none"),
     (["eval", "x", "--compare", "/nowhere.json"], "compare: expected a JSON file, got a path that does not exist"),

@@ -173,6 +173,20 @@ def test_an_output_that_cannot_be_written_is_named_before_training(tmp_path, fai
         "analyze", untrained(), "--prompts", "demo", "--out", tmp_path / "photos")
 
 
+@pytest.mark.parametrize("cache, message", [
+    ("out", "out, which is written"), ("out/activations", "out, which is written"),
+    ("out.checkpoint/x", "out.checkpoint, which is removed at the end"), ("student/x", "student, which is read")])
+def test_caches_lie_apart_from_what_is_read_written_and_removed(tmp_path, fails, student, monkeypatch, cache, message):  # noqa: F811
+    from pydit import distill
+
+    monkeypatch.setattr(distill, "distill", lambda *_: pytest.fail("training began"))
+    before = _tree(tmp_path)
+    for option, more in (("cache-dir", ["--prompts", "demo", "--cache-batches", 1]), ("cache", ["--data", tmp_path])):
+        line = fails("distill", untrained(), student, "--out", tmp_path / "out", f"--{option}", tmp_path / cache, *more)
+        assert f"{option}: expected a directory apart from {tmp_path}/{message}, got {tmp_path}/{cache}" in line
+    assert _tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("options, message", [
     ("--shift 3", "shift: expected --data to go with it, got none"),
     ("--timesteps logit-normal", "timesteps: expected --data to go with it"),

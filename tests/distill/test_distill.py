@@ -173,6 +173,10 @@ def test_the_guided_error_is_that_of_what_a_sampler_makes_of_a_pair():
                         torch.device("cpu"), (0, 2), 2).next()
     with pytest.raises(UserError, match="batches: expected an even number of rows, .* because guidance is set, got 3"):
         run(teacher, student, config, [tiny.make_batch(0, size=3)])
+    huge = run(*tiny.make_pair(), dataclasses.replace(config, guidance=1e200), [tiny.make_batch(0, size=4)[0]]).history[0]
+    error = ours.double() - wanted.double()
+    assert huge["output"]["velocity"] == pytest.approx(
+        (plain + (error[0::2] - error[1::2]).square().mean() / 2).item(), rel=1e-5)
 
 
 def test_a_recorded_velocity_needs_no_teacher():

@@ -71,6 +71,15 @@ def test_fp32_steps_are_adamw_and_the_average_follows():
     torch.testing.assert_close(ours.detach().double(), average, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("betas", [(0, 0.95), (0, 0)])
+def test_whole_numbers_are_betas(betas):
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = make_optimizer(parameter, betas=betas, weight_decay=0, ema=0, clip=0)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0.1, optimizer.gradient_norms())
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), 0.9))
+
+
 def test_bf16_parameters_learn_from_steps_below_their_resolution():
     parameter = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     optimizer = make_optimizer(parameter, ema=0, clip=0, weight_decay=0)

@@ -41,6 +41,18 @@ def test_stages_of_dual_blocks_between_two_ends():
         progressive(plan, 7, layers_steps=1)
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_nothing_but_single_blocks_in_stages(lean):
+    """The teacher itself has nothing to train: the student begins as that of the first stage."""
+    plan = PruningPlan("qwen-image", 6, single_stream=2, dead_tensors=not lean)
+    start, made = progressive(plan, 2, layers_steps=1)
+    assert start.single_stream == 4 and [stage.plan for stage in made] == [plan]
+    assert progressive(plan, 1, layers_steps=1) == (plan, ())
+    teacher, student = pair(start)
+    result = distill(teacher, student, tiny.stream, DistillConfig(layers_steps=1, schedule=made), progress=False)
+    assert student.plan == plan and [row["stage"] for row in result.history] == [0, 1]
+
+
 def test_a_switch_keeps_every_weight_that_stays():
     """Depth and width one after the other: what a plan does not touch is the same tensor."""
     teacher, student = pair()
