@@ -242,6 +242,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     elif arguments.search is not None:
         from pydit.analysis import greedy_search
 
+        if arguments.target is None:
+            raise UserError("target: expected a number of layers or a share between 0 and 1 with --search, got auto")
         pipe = load(arguments.search, arguments)
         with warnings_as_lines("plan"):
             plan = greedy_search(pipe.transformer, first_batches(pipe, arguments), target=arguments.target)

@@ -116,6 +116,7 @@ def test_module_entry_point_and_exit_code():
     (["doctor", "--fast"], "unrecognized arguments: --fast"),
     (["plan", "--preset", "x", "--show", "y"], "plan: expected exactly one of .*, got --preset and --show"),
     (["plan"], "plan: expected exactly one of .*, got none"),
+    (["plan", "--search", "x", "--prompts", "demo", "--target", "auto"], "target: expected a number .* with --search, got auto"),
     (["plan", "--preset", ""], "preset: expected one of .*, got ''"),  # as of an unset variable
     (["plan", "--intervals", "", "--num-layers", "6"], "intervals: expected a JSON list"),
     (["plan", "--intervals", "[[3,4],[4,7]]", "--num-layers", "60"], "expected disjoint intervals, got .3, 4. and .4, 7."),
