@@ -46,9 +46,8 @@ class Settings:
     target: float = 0.4  # share of blocks to remove, at least
     steps: int = data.STEPS
     guidance: float = data.GUIDANCE
-    prompt_dropout: float = 0.1  # guidance asks the student for the empty prompt at every step
     calibration_batches: int = 32
-    batch_size: int = 32
+    batch_size: int = 32  # half of them the same images without their prompts, as guidance asks for both
     evaluation_share: float = 0.3  # of the budget, for all three models
     images: int = 6144  # rendered and encoded once for distillation
     workers: int = 1  # processes of the distillation, each with batches of batch_size
@@ -294,7 +293,7 @@ class _Demo:
             layers_steps=settings.layers_steps, layers_lr=settings.layers_lr, output_steps=settings.output_steps,
             output_lr=settings.output_lr, output_share=settings.output_share, output_trainable="all",
             muon_lr=settings.muon_lr, output_cache_batches=settings.cache_batches, max_minutes=budget,
-            magnitude=settings.magnitude, log_every=2 if settings.quick else 10,
+            magnitude=settings.magnitude, guidance=settings.guidance, log_every=2 if settings.quick else 10,
             checkpoint_dir=self.work.path / "distill", save_every_seconds=20.0, resume="auto")
         results = []
 
@@ -302,8 +301,8 @@ class _Demo:
             results.append(parallel.train(
                 self.pipe, student, config, folder=self.folder, work=self.work.path / "distill",
                 workers=settings.workers,
-                batches={"batch_size": settings.batch_size, "seed": settings.seed + 3, "images": settings.images,
-                         "prompt_dropout": settings.prompt_dropout}))
+                batches={"batch_size": settings.batch_size // 2, "seed": settings.seed + 3, "images": settings.images,
+                         "pairs": True}))
             return {"seconds": results[0].seconds, "steps": results[0].steps}
 
         self.work.stage("distill", compute)
