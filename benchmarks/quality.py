@@ -54,7 +54,8 @@ class Goal:
     text stands in for that of the blocks behind it, as linear maps; it is one layer, what detection merged into it
     stays. dual : blocks that do not become single-stream; None is all. init : at which end of an interval the layer
     stands that is kept. rate : of Muon, a tenth of it for everything else; near the teacher a high one loses more than
-    a short training wins back.
+    a short training wins back. guided : learns from half as many images, each with and without its prompt, and from
+    the error of the velocity that the sampler makes of the two.
     """
 
     name: str
@@ -65,11 +66,12 @@ class Goal:
     anchor: int | None = None
     dual: int | None = None
     init: str = "first"
+    guided: bool = False
 
 
 GOALS = (
     # The teacher's redundancy is 7 blocks: the rest of a half is linear FFNs and not an eighth block.
-    Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.005),
+    Goal(HALF, share=0.43, linear_ffns=2, steps=6400, rate=0.0015, guided=True),
     Goal(HYBRID_MOST, share=0.25, dual=10, steps=2000, rate=0.005),
     Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),
     # All nine blocks that the teacher needs: with text as maps of the first one's and three linear FFNs they fit.
@@ -276,7 +278,8 @@ class Bench:
                 goal = self.goal(cell)
                 steps = goal.steps
                 more = {"checkpoint_dir": self._work(cell), "save_every_seconds": 60.0, "resume": "auto",
-                        "muon_lr": goal.rate, "output_lr": goal.rate / 10}
+                        "muon_lr": goal.rate, "output_lr": goal.rate / 10,
+                        "guidance": settings.guidance if goal.guided else None}
             first = settings.steps // 10
             config = DistillConfig(layers_steps=first, output_steps=steps - first, output_trainable="all",
                                    **{**common, **more})
@@ -284,10 +287,12 @@ class Bench:
         return time.monotonic() - started
 
     def training_batches(self, cell: Cell, start: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-        settings = self.settings
-        return data.make_batches(self.pipe, start_step=start, batch_size=settings.batch_size, seed=cell.seed,
-                                 images=settings.goal_images if cell.table == "goals" else settings.images,
-                                 prompt_dropout=0.1)
+        settings, goal = self.settings, self.goal(cell) if cell.table == "goals" else None
+        pairs = goal is not None and goal.guided
+        return data.make_batches(self.pipe, start_step=start, seed=cell.seed, pairs=pairs,
+                                 batch_size=settings.batch_size // 2 if pairs else settings.batch_size,
+                                 images=settings.images if goal is None else settings.goal_images,
+                                 prompt_dropout=0.0 if pairs else 0.1)
 
     def _work(self, cell: Cell) -> Path:
         """Checkpoints of a cell that trains for long; gone when it is done."""
@@ -311,8 +316,7 @@ class Bench:
 
     def run(self, cell: Cell) -> None:
         count = self.settings.goal_prompts if cell.table == "goals" else self.settings.prompts
-        started, teacher = time.monotonic(), self.teacher_result(count)
-        plan = self.plan(cell)
+        started, plan = time.monotonic(), self.plan(cell)
         calibration = self.batches(cell.seed + 1, self.settings.calibration)
         student = prune(self.teacher, plan, batches=None if plan.is_stock else calibration, init=self.init(cell))
         judged = self.batches(cell.seed + 2, self.settings.calibration)
@@ -321,6 +325,7 @@ class Bench:
         row = {"cell": asdict(cell), "plan": plan.to_dict(), "parameters": plan.num_parameters(self.teacher.config),
                "velocity_error_pruned": before, "velocity_error": velocity_error(self.teacher, student, judged),
                "train_seconds": trained, "machine": doctor.machine(), "versions": doctor.versions()}
+        teacher = self.teacher_result(count)
         if cell.table == "subsets":
             row["subsets"] = []
             for subset in fallback_order(student, judged[:2]):
