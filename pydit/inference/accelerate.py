@@ -106,7 +106,7 @@ def _require_unshared(model: nn.Module) -> None:
     """UserError where another accelerated model runs blocks of this one fused: it would not be exact."""
     from pydit.models.fused_blocks import FUSED
 
-    mine = [block for block, _ in model.__dict__[_KEY].blocks] if _KEY in model.__dict__ else []
+    mine = [entry[0] for entry in model.__dict__[_KEY].blocks] if _KEY in model.__dict__ else []
     shared = [block for block in _blocks_of(model)
               if type(block) in FUSED.values() and not any(block is one for one in mine)]
     if shared:
