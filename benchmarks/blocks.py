@@ -95,7 +95,8 @@ def kind_of(family: str, config: Mapping[str, Any], spec: BlockSpec) -> str:
         name = "single_stream"
     else:
         ffn = "_ffn" if spec.ffn == "linear" else ""
-        name = {"full": "linear_ffn" if ffn else "dense", "keys": f"text_keys{ffn}",
+        name = {"full": {"mlp": "dense", "linear": "linear_ffn", "linear text": "text_ffn"}[spec.ffn],
+                "keys": f"text_keys{ffn}",
                 "linear": f"{'text_end' if spec.text_output else 'text_linear'}{ffn}"}[spec.text]
     single, last = is_single(family, config, spec), is_last(family, config, spec)
     return ("single_" if single else "") + name + ("_attn2" if has_second(family, config, spec) else "") + (

@@ -83,14 +83,14 @@ def works(config: Mapping[str, Any], spec: BlockSpec, batch: int, image: int, te
     if spec.form == "affine":
         return [linear(tokens, c, c) for tokens in (image, text)]
     whole = spec.text == "full" and not blocks.is_last(family, config, spec)
-    chunks = 3 if single or spec.ffn == "linear" else 6
+    chunks, text_chunks = (3 if single or stream in spec.linear_ffns else 6 for stream in ("image", "text"))
     found = [linear(1, c, (chunks + 3 * second) * c), rest(ada_layer_norm_work(batch, image, c, size))]
     if spec.text == "linear":
         found.append(linear(text, c, c))
     else:
         found.append(rest(ada_layer_norm_work(batch, text, c, size)))
         if spec.form != "single" and not single:
-            found.append(linear(1, c, (chunks if whole else 2) * c))
+            found.append(linear(1, c, (text_chunks if whole else 2) * c))
     turned = [_normed(family, batch, tokens, heads, dim, size) for tokens in (image, text)]
     if not whole:  # keys alone
         turned[1] = Work(turned[1].bytes // 2, turned[1].flops // 2)
@@ -102,13 +102,14 @@ def works(config: Mapping[str, Any], spec: BlockSpec, batch: int, image: int, te
         found += [rest(ada_layer_norm_work(batch, image, c, size)), linear(image, c, 3 * c), rest(turned[0]),
                   ("attention", Work(size * batch * c * 4 * image, 4 * batch * image ** 2 * c)),
                   linear(image, c, c), rest(gated_residual_work(batch, image, c, size))]
-    for tokens in (image, text)[:2 if whole else 1]:
-        if single and spec.ffn == "mlp":
+    for stream, tokens in [("image", image), ("text", text)][:2 if whole else 1]:
+        is_map = stream in spec.linear_ffns
+        if single and not is_map:
             found += [linear(tokens, c, 4 * c), linear(tokens, 5 * c, c),
                       rest(gated_residual_work(batch, tokens, c, size))]
             continue
         found.append(linear(tokens, c, c))
-        if spec.ffn == "mlp":
+        if not is_map:
             found += [rest(gated_residual_ada_layer_norm_work(batch, tokens, c, size)), linear(tokens, c, 4 * c),
                       linear(tokens, 4 * c, c)]
         else:

@@ -26,7 +26,8 @@ class BlockSpec:
     text : what becomes of the text stream. ``"full"``: as in the teacher; ``"linear"``: its keys and values come from
         an affine map of the modulated text of the block ``anchor``, and it has no output (PPCL, Eq. 8); ``"keys"``: it
         gives keys and values and has no output; ``"none"``: the block does not see it.
-    ffn : ``"mlp"``, or ``"linear"``: ``x + (W x + b)`` in both streams, without norm and modulation (PPCL, Eq. 9).
+    ffn : ``"mlp"``; ``"linear"``: ``x + (W x + b)`` in both streams, without norm and modulation (PPCL, Eq. 9);
+        ``"linear text"``: the same in the text stream alone.
     anchor : index of the student block whose modulated text a ``"linear"`` block reads.
     hands_on : the block is such an anchor.
     text_output : a ``"linear"`` block that ends its region maps the anchor's text output to its own layer's.
@@ -48,12 +49,24 @@ class BlockSpec:
         return (self.form, self.text, self.ffn, self.hands_on) == ("stock", "full", "mlp", False)
 
     @property
+    def has_maps(self) -> bool:
+        """Whether it has linear maps, which the teacher does not."""
+        return self.form == "affine" or self.text == "linear" or bool(self.linear_ffns)
+
+    @property
+    def linear_ffns(self) -> tuple[str, ...]:
+        """Streams, ``"image"`` and ``"text"``, whose FFN is a linear map; text without an output has no FFN."""
+        streams = {"mlp": (), "linear": ("image", "text"), "linear text": ("text",)}[self.ffn]
+        return streams if self.text == "full" else tuple(stream for stream in streams if stream == "image")
+
+    @property
     def kind(self) -> str:
         """In words."""
         words = [{"stock": "", "single": "single stream", "affine": "affine"}[self.form]]
         words.append({"full": "", "none": "no text", "keys": "text keys and values",
                       "linear": f"text linear from block {self.anchor}"}[self.text])
-        words += ["linear FFN" if self.ffn == "linear" else "", "text output" if self.text_output else ""]
+        words += [{"mlp": "", "linear": "linear FFN", "linear text": "linear text FFN"}[self.ffn],
+                  "text output" if self.text_output else ""]
         copied = "kept" if len(self.source) == 1 else f"one block for {len(self.source)}"
         return ", ".join(word for word in (copied, *words) if word)
 
@@ -134,7 +147,8 @@ def _dual_block(config: Config, spec: BlockSpec, *, norms: bool = True, twice: b
         return _affine_parameters(config, spec)
     head, width = config["attention_head_dim"] if norms else 0, _width(config)
     square = _linear(width, width)
-    chunks, ffn = (6, _mlp(width)) if spec.ffn == "mlp" else (3, square)
+    (chunks, ffn), (text_chunks, text_ffn) = (
+        (3, square) if stream in spec.linear_ffns else (6, _mlp(width)) for stream in ("image", "text"))
     attention = 4 * square + 2 * head  # q, k, v, out; norms of q and k
     image = _linear(width, (chunks + 3 * twice) * width) + (1 + twice) * attention + ffn
     if spec.form == "single":
@@ -143,7 +157,7 @@ def _dual_block(config: Config, spec: BlockSpec, *, norms: bool = True, twice: b
         return image + _linear(width, 2 * width) + 2 * square + head
     stored = attention - (square if ends else 0)
     if spec.text == "full":
-        return image + stored + (_linear(width, 2 * width) if ends else _linear(width, chunks * width) + ffn)
+        return image + stored + (_linear(width, 2 * width) if ends else _linear(width, text_chunks * width) + text_ffn)
     return image + square + (stored if spec.dead_query else 2 * square + head) + (square if spec.text_output else 0)
 
 
@@ -153,14 +167,15 @@ def _dual_flops(config: Config, spec: BlockSpec, image: int, text: int, *, twice
     if spec.form == "affine":
         return _affine_flops(config, spec, image, text)
     width = _width(config)
-    chunks, ffn = (6, 8) if spec.ffn == "mlp" else (3, 1)
+    (chunks, ffn), (text_chunks, text_ffn) = (
+        (3, 1) if stream in spec.linear_ffns else (6, 8) for stream in ("image", "text"))
     per_token = 4 + ffn
     # In units of width ** 2: tokens, and the modulation of one row.
     squares, queries = image * (per_token + 4 * twice) + chunks + 3 * twice, image
     if spec.text == "linear":
         squares += text * (3 + spec.text_output)
     elif spec.text == "full" and not ends:
-        squares += text * per_token + (0 if spec.form == "single" else chunks)
+        squares += text * (4 + text_ffn) + (0 if spec.form == "single" else text_chunks)
         queries += text
     elif spec.text == "full" and spec.is_stock:  # diffusers lets the text ask, for an output that nothing reads
         squares += text * 3 + 2

@@ -50,7 +50,7 @@ def fit_linear_maps(adapter: ModelAdapter, teacher: nn.Module, plan: PruningPlan
         Batches are given and there are none.
     """
     plain = [i for i, spec in enumerate(plan.blocks) if spec.form == "affine" or spec.text == "linear"]
-    ffn = [i for i, spec in enumerate(plan.blocks) if spec.ffn == "linear"]
+    ffn = [i for i, spec in enumerate(plan.blocks) if spec.linear_ffns]
     if not plain and not ffn:
         return []
     if batches is None:

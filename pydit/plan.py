@@ -21,7 +21,7 @@ from pydit.families import FAMILIES, BlockSpec, Family, in_units
 from pydit.presets import PRESETS
 
 FORMAT = "pydit-plan"
-VERSIONS = (1, 2)  # 1 has intervals alone; a plan that needs no more is still written as 1
+VERSIONS = (1, 2, 3)  # 1 has intervals alone, 2 no linear_text_ffn; a plan is written as the first that holds it
 MAX_LAYERS = 4096  # a number in a file decides how much is held in memory; published models have up to 60
 H200_FLOPS = 989e12  # dense bfloat16, NVIDIA H200 SXM data sheet
 
@@ -63,6 +63,8 @@ class PruningPlan:
         that no interval touches.
     linear_ffn : sequence of int, optional
         Blocks, named by the first layer they stand for, whose FFNs become affine maps (PPCL, Eq. 9).
+    linear_text_ffn : sequence of int, optional
+        Blocks, named likewise, whose text FFN alone becomes an affine map; the image keeps its FFN.
     affine : sequence of int, optional
         Blocks, named likewise, that become one affine map per stream.
     single_stream : int or (first, last), optional
@@ -86,12 +88,13 @@ class PruningPlan:
     provenance: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     text_linear: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     linear_ffn: tuple[int, ...] = field(default=(), kw_only=True)
+    linear_text_ffn: tuple[int, ...] = field(default=(), kw_only=True)
     affine: tuple[int, ...] = field(default=(), kw_only=True)
     single_stream: int | tuple[int, int] | None = field(default=None, kw_only=True)
     dead_tensors: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("intervals", "text_linear", "linear_ffn", "affine"):
+        for name in ("intervals", "text_linear", "linear_ffn", "linear_text_ffn", "affine"):
             read = arguments.pairs if name in ("intervals", "text_linear") else arguments.layers
             object.__setattr__(self, name, tuple(sorted(read(name, getattr(self, name)))))
         if self.single_stream is not None:
@@ -149,7 +152,8 @@ class PruningPlan:
         last = {layers[-1] for layers in self.source}
         alone = {layers[0] for layers in self.source if len(layers) == 1}
         single = self._single_layers
-        for name, layers in (("linear_ffn", self.linear_ffn), ("affine", self.affine), ("single_stream", single[:1])):
+        for name, layers in (("linear_ffn", self.linear_ffn), ("linear_text_ffn", self.linear_text_ffn),
+                             ("affine", self.affine), ("single_stream", single[:1])):
             for layer in layers:
                 if layer not in first:
                     raise UserError(f"{name}: expected the first layer of a block ({_listed(first)}), got {layer}")
@@ -162,20 +166,27 @@ class PruningPlan:
                 raise UserError(f"text_linear: expected the last layer of a block to end a region, got {end} of "
                                 f"[{anchor}, {end}], which is inside an interval")
             linear |= set(range(anchor + 1, end + 1))
-        for a, b, where in (("affine", set(self.affine), "linear_ffn"), ("affine", set(self.affine), "text_linear")):
-            other = set(self.linear_ffn) if where == "linear_ffn" else linear
-            if b & other:
-                raise UserError(f"{a}: expected blocks that {where} leaves alone, got {_listed(b & other)} in both")
+        taken = {"linear_ffn": set(self.linear_ffn), "linear_text_ffn": set(self.linear_text_ffn),
+                 "text_linear": linear, "affine": set(self.affine)}
+        for name, other in (("affine", "linear_ffn"), ("affine", "linear_text_ffn"), ("affine", "text_linear"),
+                            ("linear_text_ffn", "linear_ffn"), ("linear_text_ffn", "text_linear")):
+            if both := taken[name] & taken[other]:
+                raise UserError(f"{name}: expected blocks that {other} leaves alone, got {_listed(both)} in both")
+        ends = {layers[0] for layers in self.source[-1:] if FAMILIES[self.family].text_ends}
+        if ends & taken["linear_text_ffn"]:
+            raise UserError(f"linear_text_ffn: expected blocks whose text has an FFN, got {_listed(ends)}, the last of "
+                            f"{self.family}, whose text has none")
         if single:
             if single[-1] not in last:
                 raise UserError(f"single_stream: expected the last layer of a block to end it, got {single[-1]} of "
                                 f"{list(self.single_stream)}, which is inside an interval or past the model")
-            late = {*self.linear_ffn, *linear, *(anchor for anchor, _ in self.text_linear)} & set(single)
+            late = {*self.linear_ffn, *self.linear_text_ffn, *linear, *(anchor for anchor, _ in self.text_linear)}
+            late &= set(single)
             if late:
                 where = f"from layer {single[0]} on" if isinstance(self.single_stream, int) else \
                     f"of {list(self.single_stream)}"
                 raise UserError(f"single_stream: expected blocks {where} to be thinned out "
-                                f"by nothing else, got {_listed(late)} in text_linear or linear_ffn")
+                                f"by nothing else, got {_listed(late)} in text_linear, linear_ffn or linear_text_ffn")
 
     @property
     def _single_layers(self) -> range:
@@ -191,6 +202,9 @@ class PruningPlan:
         if len(lengths) > 1 and self._single_layers and self._single_layers[-1] >= lengths[0]:
             raise UserError(f"single_stream: expected dual blocks, which are layers 0 to {lengths[0] - 1}, got "
                             f"{list(self.single_stream)}")
+        if len(lengths) > 1 and (late := [layer for layer in self.linear_text_ffn if layer >= lengths[0]]):
+            raise UserError(f"linear_text_ffn: expected dual blocks, which are layers 0 to {lengths[0] - 1}, got "
+                            f"{_listed(late)}, whose text shares the image's FFN")
         for length in lengths:
             boundary += length
             for start, end in self.intervals:
@@ -220,7 +234,8 @@ class PruningPlan:
         for block, layers in enumerate(source):
             ends = family.text_ends and layers[-1] == self.num_layers - 1  # no text output in the teacher already
             spec = BlockSpec(layers, hands_on=block in anchors,
-                             ffn="linear" if layers[0] in self.linear_ffn else "mlp")
+                             ffn="linear" if layers[0] in self.linear_ffn else
+                             "linear text" if layers[0] in self.linear_text_ffn else "mlp")
             if layers[0] in self.affine:
                 spec = dataclasses.replace(spec, form="affine")
             elif layers[0] in self._single_layers:
@@ -388,10 +403,11 @@ class PruningPlan:
                 "affine": list(self.affine), "single_stream": self.single_stream, "dead_tensors": self.dead_tensors}
         if isinstance(self.single_stream, tuple):
             more["single_stream"] = list(self.single_stream)
-        if any(more[name] for name in ("text_linear", "linear_ffn", "affine")) or self.single_stream is not None \
-                or not self.dead_tensors:
-            data |= {"version": 2, **more}
-        return data
+        if self.linear_text_ffn:
+            return data | {"version": 3, **more, "linear_text_ffn": list(self.linear_text_ffn)}
+        stock = self.dead_tensors and self.single_stream is None and not (
+            self.text_linear or self.linear_ffn or self.affine)
+        return data if stock else data | {"version": 2, **more}
 
     @classmethod
     def from_dict(cls, data: Any, *, what: str = "plan") -> PruningPlan:
@@ -407,9 +423,10 @@ class PruningPlan:
             raise FormatError(f"{what}: expected an object with \"format\": \"{FORMAT}\", got {got}")
         version = data.get("version")
         if version not in VERSIONS or isinstance(version, bool):
-            raise FormatError(f"{what}: expected version {' or '.join(map(str, VERSIONS))}, got {version!r}")
+            raise FormatError(f"{what}: expected version 1, 2 or 3, got {version!r}")
         needed = {"format", "version", "family", "num_layers", "intervals"}
-        more = ("text_linear", "linear_ffn", "affine", "single_stream", "dead_tensors") if version == 2 else ()
+        more = () if version == 1 else (
+            "text_linear", "linear_ffn", "affine", "single_stream", "dead_tensors", "linear_text_ffn")[:version + 3]
         known = needed | {"provenance", *more}
         # Entries of a later version change what is pruned; dropping them quietly would prune something else.
         wrong = sorted(map(str, set(data) - known)) + sorted((needed | set(more)) - set(data))
@@ -446,7 +463,8 @@ def _without_dead(specs: Sequence[BlockSpec], used: bool) -> tuple[BlockSpec, ..
         if spec.text == "linear":
             spec = dataclasses.replace(spec, dead_query=False, text_output=spec.text_output and used)
         elif not used:
-            spec = dataclasses.replace(spec, text="none" if spec.form == "affine" else "keys")
+            spec = dataclasses.replace(spec, text="none" if spec.form == "affine" else "keys",
+                                       ffn="mlp" if spec.ffn == "linear text" else spec.ffn)
         lean.append(spec)
         # A linear block passes its text on, and an affine one maps it; others take keys and values from it.
         used = used if spec.text == "linear" or spec.form == "affine" else True

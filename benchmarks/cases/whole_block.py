@@ -29,8 +29,10 @@ KINDS = {
     "single_stream": BlockSpec((0,), form="single"),
     "affine": BlockSpec((0,), form="affine"),
 }
-# Further kinds that plans have, for benchmarks.layers: text that is linear with a linear FFN, or at its region's end.
+# Further kinds that plans have, for benchmarks.layers: a linear FFN in the text alone; text that is linear with a
+# linear FFN, or at its region's end.
 MORE_KINDS = {
+    "text_ffn": BlockSpec((0,), ffn="linear text"),
     "text_linear_ffn": BlockSpec((0,), text="linear", ffn="linear", anchor=0, dead_query=False),
     "text_end": BlockSpec((0,), text="linear", anchor=0, text_output=True, dead_query=False),
     "text_end_ffn": BlockSpec((0,), text="linear", ffn="linear", anchor=0, text_output=True, dead_query=False),

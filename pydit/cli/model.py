@@ -171,6 +171,7 @@ def add_plan(commands: Any) -> None:
     thin.add_argument("--text-linear", metavar="JSON",
                       help="text regions as '[[anchor,last],...]': linear maps from the anchor's text")
     thin.add_argument("--linear-ffn", metavar="JSON", help="blocks with linear FFNs, such as '[2,58]'")
+    thin.add_argument("--linear-text-ffn", metavar="JSON", help="blocks whose text FFN alone is linear")
     thin.add_argument("--affine", metavar="JSON", help="blocks that become one affine map per stream")
     thin.add_argument("--single-stream", metavar="LAYER",
                       help="from this layer on both streams run through the image branch; with '[first,last]' between "
@@ -251,7 +252,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     else:
         with warnings_as_lines("plan"):
             plan, config = _detected(arguments)
-    more = {name: parse_list(name, getattr(arguments, name)) for name in ("text_linear", "linear_ffn", "affine")
+    more = {name: parse_list(name, getattr(arguments, name))
+            for name in ("text_linear", "linear_ffn", "linear_text_ffn", "affine")
             if getattr(arguments, name) is not None}
     if arguments.single_stream is not None:
         text = arguments.single_stream
@@ -321,8 +323,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pydit.reporting import console
 
     given = [name.replace("_", "-") for name in ("search", "preset", "intervals", "show", "out", "method", *_OF_STATS,
-                                                 "text_linear", "linear_ffn", "affine", "single_stream", "lean",
-                                                 "num_layers", "family")
+                                                 "text_linear", "linear_ffn", "linear_text_ffn", "affine",
+                                                 "single_stream", "lean", "num_layers", "family")
              if is_given(arguments, name)]
     if arguments.stats is None or given:
         raise UserError(f"{'report' if arguments.report else 'compare'}: expected STATS alone, "
@@ -397,7 +399,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         require_output(arguments.out, arguments.pipeline)
     plan = PruningPlan.load(arguments.plan)
-    maps = any(spec.form == "affine" or "linear" in (spec.text, spec.ffn) for spec in plan.blocks)
+    maps = any(spec.has_maps for spec in plan.blocks)
     require_used(arguments, ("prompts",), maps or arguments.init == "probe", "--init probe or a plan with linear maps")
     if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):
         import torch

@@ -328,7 +328,7 @@ def parse_list(name: str, text: str) -> list:
     except ValueError:
         found = None
     if not isinstance(found, list):
-        example = "[2,58]" if name in ("linear_ffn", "affine", "single_stream") else "[[3,4],[5,7]]"
+        example = "[2,58]" if name != "text_linear" and name != "intervals" else "[[3,4],[5,7]]"
         raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
     return found
 

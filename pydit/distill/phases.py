@@ -157,7 +157,8 @@ class LayerPhase(Phase):
 
     def _is_linear(self, index: int) -> bool:
         spec = self.specs[index]
-        return bool(self.config.linear_weight) and (spec.text == "linear" or spec.ffn == "linear")
+        heard = {"image", *self.streams_of(index)} & {*spec.linear_ffns}  # nothing reads the last block's text
+        return bool(self.config.linear_weight) and (spec.text == "linear" or bool(heard))
 
     def _linear_loss(self, index: int, inputs: Streams, output: Streams, observation: Seen,
                      mask: torch.Tensor | None) -> torch.Tensor:
@@ -174,7 +175,7 @@ class LayerPhase(Phase):
                              for layer, share in began)
             block = distributed.gathered(self.blocks[index])
             pairs.append(("text", told + block.txt_proj(told), wanted, mask))
-        if spec.ffn == "linear":
+        if "image" in spec.linear_ffns:
             pairs.append(("image", output[0], target[0], None))
         if "text" in self.streams_of(index):
             text = output[1].chunk(2, dim=1)[0] if spec.hands_on else output[1]

@@ -73,7 +73,7 @@ def prune_pipeline(path: str | Path, plan: PruningPlan, out: str | Path, *, init
     family = FAMILIES[adapter.family]
     plan.require_teacher(family.name, family.depth(family.require(full)))
     plan.full_config(full)
-    if any(spec.ffn == "linear" or spec.text == "linear" or spec.form == "affine" for spec in plan.blocks):
+    if any(spec.has_maps for spec in plan.blocks):
         warnings.warn("the linear maps of the plan start as the identity, because there are no batches to fit them to",
                       UserWarning, stacklevel=2)
     reader = SafetensorsReader(folder, WEIGHTS, what="pipeline")

@@ -107,11 +107,12 @@ class Stock:
                 for stream, out, gate in zip(streams, outputs, gates, strict=True)]
 
     @classmethod
-    def add_modulate(cls, norms: list[nn.Module], streams: list[Stream], outputs: list[Output]
-                     ) -> tuple[list[Stream], list[torch.Tensor]]:
-        """The residual of attention, and the input of the MLP."""
+    def add_modulate(cls, norms: list[nn.Module | None], streams: list[Stream], outputs: list[Output]
+                     ) -> tuple[list[Stream], list[torch.Tensor | None]]:
+        """The residual of attention, and the input of the MLP where there is one, and so a norm before it."""
         streams = cls.add(streams, outputs, [stream.mod.rows[2] for stream in streams])
-        return streams, [cls.modulate(norm, stream.x, Modulation(stream.mod.rows[3:5], stream.mod.split))
+        return streams, [None if norm is None else
+                         cls.modulate(norm, stream.x, Modulation(stream.mod.rows[3:5], stream.mod.split))
                          for norm, stream in zip(norms, streams, strict=True)]
 
     @staticmethod
@@ -189,14 +190,22 @@ class DualStreamBlock:
     def _after_attention(self, do: type, streams: list[Stream], outputs: list[Output], options: dict[str, Any]
                          ) -> list[torch.Tensor]:
         """The streams after attention's output and the FFN."""
-        if self.spec.ffn == "linear":
-            streams = do.add(streams, outputs, [stream.mod.rows[2] for stream in streams])
-            return do.linear_residual([getattr(self, stream.linear) for stream in streams],
-                                      [stream.x for stream in streams])
-        streams, normed = do.add_modulate([_below(self, stream.branch.norm2) for stream in streams], streams,
-                                          outputs)
-        outputs = do.feed_forward([_below(self, stream.branch.mlp) for stream in streams], normed)
-        return [stream.x for stream in do.add(streams, outputs, [stream.mod.rows[5] for stream in streams])]
+        maps = [kind in self.spec.linear_ffns for kind in ("image", "text")[:len(streams)]]
+        norms = [None if is_map else _below(self, stream.branch.norm2)
+                 for is_map, stream in zip(maps, streams, strict=True)]
+        streams, normed = do.add_modulate(norms, streams, outputs)
+        xs = [stream.x for stream in streams]
+        mapped, whole = ([i for i, is_map in enumerate(maps) if is_map == kind] for kind in (True, False))
+        if mapped:
+            found = do.linear_residual([getattr(self, streams[i].linear) for i in mapped], [xs[i] for i in mapped])
+            for i, x in zip(mapped, found, strict=True):
+                xs[i] = x
+        if whole:
+            outputs = do.feed_forward([_below(self, streams[i].branch.mlp) for i in whole], [normed[i] for i in whole])
+            added = do.add([streams[i] for i in whole], outputs, [streams[i].mod.rows[5] for i in whole])
+            for i, stream in zip(whole, added, strict=True):
+                xs[i] = stream.x
+        return xs
 
 
 def is_recast(linear: nn.Module, x: torch.Tensor) -> bool:

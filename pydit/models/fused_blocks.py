@@ -96,11 +96,13 @@ class Fused(Stock):
         return [stream._replace(x=x) for stream, x in zip(streams, xs, strict=True)]
 
     @classmethod
-    def add_modulate(cls, norms: list[nn.Module], streams: list[Stream], outputs: list[Output]
-                     ) -> tuple[list[Stream], list[torch.Tensor]]:
-        if any(out.linear is not None for out in outputs) or not all(map(_normalizes, norms)):
+    def add_modulate(cls, norms: list[nn.Module | None], streams: list[Stream], outputs: list[Output]
+                     ) -> tuple[list[Stream], list[torch.Tensor | None]]:
+        if any(out.linear is not None for out in outputs) or not all(n is None or _normalizes(n) for n in norms):
             return super().add_modulate(norms, streams, outputs)
-        pairs = [cls.ops.gated_residual_ada_layer_norm(stream.x, out.x, stream.mod.rows[2], stream.mod.rows[4],
+        pairs = [(cls.ops.gated_residual(stream.x, out.x, stream.mod.rows[2], split=stream.mod.split), None)
+                 if norm is None else
+                 cls.ops.gated_residual_ada_layer_norm(stream.x, out.x, stream.mod.rows[2], stream.mod.rows[4],
                                                        stream.mod.rows[3], eps=norm.eps, split=stream.mod.split)
                  for norm, stream, out in zip(norms, streams, outputs, strict=True)]
         return ([stream._replace(x=x) for stream, (x, _) in zip(streams, pairs, strict=True)],

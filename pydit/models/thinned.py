@@ -48,15 +48,14 @@ class ThinnedBlock(DualStreamBlock):
         self.spec, self.hands_on = spec, spec.hands_on
         width, image, text = self.width, self.image_branch, self.text_branch
         gone = spec.form == "single" or spec.text != "full" or self.text_ends  # the text has no FFN
-        if spec.ffn == "linear":
+        if "image" in spec.linear_ffns:
             self.img_ffn = self._map()
             self._keep_rows(image.modulation, [(0, 3 * width), *self._beyond_the_mlp])
             self._remove((image.mlp, image.norm2))
-            if spec.text == "full" and not self.text_ends:
-                self.txt_ffn = self._map()
-                if spec.form != "single":
-                    self._keep_rows(text.modulation, [(0, 3 * width)])
-        if spec.ffn == "linear" or gone:
+        if "text" in spec.linear_ffns and not self.text_ends:
+            self.txt_ffn = self._map()
+            self._keep_rows(text.modulation, [(0, 3 * width)])
+        if "text" in spec.linear_ffns or gone:
             self._remove((text.mlp, text.norm2))
         query = ("add_q_proj", "to_add_out", "norm_added_q")
         if spec.form == "single":

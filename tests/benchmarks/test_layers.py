@@ -69,9 +69,10 @@ def test_every_kind_of_block_is_timed_as_what_it_is():
 
 PLANS = [*(({"qwen-image": "qwen-image", "flux.1": "flux.1-dev", "sd3.5": "sd3.5-large"}[fields[0]],
             pydit.PruningPlan.preset(name)) for name, fields in PRESETS.items()),
-         ("qwen-image", pydit.PruningPlan("qwen-image", 60, [(0, 1)], text_linear=[(2, 9)], linear_ffn=[3, 9, 20])),
-         ("flux.1-dev", pydit.PruningPlan("flux.1", 57, [(3, 4)], text_linear=[(6, 8), (30, 33)], linear_ffn=[5, 7, 31, 40])),
-         ("sd3.5-medium", pydit.PruningPlan("sd3.5", 24, [(3, 4)], text_linear=[(15, 17)], linear_ffn=[5, 16])),
+         ("qwen-image", pydit.PruningPlan("qwen-image", 60, [(0, 1)], text_linear=[(2, 9)], linear_ffn=[3, 9, 20], linear_text_ffn=[21])),
+         ("flux.1-dev", pydit.PruningPlan("flux.1", 57, [(3, 4)], text_linear=[(6, 8), (30, 33)], linear_ffn=[5, 7, 31, 40],
+                                           linear_text_ffn=[6])),
+         ("sd3.5-medium", pydit.PruningPlan("sd3.5", 24, [(3, 4)], text_linear=[(15, 17)], linear_ffn=[5, 16], linear_text_ffn=[9, 20])),
          ("sd3.5-medium", pydit.PruningPlan("sd3.5", 24))]
 OF_PLANS = {(name, kind): spec for name, plan in PLANS for kind, spec in layers.kinds_of(
     plan.family, blocks.config_of(name, plan), plan)[0].items()}
@@ -97,7 +98,7 @@ def test_the_published_families_have_their_own_kinds():
     kinds = {name: {kind for of, kind in OF_PLANS if of == name} for name in ("flux.1-dev", "sd3.5-large", "sd3.5-medium")}
     assert {"dense", "single_dense", "single_linear_ffn", "single_text_linear"} <= kinds["flux.1-dev"]
     assert kinds["sd3.5-large"] == {"dense", "dense_last"}
-    assert {"dense", "dense_attn2", "dense_last", "linear_ffn_attn2"} <= kinds["sd3.5-medium"]
+    assert {"dense", "dense_attn2", "dense_last", "linear_ffn_attn2", "text_ffn", "text_ffn_attn2"} <= kinds["sd3.5-medium"]
 
 
 @pytest.mark.parametrize(("config", "fields"), [

@@ -31,7 +31,7 @@ def test_cells_are_made_once_and_tabled(tmp_path, small, capsys):
     most = rows["goals-hybrid-stream--70---0.25-0.json"]
     half = rows["goals-half-the-parameters-0.43-0.json"]
     assert 0.65 < most["parameters"] / 5_421_728 < 0.7 and most["plan"]["single_stream"] is not None
-    assert half["parameters"] < 5_421_728 / 2 and len(half["plan"]["linear_ffn"]) == 2
+    assert half["parameters"] < 5_421_728 / 2 and len(half["plan"]["linear_text_ffn"]) == 3
     least = rows["goals-hybrid-stream--30---0.43-0.json"]
     assert least["parameters"] < 0.3 * 5_421_728 and least["plan"]["single_stream"] > least["plan"]["text_linear"][0][1]
     assert tuned.text_linear and len(tuned.linear_ffn) == 2 and tuned.removed == 8

@@ -495,10 +495,11 @@ def test_plans_beyond_depth(tmp_path, capfd, fails):
     """Made on the command line, fitted when pruning, and a warning of one line when there is nothing to fit to."""
     path = tmp_path / "plan.json"
     assert main(["plan", "--intervals", "[[1,2]]", "--num-layers", "6", "--text-linear", "[[3,5]]", "--linear-ffn", "[0]",
-                 "--lean", "--out", str(path)]) == 0
+                 "--linear-text-ffn", "[1]", "--lean", "--out", str(path)]) == 0
     plan = PruningPlan.load(path)
-    assert plan == PruningPlan("qwen-image", 6, [(1, 2)], text_linear=[(3, 5)], linear_ffn=[0]).lean()
-    assert "text linear from block 2" in capfd.readouterr().out
+    assert plan == PruningPlan("qwen-image", 6, [(1, 2)], text_linear=[(3, 5)], linear_ffn=[0], linear_text_ffn=[1]).lean()
+    said = capfd.readouterr().out
+    assert "text linear from block 2" in said and "one block for 2, linear text FFN" in said
     command = ["prune", str(untrained()), "--plan", str(path), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert capfd.readouterr().err.count("pydit prune: warning: the linear maps of the plan start as the identity") == 1

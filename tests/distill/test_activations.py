@@ -23,7 +23,7 @@ from tests.distill.test_resume import Stop, assert_no_leftovers, resumed
 
 # Three batches in two passes and a step; text-linear blocks, a linear FFN and an interval; padded text.
 CONFIG = DistillConfig(layers_steps=7, layers_lr=1e-3, linear_weight=1.0, cache_batches=3, log_every=1)
-PLAN = PruningPlan("qwen-image", 6, [(4, 5)], text_linear=[(1, 3)], linear_ffn=[2])
+PLAN = PruningPlan("qwen-image", 6, [(4, 5)], text_linear=[(1, 3)], linear_ffn=[2], linear_text_ffn=[4])
 
 
 def pair(dtype=torch.float32, seed=0):

@@ -14,7 +14,7 @@ from tests.distill import tiny
 
 CONFIG = DistillConfig(layers_steps=2, layers_lr=1e-3, output_steps=2, output_lr=1e-3, boundary_weight=0.1,
                        linear_weight=1.0, log_every=1)
-PLAN = PruningPlan("qwen-image", 6, [(4, 5)], text_linear=[(1, 3)], linear_ffn=[2])
+PLAN = PruningPlan("qwen-image", 6, [(4, 5)], text_linear=[(1, 3)], linear_ffn=[2], linear_text_ffn=[0, 4])
 
 
 def trained(**fields):

@@ -79,7 +79,7 @@ def out(tmp_path_factory):
 def pipelines(out):
     """Directories to be read in shards."""
     shutil.copytree(untrained(), out / "teacher")
-    for name, fields in (("shorter", {}), ("thinned", {"text_linear": [(3, 5)], "linear_ffn": [0], "affine": []})):
+    for name, fields in (("shorter", {}), ("thinned", {"text_linear": [(3, 5)], "linear_ffn": [0], "linear_text_ffn": [1]})):
         pipe = load_pipeline(untrained(), dtype=torch.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -134,7 +134,7 @@ def test_two_modulation_rows(device, pruned):
         if not pruned:
             return model
         with pytest.warns(UserWarning, match="start as the identity"):
-            return pydit.prune(model, PruningPlan("qwen-image", 3, linear_ffn=[1]).lean())
+            return pydit.prune(model, PruningPlan("qwen-image", 3, linear_ffn=[1], linear_text_ffn=[0]).lean())
 
     for shapes in ([[(1, 2, 4), (1, 2, 4)]] * 3, [[(1, 3, 4), (1, 1, 4)]] * 3,
                    [[(1, 2, 4), (1, 2, 4)], [(1, 1, 4), (1, 3, 4)], [(1, 2, 4), (1, 2, 4)]]):
@@ -258,6 +258,16 @@ def test_operations_of_a_block(family, stock, fused):
 def test_launches_of_a_block(family, launches, device):
     make, batch = deepened(family)
     assert ops_per_block(pydit.accelerate(make(3)), batch, pydit.accelerate(make(2))) == launches
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+@pytest.mark.parametrize("device", ["sim"], indirect=True)
+@pytest.mark.parametrize("fields, launches", [("linear_ffn", 10), ("linear_text_ffn", 13)])
+def test_launches_of_a_thinned_out_block(fields, launches, device):
+    make = [pydit.prune(tiny.transformer(n).bfloat16(), PruningPlan("qwen-image", n, **{fields: range(n)})) for n in (3, 2)]
+    batch = tiny.cast(tiny.batch(masked=False), torch.bfloat16)
+    assert ops_per_block(*[pydit.accelerate(make[0].requires_grad_(False)), batch],
+                         pydit.accelerate(make[1].requires_grad_(False))) == launches
 
 
 @pytest.mark.parametrize("device", ["sim"], indirect=True)

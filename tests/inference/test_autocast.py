@@ -9,7 +9,7 @@ from pydit.plan import PruningPlan
 from pydit.testing import assert_accurate
 from tests.models import tiny
 
-PLAN = PruningPlan("qwen-image", 6, text_linear=[(1, 2)], linear_ffn=[3], affine=[4], single_stream=5)
+PLAN = PruningPlan("qwen-image", 6, text_linear=[(1, 2)], linear_ffn=[3], linear_text_ffn=[0], affine=[4], single_stream=5)
 MODELS = {"qwen-image": (lambda: tiny.transformer(2), tiny.batch),
           "edit": (lambda: tiny.transformer(2, zero_cond_t=True),
                    lambda: {**tiny.batch(), "img_shapes": [[(1, 2, 4), (1, 2, 4)]] * 3}),

@@ -392,6 +392,7 @@ def test_target_images_are_of_the_forward_at_hand(who):
 CACHES = {"first block": lambda: FirstBlockCacheConfig(threshold=0.4),
           "mag": lambda: MagCacheConfig(mag_ratios=torch.ones(4), num_inference_steps=4, threshold=0.5, max_skip_steps=2)}
 THINNED = {"linear FFN": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, linear_ffn=[0, 3]), tiny.batch),
+           "linear text FFN": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, linear_text_ffn=[0, 3]), tiny.batch),
            "affine": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, affine=[2]), tiny.batch),
            "linear text": (lambda: tiny.transformer(5), PruningPlan("qwen-image", 5, text_linear=[(1, 3)]), tiny.batch),
            "flux": (tiny.flux, PruningPlan("flux.1", 4, linear_ffn=[0, 3]), tiny.flux_batch)}

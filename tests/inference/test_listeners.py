@@ -19,6 +19,8 @@ FAMILIES = {
     "thinned": (lambda: pydit.prune(tiny.transformer(4), PruningPlan("qwen-image", 4, text_linear=[(1, 2)],
                                                                      linear_ffn=[3])),
                 tiny.batch, "transformer_blocks.3", ("img_norm1", "attn.norm_q", "attn.to_out.0")),
+    "linear text FFN": (lambda: pydit.prune(tiny.transformer(2), PruningPlan("qwen-image", 2, linear_text_ffn=[0])),
+                        tiny.batch, "transformer_blocks.0", ("img_norm1", "img_norm2", "txt_norm1", "img_mlp")),
     "flux dual": (tiny.flux, tiny.flux_batch, "transformer_blocks.0",
                   ("norm1", "norm1.norm", "norm1.linear", "norm1_context", "norm2", "norm2_context", "attn.norm_k",
                    "attn.to_add_out", "ff", "ff.net.0", "ff_context.net.2")),

@@ -41,7 +41,7 @@ def sd3_batch():
 
 
 def pruned():
-    plan = PruningPlan("qwen-image", 4, text_linear=[(1, 2)], linear_ffn=[3]).lean()
+    plan = PruningPlan("qwen-image", 4, text_linear=[(1, 2)], linear_ffn=[3], linear_text_ffn=[0]).lean()
     return pydit.prune(tiny.transformer(4), plan)
 
 

@@ -145,7 +145,10 @@ def test_file_round_trip(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda d: d.update(format="other"), "expected an object with \"format\": \"pydit-plan\", got 'other'"),
-    (lambda d: d.update(version=3), "expected version 1 or 2, got 3"),
+    (lambda d: d.update(version=4), "expected version 1, 2 or 3, got 4"),
+    (lambda d: d.update(version=2), "missing affine, dead_tensors, linear_ffn, single_stream, text_linear$"),
+    (lambda d: d.update(version=3), "missing affine, dead_tensors, linear_ffn, linear_text_ffn, single_stream, text_linear$"),
+    (lambda d: d.update(PruningPlan("qwen-image", 60, linear_text_ffn=[1]).to_dict(), version=2), "unknown or missing linear_text_ffn"),
     (lambda d: d.update(kinds={}), "unknown or missing kinds"),
     (lambda d: d.pop("family"), "unknown or missing family"),
     (lambda d: d.update(intervals=[[5, 99]]), "out of range"),

@@ -29,6 +29,8 @@ def drawn(family, layers, rng):
     fields = {"dead_tensors": rng.random() < 0.5}
     if rng.random() < 0.5:
         fields["linear_ffn"] = rng.sample(range(layers), rng.choice([1, 2]))
+    if rng.random() < 0.3:
+        fields["linear_text_ffn"] = rng.sample(range(layers), rng.choice([1, 2]))
     if rng.random() < 0.4:
         fields["affine"] = rng.sample(range(layers), rng.choice([1, 2]))
     if rng.random() < 0.5:

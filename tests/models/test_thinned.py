@@ -19,13 +19,15 @@ from tests.models import tiny
 REGION = {"intervals": [(1, 2), (5, 6)], "text_linear": [(3, 6)]}  # the region goes on to a block with text
 PLANS = {
     "ffn": {"linear_ffn": [2, 7]},
+    "text ffn": {"intervals": [(1, 2)], "linear_text_ffn": [1, 5]},
     "ffn of an anchor and of a text-linear block": {**REGION, "linear_ffn": [3, 4]},
     "text": REGION,
     "text to the end": {"intervals": [(1, 2)], "text_linear": [(3, 7)]},
     "affine": {"intervals": [(2, 4)], "affine": [2, 6]},
     "affine end": {"affine": [6, 7]},
     "single": {"intervals": [(1, 2), (5, 6)], "single_stream": 4},
-    "all": {"intervals": [(1, 2)], "affine": [1], "text_linear": [(3, 5)], "linear_ffn": [0, 5], "single_stream": 6},
+    "all": {"intervals": [(1, 2)], "affine": [1], "text_linear": [(3, 5)], "linear_ffn": [0, 5], "linear_text_ffn": [3],
+            "single_stream": 6},
     "dead": {},
 }
 
@@ -149,7 +151,7 @@ def by_hand(student, batch):
             if asks:
                 last = a.to_out[0] if spec.form == "single" else a.to_add_out
                 text = text + t_mod[2] * last(out[:, :tokens])
-                if spec.ffn == "linear":
+                if spec.ffn != "mlp":
                     text = text + F.linear(text, block.txt_ffn.weight, block.txt_ffn.bias)
                 else:
                     module = block.img_mlp if spec.form == "single" else block.txt_mlp
@@ -253,7 +255,8 @@ def test_files(tmp_path, pair):
     loaded.set_active([])
     assert torch.allclose(run(loaded), run(teacher), rtol=1e-5, atol=1e-6)
     data = json.loads(json.dumps(student.plan.to_dict()))
-    assert PruningPlan.from_dict(data) == student.plan and data["version"] == (1 if student.plan.is_stock else 2)
+    assert PruningPlan.from_dict(data) == student.plan and data["version"] == (
+        1 if student.plan.is_stock else 3 if student.plan.linear_text_ffn else 2)
 
 
 @pytest.mark.parametrize("name", ["all", "text to the end"])
@@ -397,6 +400,10 @@ def test_no_batches_at_all():
     ({"linear_ffn": "23"}, "linear_ffn: expected numbers of layers, got '23'"),
     ({"affine": [1.5]}, "affine: expected numbers of layers"),
     ({"affine": [3], "linear_ffn": [3]}, "affine: expected blocks that linear_ffn leaves alone, got 3 in both"),
+    ({"affine": [3], "linear_text_ffn": [3]}, "affine: expected blocks that linear_text_ffn leaves alone, got 3 in both"),
+    ({"linear_text_ffn": [2, 3], "linear_ffn": [3]}, "linear_text_ffn: expected blocks that linear_ffn leaves alone, got 3"),
+    ({"linear_text_ffn": [4], "text_linear": [(3, 5)]}, "linear_text_ffn: expected blocks that text_linear leaves alone, got 4"),
+    ({"linear_text_ffn": [5], "single_stream": 4}, "single_stream: expected blocks from layer 4 on .* got 5 in text_linear, linear_ffn"),
     ({"affine": [4], "text_linear": [(3, 5)]}, "affine: expected blocks that text_linear leaves alone, got 4 in both"),
     ({"intervals": [(2, 3)], "text_linear": [(3, 5)]}, r"text_linear: expected an anchor that is kept whole, got 3"),
     ({"intervals": [(4, 6)], "text_linear": [(3, 5)]}, r"text_linear: expected the last layer of a block .* got 5"),

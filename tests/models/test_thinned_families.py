@@ -38,12 +38,14 @@ MADE = {"flux.1": (flux, tiny.flux_batch, 9), "sd3.5": (sd3, tiny.sd3_batch, 7)}
 # twice, and its layer 6 has no text output.
 PLANS = {
     ("flux.1", "ffn"): {"linear_ffn": [1, 5]},
+    ("flux.1", "text ffn"): {"intervals": [(1, 2)], "linear_text_ffn": [1, 3], "linear_ffn": [6]},
     ("flux.1", "text"): {"intervals": [(1, 2)], "text_linear": [(3, 5)], "linear_ffn": [3, 5]},
     ("flux.1", "text to the end"): {"text_linear": [(0, 2), (6, 8)], "affine": [4]},
     ("flux.1", "single"): {"intervals": [(1, 2)], "single_stream": (1, 3), "linear_ffn": [8]},
     ("flux.1", "affine end"): {"affine": [4, 5, 6, 7, 8]},
     ("flux.1", "dead"): {},
     ("sd3.5", "ffn"): {"linear_ffn": [1, 4, 6]},
+    ("sd3.5", "text ffn"): {"intervals": [(2, 3)], "linear_text_ffn": [1, 2, 5]},
     ("sd3.5", "text"): {"intervals": [(2, 3)], "text_linear": [(1, 4)], "linear_ffn": [1, 2]},
     ("sd3.5", "text to the end"): {"text_linear": [(4, 6)], "linear_ffn": [6]},
     ("sd3.5", "single"): {"intervals": [(5, 6)], "single_stream": 2, "affine": [4]},
@@ -158,7 +160,7 @@ def by_hand(student, batch):
                     image + i_mod[5] * mlp(block.ff, norm(image, *i_mod[3:5]))
                 if asks:
                     text = text + t_mod[2] * (a.to_out[0] if shared else a.to_add_out)(text_out)
-                    text = affine(text, block.txt_ffn) if spec.ffn == "linear" else \
+                    text = affine(text, block.txt_ffn) if spec.ffn != "mlp" else \
                         text + t_mod[5] * mlp(block.ff if shared else block.ff_context, norm(text, *t_mod[3:5]))
             if spec.text == "linear" and spec.text_output:
                 text = affine(text, block.txt_out_proj)
@@ -303,6 +305,15 @@ def test_single_stream_of_flux(fields, message):
     assert PruningPlan.from_dict(data) == PruningPlan("flux.1", 9, single_stream=(1, 3))
     with pytest.raises(UserError, match=r"single_stream: expected dual blocks, which are layers 0 to 3, got \[3, 4\]"):
         pydit.prune(flux(), PruningPlan("flux.1", 9, single_stream=(3, 4)))
+
+
+def test_text_that_has_no_ffn_of_its_own():
+    with pytest.raises(UserError, match="linear_text_ffn: expected blocks whose text has an FFN, got 5, the last of sd3.5"):
+        PruningPlan("sd3.5", 7, [(5, 6)], linear_text_ffn=[5])
+    with pytest.raises(UserError, match="linear_text_ffn: expected dual blocks, which are layers 0 to 18, got 19, whose text"):
+        PruningPlan("flux.1", 57, linear_text_ffn=[18, 19])
+    with pytest.raises(UserError, match="linear_text_ffn: expected dual blocks, which are layers 0 to 3, got 4, whose text"):
+        pydit.prune(flux(), PruningPlan("flux.1", 9, linear_text_ffn=[4]))
 
 
 @pytest.mark.filterwarnings("ignore:.*start as the identity")
