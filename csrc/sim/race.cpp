@@ -1,12 +1,9 @@
 #include "sim/race.h"
 
 #include <algorithm>
-#include <array>
 #include <cstdarg>
 #include <cstdio>
-#include <cstring>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "sim/accumulators.h"
@@ -15,6 +12,8 @@
 #include "sim/control.h"
 #include "sim/race_launch.h"
 #include "sim/race_map.h"
+#include "sim/race_observe.h"
+#include "sim/race_order.h"
 #include "sim/scheduler.h"
 #include "sim/shadow.h"
 #include "sim/symbols.h"
@@ -27,29 +26,9 @@ bool enabled = true;
 bool enabled = false;
 #endif
 
-enum Kind : uint8_t { kPlain, kAtomic };  // as in race_observe.cpp
-void observe(const Fiber& fiber, const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment,
-             const void* pc);
-
 namespace {
 
 static_assert(kMaxClusterBlocks * kMaxThreads <= 1 << 13, "Access keeps a thread in 13 bits");
-
-// An asynchronous operation, and who waited for it when. Of one thread the first wait alone counts.
-struct Operation {
-  struct Wait {
-    uint32_t thread, epoch;
-  };
-  std::vector<Wait> waits;
-};
-
-// What a barrier, an mbarrier or an atomic variable passes on.
-struct Object {
-  bool released = false;
-  std::vector<uint32_t> clock;       // valid once released
-  std::vector<uint32_t> operations;  // whose completion this object signals
-  std::vector<uint32_t> acquired;    // of each thread, how many of those it has waited for
-};
 
 // What happened to a block of a cluster as others reached into it.
 struct Resident {
@@ -67,14 +46,7 @@ class Detector {
     residents_.assign(map_.blocks(), {});
     launch_ = launch_of(kernel);
     shadow_.start(map_.shadow_bytes());
-    width_ = (static_cast<size_t>(threads) + 7) / 8 * 8;
-    clocks_.assign(threads * width_, 0);
-    for (int t = 0; t < threads; ++t) clock(t)[t] = 1;
-    fences_.clear();
-    objects_.clear();
-    numbers_.clear();
-    operations_.clear();
-    finished_.assign(threads, {});
+    order_.start(threads);
     accumulators_.assign(threads, {});
     banks_.resize(map_.warps());
     for (BankCounter& warp : banks_) {
@@ -142,43 +114,15 @@ class Detector {
     touch(first, bytes, write, access, me);
   }
 
-  void release(const void* object) {
-    const int me = self();
-    Object& to = objects_[object];
-    if (!to.released) to.clock.assign(width_, 0);
-    to.released = true;
-    join(to.clock.data(), clock(me));
-    ++clock(me)[me];
-  }
-
-  void acquire(const void* object) { acquire_as(object, self()); }
+  void release(const void* object) { order_.release(object, self()); }
+  void acquire(const void* object) { order_.acquire(object, self()); }
+  void forget(const void* object) { order_.forget(object); }
+  void pass_on(const void* from, const void* to) { order_.pass_on(from, to); }
+  void fence() { order_.proxy_fence(self()); }
 
   void barrier_passed(const void* object, const Block& block, int warp, uint32_t lanes) {
     banks_[map_.warp_number(block, warp)].flush();
-    for (; lanes != 0; lanes &= lanes - 1) acquire_as(object, map_.number(block, warp, __builtin_ctz(lanes)));
-  }
-
-  void acquire_as(const void* object, int thread) {
-    const auto found = objects_.find(object);
-    if (found == objects_.end()) return;
-    Object& from = found->second;
-    if (from.released) join(clock(thread), from.clock.data());
-    if (from.operations.empty()) return;
-    from.acquired.resize(map_.threads(), 0);
-    uint32_t& acquired = from.acquired[thread];
-    for (; acquired < from.operations.size(); ++acquired) finish(from.operations[acquired], thread);
-  }
-
-  void forget(const void* object) {
-    const auto found = objects_.find(object);
-    if (found != objects_.end()) found->second.released = false;
-  }
-
-  void pass_on(const void* from, const void* to) {
-    Object &target = objects_[to], &source = objects_[from];
-    target.clock = source.clock;
-    target.released = source.released;
-    source.released = false;
+    for (; lanes != 0; lanes &= lanes - 1) order_.acquire(object, map_.number(block, warp, __builtin_ctz(lanes)));
   }
 
   // Remembers that the running thread reaches into the block, which must be there.
@@ -186,50 +130,35 @@ class Detector {
     const int me = self();
     Resident& there = residents_[rank];
     const int threads = map_.block_threads(), first = rank * threads;
-    const uint32_t* mine = clock(me);
-    if (std::all_of(mine + first, mine + first + threads, [](uint32_t epoch) { return epoch == 0; }))
+    if (!order_.knows_one_of(first, first + threads, me))
       stop(pc, "access to block %d of the cluster, which may not have started: no barrier.cluster before", rank);
     if (there.exited) stop(pc, "access to block %d of the cluster after the block's exit", rank);
     there.visits.resize(map_.threads(), 0);
-    there.visits[me] = mine[me];
+    there.visits[me] = order_.epoch(me);
   }
 
   void block_exits(int rank) {
     Resident& there = residents_[rank];
     there.exited = true;
     const int first = rank * map_.block_threads(), end = first + map_.block_threads();
-    joined_.assign(width_, 0);
-    for (int thread = first; thread < end; ++thread) join(joined_.data(), clock(thread));
+    const uint32_t* joined = order_.joined(first, end);
     for (size_t thread = 0; thread < there.visits.size(); ++thread) {
-      if (joined_[thread] < there.visits[thread])
+      if (joined[thread] < there.visits[thread])
         leaves_early("an access to it by " + map_.describe(static_cast<int>(thread)));
     }
     for (const uint32_t operation : there.operations) {
-      const std::vector<Operation::Wait>& waits = operations_[operation].waits;
-      const auto ours = [&](const Operation::Wait& wait) {
-        return static_cast<int>(wait.thread) >= first && static_cast<int>(wait.thread) < end;
-      };
-      if (std::none_of(waits.begin(), waits.end(), ours)) leaves_early("a multicast copy into it");
+      if (!order_.waited_for(operation, first, end)) leaves_early("a multicast copy into it");
     }
   }
 
   void join_lanes(const Block& block, int warp, uint32_t lanes) {
     banks_[map_.warp_number(block, warp)].flush();
-    joined_.assign(width_, 0);
-    for (uint32_t left = lanes; left != 0; left &= left - 1)
-      join(joined_.data(), clock(map_.number(block, warp, __builtin_ctz(left))));
-    for (uint32_t left = lanes; left != 0; left &= left - 1) {
-      const int thread = map_.number(block, warp, __builtin_ctz(left));
-      uint32_t* mine = clock(thread);
-      const uint32_t epoch = mine[thread];
-      memcpy(mine, joined_.data(), width_ * sizeof *mine);
-      mine[thread] = epoch + 1;
-    }
+    order_.join_lanes(map_.number(block, warp, 0), lanes);
   }
 
   void engine_done(uint64_t token) {
     const int me = self();
-    finish(operation(token), me);
+    order_.done(operation(token), me);
     accumulators_[me].done(token);
   }
   void accumulates(const void* pointer, size_t bytes, uint64_t token) {
@@ -238,46 +167,17 @@ class Detector {
       fail("wgmma: its accumulator was accessed after the last wgmma.fence, which is to come between");
   }
   void register_fence() { accumulators_[self()].fence(); }
-  void engine_signals(uint64_t token, const void* object) { objects_[object].operations.push_back(operation(token)); }
-
-  void fence() {
-    const int me = self();
-    if (fences_.empty()) fences_.assign(map_.threads() * width_, 0);
-    memcpy(&fences_[me * width_], clock(me), width_ * sizeof(uint32_t));
-    ++clock(me)[me];
-  }
+  void engine_signals(uint64_t token, const void* object) { order_.signals(operation(token), object); }
 
  private:
   int self() const { return map_.number(*current); }
 
-  uint32_t* clock(int thread) { return &clocks_[thread * width_]; }
-
-  void join(uint32_t* to, const uint32_t* from) const {
-    for (size_t i = 0; i < width_; i += 8) {
-      for (size_t j = i; j < i + 8; ++j) to[j] = std::max(to[j], from[j]);
-    }
-  }
-
   Access name(const void* pc, int thread, bool atomic) {
     return {
-        reinterpret_cast<uintptr_t>(pc), static_cast<uint64_t>(thread), atomic, false, false, clock(thread)[thread], 0};
+        reinterpret_cast<uintptr_t>(pc), static_cast<uint64_t>(thread), atomic, false, false, order_.epoch(thread), 0};
   }
 
-  // Tokens are numbered as they come; mostly the same one comes again. Each block of a cluster has its own.
-  uint32_t operation(uint64_t token) {
-    token ^= static_cast<uint64_t>(current->block->rank()) << 56;
-    if (operations_.empty() || token != last_token_) {
-      const auto [found, added] = numbers_.try_emplace(token, static_cast<uint32_t>(operations_.size()));
-      if (added) operations_.emplace_back();
-      last_token_ = token;
-      last_operation_ = found->second;
-    }
-    return last_operation_;
-  }
-
-  void finish(uint32_t operation, int thread) {
-    operations_[operation].waits.push_back({static_cast<uint32_t>(thread), clock(thread)[thread]});
-  }
+  uint32_t operation(uint64_t token) { return order_.operation(token, current->block->rank()); }
 
   // Memory of a block that its launch did not ask for.
   void check_overrun(uintptr_t address, size_t bytes, bool write, const void* pc) {
@@ -312,20 +212,6 @@ class Detector {
          range.end - range.begin, range.holds(address, bytes) ? " and is not to be written" : "");
   }
 
-  // Whether thread `me` may rely on `access`. Once it may, it always may: operations that it asked for are kept.
-  bool ordered(const Access& access, int me) {
-    const uint32_t* mine = clock(me);
-    if (!access.engine) return mine[access.thread] >= access.epoch;
-    uint32_t& kept = finished_[me][access.operation % kFinished];
-    if (kept == access.operation + 1) return true;
-    for (const Operation::Wait& wait : operations_[access.operation].waits) {
-      if (mine[wait.thread] < wait.epoch) continue;
-      kept = access.operation + 1;
-      return true;
-    }
-    return false;
-  }
-
   void touch(size_t first, size_t bytes, bool write, const Access& access, int me) {
     Access known = {};  // the last write that this access was found to be ordered behind
     for (size_t at = first; at < first + bytes;) {
@@ -334,7 +220,7 @@ class Detector {
       const Line::Part part = line.part(begin, end);
       for (Cell* cell = part.first; cell != part.last; ++cell, at += part.bytes) {
         if (!(cell->write == known)) {
-          if (!excused(cell->write, access) && !ordered(cell->write, me))
+          if (!excused(cell->write, access) && !order_.is_behind(cell->write, me))
             report(at, cell->write, "write", access, write ? "write" : "read");
           if (access.async_proxy) check_proxy(at, cell->write, "write", access, write ? "written" : "read", me);
           known = cell->write;
@@ -355,7 +241,7 @@ class Detector {
 
   void note_write(Cell& cell, size_t byte, const Access& access, int me) {
     for (const Access& read : cell.reads) {
-      if (!excused(read, access) && !ordered(read, me)) report(byte, read, "read", access, "write");
+      if (!excused(read, access) && !order_.is_behind(read, me)) report(byte, read, "read", access, "write");
       if (access.async_proxy) check_proxy(byte, read, "read", access, "written", me);
     }
     cell.reads.clear();
@@ -372,7 +258,7 @@ class Detector {
     }
     // Reads that this one is ordered behind need not be kept: who is ordered behind this one is behind them too.
     if (cell.reads.size() >= cell.prune_at) {
-      const auto behind = [this, me](const Access& read) { return ordered(read, me); };
+      const auto behind = [this, me](const Access& read) { return order_.is_behind(read, me); };
       cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), behind), cell.reads.end());
       cell.prune_at = 4 + 2 * cell.reads.size();
     }
@@ -382,16 +268,7 @@ class Detector {
   void check_proxy(size_t byte, const Access& before, const char* first, const Access& now, const char* second,
                    int me) {
     if (before.epoch == 0 || before.async_proxy) return;
-    // By `thread` itself or by the issuing one, after that thread's `epoch`.
-    const auto fenced = [&](int thread, uint32_t epoch) {
-      return !fences_.empty() && (fences_[thread * width_ + thread] >= epoch || fences_[me * width_ + thread] >= epoch);
-    };
-    if (!before.engine && fenced(static_cast<int>(before.thread), before.epoch)) return;
-    if (before.engine) {  // of cp.async
-      for (const Operation::Wait& wait : operations_[before.operation].waits) {
-        if (fenced(static_cast<int>(wait.thread), wait.epoch)) return;
-      }
-    }
+    if (order_.is_fenced(before, me)) return;
     const std::string how = std::string(second) + " by the async proxy without fence.proxy.async between";
     report(byte, before, first, now, how.c_str());
   }
@@ -424,18 +301,7 @@ class Detector {
   std::vector<Resident> residents_;  // by rank
   Launch* launch_ = nullptr;
   Shadow shadow_;
-  size_t width_ = 0;              // of a clock: the threads, rounded up
-  std::vector<uint32_t> clocks_;  // of each thread
-  std::vector<uint32_t> fences_;  // each thread's clock at its last proxy fence; empty when there was none
-  std::vector<uint32_t> joined_;
-  std::unordered_map<const void*, Object> objects_;
-  std::unordered_map<uint64_t, uint32_t> numbers_;  // of tokens, in operations_
-  std::vector<Operation> operations_;
-  uint64_t last_token_ = 0;
-  uint32_t last_operation_ = 0;
-  static constexpr size_t kFinished = 64;
-  // Per thread, 1 + operations that it was found to be ordered behind, each in the place of its number.
-  std::vector<std::array<uint32_t, kFinished>> finished_;
+  Order order_;
   std::vector<Accumulators> accumulators_;  // of each thread, not waited for
   std::vector<BankCounter> banks_;          // of each warp
   uint64_t counts_[PYDIT_SIM_COUNTERS] = {};

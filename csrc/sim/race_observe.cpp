@@ -1,18 +1,13 @@
 // The calls that -fsanitize=thread makes g++ put into kernels: before each load and store, and in place of each atomic.
 // Part of the race build alone: other sanitizers declare the same names.
+#include "sim/race_observe.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 #include "sim/race.h"
 #include "sim/scheduler.h"
-
-namespace simt::race {
-// In race.cpp; kAtomic for what does not race with its like.
-enum Kind : uint8_t { kPlain, kAtomic };
-void observe(const Fiber& fiber, const void* pointer, size_t bytes, bool write, Kind kind, size_t alignment,
-             const void* pc);
-}  // namespace simt::race
 
 namespace {
 
