@@ -76,7 +76,7 @@ struct Maps {
 // How tiles are dealt out to clusters: the first `whole` one by one, the `cut` after them in `parts` along K. Parts are
 // numbered tile by tile; the first `sharers` clusters by ticket have an equal run of them each, at least one part and
 // at most a tile's. Where nothing is cut, a cluster's ticket is its number.
-struct Plan {
+struct Deal {
   int clusters, whole, cut, parts, sharers;
   float* sums;        // [sharers, blocks, consumers, kSums]: of a cluster's last part, where another finishes the tile
   unsigned* written;  // [sharers, blocks, consumers]: 1 once the sums are there; then the ticket counter
@@ -88,29 +88,29 @@ struct Plan {
   }
   __device__ int first_step(int depth, int part) const { return (depth + kStep - 1) / kStep * part / parts; }
 };
-static_assert(sizeof(Layers) + sizeof(Maps) + sizeof(Plan) <= 4096, "parameters of a kernel");
+static_assert(sizeof(Layers) + sizeof(Maps) + sizeof(Deal) <= 4096, "parameters of a kernel");
 
 // A cluster's tiles, parts [from, to) of each: its run from the last tile to the first, then whole tiles. As a run is
 // no longer than a tile, only the first of them can be one that another cluster finishes.
 struct Walk {
-  const Plan& plan;
+  const Deal& deal;
   int first = 0, end = 0, whole;  // parts that are left; the next whole tile
   int index = 0, from = 0, to = 0;
 
-  __device__ Walk(const Plan& plan, int ticket) : plan(plan), whole(ticket) {
-    if (ticket < plan.sharers) first = plan.first_part(ticket), end = plan.first_part(ticket + 1);
+  __device__ Walk(const Deal& deal, int ticket) : deal(deal), whole(ticket) {
+    if (ticket < deal.sharers) first = deal.first_part(ticket), end = deal.first_part(ticket + 1);
   }
 
   __device__ __forceinline__ bool next() {
     if (end > first) {
-      const int tile = (end - 1) / plan.parts, base = tile * plan.parts;
-      index = plan.whole + tile, from = max(first - base, 0), to = end - base;
+      const int tile = (end - 1) / deal.parts, base = tile * deal.parts;
+      index = deal.whole + tile, from = max(first - base, 0), to = end - base;
       end = base + from;
       return true;
     }
-    index = whole, from = 0, to = plan.parts;
-    whole += plan.clusters;
-    return index < plan.whole;
+    index = whole, from = 0, to = deal.parts;
+    whole += deal.clusters;
+    return index < deal.whole;
   }
 };
 
@@ -137,8 +137,8 @@ __device__ __forceinline__ void load(const Layers& all, const Maps& maps, char* 
   while (walk.next()) {
     const TileOfLayer tile = tile_of_block<kCluster>(all, walk.index, rank);
     const TensorMap &x = maps.x[tile.layer], &weight = maps.weight[tile.layer];
-    const int depth = all.layer[tile.layer].depth, end = walk.plan.first_step(depth, walk.to);
-    for (int step = walk.plan.first_step(depth, walk.from); step < end; ++step) {
+    const int depth = all.layer[tile.layer].depth, end = walk.deal.first_step(depth, walk.to);
+    for (int step = walk.deal.first_step(depth, walk.from); step < end; ++step) {
       const int k = step * kStep;
       mbarrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
       char* stage = shared + ring.slot * kStageBytes;
@@ -195,7 +195,7 @@ template <typename T, bool kHeads, int kCluster>
 __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, char* shared, Barriers* barriers,
                                         Walk walk, int ticket, int rank, int group) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
-  const Plan& plan = walk.plan;
+  const Deal& deal = walk.deal;
   const auto place = [&](int ticket) { return (ticket * kCluster + rank) * kConsumers + group; };  // of sums
   const auto release = [&](int slot) {
     if (kCluster == 1) {
@@ -210,8 +210,8 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
   while (walk.next()) {
     const TileOfLayer tile = tile_of_block<kCluster>(all, walk.index, rank);
     const Layer& l = all.layer[tile.layer];
-    const int first = plan.first_step(l.depth, walk.from), end = plan.first_step(l.depth, walk.to);
-    const bool finishes = walk.to == plan.parts;
+    const int first = deal.first_step(l.depth, walk.from), end = deal.first_step(l.depth, walk.to);
+    const bool finishes = walk.to == deal.parts;
     if (tile.row + group * 64 >= l.tokens) {
       for (int step = first; step < end; ++step, ring.next()) {
         mbarrier_wait(&barriers->full[ring.slot], ring.parity);
@@ -264,16 +264,16 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     release((ring.slot + kStages - 1) % kStages);
 
     if (!finishes) {
-      write_sums(plan.sums + int64_t{place(ticket)} * kSums, sums, thread);
+      write_sums(deal.sums + int64_t{place(ticket)} * kSums, sums, thread);
       barrier_sync(1 + group, kWarpgroup);
-      if (thread == 0) store_release(plan.written + place(ticket), 1);
+      if (thread == 0) store_release(deal.written + place(ticket), 1);
       continue;
     }
     if (walk.from > 0) {
-      for (int other = ticket - 1; plan.reaches(other, walk.index - plan.whole); --other) {
-        if (thread == 0) wait_at_least(plan.written + place(other), 1);
+      for (int other = ticket - 1; deal.reaches(other, walk.index - deal.whole); --other) {
+        if (thread == 0) wait_at_least(deal.written + place(other), 1);
         barrier_sync(1 + group, kWarpgroup);
-        add_sums(sums, plan.sums + int64_t{place(other)} * kSums, thread);
+        add_sums(sums, deal.sums + int64_t{place(other)} * kSums, thread);
       }
       load_early(tile.column);
     }
@@ -326,7 +326,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
 template <typename T, bool kHeads, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_linear_sm90_kernel(const __grid_constant__ Layers all, const __grid_constant__ Maps maps,
-                               const __grid_constant__ Plan plan) {
+                               const __grid_constant__ Deal deal) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   auto* barriers = reinterpret_cast<Barriers*>(shared + kBarriers);
   auto* drawn = reinterpret_cast<unsigned*>(barriers + 1);
@@ -338,21 +338,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kConsumers * kBuffers; ++i) mbarrier_init(&barriers->ready[i / kBuffers][i % kBuffers], 1);
     fence_barrier_init();
-    if (plan.cut > 0 && rank == 0) *drawn = atomicAdd(plan.written + plan.sharers * kCluster * kConsumers, 1u);
+    if (deal.cut > 0 && rank == 0) *drawn = atomicAdd(deal.written + deal.sharers * kCluster * kConsumers, 1u);
   }
   if (kCluster == 1)
     __syncthreads();
   else
     cluster_sync();
   int ticket = static_cast<int>(blockIdx.x) / kCluster;
-  if (plan.cut > 0) ticket = static_cast<int>(kCluster == 1 ? *drawn : *cluster_map(drawn, 0));
+  if (deal.cut > 0) ticket = static_cast<int>(kCluster == 1 ? *drawn : *cluster_map(drawn, 0));
   if (threadIdx.x < kWarpgroup) {
     set_max_registers_down<kLoaderRegisters>();
-    if (threadIdx.x < 32 && elect_one()) load<kCluster>(all, maps, shared, barriers, Walk(plan, ticket), rank);
+    if (threadIdx.x < 32 && elect_one()) load<kCluster>(all, maps, shared, barriers, Walk(deal, ticket), rank);
     __syncwarp();  // the warp reaches the barrier below converged
   } else {
     set_max_registers_up<kConsumerRegisters>();
-    consume<T, kHeads, kCluster>(all, maps, shared, barriers, Walk(plan, ticket), ticket, rank,
+    consume<T, kHeads, kCluster>(all, maps, shared, barriers, Walk(deal, ticket), ticket, rank,
                                  static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
   if (kCluster > 1) cluster_sync();  // the other block still arrives at this one's mbarriers and reads its ticket
@@ -405,7 +405,7 @@ int choose_parts(int64_t whole_waves, int64_t cut, int64_t places, int64_t steps
 
 // Without a workspace; nothing is cut with `parts` 1.
 template <int kCluster>
-Plan plan_of(const Layers& all, int processors, int parts) {
+Deal deal_of(const Layers& all, int processors, int parts) {
   const int64_t tiles = count_tiles<kCluster * kM, kN>(all), places = count_places<kCluster>(processors);
   const int64_t cut = tiles % places;
   int64_t steps = INT32_MAX;  // of the shallowest layer: every part needs a step
@@ -430,9 +430,9 @@ Plan plan_of(const Layers& all, int processors, int parts) {
 
 // For the sums and their flags; 0: nothing is cut.
 template <int kCluster>
-int64_t workspace_bytes(const Plan& plan) {
-  const int64_t warpgroups = int64_t{plan.sharers} * kCluster * kConsumers;
-  return plan.cut == 0 ? 0 : warpgroups * (kSums * sizeof(float) + sizeof(unsigned)) + sizeof(unsigned);
+int64_t workspace_bytes(const Deal& deal) {
+  const int64_t warpgroups = int64_t{deal.sharers} * kCluster * kConsumers;
+  return deal.cut == 0 ? 0 : warpgroups * (kSums * sizeof(float) + sizeof(unsigned)) + sizeof(unsigned);
 }
 
 // Boxes of `rows` tokens by 64 columns of [B, S, columns].
@@ -471,19 +471,19 @@ int launch(const pydit_grouped_linear_params& p) {
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  Plan plan = plan_of<kCluster>(all, processors, p.workspace == nullptr ? 1 : p.parts);
+  Deal deal = deal_of<kCluster>(all, processors, p.workspace == nullptr ? 1 : p.parts);
   name_grouped_linear_tensors<T>(p);
-  if (plan.cut > 0) {
-    const int warpgroups = plan.sharers * kCluster * kConsumers;
-    plan.sums = static_cast<float*>(p.workspace);
-    plan.written = reinterpret_cast<unsigned*>(plan.sums + int64_t{warpgroups} * kSums);
-    error = cudaMemsetAsync(plan.written, 0, (static_cast<size_t>(warpgroups) + 1) * sizeof(unsigned), stream);
+  if (deal.cut > 0) {
+    const int warpgroups = deal.sharers * kCluster * kConsumers;
+    deal.sums = static_cast<float*>(p.workspace);
+    deal.written = reinterpret_cast<unsigned*>(deal.sums + int64_t{warpgroups} * kSums);
+    error = cudaMemsetAsync(deal.written, 0, (static_cast<size_t>(warpgroups) + 1) * sizeof(unsigned), stream);
     if (error != cudaSuccess) return launch_status(kGroupedLinear, error);
-    name_tensor("workspace", p.workspace, true, 1, workspace_bytes<kCluster>(plan), {1}, {0});
+    name_tensor("workspace", p.workspace, true, 1, workspace_bytes<kCluster>(deal), {1}, {0});
   }
   return launch_status(kGroupedLinear, PYDIT_LAUNCH_CLUSTER((grouped_linear_sm90_kernel<T, kHeads, kCluster>), kCluster,
-                                                            dim3(static_cast<unsigned>(plan.clusters * kCluster)),
-                                                            dim3(kThreads), kSharedBytes, stream, all, maps, plan));
+                                                            dim3(static_cast<unsigned>(deal.clusters * kCluster)),
+                                                            dim3(kThreads), kSharedBytes, stream, all, maps, deal));
 }
 
 template <typename T, bool kHeads>
@@ -511,8 +511,8 @@ int64_t workspace_of_grouped_linear_sm90(const pydit_grouped_linear_params& p) {
   const Layers all = layers_of(p);
   int processors = 0;
   if (count_multiprocessors(&processors) != cudaSuccess) return 0;  // the launch will say why
-  return cluster_of_grouped_linear_sm90(p) == 1 ? workspace_bytes<1>(plan_of<1>(all, processors, p.parts))
-                                                : workspace_bytes<2>(plan_of<2>(all, processors, p.parts));
+  return cluster_of_grouped_linear_sm90(p) == 1 ? workspace_bytes<1>(deal_of<1>(all, processors, p.parts))
+                                                : workspace_bytes<2>(deal_of<2>(all, processors, p.parts));
 }
 
 int launch_grouped_linear_sm90(const pydit_grouped_linear_params& p) {

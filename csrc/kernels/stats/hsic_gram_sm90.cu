@@ -67,7 +67,7 @@ struct Jobs {
 struct Parameters {
   TensorMap map[kMaxMaps];  // of the features
   int32_t dim[PYDIT_MAX_LAYERS];
-  Plan plan;
+  Layout layout;
   Jobs jobs;
   Store store;
 };
@@ -96,7 +96,7 @@ struct Walk {
     const int64_t blocks = gridDim.x, mine = round % 2 == 0 ? blockIdx.x : blocks - 1 - blockIdx.x;
     const int64_t number = round++ * blocks + mine;
     if (number >= jobs.all) return false;  // only the last round has fewer jobs than blocks
-    const int within = static_cast<int>(number % jobs.of_layer), across = static_cast<int>(p.plan.across);
+    const int within = static_cast<int>(number % jobs.of_layer), across = static_cast<int>(p.layout.across);
     job.layer = static_cast<int>(number / jobs.of_layer);
     job.diagonal = within < jobs.diagonals;
     TileAt super = {jobs.first_diagonal + within, jobs.first_diagonal + within};
@@ -145,7 +145,7 @@ __device__ __forceinline__ void shift(const Parameters& p, char* shared, Barrier
   Job job;
   for (Walk walk(p); walk.next(job);) {
     const int rows = job.diagonal ? 2 * kTile : 3 * kTile, steps = walk.steps(job);
-    const auto* shifts = reinterpret_cast<const uint4*>(p.plan.shifts + job.layer * p.plan.channels) + vector;
+    const auto* shifts = reinterpret_cast<const uint4*>(p.layout.shifts + job.layer * p.layout.channels) + vector;
     uint4 next = *shifts;
     for (int step = 0; step < steps; ++step) {
       const uint4 of = next;
@@ -209,9 +209,9 @@ __device__ __forceinline__ double2 sum_columns(double (&columns)[16], int lane) 
 template <int kN>
 __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Parameters& p, const Job& job,
                                       const Strip& strip, char* shared, int group) {
-  const Plan& plan = p.plan;
+  const Layout& layout = p.layout;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
-  const int blocks = static_cast<int>(2 * plan.blocks), rows = static_cast<int>(plan.rows);
+  const int blocks = static_cast<int>(2 * layout.blocks), rows = static_cast<int>(layout.rows);
   auto* scratch = reinterpret_cast<double*>(shared + kScratch) + group * kWarps * kSuper;
   if (strip.row >= blocks) return;
   const int in_block = warp * 16 + lane / 4, row = strip.row * kBlock + in_block;
@@ -220,7 +220,7 @@ __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Paramet
   for (int i = 0; i < kN / kBlock; ++i) {
     const int block = strip.column + i;
     if (block >= blocks) break;
-    float* tile = plan.tile_of(job.kept, strip.row / 2, block / 2, job.layer) + strip.row % 2 * kBlock * kTile +
+    float* tile = layout.tile_of(job.kept, strip.row / 2, block / 2, job.layer) + strip.row % 2 * kBlock * kTile +
                   block % 2 * kBlock;
     double of_rows[2] = {0, 0}, of_columns[16];
 #pragma unroll
@@ -247,7 +247,7 @@ __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Paramet
       of_rows[k] += __shfl_xor_sync(kFullWarp, of_rows[k], 1);
       of_rows[k] += __shfl_xor_sync(kFullWarp, of_rows[k], 2);
       if (lane % 4 == 0)
-        plan.sums_of(job.kept, job.layer, false, block % kBlocksOfSuper)[row_in_super + k * 8] = of_rows[k];
+        layout.sums_of(job.kept, job.layer, false, block % kBlocksOfSuper)[row_in_super + k * 8] = of_rows[k];
     }
     if (block != strip.row)
       *reinterpret_cast<double2*>(scratch + warp * kSuper + i * kBlock + 2 * lane) = sum_columns(of_columns, lane);
@@ -257,7 +257,7 @@ __device__ __forceinline__ void store(const float (&sums)[kN / 2], const Paramet
   for (int i = thread; i < kN; i += kWarpgroup) {
     const int block = strip.column + i / kBlock;
     if (block >= blocks || block == strip.row) continue;
-    plan.sums_of(job.kept, job.layer, !job.diagonal, block_row)[block % kBlocksOfSuper * kBlock + i % kBlock] =
+    layout.sums_of(job.kept, job.layer, !job.diagonal, block_row)[block % kBlocksOfSuper * kBlock + i % kBlock] =
         scratch[i] + scratch[kSuper + i] + scratch[2 * kSuper + i] + scratch[3 * kSuper + i];
   }
   barrier_sync(1 + group, kWarpgroup);  // the scratch is free
@@ -340,10 +340,10 @@ __global__ void __launch_bounds__(kThreads, 1) hsic_gram_sm90_kernel(const __gri
 
 // Launcher -------------------------------------------------------------------------------------------------------
 
-Jobs jobs_of(const Plan& plan, int64_t first, int64_t count) {
+Jobs jobs_of(const Layout& layout, int64_t first, int64_t count) {
   Jobs jobs = {};
-  for (int64_t row = 0; row < plan.across; ++row) {
-    const int64_t at = triangle_index(plan.across, row, row);
+  for (int64_t row = 0; row < layout.across; ++row) {
+    const int64_t at = triangle_index(layout.across, row, row);
     if (at >= first + count) break;
     if (at < first) {
       ++jobs.first_diagonal;
@@ -353,14 +353,14 @@ Jobs jobs_of(const Plan& plan, int64_t first, int64_t count) {
   }
   jobs.first = static_cast<int>(first), jobs.before = jobs.first - jobs.first_diagonal;
   jobs.of_layer = static_cast<int>(2 * count - jobs.diagonals);
-  jobs.all = int64_t{plan.layers} * jobs.of_layer;
+  jobs.all = int64_t{layout.layers} * jobs.of_layer;
   return jobs;
 }
 
 template <typename T>
-int launch(const pydit_hsic_matrix_params& params, const Plan& plan, int64_t first, int64_t count, Store store) {
+int launch(const pydit_hsic_matrix_params& params, const Layout& layout, int64_t first, int64_t count, Store store) {
   Parameters p = {};
-  p.plan = plan, p.jobs = jobs_of(plan, first, count), p.store = store;
+  p.layout = layout, p.jobs = jobs_of(layout, first, count), p.store = store;
   for (int layer = 0; layer < params.layers && layer < kMaxMaps; ++layer) {
     const uint64_t size[2] = {static_cast<uint64_t>(params.dim[layer]), static_cast<uint64_t>(params.rows)};
     const uint64_t stride[1] = {static_cast<uint64_t>(params.stride[layer]) * sizeof(T)};
@@ -376,17 +376,17 @@ int launch(const pydit_hsic_matrix_params& params, const Plan& plan, int64_t fir
     error = cudaFuncSetAttribute(hsic_gram_sm90_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return launch_status(kHsicMatrix, error);
   const auto blocks = static_cast<unsigned>(p.jobs.all < processors ? p.jobs.all : processors);
-  name_features<T>(params), name_workspace(params, plan);
+  name_features<T>(params), name_workspace(params, layout);
   return launch_status(kHsicMatrix, PYDIT_LAUNCH(hsic_gram_sm90_kernel<T>, dim3(blocks), dim3(kThreads), kSharedBytes,
                                                  static_cast<cudaStream_t>(params.stream), p));
 }
 
 }  // namespace
 
-int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
+int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count,
                           Store store) {
-  return p.dtype == PYDIT_FLOAT16 ? launch<__half>(p, plan, first, count, store)
-                                  : launch<__nv_bfloat16>(p, plan, first, count, store);
+  return p.dtype == PYDIT_FLOAT16 ? launch<__half>(p, layout, first, count, store)
+                                  : launch<__nv_bfloat16>(p, layout, first, count, store);
 }
 
 }  // namespace pydit::PYDIT_BACKEND

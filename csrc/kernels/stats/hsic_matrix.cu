@@ -55,10 +55,10 @@ static_assert(kChunk % kStep == 0 && kSharedBytes <= 99 * 1024, "whole steps; wh
 // blockIdx.y: the layer. A thread samples eight rows of one channel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    shift_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan) {
+    shift_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Layout layout) {
   constexpr int kRows = 8;
   const int layer = blockIdx.y, channel = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
-  if (channel >= plan.channels) return;
+  if (channel >= layout.channels) return;
   float values[kRows], mean = 0, spread = 0;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) spread = fmaxf(spread, fabsf(values[i] - mean));
-  reinterpret_cast<T*>(plan.shifts)[layer * plan.channels + channel] =
+  reinterpret_cast<T*>(layout.shifts)[layer * layout.channels + channel] =
       from_float<T>(fabsf(mean) > 4 * spread ? mean : 0.f);
 }
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const char
 
 // Stores the sums of a tile's rows over each half of its columns and, off the diagonal, of its columns over each half
 // of its rows; every thread holds its part of a warp's 64 x 32. `scratch`: 6 x kTile numbers.
-__device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const Plan& plan, int super, int layer,
+__device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const Layout& layout, int super, int layer,
                                            TileAt at, double* scratch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int my_row = warp / 4 * 64, my_column = warp % 4 * 32;
@@ -131,24 +131,24 @@ __device__ __forceinline__ void store_sums(const float (&tile)[4][4][4], const P
   __syncthreads();
   const int i = threadIdx.x % kTile, half = threadIdx.x / kTile;
   const int row = at.row % 2, column = at.column % 2;
-  plan.sums_of(super, layer, false, 2 * column + half)[row * kTile + i] =
+  layout.sums_of(super, layer, false, 2 * column + half)[row * kTile + i] =
       scratch[2 * half * kTile + i] + scratch[(2 * half + 1) * kTile + i];
   if (at.row == at.column) return;
   const bool diagonal = at.row / 2 == at.column / 2;
-  plan.sums_of(super, layer, !diagonal, 2 * row + half)[column * kTile + i] = scratch[(4 + half) * kTile + i];
+  layout.sums_of(super, layer, !diagonal, 2 * row + half)[column * kTile + i] = scratch[(4 + half) * kTile + i];
 }
 
 // One tile of one layer: blockIdx.x counts four tiles per super tile, from super tile `first` on; blockIdx.y: the
 // layer.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Plan plan, int first, Store store) {
+    gram_kernel(const __grid_constant__ pydit_hsic_matrix_params p, const Layout layout, int first, Store store) {
   PYDIT_DYNAMIC_SHARED(char, shared);
   const int layer = blockIdx.y, dim = p.dim[layer];
   const int super = static_cast<int>(blockIdx.x) / kTilesOfSuper, in = blockIdx.x % kTilesOfSuper;
-  const TileAt four = triangle_tile(static_cast<int>(plan.across), first + super);
+  const TileAt four = triangle_tile(static_cast<int>(layout.across), first + super);
   const TileAt at = {2 * four.row + in / 2, 2 * four.column + in % 2};
-  if (at.row > at.column || at.column >= plan.blocks) return;  // no such tile
+  if (at.row > at.column || at.column >= layout.blocks) return;  // no such tile
   const bool square = at.row == at.column;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int my_row = warp / 4 * 64, my_column = warp % 4 * 32;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cp_async_commit_group();
     const char* stage = shared + step % kStages * kStageBytes;
     multiply_step<T>(partial, stage, square ? stage : stage + kOperandBytes,
-                     plan.shifts + layer * plan.channels + step * kStep, my_row, my_column);
+                     layout.shifts + layer * layout.channels + step * kStep, my_row, my_column);
     if ((step + 1) % (kChunk / kStep) == 0 || step + 1 == steps) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   const int64_t rows_left = p.rows - int64_t{at.row} * kTile, columns_left = p.rows - int64_t{at.column} * kTile;
-  float* tile = plan.tile_of(super, at.row, at.column, layer);
+  float* tile = layout.tile_of(super, at.row, at.column, layer);
 #pragma unroll
   for (int i = 0; i < 32; ++i) {  // pairs of neighbours
     const int m = i / 8, n = i / 2 % 4, half = i % 2;
@@ -199,30 +199,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (store == Store::kTiles) return;
   __syncthreads();  // the stages become scratch
-  store_sums(sums, plan, super, layer, at, reinterpret_cast<double*>(shared));
+  store_sums(sums, layout, super, layer, at, reinterpret_cast<double*>(shared));
 }
 
 // Centring -------------------------------------------------------------------------------------------------------
 
 // One block per layer, one thread per row: adds up what super tiles [first, first + count) hold of the sums of rows, in
 // the order of columns; after the last super tile, makes r - c of them.
-__global__ void __launch_bounds__(kThreads) centre_kernel(const Plan plan, int64_t first, int64_t count) {
+__global__ void __launch_bounds__(kThreads) centre_kernel(const Layout layout, int64_t first, int64_t count) {
   __shared__ double scratch[kThreads / 32];
-  const int layer = static_cast<int>(blockIdx.x), blocks = static_cast<int>(2 * plan.blocks);
-  const int64_t rows = plan.rows;
-  double* centres = plan.centres + layer * plan.padded;
-  const bool last = first + count == plan.supers;
+  const int layer = static_cast<int>(blockIdx.x), blocks = static_cast<int>(2 * layout.blocks);
+  const int64_t rows = layout.rows;
+  double* centres = layout.centres + layer * layout.padded;
+  const bool last = first + count == layout.supers;
   double total = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
     const int64_t mine = i / kSuper;
     double sum = first > 0 ? centres[i] : 0;
-    for (int64_t other = 0; other < plan.across; ++other) {
+    for (int64_t other = 0; other < layout.across; ++other) {
       const bool of_columns = other < mine;
-      const int64_t super = of_columns ? triangle_index(plan.across, other, mine) - first
-                                       : triangle_index(plan.across, mine, other) - first;
+      const int64_t super = of_columns ? triangle_index(layout.across, other, mine) - first
+                                       : triangle_index(layout.across, mine, other) - first;
       if (super < 0 || super >= count) continue;
       for (int block = 0; block < kBlocksOfSuper && other * kBlocksOfSuper + block < blocks; ++block)
-        sum += plan.sums_of(super, layer, of_columns, block)[i % kSuper];
+        sum += layout.sums_of(super, layer, of_columns, block)[i % kSuper];
     }
     centres[i] = last ? sum / static_cast<double>(rows - 2) : sum;
     total += centres[i];
@@ -260,18 +260,18 @@ using Side = float[kLayers][kBlock + 4];
 
 // `grams`: K of layer 0 in that row, from the block's first column on. A thread has kTogether loads in flight.
 template <int kLayers, int kTogether>
-__device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan, const float* grams, int first, int row,
-                                          int first_column) {
+__device__ __forceinline__ void load_side(Side<kLayers>& side, const Layout& layout, const float* grams, int first,
+                                          int row, int first_column) {
   const int place = threadIdx.x % kBlock;
   const int column = first_column + place;
-  const bool exists = column < plan.rows && column != row;
+  const bool exists = column < layout.rows && column != row;
 #pragma unroll kTogether
   for (int i = threadIdx.x / kBlock; i < kLayers; i += kThreads / kBlock) {
     const int layer = first + i;
     double u = 0;
-    if (exists && layer < plan.layers) {
+    if (exists && layer < layout.layers) {
       const double gram = grams[layer * kTileElements + place];
-      const double* centres = plan.centres + layer * plan.padded;
+      const double* centres = layout.centres + layer * layout.padded;
       const double of_row = centres[row], of_column = centres[column];
       u = gram - of_row - of_column;
       // Only rounding: of rows that are all alike, or all but one. Products with other layers might be as small.
@@ -285,14 +285,14 @@ __device__ __forceinline__ void load_side(Side<kLayers>& side, const Plan& plan,
 // the diagonal. The block does rows `unit` to `end` of the blocks of a group of super tiles, of which `super` is the
 // first. A thread has layers mine + 16 a of one set and theirs + 16 b of the other.
 template <int kLayers, bool kSame>
-__device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& plan, TileAt pair, TileAt super,
+__device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Layout& layout, TileAt pair, TileAt super,
                                          int unit, int end) {
   constexpr int kEach = kLayers / 16;                                // layers of a thread on either side
   constexpr int kTogether = kSame ? 8 : 4, kUnroll = kSame ? 4 : 1;  // as registers allow
   const auto needed = [](int j) { return !kSame || j / kEach <= j % kEach; };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int mine = warp / 4 * 8 + (lane & 1) + (lane >> 2 & 6), theirs = warp % 4 * 4 + (lane >> 1 & 3);
-  const int all_rows = static_cast<int>(plan.rows), across = static_cast<int>(plan.across);
+  const int all_rows = static_cast<int>(layout.rows), across = static_cast<int>(layout.across);
   const int blocks = (all_rows + kBlock - 1) / kBlock;
   double totals[kEach * kEach];
 #pragma unroll
@@ -310,7 +310,7 @@ __device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& 
     const TileAt in = diagonal ? triangle_tile(width, index) : TileAt{index / width, index % width};
     const int most = kBlock - from < kSliceRows ? kBlock - from : kSliceRows;
     const int rows = end - unit < most ? end - unit : most;
-    const float* grams = plan.tile_of(kept, in.row / 2, in.column / 2, 0) + (in.row % 2 * kBlock + from) * kTile +
+    const float* grams = layout.tile_of(kept, in.row / 2, in.column / 2, 0) + (in.row % 2 * kBlock + from) * kTile +
                          in.column % 2 * kBlock;
     const int first_row = (super.row * kBlocksOfSuper + in.row) * kBlock + from;
     const int first_column = (super.column * kBlocksOfSuper + in.column) * kBlock;
@@ -320,9 +320,9 @@ __device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& 
     for (int i = 0; i < rows && first_row + i < all_rows; ++i) {
       __syncthreads();
       const float* row = grams + i * kTile;
-      load_side<kLayers, kTogether>(sides[0], plan, row, pair.row * kLayers, first_row + i, first_column);
+      load_side<kLayers, kTogether>(sides[0], layout, row, pair.row * kLayers, first_row + i, first_column);
       if (!kSame)
-        load_side<kLayers, kTogether>(sides[1], plan, row, pair.column * kLayers, first_row + i, first_column);
+        load_side<kLayers, kTogether>(sides[1], layout, row, pair.column * kLayers, first_row + i, first_column);
       __syncthreads();
       const Side<kLayers>&left = sides[0], &right = sides[kSame ? 0 : 1];
 #pragma unroll kUnroll
@@ -346,7 +346,7 @@ __device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& 
     for (int j = 0; j < kEach * kEach; ++j) totals[j] += weight * sums[j];
     unit += rows;
   }
-  double* products = plan.products + (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * kLayers * kLayers;
+  double* products = layout.products + (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * kLayers * kLayers;
 #pragma unroll
   for (int j = 0; j < kEach * kEach; ++j) {
     if (needed(j)) products[(mine + j / kEach * 16) * kLayers + theirs + j % kEach * 16] = totals[j];
@@ -356,43 +356,43 @@ __device__ __forceinline__ void contract(Side<kLayers> (&sides)[2], const Plan& 
 // blockIdx.y: the pair of sets. blockIdx.x has an equal run of the `units` rows of the blocks of a group of super
 // tiles, from super tile `first` on.
 template <int kLayers>
-__global__ void __launch_bounds__(kThreads, 2) contract_kernel(const Plan plan, int first, int units) {
+__global__ void __launch_bounds__(kThreads, 2) contract_kernel(const Layout layout, int first, int units) {
   __shared__ __align__(16) Side<kLayers> sides[2];
-  const TileAt pair = triangle_tile((plan.layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
-  const TileAt super = triangle_tile(static_cast<int>(plan.across), first);
+  const TileAt pair = triangle_tile((layout.layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
+  const TileAt super = triangle_tile(static_cast<int>(layout.across), first);
   const auto start_of = [&](unsigned block) { return static_cast<int>(int64_t{units} * block / gridDim.x); };
   const int from = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
   if (pair.row == pair.column)
-    contract<kLayers, true>(sides, plan, pair, super, from, end);
+    contract<kLayers, true>(sides, layout, pair, super, from, end);
   else
-    contract<kLayers, false>(sides, plan, pair, super, from, end);
+    contract<kLayers, false>(sides, layout, pair, super, from, end);
 }
 
 // hsic = (or +=) the sum over the blocks of contract_kernel / (n (n - 3)): blockIdx.y as there, blockIdx.x one layer of
 // its first set. For a set with itself, what lies below the diagonal mirrors what was computed.
 template <int kLayers>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Plan plan, double* hsic, bool add) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const Layout layout, double* hsic, bool add) {
   constexpr int kParts = kThreads / kLayers;
   __shared__ double scratch[kParts][kLayers];
   const int row = static_cast<int>(blockIdx.x), column = threadIdx.x % kLayers, part = threadIdx.x / kLayers;
-  const TileAt pair = triangle_tile((plan.layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
+  const TileAt pair = triangle_tile((layout.layers + kLayers - 1) / kLayers, static_cast<int>(blockIdx.y));
   const bool mirrored = pair.row == pair.column && row / 16 > column / 16;
   const double* products =
-      plan.products + blockIdx.y * kLayers * kLayers + (mirrored ? column * kLayers + row : row * kLayers + column);
+      layout.products + blockIdx.y * kLayers * kLayers + (mirrored ? column * kLayers + row : row * kLayers + column);
   double sum = 0;
 #pragma unroll 8
-  for (int64_t i = part; i < plan.contractors; i += kParts) sum += products[i * plan.pairs * kLayers * kLayers];
+  for (int64_t i = part; i < layout.contractors; i += kParts) sum += products[i * layout.pairs * kLayers * kLayers];
   scratch[part][column] = sum;
   __syncthreads();
   const int a = pair.row * kLayers + row, b = pair.column * kLayers + column;
-  if (part > 0 || a >= plan.layers || b >= plan.layers) return;
+  if (part > 0 || a >= layout.layers || b >= layout.layers) return;
 #pragma unroll
   for (int i = 1; i < kParts; ++i) sum += scratch[i][column];
-  sum /= static_cast<double>(plan.rows) * static_cast<double>(plan.rows - 3);
-  double* target = hsic + a * plan.layers + b;
+  sum /= static_cast<double>(layout.rows) * static_cast<double>(layout.rows - 3);
+  double* target = hsic + a * layout.layers + b;
   *target = add ? *target + sum : sum;
   if (pair.row != pair.column)
-    hsic[b * plan.layers + a] = *target;  // inside one set the mirror image is another thread's
+    hsic[b * layout.layers + a] = *target;  // inside one set the mirror image is another thread's
 }
 
 // Launcher -------------------------------------------------------------------------------------------------------
@@ -418,86 +418,86 @@ int path_of(const pydit_hsic_matrix_params& p) {
 }
 
 template <typename T>
-int launch_shift(const pydit_hsic_matrix_params& p, const Plan& plan) {
-  name_features<T>(p), name_workspace(p, plan);
+int launch_shift(const pydit_hsic_matrix_params& p, const Layout& layout) {
+  name_features<T>(p), name_workspace(p, layout);
   return launch_status(kHsicMatrix, PYDIT_LAUNCH(shift_kernel<T>,
-                                                 dim3(static_cast<unsigned>(ceil_div(plan.channels, kThreads)),
+                                                 dim3(static_cast<unsigned>(ceil_div(layout.channels, kThreads)),
                                                       static_cast<unsigned>(p.layers)),
-                                                 dim3(kThreads), 0, static_cast<cudaStream_t>(p.stream), p, plan));
+                                                 dim3(kThreads), 0, static_cast<cudaStream_t>(p.stream), p, layout));
 }
 
 // Super tiles [first, first + count), as all the launches below.
 template <typename T, bool kAligned>
-int launch_portable_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
+int launch_portable_gram(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count,
                          Store store) {
   const cudaError_t error =
       cudaFuncSetAttribute(gram_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return launch_status(kHsicMatrix, error);
   const dim3 grid(static_cast<unsigned>(count * kTilesOfSuper), static_cast<unsigned>(p.layers));
-  name_features<T>(p), name_workspace(p, plan);
+  name_features<T>(p), name_workspace(p, layout);
   return launch_status(kHsicMatrix,
                        PYDIT_LAUNCH((gram_kernel<T, kAligned>), grid, dim3(kThreads), kSharedBytes,
-                                    static_cast<cudaStream_t>(p.stream), p, plan, static_cast<int>(first), store));
+                                    static_cast<cudaStream_t>(p.stream), p, layout, static_cast<int>(first), store));
 }
 
 template <typename T>
-int launch_gram(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count, Store store) {
+int launch_gram(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count, Store store) {
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)
-  if (path_of(p) == PYDIT_PATH_HOPPER) return launch_hsic_gram_sm90(p, plan, first, count, store);
+  if (path_of(p) == PYDIT_PATH_HOPPER) return launch_hsic_gram_sm90(p, layout, first, count, store);
 #endif
-  return aligned(p) ? launch_portable_gram<T, true>(p, plan, first, count, store)
-                    : launch_portable_gram<T, false>(p, plan, first, count, store);
+  return aligned(p) ? launch_portable_gram<T, true>(p, layout, first, count, store)
+                    : launch_portable_gram<T, false>(p, layout, first, count, store);
 }
 
-int launch_centre(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count) {
-  name_workspace(p, plan);
+int launch_centre(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count) {
+  name_workspace(p, layout);
   return launch_status(kHsicMatrix, PYDIT_LAUNCH(centre_kernel, dim3(static_cast<unsigned>(p.layers)), dim3(kThreads),
-                                                 0, static_cast<cudaStream_t>(p.stream), plan, first, count));
+                                                 0, static_cast<cudaStream_t>(p.stream), layout, first, count));
 }
 
 template <int kLayers>
-int launch_contract(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count) {
+int launch_contract(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count) {
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  const auto pairs = static_cast<unsigned>(plan.pairs);
-  const int across = static_cast<int>(plan.across), blocks = static_cast<int>(ceil_div(p.rows, kBlock));
+  const auto pairs = static_cast<unsigned>(layout.pairs);
+  const int across = static_cast<int>(layout.across), blocks = static_cast<int>(ceil_div(p.rows, kBlock));
   int units = 0;
   TileAt super = triangle_tile(across, static_cast<int>(first));
   for (int64_t i = 0; i < count; ++i, super = next_super(super, across)) units += blocks_of(super, blocks) * kBlock;
-  name_workspace(p, plan);
+  name_workspace(p, layout);
   const int status = launch_status(
-      kHsicMatrix, PYDIT_LAUNCH(contract_kernel<kLayers>, dim3(static_cast<unsigned>(plan.contractors), pairs),
-                                dim3(kThreads), 0, stream, plan, static_cast<int>(first), units));
+      kHsicMatrix, PYDIT_LAUNCH(contract_kernel<kLayers>, dim3(static_cast<unsigned>(layout.contractors), pairs),
+                                dim3(kThreads), 0, stream, layout, static_cast<int>(first), units));
   if (status != kOk) return status;
-  name_workspace(p, plan);
+  name_workspace(p, layout);
   return launch_status(kHsicMatrix, PYDIT_LAUNCH(finish_kernel<kLayers>, dim3(kLayers, pairs), dim3(kThreads), 0,
-                                                 stream, plan, p.hsic, first > 0));
+                                                 stream, layout, p.hsic, first > 0));
 }
 
-int launch_contract_set(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count) {
-  return plan.set == 16   ? launch_contract<16>(p, plan, first, count)
-         : plan.set == 32 ? launch_contract<32>(p, plan, first, count)
-                          : launch_contract<64>(p, plan, first, count);
+int launch_contract_set(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count) {
+  return layout.set == 16   ? launch_contract<16>(p, layout, first, count)
+         : layout.set == 32 ? launch_contract<32>(p, layout, first, count)
+                            : launch_contract<64>(p, layout, first, count);
 }
 
 template <typename T>
 int launch(const pydit_hsic_matrix_params& p) {
-  const Plan plan = plan_of(p);
+  const Layout layout = layout_of(p);
   const auto in_groups = [&](int64_t most, auto launch_one) {
     int status = kOk;
-    for (int64_t first = 0; first < plan.supers && status == kOk; first += most)
-      status = launch_one(first, plan.supers - first < most ? plan.supers - first : most);
+    for (int64_t first = 0; first < layout.supers && status == kOk; first += most)
+      status = launch_one(first, layout.supers - first < most ? layout.supers - first : most);
     return status;
   };
-  int status = launch_shift<T>(p, plan);
+  int status = launch_shift<T>(p, layout);
   if (status != kOk) return status;
-  status = in_groups(plan.summed, [&](int64_t first, int64_t count) {
-    const int of_gram = launch_gram<T>(p, plan, first, count, plan.at_once() ? Store::kAll : Store::kSums);
-    return of_gram == kOk ? launch_centre(p, plan, first, count) : of_gram;
+  status = in_groups(layout.summed, [&](int64_t first, int64_t count) {
+    const int of_gram = launch_gram<T>(p, layout, first, count, layout.at_once() ? Store::kAll : Store::kSums);
+    return of_gram == kOk ? launch_centre(p, layout, first, count) : of_gram;
   });
   if (status != kOk) return status;
-  return in_groups(plan.group, [&](int64_t first, int64_t count) {
-    const int of_gram = plan.at_once() ? kOk : launch_gram<T>(p, plan, first, count, Store::kTiles);
-    return of_gram == kOk ? launch_contract_set(p, plan, first, count) : of_gram;
+  return in_groups(layout.group, [&](int64_t first, int64_t count) {
+    const int of_gram = layout.at_once() ? kOk : launch_gram<T>(p, layout, first, count, Store::kTiles);
+    return of_gram == kOk ? launch_contract_set(p, layout, first, count) : of_gram;
   });
 }
 
@@ -507,7 +507,7 @@ int launch(const pydit_hsic_matrix_params& p) {
 using namespace pydit::PYDIT_BACKEND;
 
 extern "C" int64_t PYDIT_ENTRY(hsic_matrix_workspace)(const pydit_hsic_matrix_params* p) {
-  return p->layers > 0 && p->rows > 0 ? plan_of(*p).bytes : 0;
+  return p->layers > 0 && p->rows > 0 ? layout_of(*p).bytes : 0;
 }
 
 extern "C" int PYDIT_ENTRY(hsic_matrix_path)(const pydit_hsic_matrix_params* p) { return path_of(*p); }

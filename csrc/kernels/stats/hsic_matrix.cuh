@@ -24,7 +24,7 @@ constexpr int64_t kTileElements = kTile * kTile;
 constexpr int kSuper = 2 * kTile;
 constexpr int64_t kSuperSums = 2 * kBlocksOfSuper * kSuper;  // fp64, of a layer: a 16th of the bytes of its elements
 
-struct Plan {
+struct Layout {
   int64_t rows;            // of x
   int64_t blocks, padded;  // rows of tiles; rows of x in whole tiles
   int64_t across;          // rows of super tiles
@@ -57,32 +57,33 @@ struct Plan {
   }
 };
 
-inline Plan plan_of(const pydit_hsic_matrix_params& p) {
-  Plan plan;
-  plan.rows = p.rows, plan.layers = p.layers;
-  plan.blocks = ceil_div(p.rows, kTile), plan.padded = plan.blocks * kTile;
-  plan.across = ceil_div(plan.blocks, 2), plan.supers = count_triangle(plan.across);
+inline Layout layout_of(const pydit_hsic_matrix_params& p) {
+  Layout layout;
+  layout.rows = p.rows, layout.layers = p.layers;
+  layout.blocks = ceil_div(p.rows, kTile), layout.padded = layout.blocks * kTile;
+  layout.across = ceil_div(layout.blocks, 2), layout.supers = count_triangle(layout.across);
   const int64_t super_bytes = p.layers * kTilesOfSuper * kTileElements * 4, fit = p.gram_bytes / super_bytes;
-  plan.group = plan.supers < fit ? plan.supers : fit > 1 ? fit : 1;
-  if (plan.group > kMaxGroup) plan.group = kMaxGroup;
-  plan.set = p.layers <= 16 ? 16 : p.layers <= 32 ? 32 : 64;
-  plan.pairs = count_triangle(ceil_div(p.layers, plan.set));
-  const int64_t slices = plan.group * kBlocksOfSuper * kBlocksOfSuper * (kBlock / kSliceRows);
-  plan.contractors = slices < kMaxContractors ? slices : kMaxContractors;
-  plan.centres = static_cast<double*>(p.workspace);
-  plan.products = plan.centres + p.layers * plan.padded;
-  plan.grams = reinterpret_cast<float*>(plan.products + plan.contractors * plan.pairs * plan.set * plan.set);
-  auto* end = reinterpret_cast<double*>(plan.grams + plan.group * super_bytes / 4);
-  const int64_t room = plan.group * super_bytes / (p.layers * kSuperSums * 8);
-  plan.sums = plan.at_once() ? end : reinterpret_cast<double*>(plan.grams);
-  plan.summed = plan.supers < room ? plan.supers : room;
-  if (plan.at_once()) end += plan.supers * p.layers * kSuperSums;
-  plan.shifts = reinterpret_cast<uint16_t*>(end);
+  layout.group = layout.supers < fit ? layout.supers : fit > 1 ? fit : 1;
+  if (layout.group > kMaxGroup) layout.group = kMaxGroup;
+  layout.set = p.layers <= 16 ? 16 : p.layers <= 32 ? 32 : 64;
+  layout.pairs = count_triangle(ceil_div(p.layers, layout.set));
+  const int64_t slices = layout.group * kBlocksOfSuper * kBlocksOfSuper * (kBlock / kSliceRows);
+  layout.contractors = slices < kMaxContractors ? slices : kMaxContractors;
+  layout.centres = static_cast<double*>(p.workspace);
+  layout.products = layout.centres + p.layers * layout.padded;
+  layout.grams =
+      reinterpret_cast<float*>(layout.products + layout.contractors * layout.pairs * layout.set * layout.set);
+  auto* end = reinterpret_cast<double*>(layout.grams + layout.group * super_bytes / 4);
+  const int64_t room = layout.group * super_bytes / (p.layers * kSuperSums * 8);
+  layout.sums = layout.at_once() ? end : reinterpret_cast<double*>(layout.grams);
+  layout.summed = layout.supers < room ? layout.supers : room;
+  if (layout.at_once()) end += layout.supers * p.layers * kSuperSums;
+  layout.shifts = reinterpret_cast<uint16_t*>(end);
   int32_t most = 0;
   for (int layer = 0; layer < p.layers; ++layer) most = p.dim[layer] > most ? p.dim[layer] : most;
-  plan.channels = ceil_div(most, kStep) * kStep;
-  plan.bytes = (end - plan.centres) * 8 + p.layers * plan.channels * 2;
-  return plan;
+  layout.channels = ceil_div(most, kStep) * kStep;
+  layout.bytes = (end - layout.centres) * 8 + p.layers * layout.channels * 2;
+  return layout;
 }
 
 // What a gram kernel leaves in the workspace: tiles, sums of their rows and columns, or both.
@@ -104,7 +105,7 @@ __device__ __forceinline__ uint32_t subtract<__half>(uint32_t pair, uint32_t shi
 
 // The Hopper gram kernel: super tiles [first, first + count), for arguments that the entry point has checked and
 // features that TMA can address.
-int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Plan& plan, int64_t first, int64_t count,
+int launch_hsic_gram_sm90(const pydit_hsic_matrix_params& p, const Layout& layout, int64_t first, int64_t count,
                           Store store);
 
 // Name the launch's tensors for the simulator's race detector.
@@ -114,8 +115,8 @@ void name_features(const pydit_hsic_matrix_params& p) {
     name_tensor("features", p.features[layer], false, sizeof(T), p.dim[layer], {p.rows}, {p.stride[layer]});
 }
 
-inline void name_workspace(const pydit_hsic_matrix_params& p, const Plan& plan) {
-  name_tensor("workspace", p.workspace, true, 1, plan.bytes, {1}, {0});
+inline void name_workspace(const pydit_hsic_matrix_params& p, const Layout& layout) {
+  name_tensor("workspace", p.workspace, true, 1, layout.bytes, {1}, {0});
   name_tensor("hsic", p.hsic, true, sizeof(double), p.layers, {p.layers}, {p.layers});
 }
 
