@@ -31,7 +31,7 @@ import torch
 from benchmarks import quality_table
 from benchmarks.quality_table import HALF, HYBRID, HYBRID_HALF, HYBRID_MOST, LADDER, METHODS, NAMES
 from pydit import doctor, files
-from pydit.analysis import ActivationStats, collect, detect, learn_mask, velocity_error
+from pydit.analysis import ActivationStats, choose_linear_ffns, collect, detect, learn_mask, velocity_error
 from pydit.demo import data, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.demo.teacher import ASSETS
@@ -210,7 +210,8 @@ class Bench:
         if cell.name.startswith("+"):
             extra["text_linear"] = [self._region(plan)]
             if cell.name != "+ text linear":
-                extra["linear_ffn"] = self._most_linear(plan, cell, "linear_ffn", 2)
+                batches = self.batches(cell.seed, self.settings.calibration)
+                return choose_linear_ffns(self.teacher, dataclasses.replace(plan, **extra), batches, count=2)
         return dataclasses.replace(plan, **extra) if extra else plan
 
     def _thinned(self, plan: PruningPlan, cell: Cell) -> PruningPlan:
@@ -227,9 +228,11 @@ class Bench:
             extra["single_stream"] = single
         if goal.anchor is not None:
             extra["text_linear"] = [(anchor, (plan.num_layers if single is None else single) - 1)]
-        plan = dataclasses.replace(plan, **extra)
-        return dataclasses.replace(plan, **{field: self._most_linear(plan, cell, field, count) for field, count in (
-            ("linear_ffn", goal.linear_ffns), ("linear_text_ffn", goal.linear_text_ffns))})
+        plan, batches = dataclasses.replace(plan, **extra), self.batches(cell.seed, self.settings.calibration)
+        for streams, count in (("both", goal.linear_ffns), ("text", goal.linear_text_ffns)):
+            if count:
+                plan = choose_linear_ffns(self.teacher, plan, batches, count=count, streams=streams, init=goal.init)
+        return plan
 
     def goal(self, cell: Cell) -> Goal:
         return next(goal for goal in self.settings.goals if goal.name == cell.name)
@@ -244,26 +247,6 @@ class Bench:
         whole = [layers[0] for layers in plan.source if len(layers) == 1]
         late = [layer for layer in whole if 3 * plan.num_layers // 4 <= layer < plan.num_layers - 1]
         return (late[0] if late else max(layer for layer in whole if layer < plan.num_layers - 1), plan.num_layers - 1)
-
-    def _most_linear(self, plan: PruningPlan, cell: Cell, field: str, count: int) -> list[int]:
-        """The blocks, named by their first layers, whose FFNs, linear one at a time, change the velocity least.
-
-        ``field`` : of the plan, ``"linear_ffn"`` or ``"linear_text_ffn"``.
-        PPCL takes the FFNs with the least error of their own output; the share of the variance that a map explains
-        says nothing about it, and the velocity hears which of them matter.
-        """
-        if not count:
-            return []
-        blocks = [block.source[0] for block in plan.blocks if block.form != "single"
-                  and (field == "linear_ffn" or block.text == "full")]
-        batches = self.batches(cell.seed, self.settings.calibration)
-
-        def error(layer: int) -> float:
-            student = prune(self.teacher, dataclasses.replace(plan, **{field: [layer]}), batches=batches,
-                            init=self.init(cell))
-            return velocity_error(self.teacher, student, batches[:4])
-
-        return sorted(sorted(blocks, key=error)[:count])
 
     def train(self, cell: Cell, student) -> float:
         """Distil as the cell says; returns seconds."""

@@ -170,8 +170,11 @@ def add_plan(commands: Any) -> None:
     thin = parser.add_argument_group("what more a plan does to its blocks, named by the first layer they stand for")
     thin.add_argument("--text-linear", metavar="JSON",
                       help="text regions as '[[anchor,last],...]': linear maps from the anchor's text")
-    thin.add_argument("--linear-ffn", metavar="JSON", help="blocks with linear FFNs, such as '[2,58]'")
-    thin.add_argument("--linear-text-ffn", metavar="JSON", help="blocks whose text FFN alone is linear")
+    thin.add_argument("--linear-ffn", metavar="JSON",
+                      help="blocks with linear FFNs, such as '[2,58]'; or, with --search or --check, a number: so\n"
+                           "many of which the output hears least")
+    thin.add_argument("--linear-text-ffn", metavar="JSON",
+                      help="blocks whose text FFN alone is linear, or a number of them likewise")
     thin.add_argument("--affine", metavar="JSON", help="blocks that become one affine map per stream")
     thin.add_argument("--single-stream", metavar="LAYER",
                       help="from this layer on both streams run through the image branch; with '[first,last]' between "
@@ -230,7 +233,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     require_used(arguments, ("num_layers", "family"), arguments.intervals is not None, "--intervals")
     require_used(arguments, ("prompts",), bool(arguments.search or arguments.check), "--search or --check")
     require_file_outputs(arguments, {"out": FORMAT, "scores": SCORES}, arguments.stats, arguments.show)
-    config = None
+    counts = {name: int(text) for name in ("linear_ffn", "linear_text_ffn")
+              if (text := getattr(arguments, name)) is not None and text.isdecimal()}
+    for name in counts if not (arguments.search or arguments.check) else ():
+        parse_list(name, getattr(arguments, name), or_else=", or a number of blocks with --search or --check")
+    config = pipe = None
     if arguments.show is not None:
         plan = stored_plan(arguments.show) if arguments.show.is_dir() else PruningPlan.load(arguments.show)
     elif arguments.preset is not None:
@@ -254,7 +261,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             plan, config = _detected(arguments)
     more = {name: parse_list(name, getattr(arguments, name))
             for name in ("text_linear", "linear_ffn", "linear_text_ffn", "affine")
-            if getattr(arguments, name) is not None}
+            if getattr(arguments, name) is not None and name not in counts}
     if arguments.single_stream is not None:
         text = arguments.single_stream
         more["single_stream"] = int(text) if text.isdecimal() else parse_list("single_stream", text)
@@ -262,6 +269,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         plan = dataclasses.replace(plan, **more)
     if arguments.lean:
         plan = plan.lean()
+    if counts:
+        pipe = pipe or load(arguments.check, arguments)
+        plan = _with_linear_ffns(plan, pipe, counts, arguments)
     checked = measure(arguments, {"plan": plan}) if arguments.check else []
     if arguments.out:
         plan.save(arguments.out)
@@ -273,6 +283,22 @@ def _plan(arguments: argparse.Namespace) -> None:
             show(arguments, checked)
         if arguments.out:
             print(f"wrote {arguments.out}")
+
+
+def _with_linear_ffns(plan: Any, pipe: Any, counts: dict[str, int], arguments: argparse.Namespace) -> Any:
+    """``plan`` with so many more linear FFNs, by field of the plan, chosen on a pipeline."""
+    from pydit.analysis import choose_linear_ffns
+
+    batches = first_batches(pipe, arguments)
+    for name, wanted in counts.items():
+        try:
+            with warnings_as_lines("plan"):
+                plan = choose_linear_ffns(pipe.transformer, plan, batches, count=wanted,
+                                          streams="both" if name == "linear_ffn" else "text")
+        except UserError as error:
+            what, _, why = str(error).partition(": ")
+            raise UserError(f"{name.replace('_', '-') if what == 'count' else what}: {why}") from None
+    return plan
 
 
 def _detected(arguments: argparse.Namespace) -> tuple[Any, Any]:

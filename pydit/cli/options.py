@@ -321,15 +321,15 @@ def removal(text: str) -> float | int | None:
                    "a share between 0 and 1, a whole number of blocks or auto")
 
 
-def parse_list(name: str, text: str) -> list:
-    """The list that an option holds as JSON."""
+def parse_list(name: str, text: str, *, or_else: str = "") -> list:
+    """The list that an option holds as JSON; ``or_else``: what it may hold besides, for the message."""
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, list):
         example = "[2,58]" if name != "text_linear" and name != "intervals" else "[[3,4],[5,7]]"
-        raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}', got {text!r}")
+        raise UserError(f"{name.replace('_', '-')}: expected a JSON list such as '{example}'{or_else}, got {text!r}")
     return found
 
 

@@ -1,11 +1,13 @@
 """Greedy search against a search written out by hand over models that were really pruned."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import pydit
 from pydit import PruningPlan, UserError
-from pydit.analysis import greedy_search, velocity_error
+from pydit.analysis import choose_linear_ffns, greedy_search, velocity_error
 from tests.models import tiny
 
 
@@ -91,3 +93,47 @@ def test_more_layers_than_may_go():
     assert greedy_search(model, given, target=2).intervals == ((0, 1), (2, 3))
     with pytest.raises(UserError, match="target: expected at most 2 layers, which is all but the first of each run .*, got 3"):
         greedy_search(model, given, target=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*more unknowns")
+@pytest.mark.parametrize("family, streams, fields", [
+    ("qwen-image", "both", {"intervals": [(1, 2)], "linear_ffn": [3]}), ("qwen-image", "text", {"text_linear": [(3, 4)]}),
+    ("flux.1", "text", {}), ("flux.1", "both", {"single_stream": (0, 1)}), ("sd3.5", "text", {"affine": [1]})])
+def test_every_step_makes_the_ffn_linear_that_the_velocity_hears_least(family, streams, fields):
+    """Against students that were really pruned, one for each candidate."""
+    make, batch, layers = {"qwen-image": (lambda: tiny.transformer(6), tiny.batch, 6), "flux.1": (tiny.flux, tiny.flux_batch, 4),
+                           "sd3.5": (lambda: tiny.sd3(num_layers=5), tiny.sd3_batch, 5)}[family]
+    teacher, plan, field = make(), PruningPlan(family, layers, **fields), {"both": "linear_ffn", "text": "linear_text_ffn"}[streams]
+    batches, before = [batch(seed=seed) for seed in range(3)], tiny.fingerprint(teacher)
+    found = choose_linear_ffns(teacher, plan, iter(batches), count=2, streams=streams, init="middle")
+    assert tiny.same(before, tiny.fingerprint(teacher))
+
+    def with_linear(layers):
+        return dataclasses.replace(plan, **{field: [*getattr(plan, field), *layers]})
+
+    def pruned(layers):
+        return pydit.prune(teacher, with_linear(layers), batches=batches, init="middle")
+
+    chosen, (first, *errors) = [], found.provenance[field]["errors"]
+    assert first == pytest.approx(exact_error(teacher, pruned([]), batches), rel=1e-6, abs=1e-12)
+    for layer, error in zip(found.provenance[field]["order"], errors, strict=True):
+        costs = {}
+        for spec in plan.blocks:
+            try:
+                costs[spec.source[0]] = exact_error(teacher, pruned([*chosen, spec.source[0]]), batches)
+            except UserError:  # FLUX.1's single blocks have one FFN for both streams, others are linear, or affine
+                continue
+        assert error == pytest.approx(min(costs.values()), rel=1e-6, abs=1e-12)
+        assert costs[layer] == pytest.approx(min(costs.values()), rel=1e-6, abs=1e-12)
+        chosen.append(layer)
+    assert found == with_linear(chosen)
+
+
+def test_linear_ffns_that_cannot_be_chosen(teacher, batches):
+    plan = PruningPlan("qwen-image", 6, affine=[1, 2, 3, 4, 5])
+    with pytest.raises(UserError, match="count: expected at most 1, the blocks with such an FFN that the plan leaves whole, got 2"):
+        choose_linear_ffns(teacher, plan, batches, count=2)
+    with pytest.raises(UserError, match="streams: expected both or text, got 'image'"):
+        choose_linear_ffns(teacher, plan, batches, count=1, streams="image")
+    with pytest.raises(UserError, match="plan: expected a plan for the model's 6 layers, got one for 5"):
+        choose_linear_ffns(teacher, PruningPlan("qwen-image", 5), batches, count=1)

@@ -179,6 +179,23 @@ def test_a_plan_by_search(tmp_path, capsys):
     assert plan.removed == 2 and plan.provenance["method"] == "greedy" and len(plan.provenance["errors"]) == 2
 
 
+def test_linear_ffns_by_number(tmp_path, capfd, fails):
+    """Chosen on a pipeline: that of --search, or for any plan that of --check."""
+    more = ["--prompts", "demo", "--batches", "1", "--batch-size", "2", "--json"]
+    assert main(["plan", "--search", str(untrained()), "--target", "2", "--linear-text-ffn", "2", *more]) == 0
+    plan = PruningPlan.from_dict(json.loads(capfd.readouterr().out))
+    assert plan.removed == 2 and len(plan.linear_text_ffn) == 2 and len(plan.provenance["linear_text_ffn"]["errors"]) == 3
+    plan.save(tmp_path / "plan.json")
+    check = ["plan", "--show", str(tmp_path / "plan.json"), "--check", str(untrained()), *more]
+    assert main([*check, "--linear-ffn", "1", "--lean"]) == 0
+    thinner = json.loads(capfd.readouterr().out)
+    assert len(thinner["linear_ffn"]) == 1 and thinner["linear_text_ffn"] == list(plan.linear_text_ffn) and thinner["check"]
+    assert "linear-ffn: expected at most 2, the blocks" in fails(*check, "--linear-ffn", "3")
+    assert "linear-text-ffn: expected a positive integer" in fails(*check, "--linear-text-ffn", "0")
+    assert ("linear-ffn: expected a JSON list such as '[2,58]', or a number of blocks with --search or --check, got '3'"
+            in fails("plan", "--show", tmp_path / "plan.json", "--linear-ffn", "3"))
+
+
 def test_a_search_without_prompts(fails):
     assert "prompts: expected a file with one prompt per line or demo, got none" in fails("plan", "--search", untrained())
 
