@@ -24,12 +24,16 @@ def as_integer(value: Any) -> int | None:
 
 
 def plain(value: Any) -> Any:
-    """``value``, with :func:`as_integer` for the whole numbers in it."""
+    """``value``, with plain ones for the numbers in it, and for what is True or False: :func:`as_integer`, and numpy's
+    and torch's floats and bools."""
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     if isinstance(value, tuple) and hasattr(value, "_make"):  # a named tuple
         return value._make(map(plain, value))
-    return value if (number := as_integer(value)) is None else number
+    if (number := as_integer(value)) is not None:
+        return number
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar and isinstance(value.item(), (bool, float)) else value
 
 
 def make_plain(options: Any) -> None:

@@ -272,14 +272,24 @@ def require_replaceable(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"out: expected a directory or a new path, got the file {path}")
+    require_room(path)
     if path.is_dir() and any(path.iterdir()) and not any(
             (path / name).is_file() for name in ("model_index.json", "config.json")):
         raise UserError(f"out: expected a new path, an empty directory or a model directory to replace, got {path}")
 
 
+def require_room(path: str | os.PathLike, *, what: str = "out") -> None:
+    """Raise UserError for a new path in something that is no directory, or in one that nothing can be written to."""
+    inside = next((parent for parent in _resolved(path).parents if os.path.lexists(parent)), Path("/"))
+    if not inside.is_dir():
+        raise UserError(f"{what}: expected a path in a directory, got {path}, because {inside} is no directory")
+    if not os.access(inside, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: expected a path that can be written, got {path} in {inside}, which is read-only")
+
+
 def require_apart(out: str | os.PathLike, source: str | os.PathLike) -> None:
     """Raise UserError for an output directory that is, holds or lies in one that is read."""
-    new, read = Path(out).resolve(), Path(source).resolve()
+    new, read = _resolved(out), _resolved(source)
     if new in read.parents:
         raise UserError(f"out: expected a directory apart from {source}, which is read, got {out}")
     require_outside(out, source, what="out", use="read")
@@ -287,7 +297,7 @@ def require_apart(out: str | os.PathLike, source: str | os.PathLike) -> None:
 
 def require_outside(path: str | os.PathLike, folder: str | os.PathLike, *, what: str, use: str) -> None:
     """Raise UserError for a directory that is or lies in another one, which is ``use``: read, written, removed."""
-    new, other = Path(path).resolve(), Path(folder).resolve()
+    new, other = _resolved(path), _resolved(folder)
     if new == other or other in new.parents:
         raise UserError(f"{what}: expected a directory apart from {folder}, which is {use}, got {path}")
 
@@ -306,10 +316,11 @@ def require_file(path: str | os.PathLike | None, *apart: str | os.PathLike | Non
         return
     path = Path(path)
     for other in apart:
-        if other is not None and Path(other).resolve() == path.resolve():
+        if other is not None and _resolved(other) == _resolved(path):
             raise UserError(f"{what}: expected a file apart from {other}, which is read or written too, got {path}")
     if path.exists() and not path.is_file():
         raise UserError(f"{what}: expected a file or a new path, got {_kind(path)} ({path})")
+    require_room(path, what=what)
     if path.is_file() and path.stat().st_size and (found := format_of(path)) != kind:
         raise UserError(f"{what}: expected a new file or a {kind} to replace, got {path}, which is "
                         f"{f'a {found}' if found else 'something else'}")
@@ -439,6 +450,11 @@ def existing_file(path: str | os.PathLike, *, what: str, expected: str) -> Path:
     if not path.is_file():
         raise FormatError(f"{what}: expected {expected}, got {_kind(path)} ({path})")
     return path
+
+
+def _resolved(path: str | os.PathLike) -> Path:
+    """``path`` without links. Path.resolve raises RuntimeError for one that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _kind(path: Path) -> str:

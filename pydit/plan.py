@@ -422,7 +422,7 @@ class PruningPlan:
             got = repr(data.get("format")) if isinstance(data, Mapping) else type(data).__name__
             raise FormatError(f"{what}: expected an object with \"format\": \"{FORMAT}\", got {got}")
         version = data.get("version")
-        if version not in VERSIONS or isinstance(version, bool):
+        if type(version) is not int or version not in VERSIONS:  # 3.0 == 3, and True == 1
             raise FormatError(f"{what}: expected version 1, 2 or 3, got {version!r}")
         needed = {"format", "version", "family", "num_layers", "intervals"}
         more = () if version == 1 else (

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import traceback
 
 from pydit.cli import demo, distill, model, system
 from pydit.cli.options import Parser, in_options
-from pydit.errors import UserError, one_line
+from pydit.errors import FormatError, UserError, one_line
 from pydit.version import __version__
 
 
@@ -36,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except Exception as error:  # every failure becomes one line
         expected = isinstance(error, (OSError, ValueError, TypeError, ImportError)) or _is_safetensors(error)
-        text = in_options(one_line(error), arguments) if isinstance(error, UserError) else one_line(error)
+        text = in_options(one_line(error), arguments, entries=isinstance(error, FormatError)) \
+            if isinstance(error, UserError) else one_line(error)
+        if asked := _wanted_memory(error):
+            expected, text = True, f"memory: expected sizes that fit into that of this machine, got {asked}"
         if not expected:
             text = f"{type(error).__name__}: {text} (PYDIT_DEBUG=1 shows where)"
         _complain(f"pydit: error: {text}", debug)
@@ -70,6 +74,17 @@ def _how_to_go_on(arguments: argparse.Namespace) -> str:
 
 def _is_safetensors(error: Exception) -> bool:
     return type(error).__name__ == "SafetensorError"
+
+
+def _wanted_memory(error: Exception) -> str:
+    """What an allocation that failed was for, in words; "" for any other error. Torch has a RuntimeError for it."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not re.search(
+            r"can't allocate memory|out of memory|Storage size calculation overflowed|"
+            r"numel: integer multiplication overflow", text):
+        return ""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)|to allocate (\d+ bytes|[\d.]+ \w+)", text)
+    return next(filter(None, found.groups())) if found else "some that need more"
 
 
 def _complain(text: str, debug: bool) -> None:

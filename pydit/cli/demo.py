@@ -15,6 +15,8 @@ from pydit.cli.options import (
     command,
     count,
     demo_pipeline,
+    image_count,
+    image_side,
     load,
     positive,
     print_json,
@@ -40,7 +42,8 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="output directory (default: demo_out)")
     parser.add_argument("--budget-minutes", type=positive, default=12.0,
                         help="time for everything, split by measuring this machine (default: 12)")
-    parser.add_argument("--prompts", type=count, help="evaluation prompts (default: as many as the budget allows)")
+    parser.add_argument("--prompts", type=image_count,
+                        help="evaluation prompts (default: as many as the budget allows)")
     parser.add_argument("--seed", type=seed, default=0, help="of calibration, training and evaluation (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a minute or two: shows the path, not the quality")
     parser.add_argument("--fresh", action="store_true", help="ignore what an earlier run left in OUT/work")
@@ -76,12 +79,20 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--steps", type=count, help="denoising steps (default: the demo's own for it, else 40)")
     parser.add_argument("--guidance", type=at_least_one,
                         help="classifier-free guidance; 1 is off (default: the demo's own for it, else 1)")
-    parser.add_argument("--height", type=count, help="pixels (default: the pipeline's)")
-    parser.add_argument("--width", type=count, help="pixels (default: the pipeline's)")
+    parser.add_argument("--height", type=image_side, help="pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=image_side, help="pixels (default: the pipeline's)")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from pydit.inference.sampling import generate, image_name, read_prompts, require_size, save_images
+    from pydit.files import require_room
+    from pydit.inference.sampling import (
+        add_captions,
+        generate,
+        image_name,
+        read_prompts,
+        require_size,
+        save_images,
+    )
 
     if bool(arguments.prompts) == (arguments.prompts_file is not None):
         got = "both" if arguments.prompts else "neither"
@@ -90,6 +101,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     pipe = load(arguments.pipeline, arguments)
     require_size(pipe, height=arguments.height, width=arguments.width)
     size, steps, guidance = sampling_defaults(pipe)
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"out: expected a directory or a new path, got the file {arguments.out}")
+    require_room(arguments.out)
+    if arguments.resume and arguments.dataset:
+        add_captions(prompts, range(arguments.seed, arguments.seed + len(prompts)), arguments.out)
     numbers = [number for number, prompt in enumerate(prompts) if not (arguments.resume and (
         arguments.out / image_name(number, prompt, arguments.seed + number)).exists())]
     prompts, seeds = [prompts[number] for number in numbers], [arguments.seed + number for number in numbers]
@@ -108,7 +124,7 @@ def add_eval(commands: Any) -> None:
         "categories. Verdicts are appended to OUT.log.jsonl as they are found, and --resume continues from there.",
         "pydit eval ./demo_out/distilled --prompts 2500 --out distilled.json --compare teacher.json")
     add_pipeline(parser, optional=True)
-    parser.add_argument("--prompts", type=count, default=2500, help="images to judge (default: 2500)")
+    parser.add_argument("--prompts", type=image_count, default=2500, help="images to judge (default: 2500)")
     parser.add_argument("--seed", type=seed, default=0, help="chooses prompts and noise (default: 0)")
     parser.add_argument("--steps", type=count, help="denoising steps (default: the demo's)")
     parser.add_argument("--guidance", type=at_least_one, help="1 is off (default: the demo's)")

@@ -20,6 +20,7 @@ from pydit.cli.options import (
     batch_stream,
     command,
     count,
+    image_side,
     is_given,
     load,
     not_negative,
@@ -115,7 +116,7 @@ def add_distill(commands: Any) -> None:
                         help="a folder of images with .txt or .json captions, or of WebDataset shards; latents and "
                              "embeddings are computed once, into --cache")
     images.add_argument("--cache", type=Path, help="directory of the computed data (default: OUT.data)")
-    images.add_argument("--resolution", type=count, help="side of a square image (default: the pipeline's own)")
+    images.add_argument("--resolution", type=image_side, help="side of a square image (default: the pipeline's own)")
     images.add_argument("--timesteps", choices=("uniform", "logit-normal"), default="uniform",
                         help="distribution of the noise level (default: uniform)")
     images.add_argument("--shift", type=positive, default=1.0,
@@ -154,6 +155,8 @@ def _distill(arguments: argparse.Namespace) -> None:
                 **{name: value for name, value in given.items() if value is not None}}
     output = arguments.output_steps or any(stage.output_steps for stage in settings.get("schedule", ()))
     require_used(arguments, _OF_OUTPUT, bool(output), "--output-steps")
+    if arguments.estimate and arguments.merge:
+        raise UserError("merge: expected no --estimate, which is of a training, to go with it, got both")
     if arguments.estimate:
         _estimate(arguments, DistillConfig(**settings))
         return
@@ -209,6 +212,10 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
                 files.require_outside(folder, other, what=name, use=use)
     if arguments.resume and not checkpoint.exists(kept):
         raise UserError(f"resume: expected the checkpoint of an earlier run in {kept}, got none")
+    later = max((int(path.name.removeprefix("stage-")) for path in kept.glob("stage-*[0-9]")
+                 if checkpoint.exists(path)), default=0)
+    if later > len(arguments.then):  # the run would end before them, and remove them
+        raise UserError(f"then: expected {later} or more, as in the run that wrote {kept}, got {len(arguments.then)}")
     if checkpoint.exists(kept) and not arguments.resume:
         raise UserError(f"out: expected no checkpoint of an earlier run, got one in {kept}; pass --resume to "
                         "continue it, or delete it")
@@ -225,7 +232,10 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
         batches, data = _image_batches(teacher, arguments)
     config = dataclasses.replace(config, data=data)
     with warnings_as_lines("distill"):
-        result = distill(teacher.transformer, student.transformer, batches, config)
+        try:
+            result = distill(teacher.transformer, student.transformer, batches, config)
+        except checkpoint.OtherRunError as error:
+            raise UserError(_other_run(error, arguments, kept)) from None
     if not result.history:
         raise UserError(f"max_minutes: expected time for at least one step, got {config.max_minutes}")
     if config.shard != "none" and distributed.world_size() > 1:
@@ -243,6 +253,23 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     else:
         last = result.history[-1]
         print(f"wrote {arguments.out}: loss {last['loss']:.4g} after step {last['step']} of phase {last['phase']}")
+
+
+def _other_run(error: Any, arguments: argparse.Namespace, kept: Path) -> str:
+    """That a run was to go on with another option than it began with: which, and its value then and now."""
+    if error.entry == "teacher":
+        return (f"teacher: expected the weights and the --dtype of the run that wrote {kept}, got others in "
+                f"{arguments.teacher} or {arguments.dtype}")
+    if error.entry.startswith(("plan", "init")):
+        what = "then" if arguments.then else "student"
+        return f"{what}: expected the plan of the run that wrote {kept}, got one with another {error.entry}"
+    name = error.entry.rpartition(".")[2]
+    if error.entry.startswith("config.data.") and name != "size" and None in (error.theirs, error.ours):
+        given = "prompts" if arguments.data is None else "data"  # batches of another kind, which have other options
+        return f"{given}: expected those of the run that wrote {kept}, got {getattr(arguments, given)}"
+    named = {"seed": "data_seed", "pairs": "guidance", **arguments.fields}
+    return (f"{named.get(name, name).replace('_', '-')}: expected {error.theirs!r} as in the run that wrote {kept}, "
+            f"got {error.ours!r}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -317,20 +344,26 @@ def _student(path: Path, arguments: argparse.Namespace, *, shard: bool = False) 
 
 def _image_batches(pipe, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Batches from --data, whose latents and embeddings are computed first, and what they are."""
+    import torch
+
     from pydit.data import CachedDataset, build_cache
     from pydit.distill import distributed
 
     folder = arguments.cache or arguments.out.with_name(arguments.out.name + ".data")
     resolution = arguments.resolution or sampling_defaults(pipe)[0] or 1328
-    index = distributed.together(
-        lambda: build_cache(pipe, arguments.data, folder, resolution=resolution, progress=not arguments.json),
-        main_only=True)
+    try:
+        index = distributed.together(
+            lambda: build_cache(pipe, arguments.data, folder, resolution=resolution, progress=not arguments.json),
+            main_only=True)
+    except UserError as error:  # what the API calls out is another option here
+        raise type(error)(re.sub("^out: ", "cache: ", str(error))) from None
     if index is not None and index["skipped"]:
         first = index["skipped"][0]
         print(f"pydit distill: warning: {len(index['skipped'])} of {index['read']} samples are left out (the first: "
               f"{first['key']}: {first['reason']}); all are listed in {folder / 'index.json'}", file=sys.stderr)
     options = _image_options(arguments)
     dataset = CachedDataset(folder, **options)
+    dataset.dtype = getattr(torch, arguments.dtype)  # a cache may be of a run in another one
     digest = hashlib.sha256(json.dumps(dataset.samples, sort_keys=True).encode()).hexdigest()[:12]
     return dataset, {"data": f"{len(dataset.samples)} images with the checksum {digest}", **options}
 

@@ -28,6 +28,7 @@ from pydit.cli.options import (
     print_json,
     progress,
     removal,
+    require_batches_used,
     require_file_outputs,
     require_output,
     require_used,
@@ -160,7 +161,8 @@ def add_plan(commands: Any) -> None:
         "  pydit plan --search ./my-pipeline --prompts prompts.txt --target 0.4 --out plan.json\n"
         "  pydit plan --preset ppcl-qwen-image-12b --out plan.json\n"
         "  pydit plan --intervals '[[3,4],[5,7]]' --num-layers 60 --out plan.json\n"
-        "  pydit plan --show plan.json")
+        "  pydit plan --show plan.json",
+        fields={"first_layer": "protect-first"})
     parser.add_argument("stats", nargs="?", type=Path, metavar="STATS", help="file written by `pydit analyze`")
     parser.add_argument("--search", type=Path, metavar="PIPELINE",
                         help="pipeline whose blocks are left out one by one, always the one that costs least")
@@ -232,6 +234,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     require_used(arguments, ("target",), bool(arguments.stats or arguments.search), "STATS or --search")
     require_used(arguments, ("num_layers", "family"), arguments.intervals is not None, "--intervals")
     require_used(arguments, ("prompts",), bool(arguments.search or arguments.check), "--search or --check")
+    require_batches_used(arguments)
     require_file_outputs(arguments, {"out": FORMAT, "scores": SCORES}, arguments.stats, arguments.show)
     counts = {name: int(text) for name in ("linear_ffn", "linear_text_ffn")
               if (text := getattr(arguments, name)) is not None and text.isdecimal()}
@@ -239,7 +242,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         parse_list(name, getattr(arguments, name), or_else=", or a number of blocks with --search or --check")
     config = pipe = None
     if arguments.show is not None:
-        plan = stored_plan(arguments.show) if arguments.show.is_dir() else PruningPlan.load(arguments.show)
+        plan = stored_plan(arguments.show, what="show") if arguments.show.is_dir() else PruningPlan.load(arguments.show)
     elif arguments.preset is not None:
         plan = PruningPlan.preset(arguments.preset)
     elif arguments.intervals is not None:
@@ -425,6 +428,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         require_output(arguments.out, arguments.pipeline)
     plan = PruningPlan.load(arguments.plan)
+    require_batches_used(arguments)
     maps = any(spec.has_maps for spec in plan.blocks)
     require_used(arguments, ("prompts",), maps or arguments.init == "probe", "--init probe or a plan with linear maps")
     if arguments.init != "probe" and not arguments.dry_run and (plan.is_stock or not arguments.prompts):

@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 from pydit import files
 from pydit.errors import UserError, one_line
 
+MAX_SIDE = 1 << 16  # pixels of one side of an image; the models are made for 1328
+MAX_IMAGES = 1_000_000
+
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Paragraphs as wide as the terminal; lines that begin with spaces, as examples do, stay as they are."""
@@ -53,12 +56,16 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | 
     return parser
 
 
-def in_options(text: str, arguments: argparse.Namespace) -> str:
-    """An error of the API in the words of the command line: ``layers_steps: ...`` is ``steps: ...`` of --steps."""
+def in_options(text: str, arguments: argparse.Namespace, *, entries: bool = False) -> str:
+    """An error of the API in the words of the command line: ``layers_steps: ...`` is ``steps: ...`` of --steps.
+
+    entries : what follows the first name is about entries of a file, which are called as they are.
+    """
     names = {name: name.replace("_", "-") for name in vars(arguments) if "_" in name} | getattr(arguments, "fields", {})
     first, sign, rest = text.partition(": ")
     for name, option in names.items():
-        if "_" in name:  # as a word of its own; neither in a path or a quotation nor where it is an English word
+        if "_" in name and not entries:
+            # As a word of its own; neither in a path or a quotation nor where it is an English word.
             rest = re.sub(rf"(?<![\w./'\"-]){name}(?![\w./'\"-])", f"--{option}", rest)
     return names.get(first, first) + sign + rest
 
@@ -88,7 +95,7 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
                         help=f"images per batch, with --prompts demo{'' if batches else ' or --data'} (default: 16)")
     parser.add_argument("--sampling-steps", type=count, default=20,
                         help="denoising steps per prompt, with a file; each is one batch (default: 20)")
-    parser.add_argument("--size", type=count, help="image height and width, with a file (default: the pipeline's)")
+    parser.add_argument("--size", type=image_side, help="image height and width, with a file (default: the pipeline's)")
     parser.add_argument("--data-seed", type=seed, default=0, help="of noise and order (default: 0)")
 
 
@@ -122,15 +129,15 @@ def first_batches(pipe, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [inputs(next(stream)) for _ in range(arguments.batches)]
 
 
-def stored_plan(directory: Path) -> Any:
-    """The plan of a pruned pipeline, of which nothing else is read."""
+def stored_plan(directory: Path, *, what: str = "student") -> Any:
+    """The plan of a pruned pipeline, of which nothing else is read; ``what`` names the argument in errors."""
     from pydit.inference.pipeline import PLAN_FILE
     from pydit.plan import PruningPlan
 
     if not (directory / PLAN_FILE).is_file():
-        raise UserError(f"student: expected a directory written by `pydit prune`, got {directory} without {PLAN_FILE}")
-    stored = files.read_json(directory / PLAN_FILE, what="student", strict=True)
-    return PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what="student")
+        raise UserError(f"{what}: expected a directory written by `pydit prune`, got {directory} without {PLAN_FILE}")
+    stored = files.read_json(directory / PLAN_FILE, what=what, strict=True)
+    return PruningPlan.from_dict(stored.get("plan") if isinstance(stored, dict) else None, what=what)
 
 
 def stream_identity(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -175,6 +182,12 @@ def require_file_outputs(arguments: argparse.Namespace, outputs: dict[str, str],
     written = [getattr(arguments, name) for name in outputs]
     for number, (name, kind) in enumerate(outputs.items()):
         files.require_file(written[number], *read, *written[:number], what=name, kind=kind)
+
+
+def require_batches_used(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options on batches without --prompts."""
+    require_used(arguments, ("batches", "batch_size", "sampling_steps", "size", "data_seed"),
+                 arguments.prompts is not None, "--prompts")
 
 
 def is_given(arguments: argparse.Namespace, name: str) -> bool:
@@ -282,14 +295,32 @@ def _number(text: str, kind: Callable[[str], Any], accepts: Callable[[Any], bool
     return value
 
 
+def _countable(value: int) -> int:
+    if value > 2**53:  # torch and numpy have no such sizes, and name none of our options
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 2^53, got {value}")
+    return value
+
+
 def count(text: str) -> int:
     """Type of an option: 1, 2, ..."""
-    return _number(text, int, lambda v: v >= 1, "a whole number of at least 1")
+    return _countable(_number(text, int, lambda v: v >= 1, "a whole number of at least 1"))
+
+
+def image_side(text: str) -> int:
+    """Type of an option: a side of an image in pixels."""
+    return _number(text, int, lambda v: 1 <= v <= MAX_SIDE, f"a number of pixels from 1 to {MAX_SIDE}")
+
+
+def image_count(text: str) -> int:
+    """Type of an option: how many images are judged, all of whose prompts are drawn first."""
+    if (found := count(text)) > MAX_IMAGES:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MAX_IMAGES}, got {text!r}")
+    return found
 
 
 def whole(text: str) -> int:
     """Type of an option: 0, 1, 2, ..."""
-    return _number(text, int, lambda v: v >= 0, "a whole number of at least 0")
+    return _countable(_number(text, int, lambda v: v >= 0, "a whole number of at least 0"))
 
 
 def seed(text: str) -> int:

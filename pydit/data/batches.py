@@ -56,6 +56,9 @@ class CachedDataset:
         An option out of range.
     """
 
+    #: Of the batches; None is that of the cache, whoever wrote it in which.
+    dtype: torch.dtype | None = None
+
     def __init__(self, path: str | os.PathLike, *, batch_size: int = 1, seed: int = 0, timesteps: str = "uniform",
                  shift: float = 1.0, prompt_dropout: float = 0.0, pairs: bool = False) -> None:
         require_options(batch_size=batch_size, seed=seed, timesteps=timesteps, shift=shift,
@@ -107,7 +110,7 @@ class CachedDataset:
     def _batch(self, members: list[int], number: int) -> tuple[dict[str, Any], torch.Tensor]:
         generator = torch.Generator().manual_seed((self.seed + 1) * 7_368_787 + number)
         loaded = [self._load(member) for member in members]
-        clean = torch.stack([latents for latents, _ in loaded])
+        clean = torch.stack([latents for latents, _ in loaded]).to(dtype=self.dtype)
         dropped = (torch.rand(len(members), generator=generator) < self.prompt_dropout).tolist()
         embeds = [self._empty if drop else text for (_, text), drop in zip(loaded, dropped, strict=True)]
         rows = 1
@@ -122,7 +125,7 @@ class CachedDataset:
         batch = {
             "hidden_states": torch.lerp(clean, noise, sigma[:, None, None]),
             "timestep": sigma,
-            "encoder_hidden_states": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
+            "encoder_hidden_states": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True).to(dtype=self.dtype),
             "encoder_hidden_states_mask": None if bool(mask.all()) else mask,
             "img_shapes": [[(1, size["height"], size["width"])]] * len(clean),
         }

@@ -148,9 +148,11 @@ def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int =
     Raises
     ------
     UserError
-        The numbers of prompts and seeds differ.
+        The numbers of prompts and seeds differ, or what was drawn is NaN.
     """
     from tqdm import tqdm
+
+    from pydit.inference.sampling import require_drawn
 
     if len(seeds) != len(prompts):
         raise UserError(f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)}")
@@ -165,6 +167,7 @@ def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int =
             result = pipe(prompt=chosen, negative_prompt=[""] * len(chosen) if guidance > 1 else None,
                           true_cfg_scale=guidance, height=SIZE, width=SIZE, num_inference_steps=steps,
                           generator=generators, output_type="np").images
+        require_drawn(result, guidance, pipe)
         images += list((result * 255).round().astype(np.uint8))
         bar.update(len(chosen))
     bar.close()

@@ -30,6 +30,18 @@ INDEX = "checkpoint.json"
 PREVIOUS = "previous.json"
 
 
+class OtherRunError(UserError):
+    """A checkpoint of a run with something else.
+
+    entry : of what made the run, such as ``config.layers_lr``. theirs, ours : of the checkpoint, and of the run that
+        was to continue it.
+    """
+
+    def __init__(self, entry: str, theirs: Any, ours: Any) -> None:
+        super().__init__(f"checkpoint_dir: expected a checkpoint with {entry} {ours!r}, got one made with {theirs!r}")
+        self.entry, self.theirs, self.ours = entry, theirs, ours
+
+
 @dataclass
 class Progress:
     """Where a run stands; plain data.
@@ -258,5 +270,4 @@ def _require_same(made_by: Mapping[str, Any], run: Mapping[str, Any], path: str 
         if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
             _require_same(theirs, ours, f"{path}{key}.")
         elif theirs != ours:
-            raise UserError(f"checkpoint_dir: expected a checkpoint with {path}{key} {ours!r}, "
-                            f"got one made with {theirs!r}")
+            raise OtherRunError(f"{path}{key}", theirs, ours)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +21,7 @@ from pydit.plan import PruningPlan
 SHARD = ("none", "student", "all")
 MEMORY = ("resident", "streamed")  # of the teacher
 OPTIMIZERS = ("adamw", "adamw8bit")
+_LARGEST = 3e38  # what float32, in which weights are stepped, can hold
 
 #: Fields that say where a run's memory is and how often it reports, not what it computes; a resumed run may change
 #: them.
@@ -189,7 +190,9 @@ class DistillConfig:
                      "clip"):
             _require(name, getattr(self, name), "a number >= 0", lambda v: _number(v) and v >= 0)
         for name in ("max_minutes", "save_every_seconds", "muon_lr", "guidance"):
-            _require(name, getattr(self, name), "a number > 0, or None", lambda v: v is None or (_number(v) and v > 0))
+            most = sys.float_info.max if name == "guidance" else _LARGEST  # of a guidance the error is scaled down
+            _require(name, getattr(self, name), "a number > 0, or None",
+                     lambda v, most=most: v is None or (_number(v, most) and v > 0))
         for name in ("output_share", "warmup"):
             _require(name, getattr(self, name), "a number from 0 up to, not including, 1",
                      lambda v: _number(v) and 0 <= v < 1)
@@ -326,11 +329,14 @@ class DistillConfig:
 
 def _require(name: str, value: Any, expected: str, accepts: Any) -> None:
     if not accepts(value):
+        if isinstance(value, (int, float)) and _LARGEST < abs(value) < float("inf"):
+            expected, value = f"{expected}, at most {_LARGEST:g}", str(value)[:40]
+            raise UserError(f"{name}: expected {expected}, got {value}")
         raise UserError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any, most: float = _LARGEST) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= most
 
 
 def _is_pairs(value: Any) -> bool:

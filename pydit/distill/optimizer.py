@@ -104,6 +104,11 @@ class Optimizer:
         for name, average in self._averages.items():
             self._named[name].copy_(average)
 
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """All that a model is made of in the end: its trainable parameters and their averages."""
+        yield from self._named.values()
+        yield from self._averages.values()
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's trainable parameters by name."""
         return {f"weight/{name}": p for name, p in self._named.items()}

@@ -68,7 +68,7 @@ def require_successor(before: PruningPlan, after: PruningPlan, *, what: str = "s
             raise UserError(f"{what}: expected intervals that join blocks of the plan before, got "
                             f"[{spec.source[0]}, {spec.source[-1]}] across one")
         given = specs[spec.source[0]]
-        if not (_same(given, spec) or given.is_stock):
+        if not (_same(given, spec) or given.is_stock or _has_image_whole(given, spec)):
             raise UserError(f"{what}: expected the block of layer {spec.source[0]} to stay '{given.kind}', because "
                             f"only a whole block can be changed, got '{spec.kind}'")
 
@@ -109,6 +109,12 @@ def change_plan(student: nn.Module, plan: PruningPlan, teacher: nn.Module) -> nn
     student.install(plan, blocks)
     student.attach_teacher(teacher)
     return student
+
+
+def _has_image_whole(given: BlockSpec, spec: BlockSpec) -> bool:
+    """Whether what a block has lost, the text's own output, is nothing that a single-stream one has."""
+    return spec.form == "single" and dataclasses.replace(given, dead_query=True, text="full").is_stock \
+        and given.text == "keys" and given.source == spec.source
 
 
 def _same(one: BlockSpec, other: BlockSpec) -> bool:

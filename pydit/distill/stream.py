@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from pydit.errors import UserError
 from pydit.models.adapter import STREAMS, ModelAdapter
@@ -54,6 +55,7 @@ class BatchStream:
     start : number of the first batch to deliver.
     part : (number of this process, processes) that share every batch row by row; None: a batch is this process's own.
     together : rows that belong to one process, as the pairs of ``DistillConfig.guidance`` do.
+    model : one of those that the batches are for; None looks at none of their arguments.
 
     Attributes
     ----------
@@ -62,9 +64,9 @@ class BatchStream:
     """
 
     def __init__(self, batches: Batches, start: int, adapter: ModelAdapter, device: torch.device,
-                 part: tuple[int, int] | None = None, together: int = 1) -> None:
+                 part: tuple[int, int] | None = None, together: int = 1, model: nn.Module | None = None) -> None:
         self._adapter, self._device, self._part, self._together = adapter, device, part, together
-        self.delivered = start
+        self.delivered, self._model = start, model
         self._again = None
         if callable(batches):
             self._iterator = iter(batches(start))
@@ -86,8 +88,10 @@ class BatchStream:
         if not isinstance(item, Mapping) or not (target is None or isinstance(target, torch.Tensor)):
             raise UserError("batches: expected dicts of forward arguments or (dict, tensor) pairs, "
                             f"got {_describe(item, target)} as batch {self.delivered}")
-        self.delivered += 1
         batch = {name: value for name, value in item.items() if name != "return_dict"}
+        if self._model is not None:
+            self._adapter.require_inputs(self._model, batch, f"batch {self.delivered}")
+        self.delivered += 1
         weights = None
         if self._part is not None:
             batch, target, weights = self._own_rows(batch, target)

@@ -254,6 +254,7 @@ class _Run:
             checkpoint.restore_random(self.loaded, self.device)
         self.loaded = {}
         self._train(phase, observations, optimizer, budget, peak)
+        self._require_finite_weights(phase, optimizer)
         optimizer.finish()
         for p in trainable:
             p.requires_grad_(False)
@@ -269,7 +270,8 @@ class _Run:
                                   f"{self.progress.step}, got one of {self.progress.batches}")
             part = (distributed.rank(), distributed.world_size()) if self.config.split_batches else None
             self.stream = BatchStream(self.batches, self.progress.batches - batches, self.adapter, self.device,
-                                      None if part == (0, 1) else part, 1 if self.config.guidance is None else 2)
+                                      None if part == (0, 1) else part, 1 if self.config.guidance is None else 2,
+                                      self.student)
         return self.stream
 
     def _store(self, phase: Phase) -> MemoryStore | DiskStore:
@@ -309,9 +311,11 @@ class _Run:
                     bar.set_postfix(loss=f"{state.history[-1]['loss']:.4g}", lr=f"{lr:.1e}", refresh=False)
                 if interrupted:  # in any process, between two steps, where everything fits together
                     if config.checkpoint_dir is not None:
+                        self._require_finite_weights(phase, optimizer)
                         self._save(optimizer.state())
                     raise KeyboardInterrupt
                 if self._save_is_due(budget):
+                    self._require_finite_weights(phase, optimizer)
                     self._save(optimizer.state())
         if state.window:
             self._close_row(phase)
@@ -356,13 +360,25 @@ class _Run:
         for (name, part), value in zip(labels, numbers, strict=True):
             if not math.isfinite(value):
                 step = self.progress.step + 1
-                directory = self.config.checkpoint_dir
-                kept = (f"the last checkpoint is in {directory}"
-                        if directory is not None and checkpoint.exists(directory) else "there is no checkpoint")
                 where = f"{part} of the output" if name == "output" else f"{part} of interval {name}"
                 raise NonFiniteLossError(
                     f"distill: expected finite losses and gradients, got {value} in step {step} of phase {phase.name}, "
-                    f"{where}; the student holds the weights of step {step - 1}, {kept}")
+                    f"{where}; the student holds the weights of step {step - 1}, {self._kept()}")
+
+    def _require_finite_weights(self, phase: Phase, optimizer: Optimizer) -> None:
+        """Before they are kept: a step from finite gradients may lead beyond all numbers."""
+        values = torch.stack([p.isfinite().all().logical_not() for p in map(distributed.local, optimizer.parameters())])
+        wrong = values.sum().to(torch.float32)
+        distributed.average([wrong])
+        if wrong.item():
+            raise NonFiniteLossError(
+                f"distill: expected finite weights after step {self.progress.step} of phase {phase.name}, got some "
+                f"that are not, {self._kept()}; a lower learning rate may help")
+
+    def _kept(self) -> str:
+        directory = self.config.checkpoint_dir
+        return (f"the last checkpoint is in {directory}" if directory is not None and checkpoint.exists(directory)
+                else "there is no checkpoint")
 
     def _save_is_due(self, budget: Budget) -> bool:
         config, state = self.config, self.progress

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pydit import files
@@ -23,9 +24,24 @@ def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, 
     ----------
     steps : denoising steps. guidance : 1 turns guidance off where the pipeline can.
     height, width : pixels; None leaves the pipeline's default.
+
+    Raises
+    ------
+    UserError
+        What was drawn is no picture but NaN, which a pipeline makes black pixels of without a word.
     """
     for prompt, seed in zip(prompts, seeds, strict=True):
-        yield _call(pipe, prompt, seed, steps, guidance, height, width, "pil").images[0]
+        pixels = _call(pipe, prompt, seed, steps, guidance, height, width, "np").images
+        require_drawn(pixels, guidance, pipe)
+        yield pipe.image_processor.numpy_to_pil(pixels)[0]
+
+
+def require_drawn(pixels: Any, guidance: float, pipe) -> None:
+    """UserError for pixels with a NaN among them."""
+    if not np.isfinite(pixels).all():
+        raise UserError(f"guidance: expected numbers of which a picture can be made, got NaN in it with guidance "
+                        f"{guidance:g} in {str(pipe.dtype).removeprefix('torch.')}; less guidance or float32 may help, "
+                        "unless the weights of the pipeline are NaN themselves")
 
 
 def record_batches(pipe, prompts: Sequence[str], *, steps: int, seed: int, height: int | None = None,
@@ -81,7 +97,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     if not path.is_file():
         raise FormatError(f"prompts: expected a text file with one prompt per line, got {path}, which is no file")
     try:
-        prompts = [line.strip() for line in files.read_text(path, what="prompts").splitlines() if line.strip()]
+        text = files.read_text(path, what="prompts")  # some editors begin a file with a mark of its byte order
+        prompts = [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise FormatError(f"prompts: expected UTF-8 text in {path}, got something else ({error})") from None
     if not prompts:
@@ -120,6 +137,14 @@ def image_name(number: int, prompt: str, seed: int) -> str:
     """``000-a-red-circle-seed0.png``."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
     return f"{number:03d}-{words}-seed{seed}.png"
+
+
+def add_captions(prompts: Sequence[str], seeds: Sequence[int], out: Path) -> None:
+    """Put the prompt beside every image under :func:`image_name` that was drawn without."""
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        path = out / image_name(number, prompt, seed)
+        if path.exists() and not path.with_suffix(".txt").exists():
+            files.write_text(path.with_suffix(".txt"), prompt + "\n")
 
 
 def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[int], out: Path, *,

@@ -7,6 +7,7 @@ last block. At each boundary two streams flow, image ``[B, S_img, C]`` and text 
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -85,6 +86,8 @@ class ModelAdapter(ABC):
 
     family: str
     block_io: BlockIO
+    needed: tuple[str, ...]  # arguments without which no forward runs, though diffusers gives some of them a default
+    multiplied: tuple[str, ...]  # those of them that meet a matrix first, and so have the weights' dtype
     modulation: tuple[str, ...]  # children of a block that turn the time embedding into shifts, scales and gates
 
     @property
@@ -96,6 +99,33 @@ class ModelAdapter(ABC):
     def block_lists(self) -> tuple[str, ...]:
         """Names of the model's lists of blocks, in the order in which a forward runs them."""
         return FAMILIES[self.family].block_lists
+
+    def require_inputs(self, transformer: nn.Module, batch: Mapping[Any, Any], what: str) -> None:
+        """UserError that names ``what`` unless a forward of ``transformer`` takes ``batch``: names, rows and dtypes."""
+        known = inspect.signature(self.stock_class().forward).parameters
+        for name in batch:
+            if name not in known or name == "self":
+                raise UserError(f"batches: expected forward arguments of {self.stock_class().__name__}, got {name!r} "
+                                f"in {what}")
+        for name in self.needed:
+            if batch.get(name) is None:
+                raise UserError(f"batches: expected {', '.join(self.needed)}, got no {name} in {what}")
+        streams = {name: batch[name] for name in ("hidden_states", "encoder_hidden_states")}
+        for name, tensor in {**streams, "timestep": batch["timestep"]}.items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.ndim:
+                got = "a number" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise UserError(f"batches: expected a tensor with a row for each sample as {name}, got {got} in {what}")
+        rows = {len(tensor) for tensor in streams.values()}
+        if len(rows) > 1 or 0 in rows or len(batch["timestep"]) not in (1, *rows):
+            found = ", ".join(f"{len(batch[name])} of {name}" for name in (*streams, "timestep"))
+            raise UserError(f"batches: expected the same number of rows, at least one, got {found} in {what}")
+        dtype = next(transformer.parameters()).dtype
+        if torch.is_autocast_enabled(batch["hidden_states"].device.type):
+            return
+        for name in self.multiplied:
+            if batch[name].dtype != dtype:
+                raise UserError(f"batches: expected {name} in the dtype of the models, {dtype}, got "
+                                f"{batch[name].dtype} in {what}")
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The blocks that a forward runs, in depth order."""

@@ -34,6 +34,8 @@ class FluxAdapter(ModelAdapter):
     """Dual blocks in ``transformer_blocks``, single ones in ``single_transformer_blocks``; both return text first."""
 
     family = "flux.1"
+    needed = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
+    multiplied = ("hidden_states", "encoder_hidden_states", "pooled_projections")
     block_io = BlockIO(
         inputs=("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
         image="hidden_states", text="encoder_hidden_states", text_first=True)

@@ -28,6 +28,8 @@ class QwenImageAdapter(ModelAdapter):
     """Dual-stream blocks in ``transformer_blocks``; a block returns text first."""
 
     family = "qwen-image"
+    needed = ("hidden_states", "encoder_hidden_states", "timestep", "img_shapes")
+    multiplied = ("hidden_states",)
     block_io = BlockIO(
         inputs=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "image_rotary_emb",
                 "joint_attention_kwargs", "modulate_index"),

@@ -32,6 +32,8 @@ class SD3Adapter(ModelAdapter):
     """Joint blocks in ``transformer_blocks``; a block returns text first, the last one None for it."""
 
     family = "sd3.5"
+    needed = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    multiplied = ("hidden_states", "encoder_hidden_states", "pooled_projections")
     block_io = BlockIO(inputs=("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
                        image="hidden_states", text="encoder_hidden_states", text_first=True)
     modulation = ("norm1", "norm1_context")

@@ -250,8 +250,20 @@ def test_the_data_of_a_run_that_goes_on(tmp_path, fails, student, monkeypatch, c
     capfd.readouterr()
     for option, value, was in (("--data-seed", 3, 0), ("--batch-size", 3, 2)):
         name = option.removeprefix("--")
-        assert f"config.data.{name} {value}, got one made with {was}" in _last(fails, capfd, *train, option, value)
+        assert f"error: {name}: expected {was} as in the run that wrote" in _last(fails, capfd, *train, option, value)
         assert f"{name}: expected {was} as in the run that wrote" in _last(fails, capfd, *analyze, option, value)
+    for options, message in (("--steps 7", "steps: expected 4 as in the run that wrote .*out.checkpoint, got 7$"),
+                             ("--lr 2e-4", "lr: expected 1e-05 as in the run"), ("--loss mse", "loss: expected 'direction'"),
+                             ("--output-steps 1 --train all", "output-steps: expected 0 as in the run"),
+                             ("--dtype bfloat16", "teacher: expected the weights and the --dtype of the run"),
+                             ("--prompts words.txt", "prompts: expected those of the run that wrote .*, got .*words.txt$")):
+        given = [value for value in train if value not in ("--batch-size", 2)] if "words" in options else train
+        (tmp_path / "words.txt").write_text("a red circle\n")
+        given = [*given, *(tmp_path / word if word == "words.txt" else word for word in options.split())]
+        assert re.search(f"error: {message}", _last(fails, capfd, *given)), options
+    shutil.copytree(tmp_path / "out.checkpoint", tmp_path / "out.checkpoint" / "stage-1")
+    assert "then: expected 1 or more, as in the run" in _last(fails, capfd, *train)  # whose work would be removed
+    shutil.rmtree(tmp_path / "out.checkpoint" / "stage-1")
     assert "tokens: expected 256 as in the run" in _last(fails, capfd, *analyze, "--tokens", 9)
     assert "ablate: expected False as in the run" in _last(fails, capfd, *analyze, "--ablate")
     assert "pipeline: expected" in _last(fails, capfd, "analyze", student, *analyze[2:])
@@ -354,3 +366,67 @@ def test_an_estimate_of_two_families(fails, capfd, student):  # noqa: F811
     assert " MB" in told(untrained(), student, "--resolution", 48)
     assert "each of 36 image and 8 text tokens; --resolution" in (own := told(untrained(), student))
     assert own.replace("; --resolution gives another size", "") == told(untrained(), student, "--resolution", 48)
+
+
+def test_numbers_beyond_any_machine(tmp_path, fails, student, monkeypatch, capfd):  # noqa: F811
+    """One line that names an option, or memory; neither a dump of torch's stack nor an hour without a word."""
+    monkeypatch.chdir(tmp_path)
+    draw = ["generate", untrained(), "a red circle", "--out", "images", "--steps", 1]
+    assert "argument --height: expected a number of pixels from 1 to 65536, got '1000000000'" in fails(*draw, "--height", 10**9)
+    assert "argument --prompts: expected a whole number from 1 to 1000000, got '1" in fails("eval", "--prompts", 10**12)
+    assert "argument --steps: expected a whole number of at most 2^53, got 1" in fails(*draw[:-1], 10**20)
+    assert main([str(a) for a in (*draw[:-1], 10**11)]) == 2  # with a bar before it
+    assert capfd.readouterr().err.endswith("memory: expected sizes that fit into that of this machine, got 745. GiB\n")
+    train = ["distill", untrained(), student, "--prompts", "demo", "--out", "out", "--steps", 1]
+    assert main([str(a) for a in (*train, "--batch-size", 10**11)]) == 2
+    assert re.search("memory: expected .*, got (800000000000 bytes|some.*)\n$", capfd.readouterr().err)
+    assert "lr: expected a number > 0, at most 3e+38, got 1e+300" in fails(*train, "--lr", "1e300")
+    assert not list(tmp_path.glob("images/*")) and not (tmp_path / "out").exists()
+
+
+def test_places_where_nothing_can_be_written(tmp_path, fails, student, monkeypatch):  # noqa: F811
+    """Named before hours of work; a link that leads to itself too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr("pydit.cli.options.load", lambda *_: pytest.fail("loaded"))
+    for argv in (["distill", untrained(), student, "--prompts", "demo", "--out", "file/out"],
+                 ["analyze", untrained(), "--prompts", "demo", "--out", "file/out"],
+                 ["generate", untrained(), "a", "--out", "file/out"]):
+        assert "out: expected a path in a directory, got file/out, because" in fails(*argv)
+    assert "out: expected a directory or a new path, got the file file" in fails("generate", untrained(), "a", "--out", "file")
+    assert main(["plan", "--preset", "ppcl-qwen-image-12b", "--out", "loop"]) == 0 and not (tmp_path / "loop").is_symlink()
+
+
+def test_options_on_batches_that_are_not_drawn(fails, tmp_path, plan_file):  # noqa: F811
+    assert "batches: expected --prompts to go with it" in fails("prune", untrained(), "--plan", plan_file, "--out",
+                                                                tmp_path / "x", "--batches", 3)
+    assert "data-seed: expected --prompts to go with it" in fails("plan", "--show", plan_file, "--data-seed", 3)
+    assert "merge: expected no --estimate" in fails("distill", untrained(), "x", "--merge", "y", "--estimate")
+
+
+def test_entries_of_a_file_are_called_as_they_are(fails, tmp_path, plan_file):  # noqa: F811
+    """Not as the options that they come from."""
+    plan = json.loads(plan_file.read_text()) | {"version": 3}
+    (tmp_path / "short.json").write_text(json.dumps(plan))
+    assert "dead_tensors, linear_ffn, linear_text_ffn, single_stream" in fails("plan", "--show", tmp_path / "short.json")
+    for version in (3.0, 1.0, "3", True):
+        (tmp_path / "version.json").write_text(json.dumps(plan | {"version": version}))
+        assert f"expected version 1, 2 or 3, got {version!r}" in fails("plan", "--show", tmp_path / "version.json")
+    assert "show: expected a directory written by `pydit prune`" in fails("plan", "--show", tmp_path)
+
+
+def test_captions_are_added_to_images_drawn_without(tmp_path, capfd):
+    draw = ["generate", str(untrained()), "a red circle", "a ring", "--steps", "1", "--out", str(tmp_path / "data")]
+    assert main(draw) == 0
+    assert main([*draw, "--dataset", "--resume"]) == 0
+    assert sorted(path.read_text() for path in (tmp_path / "data").glob("*.txt")) == ["a red circle\n", "a ring\n"]
+    for dtype in ("float32", "bfloat16"):  # one cache for both
+        assert main(["prune", str(untrained()), "--plan", str(_plan(tmp_path)), "--out", str(tmp_path / dtype)]) == 0
+        assert main(["distill", str(untrained()), str(tmp_path / dtype), "--data", str(tmp_path / "data"), "--steps", "1",
+                     "--dtype", dtype, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / f"{dtype}-out")]) == 0
+
+
+def _plan(folder):
+    PruningPlan("qwen-image", 6, [(1, 2)]).save(folder / "plan.json")
+    return folder / "plan.json"

@@ -133,3 +133,20 @@ def test_whole_numbers_of_any_kind():
     assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict()) and given.schedule[0].layers_steps == 4
     with pytest.raises(UserError, match="layers_steps: expected a whole number >= 0, or None, got "):
         DistillConfig(layers_steps=np.True_).validate()
+
+
+def test_numbers_of_numpy_and_torch():
+    given = DistillConfig(layers_lr=np.float32(0.5), output_lr=torch.tensor(0.25), betas=(np.float16(0.5), np.float64(0.75)),
+                          gradient_checkpointing=np.True_, magnitude=np.int64(2))
+    given.validate()
+    fields = given.to_dict()
+    assert json.dumps(fields) == json.dumps(DistillConfig(layers_lr=0.5, output_lr=0.25, betas=(0.5, 0.75),
+                                                          gradient_checkpointing=True, magnitude=2).to_dict())
+    assert [type(fields[name]) for name in ("layers_lr", "output_lr", "gradient_checkpointing")] == [float, float, bool]
+
+
+@pytest.mark.parametrize("value", [1e300, 10**400, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["layers_lr", "muon_lr", "flow_weight"])
+def test_numbers_that_float32_cannot_hold_are_named(name, value):
+    with pytest.raises(UserError, match=rf"{name}: expected a number >=? 0.*, got (1e\+300|10000|inf|nan)"):
+        DistillConfig(**{name: value}).validate()

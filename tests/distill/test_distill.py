@@ -385,3 +385,38 @@ def test_float16_says_what_it_loses():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pair.require_pair(*tiny.make_pair(dtype=torch.bfloat16), FAST)
+
+
+def changed_batch(**changes):
+    batch, target = tiny.make_batch(0)
+    for name, change in changes.items():
+        batch[name] = change(batch[name]) if callable(change) else change
+    return {name: value for name, value in batch.items() if value is not ...}, target
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"hidden_states": torch.Tensor.bfloat16}, "hidden_states in the dtype of the models, torch.float32, got torch.bfloat16 in "),
+    ({"prompt": "a circle"}, "forward arguments of QwenImageTransformer2DModel, got 'prompt' in batch 0"),
+    ({"timestep": ...}, "hidden_states, .*, got no timestep in batch 0"),
+    ({"img_shapes": None}, "got no img_shapes in batch 0"),
+    ({"timestep": 0.5}, "a row for each sample as timestep, got float in batch 0"),
+    ({"timestep": torch.tensor(0.5)}, "a row for each sample as timestep, got a number in batch 0"),
+    ({"hidden_states": torch.Tensor.numpy}, "as hidden_states, got ndarray in batch 0"),
+    ({"encoder_hidden_states": lambda text: text[:1]}, "got 2 of hidden_states, 1 of encoder_hidden_states, 2 of timestep in "),
+    ({"hidden_states": lambda image: image[0]}, "same number of rows, at least one, got 9 of hidden_states"),
+])
+@pytest.mark.parametrize("steps", [(1, 0), (0, 1)])
+def test_batches_that_no_forward_takes_are_named(changes, message, steps):
+    config = DistillConfig(layers_steps=steps[0], output_steps=steps[1])
+    with pytest.raises(UserError, match=f"^batches: expected .*{message}"):
+        distill(*tiny.make_pair(), [changed_batch(**changes)], config, progress=False)
+
+
+@pytest.mark.parametrize("save_every", [1, None])
+def test_weights_that_a_step_has_led_beyond_all_numbers_are_not_kept(tmp_path, save_every):
+    """The gradients of the only step were finite, and no loss comes after it."""
+    config = DistillConfig(layers_steps=1 if save_every is None else 2, layers_lr=3e38, warmup=0.0, checkpoint_dir=tmp_path,
+                           save_every=save_every)
+    with pytest.raises(NonFiniteLossError, match="expected finite weights after step 1 of phase layers, .* no checkpoint"):
+        distill(*tiny.make_pair(), tiny.stream, config, progress=False)
+    assert not list(tmp_path.iterdir())

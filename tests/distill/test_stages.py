@@ -175,3 +175,21 @@ def test_a_lean_plan_in_stages():
     config = dataclasses.replace(CONFIG, layers_steps=1, output_steps=0, schedule=made)
     distill(teacher, student, tiny.stream, config, progress=False)
     assert student.plan == plan and sum(p.numel() for p in student.parameters()) == plan.num_parameters(teacher.config)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_lean_plan_with_a_text_region_in_stages(number):
+    """The last block of the plan to prune by is without a text output, and becomes single-stream with what it has."""
+    plan = PruningPlan("qwen-image", 6, text_linear=[(0, 2)], single_stream=3, dead_tensors=False)
+    start, made = progressive(plan, number, layers_steps=1)
+    assert start.blocks[-1].text == "keys" and not start.dead_tensors and len(made) == number
+    teacher, student = pair(start)
+    config = dataclasses.replace(CONFIG, layers_steps=1, output_steps=0, schedule=made)
+    distill(teacher, student, tiny.stream, config, progress=False)
+    fresh = prune(teacher, plan)
+    fresh.load_state_dict(student.state_dict())
+    assert student.plan == plan and sum(p.numel() for p in student.parameters()) == plan.num_parameters(teacher.config)
+    batch = tiny.make_batch(0)[0]
+    assert torch.equal(fresh.eval()(**batch).sample, student.eval()(**batch).sample)
+    with pytest.raises(UserError, match="block of layer 5 to stay 'kept, text keys and values'"):
+        stages.require_successor(start, dataclasses.replace(start, affine=[5]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pydit.demo import data
 from pydit.errors import FormatError, UserError
 from pydit.inference import sampling
 from pydit.inference.pipeline import load_pipeline
@@ -88,3 +89,17 @@ def test_prompt_files(tmp_path):
     for name, message in (("none", "is no file"), ("b.txt", "expected UTF-8")):
         with pytest.raises(FormatError, match=message):
             sampling.read_prompts(tmp_path / name)
+
+
+def test_a_picture_of_nan_is_named(pipe):
+    """Not black pixels, as a pipeline makes of it."""
+    arguments = {"seeds": [0], "steps": 2, "height": 48, "width": 48}
+    with pytest.raises(UserError, match=r"guidance: expected numbers .*, got NaN in it with guidance 1e\+300 in float32"):
+        list(sampling.generate(pipe, ["a red circle"], guidance=1e300, **arguments))
+    with pytest.raises(UserError, match="guidance: expected numbers of which a picture can be made"):
+        data.generate(pipe, ["a red circle"], seeds=[0], steps=2, guidance=1e300, progress=False)
+
+
+def test_the_mark_of_a_byte_order_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na ring\n", encoding="utf-8-sig")
+    assert sampling.read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a ring"]
