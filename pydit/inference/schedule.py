@@ -169,10 +169,11 @@ def _fill(model: nn.Module, baked: _Baked) -> None:
     device, dtype = _place(model)
     baked.dtype, family, adapter = dtype, baked.family, get_adapter(model)
     computed = baked.autocast or dtype
-    keys = as_embedded(family, baked.timesteps.to(device, torch.float32), computed)
+    wide = torch.float64 if computed == torch.float64 else torch.float32  # no narrower than what a forward is given
+    keys = as_embedded(family, baked.timesteps.to(device, wide), computed)
     pairs = bool(model.config.get("zero_cond_t"))  # the image is modulated by two rows, that of the timestep and of 0
     keys = (torch.cat((keys, keys[:1] * 0)) if pairs else keys).unique()
-    guidance = None if baked.guidance is None else scaled(baked.guidance.to(device, torch.float32), computed).unique()
+    guidance = None if baked.guidance is None else scaled(baked.guidance.to(device, wide), computed).unique()
     pooled = None if baked.pooled is None else baked.pooled.to(device, dtype)
     layered = family == "qwen-image" and bool(model.config.get("use_additional_t_cond"))
     conditions = 2 if layered else 1 if pooled is None else len(pooled)

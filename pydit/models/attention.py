@@ -90,11 +90,14 @@ class Replacing:
         """Whether a call has a mask that the stock processor takes and this one does not."""
         return False
 
-    def chosen(self, masked=False):
-        """The stock processor with what the user has chosen; None where this one runs."""
+    def chosen(self, masked=False, listened=False):
+        """The stock processor with what the user has chosen; None where this one runs. ``listened``: something is
+        handed attention's outputs, of which this one would leave one out."""
         reason = self.why_stock()
         if not reason and masked and self.stock is not None:
             reason = "the stock processor runs where an attention_mask comes"
+        if not reason and listened and self.stock is not None and self.context is None:
+            reason = "something listens to attention whose text output is not read: the stock processor computes it too"
         if not reason:
             return None
         backend.record("joint_attention", "torch", reason)
@@ -112,7 +115,9 @@ def _projected(attend):
     attention and its output projections, or the image alone if it came alone."""
     @functools.wraps(attend)
     def call(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        if (stock := self.chosen(self.masked(args, kwargs))) is not None:
+        # Caches of diffusers copy both outputs, also where a block does not read the second.
+        listened = getattr(attn, "context_pre_only", None) and is_watched(attn)
+        if (stock := self.chosen(self.masked(args, kwargs), listened)) is not None:
             return stock(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         image, text = attend(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         for module in getattr(attn, "to_out", ()):  # a single block of FLUX.1 projects by itself

@@ -1,4 +1,5 @@
-"""Maps what is addressed by teacher layer, LoRA weights and ControlNet residuals, to the blocks of a pruned model.
+"""Maps what is addressed by teacher layer, as are LoRA weights, ControlNet residuals and layers to skip, to the blocks
+of a pruned model.
 
 Block numbers of a pruned model are not those of its teacher. Loaded by number, the teacher's adapters would silently
 land at the wrong depth, and a ControlNet's residuals would be spread over fewer blocks; both follow ``source`` instead.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pydit.errors import UserError
 from pydit.models.routing import RoutedBlocks
 
 _LEAF = re.compile(r"\.(lora[_.]\w+|lokr_\w+|alpha|diff|diff_b|weight|bias)(\.|$)")
@@ -186,3 +188,31 @@ class _PerRunning(list):
 
     def __len__(self) -> int:
         return self._blocks
+
+
+def skipped_by_source(blocks: RoutedBlocks, layers: Iterable[int]) -> list[int]:
+    """Places, among the blocks that run, of those that stand for these layers of the teacher.
+
+    Raises
+    ------
+    UserError
+        A block that stands for other layers too, or at which a region of linear text begins or ends.
+    """
+    wanted, skipped = set(layers), []
+    running = [(index, part) for index, source in enumerate(blocks.source)
+               for part in ([(layer,) for layer in source] if index in blocks.inactive else [source])]
+    for place, (index, part) in enumerate(running):
+        listed = [layer for layer in part if layer in wanted]
+        if not listed:
+            continue
+        if len(listed) < len(part):
+            raise UserError(f"skip_layers: expected all layers that a block stands for, {list(part)}, or none of them, "
+                            f"got {listed}")
+        block = blocks[index]
+        # In a region of linear text the text is two tensors, which later blocks would misread.
+        if index not in blocks.inactive and (getattr(block, "hands_on", False)
+                                             or getattr(getattr(block, "spec", None), "text_output", False)):
+            raise UserError("skip_layers: expected no layer at which a region of linear text begins or ends, got "
+                            f"{listed}; set_active without the region runs the teacher's layers there")
+        skipped.append(place)
+    return skipped

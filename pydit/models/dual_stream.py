@@ -161,6 +161,8 @@ class DualStreamBlock:
         chosen already.
         """
         spec, do = self.spec, (do or self._operations_on(image)).suited(image, text)
+        if do is not Stock:
+            (image, text), (image_mod, text_mod) = of_one_batch([image, text], [image_mod, text_mod])
         own, other = self.image_branch, self.image_branch if spec.form == "single" else self.text_branch
         image_in = do.modulate(_below(self, own.norm1), image, image_mod)
         if spec.text == "linear":
@@ -220,6 +222,20 @@ def is_recast(linear: nn.Module, x: torch.Tensor) -> bool:
         backend.record("ada_layer_norm", "torch", "torch.autocast computes in another dtype than the weights have: the "
                                                   "block's stock operations run")
     return found
+
+
+def of_one_batch(streams: list[torch.Tensor], mods: list[Modulation | None]
+                 ) -> tuple[list[torch.Tensor], list[Modulation | None]]:
+    """The same, a batch of one repeated where others have more: one negative prompt, or one timestep, for all images.
+    Torch's operations broadcast it, fused ones do not."""
+    sizes = [x.shape[0] for x in (*streams, *(mod.rows[0] for mod in mods if mod is not None))]
+    if all(size == sizes[0] for size in sizes):
+        return streams, mods
+
+    def repeated(x: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[0] == max(sizes) else x.expand(max(sizes), *x.shape[1:]).contiguous()
+
+    return [repeated(x) for x in streams], [mod and mod._replace(rows=tuple(map(repeated, mod.rows))) for mod in mods]
 
 
 def rows_of(modulation: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:

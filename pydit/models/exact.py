@@ -56,6 +56,9 @@ class ExactOps:
             self.eager[op] = "tensors of several dtypes (torch.autocast)"
             return eager()
         if needs_kernels:
+            if any(x.shape[0] != first.shape[0] for x in tensors):
+                self.eager[op] = "a batch of one beside larger ones, which eager broadcasts"
+                return eager()
             path = backend.choose(op, first)
             if path.kernels is None or first.dtype not in backend.DTYPE_CODES:
                 self.eager[op] = path.reason or f"no kernel takes {first.dtype}"

@@ -22,7 +22,7 @@ from torch import nn
 
 from pydit import backend, ops
 from pydit.models import attention, flux_blocks, projections, pruned, qwen_image_blocks, sd3_blocks
-from pydit.models.dual_stream import Modulation, Output, Stock, Stream, is_recast
+from pydit.models.dual_stream import Modulation, Output, Stock, Stream, is_recast, of_one_batch
 from pydit.models.thinned import text_modules
 from pydit.ops import direct
 
@@ -203,7 +203,7 @@ class AffineBlock(pruned.AffineBlock):
 
     def forward(self, hidden_states, encoder_hidden_states, *_args: Any, **_kwargs: Any):
         """As the parent's."""
-        if is_recast(self.img_map, hidden_states):
+        if is_recast(self.img_map, hidden_states) or len(hidden_states) != len(encoder_hidden_states):
             return super().forward(hidden_states, encoder_hidden_states)
         do = Fused.suited(hidden_states, encoder_hidden_states)
         if self.txt_map is None:
@@ -235,6 +235,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         do, tokens = Fused.suited(hidden_states, encoder_hidden_states), encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         mod = Modulation(flux_blocks.modulation(self.norm, temb).chunk(3, dim=-1))
+        (both,), (mod,) = of_one_batch([both], [mod])
         normed = do.modulate(self.norm.norm, both, mod)
         attended, = do.attend(self.attn, normed, None, {"image_rotary_emb": image_rotary_emb,
                                                         **(joint_attention_kwargs or {})})

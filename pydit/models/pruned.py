@@ -17,7 +17,7 @@ from pydit.arguments import pairs
 from pydit.errors import FormatError, UserError
 from pydit.families import BlockSpec
 from pydit.models.adapter import get_adapter
-from pydit.models.by_source import remap_lora, residuals_by_source, warn_of_dropped
+from pydit.models.by_source import remap_lora, residuals_by_source, skipped_by_source, warn_of_dropped
 from pydit.models.caches import refuse_layer_skip
 from pydit.models.routing import RoutedBlocks, TeacherLayers
 from pydit.plan import PruningPlan
@@ -247,7 +247,8 @@ class PrunedModel:
         Raises
         ------
         UserError
-            A cache that copies what attention gives each stream, of a model some of whose blocks have no text query;
+            A cache that copies what attention gives each stream (TaylorSeer, FasterCache), of a model some of whose
+            blocks have no text query;
             that of the first block, where a text region begins or stays open at one end of the model; layers of the
             teacher among those that run, where ``disable_cache`` would leave it; a family without caches in diffusers.
         """
@@ -257,13 +258,16 @@ class PrunedModel:
         if any(blocks.inactive for blocks in self._lists):
             raise UserError("enable_cache: expected the model's own blocks to run, got layers of the teacher among "
                             "them; set_active(model.plan.units) first, or cache the teacher itself")
-        if type(config).__name__ == "TaylorSeerCacheConfig" and not config.use_lite_mode:
+        kind = type(config).__name__
+        if kind == "FasterCacheConfig" or (kind == "TaylorSeerCacheConfig" and not config.use_lite_mode):
             without = [k for k, block in enumerate(self.own_blocks)
                        if getattr(getattr(block, "attn", None), "pydit_text", ("", ""))[1] == "keys"]
             if without:
                 raise UserError(f"enable_cache: expected a cache of whole blocks, because attention of the blocks "
-                                f"{without} gives no text, got TaylorSeerCacheConfig; use_lite_mode=True works")
-        if type(config).__name__ == "FirstBlockCacheConfig":
+                                f"{without} gives no text, got {kind}; "
+                                + ("PyramidAttentionBroadcastConfig or MagCacheConfig works" if kind[0] == "F" else
+                                   "use_lite_mode=True works"))
+        if kind == "FirstBlockCacheConfig":
             # It takes the first block's output from the last one's, and within a region the text is two tensors.
             first, last = self.plan.blocks[0], self.plan.blocks[-1]
             if first.hands_on != (last.hands_on or (last.text == "linear" and not last.text_output)):
@@ -280,7 +284,7 @@ class PrunedModel:
         return remap_lora(lists, state, init=self.init, **options)
 
     def _with_residuals(self, args: tuple, arguments: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a forward by name, with ControlNet residuals where the teacher's layers are."""
+        """All arguments of a forward by name, with ControlNet residuals and skipped layers where the teacher's are."""
         refuse_layer_skip(self, args, arguments)
         if args:
             names = list(inspect.signature(super().forward).parameters)
@@ -294,6 +298,8 @@ class PrunedModel:
             if name == "controlnet_block_samples" and arguments.get("controlnet_blocks_repeat"):
                 rule = "repeat"
             arguments[name] = residuals_by_source(blocks, arguments[name], rule=rule)
+        if arguments.get("skip_layers"):  # of SD3's skip-layer guidance
+            arguments["skip_layers"] = skipped_by_source(self.transformer_blocks, arguments["skip_layers"])
         return arguments
 
     def to_stock(self) -> nn.Module:

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers import transformer_flux
@@ -428,6 +428,8 @@ def test_a_cache_of_text_that_attention_does_not_give():
     model = pydit.prune(tiny.transformer(5), PruningPlan("qwen-image", 5, text_linear=[(1, 3)]))
     with pytest.raises(UserError, match=r"enable_cache: .* because attention of the blocks \[2, 3\] gives no text, got Taylor"):
         model.enable_cache(TaylorSeerCacheConfig())
+    with pytest.raises(UserError, match=r"blocks \[2, 3\] gives no text, got FasterCacheConfig; Pyramid.* works"):
+        model.enable_cache(FasterCacheConfig())
     model.enable_cache(TaylorSeerCacheConfig(use_lite_mode=True))
 
 
@@ -571,3 +573,27 @@ def test_projections_that_were_moved_are_one_product_again(family, monkeypatch):
         run(model, batch if model.dtype == torch.float32 else low)
         assert model.transformer_blocks[0].attn.to_q.weight.data_ptr() == place  # not laid out anew for every forward
 
+
+SINGLE = {"one prompt": ("encoder_hidden_states",), "one time": ("timestep", "pooled_projections"),
+          "one image": ("hidden_states",)}
+ONE_OF = {**FAMILIES, "two rows": (lambda: tiny.transformer(3, zero_cond_t=True), tiny.batch),
+          "thinned": (lambda: pydit.prune(tiny.transformer(4), PruningPlan(
+              "qwen-image", 4, affine=[0], linear_ffn=[1], text_linear=[(2, 3)])), tiny.batch),
+          "flux thinned": (lambda: pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[0, 3])), tiny.flux_batch)}
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+@pytest.mark.parametrize(("family", "which", "device"), [
+    *((family, which, "reference") for family in ONE_OF for which in SINGLE),
+    *((family, which, "sim") for family in ("two rows", "thinned", "flux") for which in ("one prompt", "one time"))],
+    indirect=["device"])
+def test_a_batch_of_one_beside_larger_ones(family, which, device):
+    """Eager broadcasts it, as in a pipeline called with two prompts and one negative prompt."""
+    make, batches = ONE_OF[family]
+    batch = tiny.cast(batches(images=2, masked=False) if batches is tiny.batch else batches(), torch.bfloat16)
+    if family == "two rows":
+        batch["img_shapes"] = [[(1, 2, 4), (1, 2, 4)]] * 2
+    batch |= {name: batch[name][:1] for name in SINGLE[which] if name in batch}
+    low = lambda: make().bfloat16()  # noqa: E731
+    tiny.assert_as_stock(run(pydit.accelerate(low()), batch), low, batch)
+    assert torch.equal(run(pydit.accelerate(low(), exact=True), batch), run(low(), batch))

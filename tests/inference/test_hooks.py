@@ -5,8 +5,14 @@ import warnings
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, LayerSkipConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
-from diffusers.hooks import apply_layer_skip, apply_layerwise_casting
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    LayerSkipConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import apply_faster_cache, apply_layer_skip, apply_layerwise_casting
 
 import pydit
 from pydit.errors import UserError
@@ -307,3 +313,26 @@ def test_weights_that_lora_changes_under_the_grouped_linears(device):
     model.unfuse_lora()
     model.unload_lora()
     check("unload_lora")
+
+
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_a_cache_of_both_outputs_of_the_last_attention_of_sd3(cache_first):
+    """It copies the text's too, which the fused processor leaves out because the block does not read it."""
+    def cached(model):
+        apply_faster_cache(model, FasterCacheConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 500), tensor_format="BCHW",
+            current_timestep_callback=lambda: model.step, attention_weight_callback=lambda _: 0.3,
+            is_guidance_distilled=True, spatial_attention_block_identifiers=("transformer_blocks",)))
+        return model
+
+    def outputs(model, batch):
+        found = []
+        for model.step, scale in ((500, 1.0), (400, 1.1), (300, 1.2), (200, 1.3)):
+            found.append(run(model, {**batch, "hidden_states": batch["hidden_states"] * scale}))
+        return torch.stack(found)
+
+    plain = tiny.sd3()
+    model = pydit.accelerate(cached(tiny.sd3())) if cache_first else cached(pydit.accelerate(tiny.sd3()))
+    found = outputs(model, tiny.sd3_batch())
+    tiny.assert_as_stock(found, lambda: cached(tiny.sd3()), tiny.sd3_batch(), run=outputs)
+    assert not torch.allclose(found, outputs(plain, tiny.sd3_batch()))

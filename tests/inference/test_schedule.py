@@ -433,3 +433,15 @@ def test_a_miss_on_a_gpu_is_settled_at_the_next_step():
             assert run(model, {**batch, **missed}).isfinite().all()
         assert not pending
         run(model, batch)  # said once
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "flux.1"])
+def test_float64_keys_are_not_rounded(name):
+    """A float64 model embeds float64 timesteps, which a table of float32 ones neither has nor, extended, gets."""
+    make, batch, others = family(name)
+    batch = {**tiny.cast(batch, torch.float64), "timestep": torch.tensor([0.3], dtype=torch.float64)}
+    expected = run(make().double(), batch)
+    others = tiny.cast(others, torch.float64)
+    assert torch.equal(run(pydit.bake_schedule(make().double(), batch["timestep"], **others), batch), expected)
+    model = pydit.bake_schedule(make().double(), [0.7], on_miss="extend", **others)
+    assert torch.equal(run(model, batch), expected)

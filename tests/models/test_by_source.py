@@ -304,3 +304,26 @@ def test_a_saved_lora_says_whose_blocks_it_numbers(tmp_path):
     other.lora_layers = "student"
     other.load_lora_adapter(load_file(tmp_path / "pytorch_lora_weights.safetensors"), prefix=None, adapter_name="a")
     assert torch.equal(run(other, tiny.batch()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+def test_skipped_layers_of_sd3():
+    """Those of skip-layer guidance are the teacher's numbers; what cannot be left out alone is refused."""
+    def make(**fields):
+        return pydit.prune(tiny.sd3(num_layers=6), PruningPlan("sd3.5", 6, **fields))
+
+    batch = tiny.sd3_batch()
+    model, teacher = make(intervals=[(1, 2)]), tiny.sd3(num_layers=6)
+    stock, plain = model.to_stock(), run(model, batch)
+    for layers, block in (([4], 3), ([1, 2], 1), ([9], 9)):
+        found = run(model, {**batch, "skip_layers": layers})
+        assert torch.equal(found, run(stock, {**batch, "skip_layers": [block]})) and torch.equal(found, plain) == (block == 9)
+    with pytest.raises(UserError, match=r"skip_layers: expected all layers that a block stands for, \[1, 2\].* got \[2\]"):
+        run(model, {**batch, "skip_layers": [2, 4]})
+    model.set_active([])
+    assert torch.equal(run(model, {**batch, "skip_layers": [2, 4]}), run(teacher, {**batch, "skip_layers": [2, 4]}))
+    model = make(text_linear=[(1, 3)])
+    for layer in (1, 3):
+        with pytest.raises(UserError, match=rf"skip_layers: .* region of linear text begins or ends, got \[{layer}\]"):
+            run(model, {**batch, "skip_layers": [layer]})
+    assert not torch.equal(run(model, {**batch, "skip_layers": [2]}), run(model, batch))

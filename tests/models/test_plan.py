@@ -146,6 +146,7 @@ def test_file_round_trip(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda d: d.update(format="other"), "expected an object with \"format\": \"pydit-plan\", got 'other'"),
     (lambda d: d.update(version=4), "expected version 1, 2 or 3, got 4"),
+    (lambda d: d.update(PruningPlan("qwen-image", 60, linear_ffn=[1]).to_dict(), version=2.0), "1, 2 or 3, got 2.0"),
     (lambda d: d.update(version=2), "missing affine, dead_tensors, linear_ffn, single_stream, text_linear$"),
     (lambda d: d.update(version=3), "missing affine, dead_tensors, linear_ffn, linear_text_ffn, single_stream, text_linear$"),
     (lambda d: d.update(PruningPlan("qwen-image", 60, linear_text_ffn=[1]).to_dict(), version=2), "unknown or missing linear_text_ffn"),
