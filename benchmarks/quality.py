@@ -73,7 +73,7 @@ class Goal:
 
 GOALS = (
     # The teacher's redundancy is 7 blocks: the rest of a half is text FFNs and not an eighth block.
-    Goal(HALF, share=0.43, linear_text_ffns=3, steps=6400, rate=0.0015, guided=True),
+    Goal(HALF, share=0.43, linear_text_ffns=3, steps=1500, rate=0.0015, guided=True),
     Goal(HYBRID_MOST, share=0.25, dual=10, steps=2000, rate=0.005),
     Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),
     # All nine blocks that the teacher needs: with text as maps of the first one's and three linear FFNs they fit.
