@@ -243,7 +243,7 @@ def test_stock_diffusers_loads_it(tmp_path, teacher, student):
 
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.update(num_layers=4), "expected num_layers 3 and family qwen-image as in the plan, got 4"),
-    (lambda c: c["pydit"]["plan"].update(version=7), "expected version 1 or 2, got 7"),
+    (lambda c: c["pydit"]["plan"].update(version=7), "expected version 1, 2 or 3, got 7"),
     (lambda c: c.update(pydit={"other": 1}), "config: expected \"pydit\""),
 ])
 def test_bad_config(tmp_path, student, change, message):
