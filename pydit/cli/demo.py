@@ -72,7 +72,8 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt per line")
     parser.add_argument("--dataset", action="store_true",
                         help="write each prompt beside its image: training data for `pydit distill --data`")
-    parser.add_argument("--resume", action="store_true", help="leave out images that are there already")
+    parser.add_argument("--resume", action="store_true",
+                        help="leave out images that are there already, drawn with the same steps, guidance and size")
     parser.add_argument("--out", type=Path, required=True, help="directory for the PNG files")
     parser.add_argument("--seed", type=seed, default=0,
                         help="of the first prompt; each next one takes the next (default: 0)")
@@ -90,6 +91,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         generate,
         image_name,
         read_prompts,
+        require_same,
         require_size,
         save_images,
     )
@@ -104,16 +106,22 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"out: expected a directory or a new path, got the file {arguments.out}")
     require_room(arguments.out)
-    if arguments.resume and arguments.dataset:
-        add_captions(prompts, range(arguments.seed, arguments.seed + len(prompts)), arguments.out)
-    numbers = [number for number, prompt in enumerate(prompts) if not (arguments.resume and (
-        arguments.out / image_name(number, prompt, arguments.seed + number)).exists())]
+    made_of = {"steps": arguments.steps or steps,
+               "guidance": guidance if arguments.guidance is None else arguments.guidance,
+               "height": arguments.height or size, "width": arguments.width or size}
+    numbers = list(range(len(prompts)))
+    if arguments.resume:
+        seeds = [arguments.seed + number for number in numbers]
+        require_same(arguments.out, prompts, seeds, made_of)
+        if arguments.dataset:
+            add_captions(prompts, seeds, arguments.out)
+        numbers = [number for number in numbers
+                   if not (arguments.out / image_name(number, prompts[number], seeds[number])).exists()]
     prompts, seeds = [prompts[number] for number in numbers], [arguments.seed + number for number in numbers]
-    images = generate(pipe, prompts, seeds=seeds, steps=arguments.steps or steps,
-                      guidance=guidance if arguments.guidance is None else arguments.guidance,
-                      height=arguments.height or size, width=arguments.width or size)
+    images = generate(pipe, prompts, seeds=seeds, **made_of)
     with contextlib.closing(progress(images, len(prompts), "image")) as shown:  # ends before an error
-        for path in save_images(shown, prompts, seeds, arguments.out, numbers=numbers, captions=arguments.dataset):
+        for path in save_images(shown, prompts, seeds, arguments.out, numbers=numbers, captions=arguments.dataset,
+                                made_of=made_of):
             print(path)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 
 from pydit import files
 from pydit.errors import FormatError, UserError
+
+RECORD = "pydit"  # the text in a PNG file that says, as JSON, what the image was drawn with
 
 
 def generate(pipe, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: float,
@@ -98,7 +102,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
         raise FormatError(f"prompts: expected a text file with one prompt per line, got {path}, which is no file")
     try:
         text = files.read_text(path, what="prompts")  # some editors begin a file with a mark of its byte order
-        prompts = [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
+        lines = io.StringIO(text.removeprefix("\ufeff"), newline=None)  # splitlines would split at U+2028 and \f too
+        prompts = [line.strip() for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise FormatError(f"prompts: expected UTF-8 text in {path}, got something else ({error})") from None
     if not prompts:
@@ -147,13 +152,41 @@ def add_captions(prompts: Sequence[str], seeds: Sequence[int], out: Path) -> Non
             files.write_text(path.with_suffix(".txt"), prompt + "\n")
 
 
+def require_same(out: Path, prompts: Sequence[str], seeds: Sequence[int], made_of: Mapping[str, Any]) -> None:
+    """UserError where an image under :func:`image_name` says that it was drawn with something else than ``made_of``.
+
+    Images that say nothing, of another program say, are taken as they are.
+    """
+    from PIL import Image
+
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        path = out / image_name(number, prompt, seed)
+        if not path.exists():
+            continue
+        try:
+            with Image.open(path) as image:
+                found = json.loads(image.info.get(RECORD, "{}"))
+        except (OSError, ValueError, SyntaxError) as error:  # the last is PIL's for a broken PNG file
+            raise FormatError(f"resume: expected an image in {path}, got something else ({error})") from None
+        for name, value in made_of.items():
+            if isinstance(found, dict) and found.get(name, value) != value:
+                was, now = ("the pipeline's own" if v is None else v for v in (found[name], value))
+                raise UserError(f"{name}: expected {was}, with which {path} was drawn, got {now}; without --resume all "
+                                "images are drawn anew")
+
+
 def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[int], out: Path, *,
-                numbers: Sequence[int] | None = None, captions: bool = False) -> Iterator[Path]:
+                numbers: Sequence[int] | None = None, captions: bool = False,
+                made_of: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """Write PIL images under :func:`image_name`, each under its final name only when it is whole.
 
     numbers : of the images; None counts from 0.
     captions : the prompt goes beside the image, first, as a ``.txt`` file, which makes a data set.
+    made_of : what the images were drawn with besides prompt and seed; all of it is kept in the file, as JSON in the
+    text chunk ``pydit``.
     """
+    from PIL.PngImagePlugin import PngInfo
+
     out.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(out, ".[0-9]*-seed*.part")  # of killed writes, also of images that are not written again
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -161,6 +194,8 @@ def save_images(images: Iterable[Any], prompts: Sequence[str], seeds: Sequence[i
         path = out / image_name(number, prompt, seed)
         if captions:
             files.write_text(path.with_suffix(".txt"), prompt + "\n")
+        record = PngInfo()
+        record.add_itxt(RECORD, json.dumps({"prompt": prompt, "seed": seed, **(made_of or {})}))
         with files.replace_file(path) as temporary:
-            image.save(temporary, format="PNG")
+            image.save(temporary, format="PNG", pnginfo=record)
         yield path

@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+from PIL import Image
 
 from pydit import files
 from pydit.analysis import ActivationStats
@@ -71,8 +72,9 @@ def test_files_that_are_read_or_of_another_kind_are_not_written_over(command, na
     files.save_safetensors("stats", {}, {"format": "pydit-activation-stats", "version": "0"})
     PruningPlan.preset("ppcl-qwen-image-12b").save("plan.json")
     files.write_json("eval.json", Result(["a"], ["glyph"], [0], [True]).to_json())
-    before = contents(folder)
-    assert main(command.replace("TEACHER", str(untrained())).split()) == 2
+    before, command = contents(folder), command.replace("TEACHER", str(untrained()))
+    capfd.readouterr()  # the first to ask for the pipeline sees it made
+    assert main(command.split()) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert named in line and contents(folder) == before
 
@@ -425,6 +427,27 @@ def test_captions_are_added_to_images_drawn_without(tmp_path, capfd):
         assert main(["prune", str(untrained()), "--plan", str(_plan(tmp_path)), "--out", str(tmp_path / dtype)]) == 0
         assert main(["distill", str(untrained()), str(tmp_path / dtype), "--data", str(tmp_path / "data"), "--steps", "1",
                      "--dtype", dtype, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / f"{dtype}-out")]) == 0
+
+
+def test_images_of_other_settings_are_not_mixed(tmp_path, fails, capfd):  # noqa: F811
+    """`generate --resume` goes by what a PNG file says of itself; one that says nothing is taken as it is."""
+    draw = ["generate", str(untrained()), "a red circle", "--out", str(tmp_path), "--steps", "2"]
+    assert main(draw) == 0
+    (drawn,) = tmp_path.glob("*.png")
+    with Image.open(drawn) as image:
+        assert json.loads(image.info["pydit"]) == {"prompt": "a red circle", "seed": 0, "steps": 2, "guidance": 2.5,
+                                                   "height": 48, "width": 48}
+    before = drawn.read_bytes()
+    capfd.readouterr()
+    for other, message in ((["--steps", "3"], "steps: expected 2, with which"), (["--height", "64"], "height: expected 48"),
+                           (["--guidance", "1"], "guidance: expected 2.5, with which")):
+        assert message in fails(*draw, "--resume", *other)
+    assert main([*draw[:3], "a ring", *draw[3:], "--resume"]) == 0 and drawn.read_bytes() == before
+    Image.new("RGB", (4, 4)).save(drawn)
+    assert main([*draw, "--steps", "3", "--seed", "0", "--resume"]) == 0
+    drawn.write_bytes(b"no picture")
+    capfd.readouterr()
+    assert "resume: expected an image in" in fails(*draw, "--resume")
 
 
 def _plan(folder):

@@ -85,6 +85,8 @@ def test_images_are_named_and_whole(tmp_path, monkeypatch):
 def test_prompt_files(tmp_path):
     (tmp_path / "p.txt").write_text(" a cat \n\na dog\n", encoding="utf-8")
     assert sampling.read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    (tmp_path / "p.txt").write_bytes("a cat\u2028 and\x0c another\r\na dog\ra fox".encode())  # of three systems, as open() does
+    assert sampling.read_prompts(tmp_path / "p.txt") == ["a cat\u2028 and\x0c another", "a dog", "a fox"]
     (tmp_path / "b.txt").write_bytes(b"\xff\xff")
     for name, message in (("none", "is no file"), ("b.txt", "expected UTF-8")):
         with pytest.raises(FormatError, match=message):
