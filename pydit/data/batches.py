@@ -17,8 +17,8 @@ from pydit.errors import FormatError, UserError
 TIMESTEPS = ("uniform", "logit-normal")
 
 
-def require_options(*, batch_size: int, seed: int, timesteps: str, shift: float, prompt_dropout: float,
-                    pairs: bool) -> None:
+def require_options(*, batch_size: int, seed: int, prompt_dropout: float, pairs: bool, timesteps: str = "uniform",
+                    shift: float = 1.0) -> None:
     """Raise UserError for an option of :class:`CachedDataset` that is out of range, or does not go with another."""
     integer("seed", seed, -2**63, 2**63 - 1, expected="a whole number")
     integer("batch_size", batch_size, expected="a whole number of at least 1")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from pydit.data.batches import require_options
 from pydit.demo import world
 from pydit.demo.render import SIZE
 from pydit.errors import UserError
@@ -70,9 +71,7 @@ def make_batches(pipe, prompts: Sequence[world.Prompt] | None = None, *, batch_s
     (batch, target) : keyword arguments of the transformer, and the velocity ``noise - x0`` [B, 36, 4 Z], of ``pairs``
         2 B rows.
     """
-    if pairs and prompt_dropout:
-        raise UserError("prompt_dropout: expected 0, because in pairs every sample has the empty prompt once, "
-                        f"got {prompt_dropout!r}")
+    require_options(batch_size=batch_size, seed=seed, prompt_dropout=prompt_dropout, pairs=pairs)
     device = pipe.transformer.device
     table: dict[str, torch.Tensor] = {}
     choices = None if prompts is None else torch.tensor([world.all_prompts().index(p) for p in prompts])

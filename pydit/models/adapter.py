@@ -12,6 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +103,9 @@ class ModelAdapter(ABC):
 
     def require_inputs(self, transformer: nn.Module, batch: Mapping[Any, Any], what: str) -> None:
         """UserError that names ``what`` unless a forward of ``transformer`` takes ``batch``: names, rows and dtypes."""
-        known = inspect.signature(self.stock_class().forward).parameters
+        known = _arguments(self.stock_class())
         for name in batch:
-            if name not in known or name == "self":
+            if name not in known:
                 raise UserError(f"batches: expected forward arguments of {self.stock_class().__name__}, got {name!r} "
                                 f"in {what}")
         for name in self.needed:
@@ -346,3 +347,9 @@ def get_adapter(transformer_or_family: nn.Module | str) -> ModelAdapter:
         if error.name and error.name.split(".")[0] == "diffusers":
             raise UserError(f"{family}: this needs diffusers, which is not installed (pip install diffusers)") from None
         raise
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    """Of its forward."""
+    return frozenset(inspect.signature(kind.forward).parameters) - {"self"}
