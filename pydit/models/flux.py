@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
 
+from pydit.errors import UserError
 from pydit.families import BlockSpec
 from pydit.models import flux_lora
 from pydit.models.adapter import BlockIO, ModelAdapter
@@ -40,6 +41,14 @@ class FluxAdapter(ModelAdapter):
         inputs=("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
         image="hidden_states", text="encoder_hidden_states", text_first=True)
     modulation = ("norm1", "norm1_context", "norm")
+
+    def require_inputs(self, transformer: nn.Module, batch: Mapping[Any, Any], what: str) -> None:
+        super().require_inputs(transformer, batch, what)
+        embedded, given = transformer.config["guidance_embeds"], batch.get("guidance") is not None
+        if embedded != given:  # diffusers calls it a NoneType without a dtype, or one argument too many
+            wanted, got = ("a", "none") if embedded else ("no", "one")
+            raise UserError(f"batches: expected {wanted} guidance, because guidance_embeds is {embedded}, got "
+                            f"{got} in {what}")
 
     def width(self, transformer: nn.Module) -> int:
         return transformer.inner_dim

@@ -15,6 +15,7 @@ from pydit.distill import DistillConfig, NonFiniteLossError, distill, pair, trai
 from pydit.distill.stream import BatchStream
 from pydit.models import get_adapter
 from tests.distill import tiny
+from tests.models import tiny as models
 
 FAST = DistillConfig(layers_steps=3, layers_lr=1e-3, log_every=1)
 
@@ -410,6 +411,21 @@ def test_batches_that_no_forward_takes_are_named(changes, message, steps):
     config = DistillConfig(layers_steps=steps[0], output_steps=steps[1])
     with pytest.raises(UserError, match=f"^batches: expected .*{message}"):
         distill(*tiny.make_pair(), [changed_batch(**changes)], config, progress=False)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_guidance_of_a_flux_batch(embedded):
+    teacher, batch = models.flux(guidance_embeds=embedded), models.flux_batch()
+    student = pydit.prune(teacher, PruningPlan("flux.1", 4, [(2, 3)]))
+    right, wrong = batch | {"guidance": torch.full((len(batch["timestep"]),), 3.5)}, batch
+    if not embedded:
+        right, wrong = wrong, right
+    config = DistillConfig(layers_steps=1, output_steps=1)
+    distill(teacher, student, [(right, right["hidden_states"])] * 2, config, progress=False)
+    with pytest.raises((AttributeError, TypeError)):
+        teacher(**wrong)
+    with pytest.raises(UserError, match=f"^batches: expected {'a' if embedded else 'no'} guidance, because .* is {embedded}"):
+        distill(teacher, student, [(wrong, wrong["hidden_states"])], config, progress=False)
 
 
 @pytest.mark.parametrize("save_every", [1, None])
