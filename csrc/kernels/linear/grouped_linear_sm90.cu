@@ -190,6 +190,79 @@ __device__ __forceinline__ void add_sums(float (&sums)[kN / 2], const float* fro
   }
 }
 
+// Which lane of each warp hands a stage back, to which blocks: each fills a part of both blocks' slots.
+template <int kCluster>
+__device__ __forceinline__ void release(Barriers* barriers, int slot, int lane) {
+  if (kCluster == 1) {
+    if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
+  } else if (lane < kCluster) {
+    mbarrier_arrive_cluster(&barriers->empty[slot], lane);
+  }
+}
+
+// Hands `steps` stages back unread, those of a warpgroup whose rows do not exist.
+template <int kCluster>
+__device__ __forceinline__ void skip(Barriers* barriers, Ring<kStages>& ring, int steps, int lane) {
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    mbarrier_wait(&barriers->full[ring.slot], ring.parity);
+    __syncwarp();  // no lane may still wait for this phase when the slot is filled again
+    release<kCluster>(barriers, ring.slot, lane);
+  }
+}
+
+// The product of the warpgroup's 64 rows over steps [first, end), at least one.
+template <typename T, int kCluster>
+__device__ __forceinline__ void multiply(float (&sums)[kN / 2], char* shared, Barriers* barriers, Ring<kStages>& ring,
+                                         int first, int end, int group, int lane) {
+  int step = first;
+  do {  // not a while: as the sums may go to memory, ptxas would serialise the products of a loop that might not run
+        // (C7520)
+    const char* stage = shared + ring.slot * kStageBytes;
+    mbarrier_wait(&barriers->full[ring.slot], ring.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kStep; k += 16) {
+      wgmma<T, kN>(sums, matrix_descriptor<128>(stage + group * 64 * kRowBytes + k * 2, 16, 8 * kRowBytes),
+                   matrix_descriptor<128>(stage + kLeftBytes + k * 2, 16, 8 * kRowBytes), step > first || k > 0);
+    }
+    wgmma_commit_group();
+    if (step > first) {
+      wgmma_wait_group<1>();  // the step before
+      release<kCluster>(barriers, (ring.slot + kStages - 1) % kStages, lane);
+    }
+    ring.next();
+  } while (++step < end);
+  wgmma_wait_group<0>();
+  release<kCluster>(barriers, (ring.slot + kStages - 1) % kStages, lane);
+}
+
+// Puts the sums of one slab, gated where there is a gate, into its buffer as T, in TMA's swizzle. `gate`: of both rows.
+// With a residual they are added to it, which lies there.
+template <typename T, bool kHeads>
+__device__ __forceinline__ void put_slab(char* buffer, float* sums, const uint32_t (&gate)[2][kSlab / 8],
+                                         const Layer& l, int warp, int lane) {
+#pragma unroll
+  for (int column = 0; column < kSlab; column += 16) {
+    float* s = sums + column / 2;
+    if (!kHeads && l.gate != nullptr) apply_gate<T, 2>(s, &gate[0][column / 8], &gate[1][column / 8]);
+    const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
+    char* place = buffer + tma_swizzle<128>(offset);
+    uint32_t matrices[4];
+    if (!kHeads && l.residual) {
+      ldmatrix(matrices, place);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto before = *reinterpret_cast<const Pack<T, 2>*>(&matrices[i]);
+        matrices[i] = pack<T>(s[2 * i] + before[0], s[2 * i + 1] + before[1]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) matrices[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    }
+    stmatrix(place, matrices);
+  }
+}
+
 // One warpgroup of 64 rows; `group` counts the consumers from 0.
 template <typename T, bool kHeads, int kCluster>
 __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, char* shared, Barriers* barriers,
@@ -197,13 +270,6 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
   const Deal& deal = walk.deal;
   const auto place = [&](int ticket) { return (ticket * kCluster + rank) * kConsumers + group; };  // of sums
-  const auto release = [&](int slot) {
-    if (kCluster == 1) {
-      if (lane == 0) mbarrier_arrive(&barriers->empty[slot]);
-    } else if (lane < kCluster) {
-      mbarrier_arrive_cluster(&barriers->empty[slot], lane);  // each block fills a part of both blocks' slots
-    }
-  };
   Ring<kStages> ring;
   unsigned done = 0;  // slabs
   float sums[kN / 2];
@@ -213,19 +279,16 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
     const int first = deal.first_step(l.depth, walk.from), end = deal.first_step(l.depth, walk.to);
     const bool finishes = walk.to == deal.parts;
     if (tile.row + group * 64 >= l.tokens) {
-      for (int step = first; step < end; ++step, ring.next()) {
-        mbarrier_wait(&barriers->full[ring.slot], ring.parity);
-        __syncwarp();  // no lane may still wait for this phase when the slot is filled again
-        release(ring.slot);
-      }
+      skip<kCluster>(barriers, ring, end - first, lane);
       continue;
     }
     const auto exists = [&](int slab) { return slab < kN / kSlab && tile.column + slab * kSlab < l.columns; };
+    const auto prepare_slab = [&](int slab, unsigned number) {
+      prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, number, tile.column + slab * kSlab);
+    };
     if (warp == 0 && finishes && elect_one()) {
       bulk_wait_group_read<0>();
-      for (int slab = 0; slab < kBuffers && exists(slab); ++slab)
-        prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + slab,
-                        tile.column + slab * kSlab);
+      for (int slab = 0; slab < kBuffers && exists(slab); ++slab) prepare_slab(slab, done + slab);
     }
     const int row = tile.row + group * 64 + warp * 16 + lane / 4;
     uint32_t bias[kN / 8], gate[kN / kSlab][2][kSlab / 8];  // gate: of both rows
@@ -242,26 +305,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       load_gate(0, column), load_gate(1, column);
     };
     load_early(finishes && walk.from == 0 ? tile.column : l.columns);  // in a cut tile: nothing yet
-    int step = first;
-    do {  // not a while: as the sums may go to memory, ptxas would serialise the products of a loop that might not run
-          // (C7520)
-      const char* stage = shared + ring.slot * kStageBytes;
-      mbarrier_wait(&barriers->full[ring.slot], ring.parity);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kStep; k += 16) {
-        wgmma<T, kN>(sums, matrix_descriptor<128>(stage + group * 64 * kRowBytes + k * 2, 16, 8 * kRowBytes),
-                     matrix_descriptor<128>(stage + kLeftBytes + k * 2, 16, 8 * kRowBytes), step > first || k > 0);
-      }
-      wgmma_commit_group();
-      if (step > first) {
-        wgmma_wait_group<1>();  // the step before
-        release((ring.slot + kStages - 1) % kStages);
-      }
-      ring.next();
-    } while (++step < end);
-    wgmma_wait_group<0>();
-    release((ring.slot + kStages - 1) % kStages);
+    multiply<T, kCluster>(sums, shared, barriers, ring, first, end, group, lane);
 
     if (!finishes) {
       write_sums(deal.sums + int64_t{place(ticket)} * kSums, sums, thread);
@@ -283,26 +327,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
       if (!exists(slab)) break;
       char* buffer = buffer_of(shared, group, done);
       mbarrier_wait(&barriers->ready[group][done % kBuffers], done / kBuffers % 2);
-#pragma unroll
-      for (int column = 0; column < kSlab; column += 16) {
-        float* s = sums + (slab * kSlab + column) / 2;
-        if (!kHeads && l.gate != nullptr) apply_gate<T, 2>(s, &gate[slab][0][column / 8], &gate[slab][1][column / 8]);
-        const int offset = (warp * 16 + lane % 16) * kSlab * 2 + (column + lane / 16 * 8) * 2;
-        char* place = buffer + tma_swizzle<128>(offset);
-        uint32_t matrices[4];
-        if (!kHeads && l.residual) {
-          ldmatrix(matrices, place);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const auto before = *reinterpret_cast<const Pack<T, 2>*>(&matrices[i]);
-            matrices[i] = pack<T>(s[2 * i] + before[0], s[2 * i + 1] + before[1]);
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) matrices[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-        }
-        stmatrix(place, matrices);
-      }
+      put_slab<T, kHeads>(buffer, sums + slab * kSlab / 2, gate[slab], l, warp, lane);
       fence_proxy_async();
       barrier_sync(1 + group, kWarpgroup);
       if (warp == 0 && elect_one()) {
@@ -310,8 +335,7 @@ __device__ __forceinline__ void consume(const Layers& all, const Maps& maps, cha
         bulk_commit_group();
         if (exists(slab + kBuffers)) {
           bulk_wait_group_read<0>();
-          prepare<kHeads>(l, maps.residual[tile.layer], tile, shared, barriers, group, done + kBuffers,
-                          tile.column + (slab + kBuffers) * kSlab);
+          prepare_slab(slab + kBuffers, done + kBuffers);
         }
       }
       if (slab == 0) load_gate(2, tile.column), load_gate(3, tile.column);
