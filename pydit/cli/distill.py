@@ -111,6 +111,9 @@ def add_distill(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUT.checkpoint")
     add_device(parser)
     add_batches(parser, batches=None, required=False)
+    parser.add_argument("--on-policy", action="store_true",
+                        help="with --prompts: learn from the states that the student itself meets as it draws them,\n"
+                             "not from the teacher's (of a file) or from noised images (demo)")
     images = parser.add_argument_group("training on captioned images instead of --prompts")
     images.add_argument("--data", type=Path, metavar="DIR|TAR",
                         help="a folder of images with .txt or .json captions, or of WebDataset shards; latents and "
@@ -226,7 +229,8 @@ def _train(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
                    shard=config.shard == "all")
     student = _student(arguments.student, arguments, shard=config.shard != "none")
     if arguments.data is None:
-        batches = batch_stream(teacher, arguments, pairs=arguments.guidance is not None)
+        batches = batch_stream(teacher, arguments, pairs=arguments.guidance is not None,
+                               drawn_by=student.transformer if arguments.on_policy else None)
         data = prompts
     else:
         batches, data = _image_batches(teacher, arguments)
@@ -280,9 +284,12 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     if arguments.out is None:
         raise UserError("out: expected a directory to write, got none")
-    for name in ("prompts", "data", "steps", "output_steps", "intervals", "then", "resume"):
+    read = {"teacher", "student", "merge", "out", "device", "dtype", "json"}
+    of_parser = {"command", "rest", "run", "defaults", "fields"}
+    for name in sorted(vars(arguments).keys() - read - of_parser):
         if is_given(arguments, name):
-            raise UserError(f"merge: expected nothing to train, got --{name.replace('_', '-')}")
+            option = arguments.fields.get(name, name).replace("_", "-")
+            raise UserError(f"merge: expected nothing to train, got --{option}")
     for source in (arguments.teacher, arguments.student, *arguments.merge):
         require_output(arguments.out, source)
     student, owner = _student(arguments.student, arguments), {}
@@ -325,9 +332,16 @@ def _require_batches(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.data is not None:
         require_options(**_image_options(arguments))
         require_used(arguments, ("sampling_steps", "size"), False, "--prompts with a file")
+        require_used(arguments, ("on_policy",), False, "--prompts")
         return None
     found = stream_identity(arguments)
     require_used(arguments, _OF_IMAGES, False, "--data")
+    if arguments.on_policy:
+        for name in ("cache_batches", "output_cache_batches", "flow_weight", "shard"):
+            if getattr(arguments, name) not in (None, 0, "none"):
+                raise UserError(f"{name}: expected none with --on-policy, whose states are new in every step, without "
+                                f"images, and drawn by the whole student, got {getattr(arguments, name)}")
+    found["on-policy"] = arguments.on_policy
     if arguments.flow_weight and arguments.prompts != "demo":
         raise UserError("flow-weight: expected --data or --prompts demo to go with it, because prompts alone come "
                         f"without images to learn from, got {arguments.prompts}")

@@ -99,10 +99,12 @@ def add_batches(parser: argparse.ArgumentParser, *, batches: int | None, require
     parser.add_argument("--data-seed", type=seed, default=0, help="of noise and order (default: 0)")
 
 
-def batch_stream(pipe, arguments: argparse.Namespace, *, pairs: bool = False) -> Callable[[int], Any]:
+def batch_stream(pipe, arguments: argparse.Namespace, *, pairs: bool = False,
+                 drawn_by: Any = None) -> Callable[[int], Any]:
     """Calibration or training batches as a function start -> endless iterator from batch ``start``.
 
-    pairs : every row with its prompt and with the empty one; of the demo's batches alone.
+    pairs : every row with its prompt and with the empty one; of the demo's batches alone. drawn_by : a transformer
+    whose sampling the states are of; None: that of ``pipe``, with prompts demo that of nobody.
     """
     _require_stream(arguments)
     if arguments.prompts == "demo":
@@ -110,15 +112,17 @@ def batch_stream(pipe, arguments: argparse.Namespace, *, pairs: bool = False) ->
 
         demo_pipeline(pipe)
         return lambda start: make_batches(pipe, batch_size=arguments.batch_size, seed=arguments.data_seed,
-                                          start_step=start, pairs=pairs)
+                                          start_step=start, pairs=pairs, drawn_by=drawn_by)
     from pydit.distill import distributed
-    from pydit.inference.sampling import endless_batches, read_prompts, require_size
+    from pydit.inference.sampling import endless_batches, read_prompts, require_size, with_transformer
 
     prompts = read_prompts(arguments.prompts)
     require_size(pipe, size=arguments.size)
     rank, size = distributed.rank(), distributed.world_size()  # each process draws prompts of its own
     prompts = prompts[rank % len(prompts)::size]
     seed = arguments.data_seed + rank * 1_000_003
+    if drawn_by is not None:
+        pipe = with_transformer(pipe, drawn_by)
     return lambda start: endless_batches(pipe, prompts, start=start, steps=arguments.sampling_steps, seed=seed,
                                          size=arguments.size)
 

@@ -78,6 +78,13 @@ def record_batches(pipe, prompts: Sequence[str], *, steps: int, seed: int, heigh
         yield from seen
 
 
+def with_transformer(pipe, transformer):
+    """A pipeline without bars that shares every part of ``pipe`` but the transformer."""
+    other = type(pipe)(**{**pipe.components, "transformer": transformer})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
 def endless_batches(pipe, prompts: Sequence[str], *, start: int = 0, steps: int, seed: int,
                     size: int | None = None) -> Iterator[dict[str, Any]]:
     """Batches of :func:`record_batches` without end, from batch number ``start``; each round has other noise.

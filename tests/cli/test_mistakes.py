@@ -6,6 +6,8 @@ import shutil
 import warnings
 
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from pydit import files
@@ -13,9 +15,11 @@ from pydit.analysis import ActivationStats
 from pydit.analysis.criteria import get_criterion, names
 from pydit.cli import main
 from pydit.cli.options import warnings_as_lines
+from pydit.demo import data
 from pydit.demo.evaluate import Result
 from pydit.distill import checkpoint
 from pydit.families import FAMILIES
+from pydit.inference import sampling
 from pydit.plan import PruningPlan
 from pydit.presets import PRESETS
 from tests.cli.test_cli import _tree, fails, plan_file  # noqa: F401
@@ -207,6 +211,10 @@ def test_caches_lie_apart_from_what_is_read_written_and_removed(tmp_path, fails,
     ("--data d", "data: expected --data or --prompts, got both"),
     ("--steps 0", "steps: expected at least one phase with steps"),
     ("--merge x", "merge: expected nothing to train, got --prompts"),
+    ("--merge x --ema 0.1", "merge: expected nothing to train, got --ema"),
+    ("--on-policy --cache-batches 2", "cache-batches: expected none with --on-policy, whose states are new"),
+    ("--prompts demo --on-policy --output-steps 1 --flow-weight 1", "flow-weight: expected none with --on-policy"),
+    ("--on-policy --shard student", "shard: expected none with --on-policy"),
     ("--intervals 3", "intervals: expected a JSON list"),
 ])
 def test_options_that_nothing_would_read(tmp_path, fails, monkeypatch, options, message):  # noqa: F811
@@ -257,6 +265,7 @@ def test_the_data_of_a_run_that_goes_on(tmp_path, fails, student, monkeypatch, c
     for options, message in (("--steps 7", "steps: expected 4 as in the run that wrote .*out.checkpoint, got 7$"),
                              ("--lr 2e-4", "lr: expected 1e-05 as in the run"), ("--loss mse", "loss: expected 'direction'"),
                              ("--output-steps 1 --train all", "output-steps: expected 0 as in the run"),
+                             ("--on-policy", "on-policy: expected False as in the run that wrote .*, got True"),
                              ("--dtype bfloat16", "teacher: expected the weights and the --dtype of the run"),
                              ("--prompts words.txt", "prompts: expected those of the run that wrote .*, got .*words.txt$")):
         given = [value for value in train if value not in ("--batch-size", 2)] if "words" in options else train
@@ -448,6 +457,27 @@ def test_images_of_other_settings_are_not_mixed(tmp_path, fails, capfd):  # noqa
     drawn.write_bytes(b"no picture")
     capfd.readouterr()
     assert "resume: expected an image in" in fails(*draw, "--resume")
+
+
+@pytest.mark.parametrize("prompts", ["demo", "prompts.txt"])
+def test_on_policy_the_student_draws_what_it_learns_from(prompts, tmp_path, student, fails, capfd, monkeypatch):  # noqa: F811
+    """The teacher draws nothing; a run goes on as it began, on policy or not."""
+    monkeypatch.chdir(tmp_path)
+    files.write_text("prompts.txt", "a red circle\na ring\n")
+    drawn = []
+    monkeypatch.setattr(sampling, "with_transformer", lambda pipe, model, make=sampling.with_transformer:
+                        drawn.append(type(model).__name__) or make(pipe, model))
+    monkeypatch.setattr(data, "with_transformer", sampling.with_transformer)
+    size = ["--batch-size", "4", "--guidance", "2.5"] if prompts == "demo" else ["--sampling-steps", "2", "--size", "48"]
+    train = ["distill", untrained(), student, "--prompts", prompts, *size, "--lr", "1e-3", "--steps", "3", "--output-lr", "1e-3",
+             "--output-steps", "3"]
+    for name, option in (("off", []), ("on", ["--on-policy"])):
+        drawn.clear()
+        assert main([str(a) for a in (*train, *option, "--out", name)]) == 0
+        assert set(drawn) == ({"PrunedQwenImageTransformer2DModel"} if option else set())
+    off, on = (safetensors.torch.load_file(f"{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("off", "on"))
+    assert off.keys() == on.keys() and any(not torch.equal(off[name], on[name]) for name in off)
+    capfd.readouterr()
 
 
 def _plan(folder):

@@ -1,5 +1,6 @@
 """The stock pipeline samples what training optimises: its tokens, its sigmas, its steps, its batches."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import QwenImagePipeline
 
 from pydit.demo import data, teacher, world
 from pydit.errors import UserError
+from pydit.inference.sampling import with_transformer
 
 PROMPTS = ["a circle", "a red circle and a blue square"]
 
@@ -115,6 +117,71 @@ def test_batches_of_kept_images_repeat_images_but_not_noise(pipe):
     (batch, target), = take(1, start_step=7)
     assert torch.equal(target, items[7][1]) and torch.equal(batch["hidden_states"], items[7][0]["hidden_states"])
     assert torch.equal(batch["encoder_hidden_states"], items[7][0]["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("batch_size, pairs", [(64, False), (8, True)])
+def test_states_that_a_model_draws_are_those_of_its_own_guided_sampling(pipe, batch_size, pairs):
+    """Every state of every image once, each with its prompt, by the pipeline's own steps; the pipeline stays as it is."""
+    student, before = copy.deepcopy(pipe.transformer), pipe.transformer
+    with torch.no_grad():
+        student.proj_out.weight.mul_(0.5)
+    stream = data.make_batches(pipe, batch_size=batch_size, seed=5, pairs=pairs, drawn_by=student)
+    items = list(itertools.islice(stream, data.DRAWN * data.STEPS // batch_size))
+    assert all(target is None for _, target in items) and pipe.transformer is before and not student._forward_pre_hooks
+    rows = [(float(batch["timestep"][i]), batch["hidden_states"][i]) for batch, _ in items
+            for i in range(0, len(batch["timestep"]), 1 + pairs)]
+    sigmas = sorted({sigma for sigma, _ in rows}, reverse=True)
+    assert sigmas == pytest.approx([1 - step / data.STEPS for step in range(data.STEPS)], abs=1e-6)
+    assert len(torch.stack([state for _, state in rows]).flatten(1).unique(dim=0)) == len(rows)
+    if pairs:
+        assert all(torch.equal(batch["hidden_states"][::2], batch["hidden_states"][1::2]) for batch, _ in items)
+    # One image drawn anew, from a state of noise with the text beside it, meets states that are all there.
+    own = with_transformer(pipe, student)
+    batch, row = next((batch, row) for batch, _ in items for row in range(0, len(batch["timestep"]), 1 + pairs)
+                      if float(batch["timestep"][row]) == sigmas[0])
+    noise, text, mask = (batch[name] for name in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask"))
+    noise, text = noise[row], text[row] if mask is None else text[row, :int(mask[row].sum())]
+    seen = []
+    own.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"][0].clone()),
+                                              with_kwargs=True)
+    own(prompt_embeds=text[None], negative_prompt="", latents=noise[None], true_cfg_scale=data.GUIDANCE, height=48, width=48,
+        num_inference_steps=data.STEPS, output_type="latent")
+    for state in seen[::2]:
+        assert any((state - other).abs().max() < 1e-4 for _, other in rows), "a state of that image is missing"
+
+
+def test_states_that_a_model_draws_follow_its_weights_and_resume(pipe):
+    student, options = copy.deepcopy(pipe.transformer), {"batch_size": 16, "seed": 5}
+    first = [batch["hidden_states"] for batch, _ in
+             itertools.islice(data.make_batches(pipe, drawn_by=student, **options), 40)]
+    resumed = next(data.make_batches(pipe, drawn_by=student, start_step=38, **options))[0]["hidden_states"]
+    assert torch.equal(resumed, first[38])
+    assert not torch.equal(next(data.make_batches(pipe, drawn_by=student, batch_size=16, seed=6))[0]["hidden_states"], first[0])
+    stream = data.make_batches(pipe, drawn_by=student, **options)
+    next(stream)
+    with torch.no_grad():
+        student.proj_out.weight.mul_(0.5)
+    later = [batch["hidden_states"] for batch, _ in itertools.islice(stream, 39)]
+    assert torch.equal(later[0], first[1]) and torch.equal(later[34], first[35]) and not torch.equal(later[35], first[36])
+    with pytest.raises(UserError, match="images: expected None, because drawn_by draws its own, got 8"):
+        next(data.make_batches(pipe, drawn_by=student, images=8, **options))
+    with pytest.raises(UserError, match="weights: expected None, because the prompts are given"):
+        next(data.make_batches(pipe, [world.all_prompts()[0]], weights=(1.0,) * 7, **options))
+
+
+def test_weights_choose_the_categories(pipe):
+    weights = [0.0] * len(world.CATEGORIES)
+    weights[-1] = 1.0
+    asked = []
+
+    def sample(indices, generator):
+        asked.extend(indices.tolist())
+        return torch.zeros(len(indices), 3, 48, 48)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "sample_images", sample)
+        next(data.make_batches(pipe, batch_size=32, seed=0, weights=weights))
+    assert {world.all_prompts()[i].category for i in asked} == {world.CATEGORIES[-1]}
 
 
 def test_a_batch_is_noised_latents_with_its_velocity(pipe, monkeypatch):
