@@ -35,6 +35,7 @@ from pydit.analysis import ActivationStats, choose_linear_ffns, collect, detect,
 from pydit.demo import data, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.demo.teacher import ASSETS
+from pydit.demo.train_teacher import CATEGORY_WEIGHTS
 from pydit.distill import DistillConfig, distill
 from pydit.errors import UserError, one_line
 from pydit.inference.pipeline import load_pipeline
@@ -56,7 +57,8 @@ class Goal:
     stays. dual : blocks that do not become single-stream; None is all. init : at which end of an interval the layer
     stands that is kept. rate : of Muon, a tenth of it for everything else; near the teacher a high one loses more than
     a short training wins back. guided : learns from half as many images, each with and without its prompt, and from
-    the error of the velocity that the sampler makes of the two.
+    the error of the velocity that the sampler makes of the two. on_policy : of images that it draws itself, of prompts
+    drawn as often as the teacher's training drew them.
     """
 
     name: str
@@ -69,11 +71,12 @@ class Goal:
     dual: int | None = None
     init: str = "first"
     guided: bool = False
+    on_policy: bool = False
 
 
 GOALS = (
     # The teacher's redundancy is 7 blocks: the rest of a half is text FFNs and not an eighth block.
-    Goal(HALF, share=0.43, linear_text_ffns=3, steps=1500, rate=0.0015, guided=True),
+    Goal(HALF, share=0.43, linear_text_ffns=3, steps=4000, rate=0.0015, guided=True, on_policy=True),
     Goal(HYBRID_MOST, share=0.25, dual=10, steps=2000, rate=0.005),
     Goal(HYBRID_HALF, share=0.43, dual=6, steps=2000, rate=0.005),
     # All nine blocks that the teacher needs: with text as maps of the first one's and three linear FFNs they fit.
@@ -271,16 +274,21 @@ class Bench:
             first = settings.steps // 10
             config = DistillConfig(layers_steps=first, output_steps=steps - first, output_trainable="all",
                                    **{**common, **more})
-        distill(self.teacher, student, lambda start: self.training_batches(cell, start), config, progress=False)
+        distill(self.teacher, student, lambda start: self.training_batches(cell, start, student), config,
+                progress=False)
         return time.monotonic() - started
 
-    def training_batches(self, cell: Cell, start: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    def training_batches(self, cell: Cell, start: int, student=None) -> Iterator[tuple[dict[str, Any], Any]]:
+        """``student`` : who draws the images of a goal that learns from its own."""
         settings, goal = self.settings, self.goal(cell) if cell.table == "goals" else None
         pairs = goal is not None and goal.guided
+        if goal is not None and goal.on_policy:
+            images = {"drawn_by": student, "weights": CATEGORY_WEIGHTS}
+        else:
+            images = {"images": settings.images if goal is None else settings.goal_images}
         return data.make_batches(self.pipe, start_step=start, seed=cell.seed, pairs=pairs,
                                  batch_size=settings.batch_size // 2 if pairs else settings.batch_size,
-                                 images=settings.images if goal is None else settings.goal_images,
-                                 prompt_dropout=0.0 if pairs else 0.1)
+                                 prompt_dropout=0.0 if pairs else 0.1, **images)
 
     def _work(self, cell: Cell) -> Path:
         """Checkpoints of a cell that trains for long; gone when it is done."""
