@@ -35,7 +35,6 @@ from pydit.analysis import ActivationStats, choose_linear_ffns, collect, detect,
 from pydit.demo import data, world
 from pydit.demo.evaluate import Result, evaluate, relative_loss
 from pydit.demo.teacher import ASSETS
-from pydit.demo.train_teacher import CATEGORY_WEIGHTS
 from pydit.distill import DistillConfig, distill
 from pydit.errors import UserError, one_line
 from pydit.inference.pipeline import load_pipeline
@@ -283,7 +282,7 @@ class Bench:
         settings, goal = self.settings, self.goal(cell) if cell.table == "goals" else None
         pairs = goal is not None and goal.guided
         if goal is not None and goal.on_policy:
-            images = {"drawn_by": student, "weights": CATEGORY_WEIGHTS}
+            images = {"drawn_by": student, "weights": data.CATEGORY_WEIGHTS}
         else:
             images = {"images": settings.images if goal is None else settings.goal_images}
         return data.make_batches(self.pipe, start_step=start, seed=cell.seed, pairs=pairs,

@@ -19,6 +19,8 @@ IMG_SHAPES = [(1, GRID, GRID)]
 TEXT_TOKENS = 8  # of the longest prompts
 # Of the sampler, for teacher and student alike; chosen on prompts of another seed (CONTRIBUTING).
 STEPS, GUIDANCE = 18, 2.5
+# How often the teacher's training drew each category, in the order of world.CATEGORIES: the hard ones more often.
+CATEGORY_WEIGHTS = (0.4, 1.0, 1.0, 0.4, 2.5, 1.5, 2.0)
 DRAWN = 32  # images that a model draws at a time where it learns from its own states
 
 

@@ -36,14 +36,15 @@ def available_cores() -> int:
 
 
 def train(pipe, student, config: DistillConfig, *, folder: Path, work: Path, workers: int,
-          batches: dict[str, float]) -> DistillResult:
+          batches: dict[str, Any]) -> DistillResult:
     """Distil ``pipe.transformer`` into ``student`` in ``workers`` processes; 1 trains in this process as it is.
 
     Parameters
     ----------
     pipe : the teacher's pipeline, loaded from ``folder``. student : pruned from its transformer.
     work : directory for the job's description, the processes' meeting point and their logs.
-    batches : ``batch_size`` (of each process), ``seed`` and whatever else make_batches takes.
+    batches : ``batch_size`` (of each process), ``seed`` and whatever else make_batches takes; ``on_policy`` lets the
+        student draw the states.
 
     Raises
     ------
@@ -92,8 +93,10 @@ def _ended(process: subprocess.Popen) -> int | None:
         return None
 
 
-def _distill(pipe, student, config: DistillConfig, batches: dict[str, float], *, rank: int) -> DistillResult:
+def _distill(pipe, student, config: DistillConfig, batches: dict[str, Any], *, rank: int) -> DistillResult:
     own = {**batches, "seed": batches["seed"] + 1000 * rank}
+    if own.pop("on_policy", False):
+        own["drawn_by"] = student
     return distill(pipe.transformer, student, lambda start: data.make_batches(pipe, start_step=start, **own), config)
 
 

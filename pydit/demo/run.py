@@ -49,7 +49,6 @@ class Settings:
     calibration_batches: int = 32
     batch_size: int = 32  # half of them the same images without their prompts, as guidance asks for both
     evaluation_share: float = 0.3  # of the budget, for all three models
-    images: int = 6144  # rendered and encoded once for distillation
     workers: int = 1  # processes of the distillation, each with batches of batch_size
     cache_batches: int = 0  # keeping the teacher's velocities is faster, and the student learns them by heart
     layers_lr: float = 2e-4  # a start as near to the teacher as this one is lost at the rates that training took
@@ -65,10 +64,9 @@ class Settings:
     def make(cls, *, seed: int, budget_minutes: float, prompts: int | None, quick: bool) -> Settings:
         """The settings of the command's options."""
         if not quick:
-            images = max(512, round(cls.images * min(1, budget_minutes / 12)))  # 6144 take a minute or two
-            return cls(seed, budget_minutes, prompts, quick, images=images, workers=min(4, parallel.available_cores()))
+            return cls(seed, budget_minutes, prompts, quick, workers=min(4, parallel.available_cores()))
         return cls(seed, budget_minutes, prompts or 14, quick, steps=4, calibration_batches=8, batch_size=8,
-                   images=256, layers_steps=12, output_steps=8, gallery=7)
+                   layers_steps=12, output_steps=8, gallery=7)
 
 
 def run(out: str | os.PathLike, *, budget_minutes: float = 12.0, prompts: int | None = None, seed: int = 0,
@@ -301,8 +299,8 @@ class _Demo:
             results.append(parallel.train(
                 self.pipe, student, config, folder=self.folder, work=self.work.path / "distill",
                 workers=settings.workers,
-                batches={"batch_size": settings.batch_size // 2, "seed": settings.seed + 3, "images": settings.images,
-                         "pairs": True}))
+                batches={"batch_size": settings.batch_size // 2, "seed": settings.seed + 3, "pairs": True,
+                         "weights": data.CATEGORY_WEIGHTS, "on_policy": True}))
             return {"seconds": results[0].seconds, "steps": results[0].steps}
 
         self.work.stage("distill", compute)

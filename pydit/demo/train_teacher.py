@@ -23,16 +23,13 @@ import torch.nn.functional as F
 
 from pydit import files
 from pydit.demo import teacher, world
-from pydit.demo.data import IMG_SHAPES, pack
+from pydit.demo.data import CATEGORY_WEIGHTS, IMG_SHAPES, pack
 from pydit.demo.latents import LatentBasis
 from pydit.demo.training_forward import TrainingForward
 from pydit.distill.muon import Muon
 from pydit.errors import UserError
 from pydit.inference.pipeline import load_pipeline
 from pydit.models import get_adapter
-
-# How often training draws each category, in the order of world.CATEGORIES: the hard ones more often.
-CATEGORY_WEIGHTS = (0.4, 1.0, 1.0, 0.4, 2.5, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
