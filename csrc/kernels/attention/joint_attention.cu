@@ -163,18 +163,8 @@ extern "C" int PYDIT_ENTRY(joint_attention_path)(const pydit_joint_attention_par
 }
 
 extern "C" int PYDIT_ENTRY(joint_attention)(const pydit_joint_attention_params* p) {
-  if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
-    return bad_argument("joint_attention: dtype: expected float16 (1) or bfloat16 (2), got %d", p->dtype);
-  if (p->head_dim != 32 && p->head_dim != 64 && p->head_dim != 128)
-    return bad_argument("joint_attention: head_dim: expected 32, 64 or 128, got %d", p->head_dim);
-  if (!(p->scale > 0)) return bad_argument("joint_attention: scale: expected more than 0, got %g", p->scale);
-  for (const int64_t tokens : {p->img_tokens, p->txt_tokens}) {
-    if (tokens < 0 || tokens > INT32_MAX / 2)
-      return bad_argument("joint_attention: tokens: expected 0 to 2^30, got %lld", static_cast<long long>(tokens));
-  }
-  if (p->batch < 0 || p->batch > INT32_MAX || p->heads < 0)
-    return bad_argument("joint_attention: batch, heads: expected 0 or more, got %lld, %d",
-                        static_cast<long long>(p->batch), p->heads);
+  const int status = check_arguments("joint_attention", *p);
+  if (status != kOk) return status;
   const bool queries = p->img_tokens > 0 || (p->txt_tokens > 0 && p->q_txt.data != nullptr);
   if (p->batch == 0 || p->heads == 0 || !queries) return kOk;
 #if defined(PYDIT_SIM) || defined(PYDIT_WITH_HOPPER)

@@ -20,6 +20,25 @@ __host__ __device__ inline int count_query_tiles(const Params& p) {
   return tiles(p.img_tokens) + (p.q_txt.data == nullptr ? 0 : tiles(p.txt_tokens));
 }
 
+// Refuses what no kernel takes; kOk otherwise. Params: those of the forward or of the backward.
+template <typename Params>
+int check_arguments(const char* op, const Params& p) {
+  if (p.dtype != PYDIT_FLOAT16 && p.dtype != PYDIT_BFLOAT16)
+    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", op, p.dtype);
+  if (p.head_dim != 32 && p.head_dim != 64 && p.head_dim != 128)
+    return bad_argument("%s: head_dim: expected 32, 64 or 128, got %d", op, p.head_dim);
+  if (!(p.scale > 0)) return bad_argument("%s: scale: expected more than 0, got %g", op, p.scale);
+  const int64_t both[] = {p.img_tokens, p.txt_tokens};
+  for (const int64_t tokens : both) {
+    if (tokens < 0 || tokens > INT32_MAX / 2)
+      return bad_argument("%s: tokens: expected 0 to 2^30, got %lld", op, static_cast<long long>(tokens));
+  }
+  if (p.batch < 0 || p.batch > INT32_MAX || p.heads < 0)
+    return bad_argument("%s: batch, heads: expected 0 or more, got %lld, %d", op, static_cast<long long>(p.batch),
+                        p.heads);
+  return kOk;
+}
+
 // Whether 16-byte accesses to a tensor are legal.
 inline bool is_aligned(const pydit_heads& t, int64_t batch, int64_t tokens, int64_t heads) {
   return aligned16(t.data) && (batch <= 1 || t.stride_b % 8 == 0) && (tokens <= 1 || t.stride_s % 8 == 0) &&

@@ -350,18 +350,8 @@ extern "C" int64_t PYDIT_ENTRY(joint_attention_backward_workspace)(const pydit_j
 }
 
 extern "C" int PYDIT_ENTRY(joint_attention_backward)(const pydit_joint_attention_backward_params* p) {
-  if (p->dtype != PYDIT_FLOAT16 && p->dtype != PYDIT_BFLOAT16)
-    return bad_argument("%s: dtype: expected float16 (1) or bfloat16 (2), got %d", kBackward, p->dtype);
-  if (p->head_dim != 32 && p->head_dim != 64 && p->head_dim != 128)
-    return bad_argument("%s: head_dim: expected 32, 64 or 128, got %d", kBackward, p->head_dim);
-  if (!(p->scale > 0)) return bad_argument("%s: scale: expected more than 0, got %g", kBackward, p->scale);
-  for (const int64_t tokens : {p->img_tokens, p->txt_tokens}) {
-    if (tokens < 0 || tokens > INT32_MAX / 2)
-      return bad_argument("%s: tokens: expected 0 to 2^30, got %lld", kBackward, static_cast<long long>(tokens));
-  }
-  if (p->batch < 0 || p->batch > INT32_MAX || p->heads < 0)
-    return bad_argument("%s: batch, heads: expected 0 or more, got %lld, %d", kBackward,
-                        static_cast<long long>(p->batch), p->heads);
+  const int status = check_arguments(kBackward, *p);
+  if (status != kOk) return status;
   if (p->batch == 0 || p->heads == 0) return kOk;
   const bool hopper = PYDIT_ENTRY(joint_attention_backward_path)(p) == PYDIT_PATH_HOPPER;
   BackwardParams all = {};
