@@ -23,7 +23,7 @@ from torch import nn
 
 from pydit.errors import UserError
 from pydit.inference import hooked
-from pydit.inference.tables import BakedRows, BakedTimesteps, as_embedded, autocast_dtype, scaled
+from pydit.inference.tables import SHARED, BakedRows, BakedTimesteps, as_embedded, autocast_dtype, refuse, scaled
 from pydit.models import get_adapter
 
 _KEY = "_pydit_baked_schedule"
@@ -32,8 +32,10 @@ _ADAPTER_METHODS = ("load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lor
                     "add_adapter", "delete_adapters", "disable_adapters", "enable_adapters", "disable_lora",
                     "enable_lora")
 _ROUTING_METHODS = ("set_active", "attach_teacher")  # of a pruned model, which change the blocks that run: likewise
-# Of FLUX.1's pipelines, which read the transformer's modules and weights before they call its own methods.
-_PIPELINE_METHODS = ("load_lora_weights", "unload_lora_weights", "unfuse_lora")
+# Of pipelines, which look for adapters in the transformer's modules themselves; FLUX.1's read its weights too before
+# they call its own methods.
+_PIPELINE_METHODS = {"LoraBaseMixin": ("fuse_lora", "unfuse_lora"),
+                     "FluxLoraLoaderMixin": ("load_lora_weights", "unload_lora_weights", "unfuse_lora")}
 
 
 def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Tensor, *,
@@ -94,13 +96,12 @@ def bake_schedule(transformer: nn.Module, timesteps: Iterable[float] | torch.Ten
         raise
     baked.hooks.append(model.register_forward_pre_hook(_at_step, with_kwargs=True))
     if hasattr(model, "save_pretrained"):  # which writes config.json before it asks for the weights
-        model.__dict__["save_pretrained"] = functools.partial(_refuse, model)
+        model.__dict__["save_pretrained"] = functools.partial(refuse, model)
     for name in (*_ADAPTER_METHODS, *_ROUTING_METHODS):
         if hasattr(type(model), name):
             method = functools.partial(_then_refreshed, model, name)  # can be pickled
             model.__dict__[name] = functools.update_wrapper(method, getattr(type(model), name).__get__(model))
-    if family == "flux.1":
-        _open_for_pipelines()
+    _open_for_pipelines()
     return transformer
 
 
@@ -168,6 +169,8 @@ def _fill(model: nn.Module, baked: _Baked) -> None:
     """Compute every row by the modules in place, one module on the device at a time, and put tables there instead."""
     device, dtype = _place(model)
     baked.dtype, family, adapter = dtype, baked.family, get_adapter(model)
+    if any(isinstance(module, BakedRows) for block in adapter.blocks(model) for module in block.modules()):
+        raise UserError(SHARED)
     computed = baked.autocast or dtype
     wide = torch.float64 if computed == torch.float64 else torch.float32  # no narrower than what a forward is given
     keys = as_embedded(family, baked.timesteps.to(device, wide), computed)
@@ -204,7 +207,7 @@ def _fill(model: nn.Module, baked: _Baked) -> None:
                     _swap_norm(baked, getattr(block, name), rows, device)
         _swap(baked, model.norm_out, "silu", BakedRows([model.norm_out.silu(row[:1]) for row in rows]))
     for hook in (model.register_state_dict_pre_hook, model.register_load_state_dict_pre_hook):
-        baked.refusals.append(hook(_refuse))
+        baked.refusals.append(hook(refuse))
     baked.version = _version(baked)
 
 
@@ -262,7 +265,7 @@ def _then_refreshed(model: nn.Module, name: str, /, *args: Any, **kwargs: Any) -
 @functools.cache
 def _open_for_pipelines() -> None:
     """Once for the process: see :data:`_PIPELINE_METHODS`. Transformers without a table go the stock way."""
-    from diffusers.loaders import FluxLoraLoaderMixin
+    from diffusers.loaders import lora_base, lora_pipeline
 
     def opening(stock: Any) -> Any:
         @functools.wraps(stock)
@@ -274,8 +277,10 @@ def _open_for_pipelines() -> None:
                 return stock(pipe, *args, **kwargs)
         return method
 
-    for name in _PIPELINE_METHODS:
-        setattr(FluxLoraLoaderMixin, name, opening(getattr(FluxLoraLoaderMixin, name)))
+    for kind, names in _PIPELINE_METHODS.items():
+        mixin = getattr(lora_base if kind == "LoraBaseMixin" else lora_pipeline, kind)
+        for name in names:
+            setattr(mixin, name, opening(getattr(mixin, name)))
 
 
 def _version(baked: _Baked) -> tuple:
@@ -393,11 +398,6 @@ def _refuse_scale(baked: _Baked, options: Any) -> None:
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     weight = model.proj_out.weight  # of 8 bits only in storage, by layerwise casting
     return weight.device, weight.dtype if weight.element_size() > 1 else model.dtype
-
-
-def _refuse(module: nn.Module, *_args: Any, **_options: Any) -> None:
-    raise UserError("transformer: expected one with its modulation weights, got a baked schedule; pydit.restore it "
-                    "before saving or loading weights, or having them offloaded one by one")
 
 
 def model_of(transformer: Any) -> nn.Module:

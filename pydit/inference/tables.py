@@ -12,8 +12,26 @@ from torch import nn
 
 from pydit.errors import UserError
 
+SHARED = ("transformer: expected blocks with their modulation weights, got blocks that it shares with another model, "
+          "which pydit.bake_schedule has given tables of its own; pydit.restore that one first")
 
-class BakedTimesteps(nn.Module):
+
+def refuse(module: nn.Module, *_args: Any, **_options: Any) -> None:
+    """A hook before a state dict is made or loaded: UserError, where the modulation weights would be left out."""
+    raise UserError("transformer: expected one with its modulation weights, got a baked schedule; pydit.restore it "
+                    "before saving or loading weights, or having them offloaded one by one")
+
+
+class _Table(nn.Module):
+    """What stands in for modules with weights: no state dict of a part of the model goes without them either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_pre_hook(refuse)
+        self.register_load_state_dict_pre_hook(refuse)
+
+
+class BakedTimesteps(_Table):
     """In place of the time embedding: the row of each sample, int64 [B, 1], which flows where the embedding did.
 
     Rows are ordered by timestep, then guidance, then prompt; one past the last stands for a miss.
@@ -61,7 +79,7 @@ class BakedTimesteps(nn.Module):
         return row * count + index, known & (index >= 0) & (index < count)
 
 
-class BakedRows(nn.Module):
+class BakedRows(_Table):
     """In place of a module of the time embedding: its outputs, one row per timestep, and one of NaN for a miss."""
 
     def __init__(self, rows: list[torch.Tensor]) -> None:
@@ -72,6 +90,8 @@ class BakedRows(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, 1] -> [B, channels]."""
+        if rows.is_floating_point():  # an embedding
+            raise UserError(SHARED)
         if self.table.dtype != self.dtype:  # found before a forward, but not by a graph that was compiled
             raise UserError(f"transformer: expected {self.dtype}, in which its schedule was baked, got a model cast to "
                             f"{self.table.dtype}; run it once without torch.compile, or bake it again")

@@ -68,9 +68,8 @@ class ExactOps:
             return fused() if self.checked[key] else eager()
         if first.is_cuda and torch.cuda.is_current_stream_capturing():
             return eager()  # comparing waits for the device, which a capture must not
-        expected = eager()
-        self.checked[key] = _same_bits(fused(), expected)
-        return expected
+        self.checked[key] = _same_bits(_apart(first, fused), _apart(first, eager))
+        return fused() if self.checked[key] else eager()
 
     def rows(self) -> list[dict[str, Any]]:
         """For ``pydit.report``: per op, how many signatures run fused, and why the others do not."""
@@ -85,6 +84,15 @@ class ExactOps:
             if op in self.eager:
                 found.append({"op": op, "path": "stock", "reason": self.eager[op], "count": 1})
         return found
+
+
+def _apart(like: torch.Tensor, form: Callable[[], Any]) -> Any:
+    """``form()`` without a trace: a checkpointed forward that had compared would have drawn other random numbers, and
+    saved other tensors, than when it is computed again. Weights that autocast kept cast would lack their gradients."""
+    kind = like.device.type
+    with torch.no_grad(), torch.random.fork_rng([like.device] if like.is_cuda else []), torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+        return form()
 
 
 def _same_bits(found: Any, expected: Any) -> bool:

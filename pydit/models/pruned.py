@@ -239,6 +239,14 @@ class PrunedModel:
         if self.source != [[k] for k in range(len(self.source))]:
             raise UserError("load_ip_adapter: expected a model of as many layers as the adapter, which numbers the "
                             "teacher's, got one with layers merged; load it into the teacher and prune that")
+        # The adapter's attention asks with the text too; a block without attention would shift the layers behind it.
+        blocks = self._lists[0]
+        without = [k for k in range(len(blocks)) if not hasattr(getattr(blocks[k], "attn", None), "add_q_proj")]
+        if without or blocks.inactive:
+            raise UserError("load_ip_adapter: expected dual-stream blocks of the model with attention and text queries "
+                            "of their own, got " + (f"blocks {without} without" if without else
+                                                    "layers of the teacher that run in place of some")
+                            + "; load it into the teacher" + (" and prune that" if without else ""))
         super()._load_ip_adapter_weights(*args, **kwargs)
 
     def enable_cache(self, config: Any) -> None:
@@ -335,12 +343,12 @@ class PrunedModel:
         layers = self._lists[0].teacher.layers
         if with_teacher and not layers and self.plan.units:
             raise UserError("with_teacher: no teacher layers are attached; call attach_teacher(teacher) first")
+        state = {f"{k}.{name}": tensor for k, layer in layers.items() if with_teacher
+                 for name, tensor in layer.state_dict().items()}  # before anything is written: a baked layer refuses
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / TEACHER_FILE
         if with_teacher:
-            files.save_safetensors(path, {f"{k}.{name}": tensor for k, layer in layers.items()
-                                          for name, tensor in layer.state_dict().items()},
-                                   {"format": "pydit-teacher-layers", "version": "1"})
+            files.save_safetensors(path, state, {"format": "pydit-teacher-layers", "version": "1"})
         else:
             path.unlink(missing_ok=True)  # left by an earlier save of another model
 

@@ -1,5 +1,6 @@
 """IP-adapters of FLUX.1: processors that pipelines set and take away, on accelerated, exact and pruned models."""
 
+import re
 import warnings
 
 import pytest
@@ -81,3 +82,25 @@ def test_an_ip_adapter_of_a_pruned_model():
     before = run(pydit.prune(ip_adapter(tiny.flux()), PruningPlan("flux.1", 4, [(0, 1)])), batch)
     assert not torch.allclose(before, run(merged, tiny.flux_batch()), rtol=1e-2)
     ip_adapter(thinned)
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+@pytest.mark.parametrize(("family", "fields", "without"), [
+    ("flux.1", {"affine": [0]}, [0]), ("flux.1", {"single_stream": (1, 1)}, [1]), ("sd3.5", {"affine": [1]}, [1]),
+    ("sd3.5", {"single_stream": 2}, [2]), ("sd3.5", {"text_linear": [(0, 1)], "dead_tensors": False}, [1, 2])])
+def test_an_ip_adapter_of_blocks_without_their_attention(family, fields, without):
+    """An affine block would hand its layer of the adapter to the next block without a word; others fail in a forward."""
+    teacher, depth = (tiny.flux(), 4) if family == "flux.1" else (tiny.sd3(), 3)
+    model = pydit.prune(teacher, PruningPlan(family, depth, **fields))
+    with pytest.raises(UserError, match=f"load_ip_adapter: expected dual-stream blocks .*, got blocks {re.escape(str(without))}"):
+        ip_adapter(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
+def test_an_ip_adapter_is_not_for_layers_of_the_teacher():
+    model = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[1]))
+    model.set_active([])
+    with pytest.raises(UserError, match="load_ip_adapter: .* got layers of the teacher that run in place of some"):
+        ip_adapter(model)
+    model.set_active(model.plan.units)
+    ip_adapter(model)

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 
@@ -120,7 +122,10 @@ def test_weights_are_neither_saved_nor_loaded(tmp_path):
     tiny.transformer(3).save_pretrained(tmp_path / "x")
     before = {path: path.read_bytes() for path in (tmp_path / "x").iterdir()}
     pydit.bake_schedule(model, TIMES)
-    for act in (model.state_dict, lambda: model.load_state_dict(state), lambda: model.save_pretrained(tmp_path / "x")):
+    block, control = model.transformer_blocks[0], {"attention_head_dim": 32, "num_attention_heads": 2}
+    for act in (model.state_dict, lambda: model.load_state_dict(state), lambda: model.save_pretrained(tmp_path / "x"),
+                block.state_dict, lambda: block.load_state_dict({}, strict=False),
+                lambda: diffusers.QwenImageControlNetModel.from_transformer(model, 1, **control)):
         with pytest.raises(UserError, match=r"pydit.restore it before saving or loading"):
             act()
     assert {path: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
@@ -275,25 +280,36 @@ def test_a_modulation_lora_after_baking_is_in_the_table():
     assert torch.equal(run(pydit.restore(model), batch), plain)
 
 
+PIPELINES = {"qwen-image": ("QwenImagePipeline", lambda: tiny.transformer(4), tiny.batch, ("img_mod.1", "txt_mod.1", "to_q")),
+             "flux.1": ("FluxPipeline", tiny.flux, tiny.flux_batch, ("norm1.linear", "norm.linear", "to_q")),
+             "sd3.5": ("StableDiffusion3Pipeline", tiny.sd3, tiny.sd3_batch, ("norm1.linear", "to_q"))}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("intervals", [None, [(0, 1)]])
-def test_lora_through_a_flux_pipeline(intervals):
-    """FLUX.1's pipelines read the transformer's weights, which a baked one refuses to show, before they hand it over."""
+@pytest.mark.parametrize("family", PIPELINES)
+def test_lora_through_a_pipeline(family, intervals):
+    """Pipelines unmerge a LoRA in the transformer's modules themselves, and FLUX.1's read weights, which a baked one
+    refuses to show, before they hand it over."""
     pytest.importorskip("peft", reason="peft is not installed (pip install 'pydit[train]')")
-    from diffusers import FluxPipeline
+    name, transformer, batches, targets = PIPELINES[family]
+    kind, depth = getattr(diffusers, name), 3 if family == "sd3.5" else 4
 
     def make():
-        model = tiny.flux()
-        model = model if intervals is None else pydit.prune(model, PruningPlan("flux.1", 4, intervals))
-        nothing = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-        return FluxPipeline(**nothing, transformer=model)
+        model = transformer()
+        model = model if intervals is None else pydit.prune(model, PruningPlan.from_intervals(depth, intervals,
+                                                                                              family=family))
+        parts = [part for part in inspect.signature(kind.__init__).parameters if part not in ("self", "transformer")]
+        return kind(**dict.fromkeys(parts), transformer=model)
 
-    lora = lora_of(tiny.flux(), ("norm1.linear", "norm.linear", "to_q"))
-    pipe, other, batch = make(), make(), tiny.flux_batch()
-    batch = {name: x[:1] if name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep") else x
-             for name, x in batch.items()}
+    lora = lora_of(transformer(), targets)
+    pipe, other, batch = make(), make(), batches()
+    batch = {name: x[:1] if isinstance(x, torch.Tensor) and "ids" not in name else x for name, x in batch.items()}
+    if "img_shapes" in batch:
+        batch["img_shapes"] = batch["img_shapes"][:1]
     plain = run(other.transformer, batch)
-    pydit.bake_schedule(pipe, batch["timestep"], pooled_projections=batch["pooled_projections"])
+    pydit.bake_schedule(pipe, batch["timestep"], **{} if family == "qwen-image" else
+                        {"pooled_projections": batch["pooled_projections"]})
     outputs = []
     for name, argument in [("load_lora_weights", lora), ("fuse_lora", None), ("unfuse_lora", None),
                            ("unload_lora_weights", None)]:
@@ -301,10 +317,11 @@ def test_lora_through_a_flux_pipeline(intervals):
             getattr(one, name)(*([dict(argument)] if argument else []))
         outputs.append(run(other.transformer, batch))
         assert torch.equal(run(pipe.transformer, batch), outputs[-1]), name
-        assert schedule.is_baked(pipe.transformer)
+        assert schedule.is_baked(pipe.transformer) and pipe.num_fused_loras == other.num_fused_loras
     assert not torch.allclose(outputs[0], plain, rtol=1e-2)
-    with pytest.raises(Exception, match="lora"):
-        pipe.load_lora_weights({"transformer.unknown.weight": torch.zeros(2, 2)})
+    if family == "flux.1":
+        with pytest.raises(Exception, match="lora"):
+            pipe.load_lora_weights({"transformer.unknown.weight": torch.zeros(2, 2)})
     assert torch.equal(run(pipe.transformer, batch), outputs[-1])  # not `plain`: unfusing rounds
     assert torch.equal(run(pydit.restore(pipe).transformer, batch), outputs[-1])
 
@@ -320,6 +337,39 @@ def test_copies_of_a_baked_model_with_layers_of_the_teacher():
         copy.deepcopy(model)
     teacher = run(model, batch)
     assert torch.equal(run(copy.deepcopy(pydit.restore(model)), batch), teacher)
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "flux.1", "sd3.5"])
+def test_layers_that_two_models_run_have_one_table(family, tmp_path):
+    """Its rows are not those of the other model, which says so, runs its own layers and is not saved without weights."""
+    make, batch, depth = {"qwen-image": (lambda: tiny.transformer(4), tiny.batch(images=1), 4),
+                          "flux.1": (tiny.flux, tiny.flux_batch(), 4), "sd3.5": (tiny.sd3, tiny.sd3_batch(), 3)}[family]
+    options = {} if family == "qwen-image" else {"pooled_projections": batch["pooled_projections"]}
+    teacher = make()
+    model = pydit.prune(teacher, PruningPlan.from_intervals(depth, [(0, 1)], family=family))
+    own, whole = run(model, batch), run(teacher, batch)
+    pydit.bake_schedule(teacher, batch["timestep"], **options)
+    assert torch.equal(run(model, batch), own)
+    with pytest.raises(UserError, match="got a baked schedule; pydit.restore it before saving"):
+        model.save_pretrained(tmp_path / "student", with_teacher=True)
+    assert not (tmp_path / "student").exists()
+    shared = "got blocks that it shares with another model, .* pydit.restore that one first"
+    for bake_first in (True, False):
+        if bake_first:
+            pydit.bake_schedule(model, batch["timestep"], **options)
+            with pytest.raises(UserError, match=shared):
+                model.set_active([])
+        else:
+            model.set_active([])
+            with pytest.raises(UserError, match=shared):
+                pydit.bake_schedule(model, batch["timestep"], **options)
+        for one in (model, pydit.accelerate(model)):
+            with pytest.raises(UserError, match=shared):
+                run(one, batch)
+        pydit.restore(model).set_active([(0, 1)])
+        assert torch.equal(run(model, batch), own)
+    model.set_active([])
+    assert torch.equal(run(pydit.restore(teacher), batch), whole) and torch.equal(run(model, batch), whole)
 
 
 def test_changed_weights_make_the_table_anew():
