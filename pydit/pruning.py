@@ -77,7 +77,8 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     Warns
     -----
     UserWarning
-        A linear map without batches, or with fewer tokens than unknowns; likewise what ``init="probe"`` fits.
+        A linear map without batches, or with fewer tokens than unknowns; likewise what ``init="probe"`` fits. A block
+        that cannot keep its part of the teacher's IP-adapter.
     """
     adapter = get_adapter(transformer)
     require_plan(plan)
@@ -116,11 +117,16 @@ def prune(transformer: nn.Module, plan: PruningPlan, *, init: str = "first",
     batches = None if batches is None else list(batches)
     if init == "probe":
         _refit(adapter, transformer, plan, blocks, batches, ridge, tokens_per_batch, seed)
+    adapted = [_has_ip_adapter(block) for block in blocks]
     originals = blocks
     if not plan.is_stock:  # thinning a block out takes it apart
         originals = [copy.deepcopy(block) if spec.text == "linear" else block
                      for block, spec in zip(blocks, plan.blocks, strict=True)]
         blocks = [adapter.new_block(block, spec) for block, spec in zip(blocks, plan.blocks, strict=True)]
+    lost = [k for k, block in enumerate(blocks) if adapted[k] and not _has_ip_adapter(block)]
+    if lost:
+        warnings.warn(f"the teacher's IP-adapter is left out of blocks {lost} of the student, which are thinned out; "
+                      "the others keep it", stacklevel=2)
     fits = fit_linear_maps(adapter, transformer, plan, blocks, originals, batches, ridge=ridge)
     others = {name: copy.deepcopy(child) for name, child in transformer.named_children()
               if name not in adapter.block_lists}
@@ -154,6 +160,11 @@ def weighted_mean(tensors: Sequence[torch.Tensor], init: str) -> torch.Tensor:
         return tensors[0]
     weights = init_weights(len(tensors), init)
     return sum(weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True)).to(tensors[0].dtype)
+
+
+def _has_ip_adapter(block: nn.Module) -> bool:
+    """Whether a processor of attention brings weights of its own."""
+    return any(".processor." in name for name, _ in block.named_parameters())
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

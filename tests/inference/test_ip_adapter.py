@@ -97,6 +97,20 @@ def test_an_ip_adapter_of_blocks_without_their_attention(family, fields, without
 
 
 @pytest.mark.filterwarnings("ignore:.*start as the identity")
+@pytest.mark.parametrize(("fields", "lost"), [({"affine": [0]}, [0]), ({"single_stream": (0, 1)}, [0, 1]),
+                                              ({"linear_ffn": [1]}, [1]), ({"linear_ffn": [3]}, None)])
+def test_an_ip_adapter_that_a_plan_leaves_out_is_named(fields, lost):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        student = pydit.prune(ip_adapter(tiny.flux()), PruningPlan("flux.1", 4, **fields))
+    said = [str(one.message) for one in caught if "IP-adapter" in str(one.message)]
+    assert said == ([] if lost is None else [f"the teacher's IP-adapter is left out of blocks {lost} of the student, which are "
+                                             "thinned out; the others keep it"])
+    kept = {name.split(".")[1] for name, _ in student.named_parameters() if ".processor." in name}
+    assert kept == {str(k) for k in range(2) if k not in (lost or ())}
+
+
+@pytest.mark.filterwarnings("ignore:.*start as the identity")
 def test_an_ip_adapter_is_not_for_layers_of_the_teacher():
     model = pydit.prune(tiny.flux(), PruningPlan("flux.1", 4, linear_ffn=[1]))
     model.set_active([])
