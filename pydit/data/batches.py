@@ -21,7 +21,7 @@ def require_options(*, batch_size: int, seed: int, prompt_dropout: float, pairs:
                     shift: float = 1.0) -> None:
     """Raise UserError for an option of :class:`CachedDataset` that is out of range, or does not go with another."""
     integer("seed", seed, -2**63, 2**63 - 1, expected="a whole number")
-    integer("batch_size", batch_size, expected="a whole number of at least 1")
+    integer("batch_size", batch_size, expected="a whole number from 1 to 2^31 - 1")
     if timesteps not in TIMESTEPS:
         raise UserError(f"timesteps: expected one of {', '.join(TIMESTEPS)}, got {timesteps!r}")
     if not shift > 0:

@@ -476,7 +476,7 @@ def test_no_option_of_distill_is_without_effect(tmp_path, monkeypatch, capsys):
         main(["distill", "--help"])
     told = {option.split()[0] for option in (*OPTIONS, *IMAGES)} | {
         "--resolution", "--cache", "--out", "--estimate", "--json", "--help", "--device", "--dtype", "--prompts", "--data",
-        "--then", "--processes", "--sampling-steps", "--size", "--guidance", "--merge"}
+        "--then", "--processes", "--sampling-steps", "--size", "--guidance", "--merge", "--on-policy"}
     assert set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M)) == told
 
 
