@@ -149,7 +149,7 @@ class _OwnStates:
         self._pipe = with_transformer(pipe, model)
         self._model, self._choose, self._batch_size, self._seed = model, choose, batch_size, seed
         self._images = max(DRAWN, -(-batch_size // STEPS))
-        self._number = None  # of the images whose states are at hand
+        self._number: int | None = None  # of the images whose states are at hand
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Indices of prompts, latent tokens and sigma of batch ``step``."""
